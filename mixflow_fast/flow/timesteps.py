@@ -1,0 +1,115 @@
+"""Laws of the training times: pure functions of uniform numbers.
+
+The label time t follows a `TimeLaw` on the engine's clock (t = 1 is data):
+
+    uniform           t = u
+    beta21            t = sqrt(u), density 2 t                     (MixFlow, arXiv 2512.19311)
+    logit-normal      t = sigmoid(mu + sigma Phi^-1(u))            (SD3, RAE)
+
+RAE's shift k >= 1 moves it to the noise, and slowing draws the time m of the network's input:
+
+    shift     data_at_1: t / (k - (k-1) t)        noise_at_1: k t / (1 + (k-1) t)
+    slowing   data_at_1: m = t (1 - gamma v)      noise_at_1: m = t + gamma v (1 - t)
+
+so m ~ U[(1-gamma) t, t] in the paper's clock: the input is never less noisy than its label says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.flow.clock import DATA_AT_1
+
+TIME_LAWS = ("uniform", "beta21", "logit-normal")
+_NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
+_LOGIT_NORMAL = re.compile(rf"logit-normal(?:\(({_NUMBER}),\s*({_NUMBER})\))?")
+
+
+@dataclass(frozen=True)
+class TimeLaw:
+    """A law of the label time on [low, high], sampled by its inverse distribution function.
+
+    Truncation is conditioning: the law restricted to [low, high], not clipped to it.
+
+    Attributes:
+        name: "uniform", "beta21" or "logit-normal".
+        mu, sigma: location and scale of the logit-normal law, engine's clock; sigma > 0.
+        low, high: bounds in the engine's clock.
+    """
+
+    name: str
+    mu: float = 0.0
+    sigma: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def parse(
+        cls, text: str, clock: str = DATA_AT_1, low: float = 0.0, high: float = 1.0
+    ) -> TimeLaw:
+        """Read "uniform", "beta21", "logit-normal" or "logit-normal(mu, sigma)".
+
+        mu is that of logit(t) in the caller's clock; the mirror t -> 1 - t changes its sign.
+        """
+        match = _LOGIT_NORMAL.fullmatch(text) if isinstance(text, str) else None
+        if match:
+            mu, sigma = float(match[1] or 0.0), float(match[2] or 1.0)
+            if sigma <= 0:
+                raise ValueError(f"logit-normal's sigma must be > 0, got {sigma}")
+            return cls("logit-normal", mu if clock == DATA_AT_1 else -mu, sigma, low, high)
+        if text not in TIME_LAWS:
+            raise ValueError(
+                f"timesteps must be one of {TIME_LAWS} or 'logit-normal(mu, sigma)', got {text!r}"
+            )
+        return cls(text, low=low, high=high)
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """Distribution function of the law without truncation, at engine times t."""
+        if self.name == "uniform":
+            return t
+        if self.name == "beta21":
+            return t * t
+        return torch.special.ndtr((torch.logit(t) - self.mu) / self.sigma)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Engine times t in [low, high] for uniform numbers u in (0, 1); dtype and shape of u."""
+        if (self.low, self.high) != (0.0, 1.0):
+            bounds = torch.tensor([self.low, self.high], dtype=torch.float64)
+            first, last = self.cdf(bounds).tolist()
+            u = first + (last - first) * u
+        if self.name == "uniform":
+            t = u
+        elif self.name == "beta21":
+            t = torch.sqrt(u)
+        else:
+            t = torch.sigmoid(self.mu + self.sigma * torch.special.ndtri(u))
+        return t.clamp(self.low, self.high)
+
+
+def shift_time(t: Tensor, k: float, clock: str) -> Tensor:
+    """RAE's time-distribution shift (RAE, section 4; spec: odds of data divided by k).
+
+    Args:
+        t: times in [0, 1] in the clock `clock`.
+        k: shift >= 1; RAE uses sqrt(C h w / 4096). 1 leaves t as it is.
+        clock: "data_at_1" or "noise_at_1".
+    """
+    if k == 1:
+        return t
+    return t / (k - (k - 1) * t) if clock == DATA_AT_1 else k * t / (1 + (k - 1) * t)
+
+
+def slow_time(t: Tensor, v: Tensor, gamma: float, clock: str) -> Tensor:
+    """The slowed time m of the network's input for the label time t (MixFlow, arXiv 2512.19311).
+
+    Args:
+        t: (B,) label times in the clock `clock`.
+        v: (B,) uniform numbers in (0, 1).
+        gamma: slowing range in [0, 1]; 0 returns t exactly.
+        clock: "data_at_1" (m <= t) or "noise_at_1" (m >= t).
+    """
+    return t * (1 - gamma * v) if clock == DATA_AT_1 else t + gamma * v * (1 - t)

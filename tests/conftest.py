@@ -1,0 +1,18 @@
+"""Set-up shared by all tests: finds the checkout, picks the CPU where there is no GPU."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+if importlib.util.find_spec("mixflow_fast") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if not torch.cuda.is_available():
+    # Triton reads the first when it is imported, DeepSpeed the second; children inherit both.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+torch.set_num_threads(2)
