@@ -1,0 +1,393 @@
+"""The demo: one base model, post-trained with and without MixFlow, sampled and measured.
+
+From one base checkpoint, arms that differ in nothing but the law of the two times train for the
+same number of steps on the same examples and noise; then every arm generates from the same noise
+with few and with many Euler steps, and is compared with real crops that no arm has seen.
+Everything is a function of the seed: the same seed gives the same bits on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixflow_fast import __version__
+from mixflow_fast.config import Config, load_config
+from mixflow_fast.data import build_source
+from mixflow_fast.evaluation import (
+    FEATURES,
+    evidence_markdown,
+    frechet_distance,
+    moments,
+    render_demo_report,
+    write_json,
+)
+from mixflow_fast.images import save_grid, write_bytes
+from mixflow_fast.metrics import read_metrics
+from mixflow_fast.models import load_model
+from mixflow_fast.sampling import sample
+
+METRIC_OF_FEATURE = {"pooled_pixels": "frechet", "random_conv": "frechet_random_conv"}
+GRID_STEPS = 10  # Euler steps behind the pictures in the report
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to continue the base model's training; None marks the base itself."""
+
+    label: str
+    gamma: float | None = None
+    timesteps: str | None = None
+    interval: str = "shifted"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a demo, chosen on seeds other than the published ones."""
+
+    data: str = "photos"
+    size: int = 16
+    gamma: float = 0.3
+    base_images: int = 256_000
+    post_images: int = 128_000
+    base_lr: float = 1e-3
+    post_lr: float = 5e-4
+    samples: int = 2000
+    steps: tuple[int, ...] = (5, 10, 20, 50)
+
+
+SETTINGS = {"photos": Settings(), "digits": Settings(data="digits", size=8)}
+
+
+def arms_of(settings: Settings, sweep: bool) -> dict[str, Arm]:
+    """The arms by name, the base first. The sweep adds gammas and the paper's ablation rows."""
+    g = settings.gamma
+    arms = {
+        "base": Arm("base, no post-training"),
+        "control": Arm("control: plain continued training", 0.0, "uniform"),
+        "mixflow": Arm(f"MixFlow, gamma {g:g}", g, "beta21"),
+    }
+    if sweep:
+        for gamma in (0.0, 0.3, 0.5, 0.8):
+            if gamma != g:
+                label = f"Beta(2,1) label, gamma {gamma:g}"
+                arms[f"gamma_{gamma:g}"] = Arm(label, gamma, "beta21")
+        arms |= {
+            "uniform_any": Arm("ablation: t ~ U, m ~ U[0, 1]", None, "uniform", "full"),
+            "beta_any": Arm("ablation: t ~ Beta, m ~ U[0, 1]", None, "beta21", "full"),
+            "uniform_below": Arm("ablation: t ~ U, m ~ U[0, t]", 1.0, "uniform"),
+            "beta_below": Arm("ablation: t ~ Beta, m ~ U[0, t] (gamma 1)", 1.0, "beta21"),
+        }
+    return arms
+
+
+def base_config(settings: Settings, seed: int, out: Path) -> Config:
+    """Configuration of the base model's training."""
+    return load_config(
+        settings.data,
+        [
+            f"out={out}",
+            f"data.size={settings.size}",
+            f"model.input_size={settings.size}",
+            f"model.init_seed={seed}",
+            f"train.seed={2 * seed}",
+            f"train.images={settings.base_images}",
+            f"optim.lr={settings.base_lr}",
+        ],
+    )
+
+
+def arm_config(base: Config, arm: Arm, settings: Settings, seed: int, out: Path) -> Config:
+    """Configuration of an arm's post-training: the base's, with other data positions."""
+    return base.replace(
+        **{
+            "out": str(out),
+            "train.init": str(Path(base.out) / "weights.pt"),
+            "train.seed": 2 * seed + 1,
+            "train.images": settings.post_images,
+            "optim.lr": settings.post_lr,
+            "objective.gamma": 0.0 if arm.gamma is None else arm.gamma,
+            "objective.timesteps": arm.timesteps,
+            "objective.interval": arm.interval,
+        }
+    )
+
+
+class Measure:
+    """Frechet distances to the held-out real images, in every feature space of the demo."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.size = settings.size
+        self.real = _all_images(settings.data, "heldout", settings.size)
+        self.truth = {name: moments(map_(self.real)) for name, map_ in FEATURES.items()}
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        return {
+            METRIC_OF_FEATURE[name]: frechet_distance(*moments(map_(images)), *self.truth[name])
+            for name, map_ in FEATURES.items()
+        }
+
+
+def run_demo(
+    out: str | Path = "runs/demo",
+    seeds: Sequence[int] = (0,),
+    sweep: bool = False,
+    settings: Settings = SETTINGS["photos"],
+    command: str = "mixflow-fast demo",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run the demo and write OUT/report.html, report.json, report.md and the checkpoints.
+
+    A demo that was interrupted goes on where it was; one that had finished starts afresh.
+
+    Args:
+        out: folder of the demo.
+        seeds: one run of everything per seed; several give means and standard deviations.
+        sweep: add the gamma sweep and the paper's ablation rows.
+        settings: sizes; `SETTINGS["photos"]` or `SETTINGS["digits"]`.
+        command: what to print as the command that made the report.
+        quiet: no progress.
+
+    Returns:
+        what report.json holds.
+
+    Raises:
+        ValueError: no seeds; a folder that holds another demo; a missing extra.
+    """
+    from mixflow_fast.trainer import train
+
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
+    out = Path(out)
+    arms = arms_of(settings, sweep)
+    _claim(out, {"settings": asdict(settings), "seeds": list(seeds), "sweep": sweep})
+    clock = _Clock(out / ".seconds.json")
+    say: Callable[[str], None] = (lambda _: None) if quiet else _say
+    measure = Measure(settings)
+    configs: dict[str, Any] = {}
+    losses: dict[str, list] = {}
+    cells: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in arms}
+    for number, seed in enumerate(seeds, 1):
+        folder = out / f"seed_{seed}"
+        base = base_config(settings, seed, folder / "base")
+        for name, arm in arms.items():
+            say(f"seed {seed} ({number}/{len(seeds)}): {arm.label}")
+            config = base
+            if name != "base":
+                config = arm_config(base, arm, settings, seed, folder / name)
+            done = folder / name / "frechet.json"
+            if not done.exists():
+                result = train(config, quiet=quiet)
+                if not result.finished:
+                    raise KeyboardInterrupt
+                table = _evaluate(config, settings, measure, seed)
+                write_json(done, table)
+                clock.lap()
+            cells[name].append(json.loads(done.read_text()))
+            if number == 1:
+                configs[name] = config.to_dict()
+                rows = read_metrics(Path(config.out) / "metrics.jsonl")
+                losses[name] = [[row["images_seen"], row["loss"]] for row in rows]
+    result = {
+        "title": "MixFlow post-training on photo crops" if settings.data == "photos" else
+        "MixFlow post-training on handwritten digits",
+        "seed": seeds[0],
+        "seeds": list(seeds),
+        "seconds": clock.lap(),
+        "steps": list(settings.steps),
+        "arms": {
+            name: {
+                "label": arm.label,
+                "gamma": arm.gamma,
+                "timesteps": arm.timesteps,
+                "interval": arm.interval,
+                **{metric: _combine(cells[name], metric) for metric in METRIC_OF_FEATURE.values()},
+                "images": str(out / f"seed_{seeds[0]}" / name / "samples.png"),
+            }
+            for name, arm in arms.items()
+        },
+        "floor": _floor(settings, measure),
+        "losses": losses,
+        "real_grid": str(_real_grid(out, measure)),
+        "config": {"settings": asdict(settings), **configs},
+        "environment": _environment(),
+        "notes": _notes(settings, len(seeds)),
+        "command": command,
+        "images_caption": f"{GRID_STEPS} Euler steps, same noise and labels in every arm",
+        "about": _about(settings),
+    }  # fmt: skip
+    render_demo_report(result, out / "report.html")
+    write_bytes(out / "report.md", evidence_markdown(result).encode())
+    write_json(out / "report.json", result)  # last: its presence marks a finished demo
+    return result
+
+
+def _evaluate(config: Config, settings: Settings, measure: Measure, seed: int) -> dict:
+    """Sample the run's EMA model with each number of steps; also draws its picture."""
+    folder = Path(config.out)
+    model = load_model(folder / "weights.pt")
+    table: dict[str, dict[str, float]] = {}
+    for steps in settings.steps:
+        drawn = sample(
+            model,
+            num=settings.samples,
+            steps=steps,
+            method="euler",
+            seed=seed,
+            balanced=True,
+            batch_size=250,
+        )
+        if steps == GRID_STEPS:
+            save_grid(folder / "samples.png", drawn.x[:32], columns=8, scale=64 // settings.size)
+        for metric, value in measure(drawn.x).items():
+            table.setdefault(metric, {})[str(steps)] = value
+    return table
+
+
+def _floor(settings: Settings, measure: Measure) -> dict[str, float]:
+    """What a perfect model would score: as many real training images against the held-out ones."""
+    images = _all_images(settings.data, "train", settings.size)
+    order = torch.linspace(0, len(images) - 1, min(settings.samples, len(images))).long()
+    return measure(images[order])
+
+
+def _all_images(data: str, split: str, size: int) -> Tensor:
+    source = build_source(data, size=size, split=split)
+    index = torch.arange(len(source))
+    return source.get(index, index, 0).x
+
+
+def _real_grid(out: Path, measure: Measure) -> Path:
+    chosen = torch.linspace(0, len(measure.real) - 1, 32).long()
+    # Alternate the two halves of the set, as the generated pictures alternate the labels.
+    chosen = chosen.view(2, 16).T.reshape(-1)
+    save_grid(out / "real.png", measure.real[chosen], columns=8, scale=64 // measure.size)
+    return out / "real.png"
+
+
+def _combine(tables: list[dict[str, dict[str, float]]], metric: str) -> dict[str, Any]:
+    """One seed's numbers as they are; of several the mean and the sample standard deviation."""
+    if len(tables) == 1:
+        return tables[0][metric]
+    return {
+        steps: {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values),
+            "values": values,
+        }
+        for steps in tables[0][metric]
+        if (values := [table[metric][steps] for table in tables])
+    }
+
+
+def _claim(out: Path, plan: dict[str, Any]) -> None:
+    """Take the folder for this plan: go on with an unfinished run of it, replace a finished one."""
+    mark = out / "demo.json"
+    plan = json.loads(json.dumps(plan))
+    if mark.exists():
+        if json.loads(mark.read_text()) != plan:
+            raise ValueError(
+                f"{out} holds a demo with other settings: choose another --out, or delete it"
+            )
+        if (out / "report.json").exists():
+            _discard(out)
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(mark, plan)
+
+
+def _discard(out: Path) -> None:
+    (out / "report.json").unlink()
+    (out / ".seconds.json").unlink(missing_ok=True)
+    for folder in out.glob("seed_*"):
+        shutil.rmtree(folder)
+
+
+class _Clock:
+    """Working seconds of a demo, over interruptions."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = json.loads(path.read_text()) if path.exists() else 0.0
+        self._start = time.monotonic()
+
+    def lap(self) -> float:
+        seconds = self._before + time.monotonic() - self._start
+        write_json(self._path, seconds)
+        return seconds
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": metadata.version("deepspeed"),
+        "mixflow_fast": __version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _about(settings: Settings) -> str:
+    if settings.data == "digits":
+        what = f"scikit-learn's handwritten digits at {settings.size}x{settings.size} pixels"
+    else:
+        what = "16x16 crops of the two photographs that come with scikit-learn"
+    return (
+        f"A small SiT (4 layers, width 96) was trained on {what}, then trained further in each of "
+        "the ways below with the same data and noise. Each arm generated from the same noise with "
+        "few and with many Euler steps."
+    )
+
+
+def _notes(settings: Settings, seeds: int) -> list[str]:
+    dimensions = (1 if settings.data == "digits" else 3) * settings.size**2
+    notes = [
+        f"A small model on {dimensions}-dimensional images, not ImageNet: it shows the mechanism, "
+        "not the paper's numbers.",
+        f"{settings.samples} samples per cell against all held-out images; the distance of as many "
+        "real training images to the same held-out images is the floor.",
+        "Sizes, gamma and learning rates were chosen on other seeds than those shown.",
+    ]
+    if seeds > 1:
+        notes.append("Spread: sample standard deviation over the seeds (base model included).")
+    return notes
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def smaller(settings: Settings, factor: int) -> Settings:
+    """The same demo with less of everything, for tests."""
+    return replace(
+        settings,
+        base_images=settings.base_images // factor,
+        post_images=settings.post_images // factor,
+        samples=max(settings.samples // factor, 16),
+    )
