@@ -97,7 +97,7 @@ class TrainConfig:
     microbatch_size: int = 32  # per rank and forward pass
     label_dropout: float = 0.1  # probability of the null class (for guidance)
     precision: str = "bf16"  # bf16 | fp32
-    zero_stage: int = 1  # DeepSpeed ZeRO 0-3
+    zero_stage: int = 2  # DeepSpeed ZeRO 0-3; bf16 at 1 waits for the host once a step
     seed: int = 0
     init: str | None = None  # checkpoint whose EMA weights start model and EMA; null = random
     device: str = "auto"  # auto | cpu | cuda
@@ -306,6 +306,12 @@ def validate(config: Config, world_size: int = 1) -> None:
     ):
         if not value >= low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
+    if t.precision == "bf16" and t.zero_stage == 0:
+        raise ValueError(
+            "train.precision=bf16 needs train.zero_stage >= 1: DeepSpeed's bf16 optimizer without "
+            "ZeRO takes a step with zero gradients when it is built. On one rank ZeRO 1 shards "
+            "nothing and costs nothing"
+        )
     share = t.microbatch_size * world_size
     if t.global_batch_size % share:
         raise ValueError(

@@ -1,0 +1,347 @@
+"""The trainer on real DeepSpeed: exact resume, ranks and micro-batches, EMA, refusals, kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixflow_fast.config import Config, load_config
+from mixflow_fast.data import Batch, BatchLoader
+from mixflow_fast.metrics import read_metrics
+from mixflow_fast.models import SiT
+from mixflow_fast.trainer import Trainer, build_model, train
+from tests.train_ranks import TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)]
+
+
+def tiny(out: Path, *overrides: str) -> Config:
+    return load_config("photos", [*TINY, "train.images=48", f"out={out}", *overrides])
+
+
+def settings(precision: str, stage: int) -> list[str]:
+    return [f"train.precision={precision}", f"train.zero_stage={stage}"]
+
+
+def tensors(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every leaf of nested dicts and lists."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors(item, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for key, item in enumerate(value):
+            yield from tensors(item, f"{path}/{key}")
+    elif isinstance(value, (torch.Tensor, int, float, str)):
+        yield path, value
+
+
+def checkpoint_leaves(out: Path) -> dict[str, object]:
+    """All that a run's newest checkpoint holds: weights, master weights, moments, EMA, counters."""
+    (folder,) = (out / "checkpoints").glob("step_*")
+    leaves = {}
+    for file in sorted(folder.rglob("*.pt")):
+        content = torch.load(file, weights_only=False)
+        leaves |= {f"{file.name}{path}": leaf for path, leaf in tensors(content)}
+    return {k: v for k, v in leaves.items() if "args/config" not in k and "ds_version" not in k}
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    first, second = checkpoint_leaves(a), checkpoint_leaves(b)
+    assert first.keys() == second.keys()
+    assert any("exp_avg_sq" in key for key in first) and any("ema" in key for key in first)
+    for key, leaf in first.items():
+        same = torch.equal(leaf, second[key]) if isinstance(leaf, torch.Tensor) else None
+        assert same or leaf == second[key], key
+
+
+@pytest.mark.parametrize(("precision", "stage"), STAGES)
+def test_resume_is_bit_identical(tmp_path: Path, precision: str, stage: int) -> None:
+    """6 steps = 3 steps + save + a new process's worth of state + 3 steps."""
+    extra = [*settings(precision, stage), "train.keep=1", "optim.grad_clip=0.5"]
+    train(tiny(tmp_path / "whole", *extra), quiet=True)
+    half = train(tiny(tmp_path / "parts", *extra, "train.images=24"), quiet=True)
+    assert (half.step, half.finished) == (3, True)
+    rest = train(tiny(tmp_path / "parts", *extra), quiet=True)
+    assert (rest.step, rest.images_seen) == (6, 48)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert [[r["step"], r["loss"]] for r in rows[0]] == [[r["step"], r["loss"]] for r in rows[1]]
+
+
+@pytest.mark.parametrize(("precision", "stage"), [*STAGES, ("fp32", 3)])
+def test_exported_ema_and_weights(tmp_path: Path, precision: str, stage: int) -> None:
+    """After one step the EMA is decay * initial + (1 - decay) * new, under the official names."""
+    config = tiny(tmp_path, *settings(precision, stage), "train.images=8", "optim.ema_decay=0.75")
+    initial = build_model(config).state_dict()
+    if precision == "bf16":  # DeepSpeed makes the master weights from the bf16 module
+        initial = {name: value.bfloat16().float() for name, value in initial.items()}
+    content = torch.load(train(config, quiet=True).weights, weights_only=True)
+    assert content["ema"].keys() == content["model"].keys() == initial.keys()
+    moved = 0
+    for name, new in content["model"].items():
+        expected = 0.75 * initial[name] + 0.25 * new
+        torch.testing.assert_close(content["ema"][name], expected, rtol=1e-6, atol=1e-7)
+        moved += not torch.equal(new, initial[name])
+    assert moved >= 2  # adaLN-Zero: the first step moves the last layer alone
+    assert torch.equal(content["model"]["pos_embed"], initial["pos_embed"])
+
+
+def run_ranks(ranks: int, dump: Path, out: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    """The stream of a run on `ranks` processes, sorted by global position."""
+    dump.mkdir()
+    command = [sys.executable, "-m", "tests.train_ranks"]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run(
+        [*command, str(dump), f"out={out}", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    parts = [torch.load(file) for file in sorted(dump.glob("rank_*.pt"))]
+    assert len(parts) == ranks
+    stream = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    order = stream["ids"].argsort()
+    return {key: value[order] for key, value in stream.items()}
+
+
+def test_ranks_and_microbatches_train_on_the_same_stream(tmp_path: Path) -> None:
+    common = ["train.images=32", "train.zero_stage=1"]
+    one = run_ranks(1, tmp_path / "d1", tmp_path / "r1", *common)
+    assert one["ids"].tolist() == list(range(32))
+    assert len(one["t"].unique()) == 32
+    losses = [row["loss"] for row in read_metrics(tmp_path / "r1" / "metrics.jsonl")]
+    weights = torch.load(tmp_path / "r1" / "weights.pt", weights_only=True)["ema"]
+    for name, ranks, micro in (("micro", 1, 2), ("ranks", 2, 2)):
+        stream = run_ranks(
+            ranks,
+            tmp_path / f"d_{name}",
+            tmp_path / name,
+            *common,
+            f"train.microbatch_size={micro}",
+        )
+        for key, value in one.items():
+            assert torch.equal(stream[key], value), (name, key)
+        others = [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        assert others == pytest.approx(losses, rel=2e-6)
+        ema = torch.load(tmp_path / name / "weights.pt", weights_only=True)["ema"]
+        for key, value in weights.items():
+            torch.testing.assert_close(ema[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_resume_bit_identically_and_refuse_another_number(tmp_path: Path) -> None:
+    common = ["train.microbatch_size=4", "train.zero_stage=1", "train.keep=1"]
+    run_ranks(2, tmp_path / "d0", tmp_path / "whole", *common, "train.images=32")
+    run_ranks(2, tmp_path / "d1", tmp_path / "parts", *common, "train.images=16")
+    second = run_ranks(2, tmp_path / "d2", tmp_path / "parts", *common, "train.images=32")
+    assert second["ids"].tolist() == list(range(16, 32))
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(ValueError, match="written by 2 ranks"):
+        train(tiny(tmp_path / "parts", "train.images=32", *common), quiet=True)
+
+
+def test_post_training_starts_model_and_ema_from_the_ema(tmp_path: Path) -> None:
+    base = train(tiny(tmp_path / "base", "optim.ema_decay=0.5"), quiet=True)
+    content = torch.load(base.weights, weights_only=True)
+    config = tiny(tmp_path / "post", f"train.init={base.out}", "optim.lr=0", "train.images=16")
+    after = torch.load(train(config, quiet=True).weights, weights_only=True)
+    for name, ema in content["ema"].items():
+        assert torch.equal(after["model"][name], ema)
+        torch.testing.assert_close(after["ema"][name], ema, rtol=1e-6, atol=1e-9)
+    assert not torch.equal(
+        content["ema"]["blocks.0.mlp.fc1.weight"], content["model"]["blocks.0.mlp.fc1.weight"]
+    )
+
+
+class CountReads(TorchDispatchMode):
+    """Counts reads of a device value on the host: each would stall a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class Prefetched:
+    """Micro-batches that are made already: what the loader reads, it reads in host memory."""
+
+    def __init__(self, loader: BatchLoader, count: int) -> None:
+        self.microsteps = loader.microsteps
+        self._batches = iter([next(loader) for _ in range(count)])
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
+def test_a_step_reads_nothing_from_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, stage: int
+) -> None:
+    overrides = [*settings(precision, stage), "optim.grad_clip=0.5", "train.microbatch_size=4"]
+    trainer = Trainer(tiny(tmp_path, *overrides), quiet=True)
+    c = trainer.config.train
+    loader = BatchLoader(
+        trainer.source, seed=0, global_batch_size=8, microbatch_size=c.microbatch_size
+    )
+    ready = Prefetched(loader, 4)
+    # The label range is checked on the CPU only.
+    monkeypatch.setattr(SiT, "_check_inputs", lambda *_: None)
+    trainer._step(ready)
+    with CountReads() as counter:
+        trainer._step(ready)
+        assert counter.reads == 0
+        trainer.optimizer.grad_norm.item()
+    assert counter.reads == 1  # the counter counts
+
+
+def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
+    """REPA's SiT on moments with teacher features: loss is flow + 0.5 * alignment."""
+    import numpy as np
+
+    g = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "set.npz",
+        moments=np.abs(g.normal(size=(16, 8, 8, 8))).astype(np.float16),
+        labels=np.arange(16) % 3,
+    )
+    np.save(tmp_path / "teacher.npy", g.normal(size=(16, 16, 12)).astype(np.float32))
+    overrides = [
+        "model={name: SiT-S/2, input_size: 8, in_channels: 4, num_classes: 3, depth: 2, "
+        "hidden_size: 32, num_heads: 2, z_dims: [12], encoder_depth: 1, projector_dim: 16}",
+        f"data={{kind: latents, path: {tmp_path / 'set.npz'}, moments: true, scale: 0.18215, "
+        f"features: {tmp_path / 'teacher.npy'}}}",
+        "train.images=32",
+        "train.global_batch_size=8",
+        "train.microbatch_size=8",
+        "train.log_every=1",
+    ]
+    losses = {}
+    for weight in (0.0, 0.5):
+        out = tmp_path / f"run_{weight}"
+        config = load_config(
+            "photos", [*overrides, f"out={out}", f"objective.alignment_weight={weight}"]
+        )
+        trainer = Trainer(config, quiet=True)
+        assert trainer.mix.clock == "noise_at_1"
+        trainer.run()
+        losses[weight] = read_metrics(out / "metrics.jsonl")[0]["loss"]
+    # The initial network is the same: the difference is 0.5 times a mean negative cosine.
+    assert 0 < abs(losses[0.5] - losses[0.0]) < 0.5
+
+
+REFUSALS = [
+    (["model.in_channels=4"], "shape"),
+    (["model.num_classes=1"], "classes"),
+    (["model.patch_size=3"], "unknown key"),
+    (["model.name=SiT-M/4"], "SiT-"),
+    (["model.num_heads=5"], "num_heads"),
+    (["train.microbatch_size=3"], "multiple"),
+    (["train.precision=fp16"], "precision"),
+    (["train.precision=bf16", "train.zero_stage=0"], "zero_stage"),
+    (["objective.gamma=2"], "gamma"),
+    (["objective.timesteps=beta"], "timesteps"),
+    (["objective.alignment_weight=0.5"], "z_dims"),
+    (["train.init=nowhere.pt"], "nowhere.pt"),
+    (["train.device=cuda"], "cuda"),
+    (["model.class_dropout_prob=0"], "null class"),
+    (["data={kind: folder, path: nowhere, size: 16}"], "nowhere"),
+    (["data={kind: latents}"], "data.path"),
+    (["data.moments=true"], "moments"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSALS)
+def test_refusals_come_before_anything_is_written(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    if "cuda" in message and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=message):
+        train(tiny(tmp_path / "run", *overrides), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_checkpoint_is_refused(tmp_path: Path) -> None:
+    base = train(tiny(tmp_path / "base", "train.images=8"), quiet=True)
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 16, 32\) instead of \(1, 16, 64\)"):
+        train(
+            tiny(tmp_path / "wide", "model.hidden_size=64", f"train.init={base.weights}"),
+            quiet=True,
+        )
+    (tmp_path / "broken.pt").write_bytes(base.weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="broken.pt"):
+        train(tiny(tmp_path / "b", f"train.init={tmp_path / 'broken.pt'}"), quiet=True)
+    assert not (tmp_path / "wide").exists() and not (tmp_path / "b").exists()
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path, "train.images=8"), quiet=True)
+    with pytest.raises(ValueError, match=r"objective.gamma: 0.5 -> 0.9"):
+        train(tiny(tmp_path, "objective.gamma=0.9"), quiet=True)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny(tmp_path), resume="never", quiet=True)
+
+
+def start_cli(out: Path, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mixflow_fast.cli", "train", "photos", *TINY, f"out={out}"]
+        + list(overrides),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        rows = read_metrics(out / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1][-3000:])
+        time.sleep(0.02)
+    raise AssertionError("no progress in 120 s")
+
+
+def test_killed_and_interrupted_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+    """kill -9, then Ctrl-C, then to the end: as if nothing had happened."""
+    length = ["train.images=640", "train.save_every=5", "train.keep=1"]
+    killed = start_cli(tmp_path / "run", "train.images=1000000", *length[1:])
+    wait_for_step(killed, tmp_path / "run", 12)
+    killed.kill()
+    killed.communicate()
+    interrupted = start_cli(tmp_path / "run", "train.images=1000000", *length[1:])
+    wait_for_step(interrupted, tmp_path / "run", 25)
+    interrupted.send_signal(signal.SIGINT)
+    _, errors = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 130, errors[-3000:]
+    assert "the same command resumes" in errors
+    state = json.loads(next((tmp_path / "run").glob("checkpoints/step_*/state.json")).read_text())
+    assert 25 <= state["step"]
+    length[0] = f"train.images={8 * (state['step'] + 10)}"
+    for name in ("run", "whole"):
+        process = start_cli(tmp_path / name, *length)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+    steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(1, state["step"] + 11))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing_*"))
