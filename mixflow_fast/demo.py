@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,11 @@ class Settings:
     data: str = "photos"
     size: int = 16
     gamma: float = 0.3
-    base_images: int = 256_000
-    post_images: int = 128_000
+    base_images: int = 160_000
+    post_images: int = 64_000
     base_lr: float = 1e-3
     post_lr: float = 5e-4
-    samples: int = 2000
+    samples: int = 1000
     steps: tuple[int, ...] = (5, 10, 20, 50)
 
 
@@ -128,9 +129,9 @@ def arm_config(base: Config, arm: Arm, settings: Settings, seed: int, out: Path)
 class Measure:
     """Frechet distances to the held-out real images, in every feature space of the demo."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.size = settings.size
-        self.real = _all_images(settings.data, "heldout", settings.size)
+    def __init__(self, data: str, size: int) -> None:
+        self.size = size
+        self.real = _all_images(data, "heldout", size)
         self.truth = {name: moments(map_(self.real)) for name, map_ in FEATURES.items()}
 
     def __call__(self, images: Tensor) -> dict[str, float]:
@@ -138,6 +139,11 @@ class Measure:
             METRIC_OF_FEATURE[name]: frechet_distance(*moments(map_(images)), *self.truth[name])
             for name, map_ in FEATURES.items()
         }
+
+
+@lru_cache(maxsize=2)
+def _measure(data: str, size: int) -> Measure:
+    return Measure(data, size)
 
 
 def run_demo(
@@ -150,7 +156,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo and write OUT/report.html, report.json, report.md and the checkpoints.
 
-    A demo that was interrupted goes on where it was; one that had finished starts afresh.
+    A demo that was interrupted goes on where it was, and one that is asked for more seeds or for
+    the sweep keeps the arms it has; exactly the same demo, once finished, starts afresh.
 
     Args:
         out: folder of the demo.
@@ -161,7 +168,7 @@ def run_demo(
         quiet: no progress.
 
     Returns:
-        what report.json holds.
+        what report.json holds. "seconds" adds up training and evaluation of every arm.
 
     Raises:
         ValueError: no seeds; a folder that holds another demo; a missing extra.
@@ -172,13 +179,12 @@ def run_demo(
         raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
     out = Path(out)
     arms = arms_of(settings, sweep)
-    _claim(out, {"settings": asdict(settings), "seeds": list(seeds), "sweep": sweep})
-    clock = _Clock(out / ".seconds.json")
+    _claim(out, settings, {"seeds": list(seeds), "arms": list(arms)})
     say: Callable[[str], None] = (lambda _: None) if quiet else _say
-    measure = Measure(settings)
+    measure = _measure(settings.data, settings.size)
     configs: dict[str, Any] = {}
     losses: dict[str, list] = {}
-    cells: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in arms}
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for number, seed in enumerate(seeds, 1):
         folder = out / f"seed_{seed}"
         base = base_config(settings, seed, folder / "base")
@@ -189,12 +195,11 @@ def run_demo(
                 config = arm_config(base, arm, settings, seed, folder / name)
             done = folder / name / "frechet.json"
             if not done.exists():
-                result = train(config, quiet=quiet)
-                if not result.finished:
+                started = time.monotonic()
+                if not train(config, quiet=quiet).finished:
                     raise KeyboardInterrupt
                 table = _evaluate(config, settings, measure, seed)
-                write_json(done, table)
-                clock.lap()
+                write_json(done, {**table, "seconds": time.monotonic() - started})
             cells[name].append(json.loads(done.read_text()))
             if number == 1:
                 configs[name] = config.to_dict()
@@ -205,7 +210,7 @@ def run_demo(
         "MixFlow post-training on handwritten digits",
         "seed": seeds[0],
         "seeds": list(seeds),
-        "seconds": clock.lap(),
+        "seconds": sum(table["seconds"] for tables in cells.values() for table in tables),
         "steps": list(settings.steps),
         "arms": {
             name: {
@@ -247,7 +252,7 @@ def _evaluate(config: Config, settings: Settings, measure: Measure, seed: int) -
             method="euler",
             seed=seed,
             balanced=True,
-            batch_size=250,
+            batch_size=min(250, settings.samples),
         )
         if steps == GRID_STEPS:
             save_grid(folder / "samples.png", drawn.x[:32], columns=8, scale=64 // settings.size)
@@ -277,7 +282,7 @@ def _real_grid(out: Path, measure: Measure) -> Path:
     return out / "real.png"
 
 
-def _combine(tables: list[dict[str, dict[str, float]]], metric: str) -> dict[str, Any]:
+def _combine(tables: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """One seed's numbers as they are; of several the mean and the sample standard deviation."""
     if len(tables) == 1:
         return tables[0][metric]
@@ -292,42 +297,25 @@ def _combine(tables: list[dict[str, dict[str, float]]], metric: str) -> dict[str
     }
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Take the folder for this plan: go on with an unfinished run of it, replace a finished one."""
-    mark = out / "demo.json"
-    plan = json.loads(json.dumps(plan))
+def _claim(out: Path, settings: Settings, asked: dict[str, Any]) -> None:
+    """Take the folder: keep finished arms of these settings, discard a finished equal demo."""
+    mark, report = out / "settings.json", out / "report.json"
+    plan = json.loads(json.dumps(asdict(settings)))
     if mark.exists():
         if json.loads(mark.read_text()) != plan:
             raise ValueError(
                 f"{out} holds a demo with other settings: choose another --out, or delete it"
             )
-        if (out / "report.json").exists():
-            _discard(out)
+        if report.exists():
+            old = json.loads(report.read_text())
+            report.unlink()
+            if {"seeds": old["seeds"], "arms": list(old["arms"])} == asked:
+                for folder in out.glob("seed_*"):
+                    shutil.rmtree(folder)
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(mark, plan)
-
-
-def _discard(out: Path) -> None:
-    (out / "report.json").unlink()
-    (out / ".seconds.json").unlink(missing_ok=True)
-    for folder in out.glob("seed_*"):
-        shutil.rmtree(folder)
-
-
-class _Clock:
-    """Working seconds of a demo, over interruptions."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._before = json.loads(path.read_text()) if path.exists() else 0.0
-        self._start = time.monotonic()
-
-    def lap(self) -> float:
-        seconds = self._before + time.monotonic() - self._start
-        write_json(self._path, seconds)
-        return seconds
 
 
 def _environment() -> dict[str, Any]:

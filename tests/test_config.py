@@ -1,0 +1,127 @@
+"""Recipes, overrides and what they refuse."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mixflow_fast.config import Config, load_config, recipe_names, validate
+
+GIVEN = {"train.init": "null", "data.path": "latents"}
+
+
+def resolved(name: str) -> Config:
+    return load_config(name, [f"{key}={value}" for key, value in GIVEN.items()])
+
+
+def test_the_issue_recipes_exist() -> None:
+    assert set(recipe_names()) == {
+        *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "photos", "digits"),
+    }
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_resolve_validate_and_round_trip(name: str, tmp_path: Path) -> None:
+    config = resolved(name)
+    validate(config)
+    validate(config, world_size=1)
+    assert config.out == f"runs/{name}"
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file)) == config
+
+
+@pytest.mark.parametrize("name", ["sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256"])
+def test_recipes_match_the_published_models(name: str) -> None:
+    """Spec tables: model, latent side, batch, learning rate, EMA, gamma, 500k steps."""
+    c = resolved(name)
+    assert c.model.name == ("SiT-B/2" if "b2" in name else "SiT-XL/2")
+    assert c.model.input_size == (64 if "512" in name else 32)
+    assert (c.train.global_batch_size, c.optim.lr, c.optim.ema_decay) == (256, 1e-4, 0.9999)
+    assert (c.objective.gamma, c.objective.timesteps, c.steps) == (0.8, "beta21", 500_000)
+    assert c.optim.grad_clip == (1.0 if "repa" in name else 0.0)
+
+
+def test_post_training_recipes_ask_for_what_they_need() -> None:
+    with pytest.raises(ValueError, match=r"data.path must be given: add data.path=VALUE"):
+        load_config("sit-b2-256", ["train.init=null"])
+    with pytest.raises(ValueError, match=r"train.init must be given"):
+        load_config("sit-b2-256", ["data.path=x"])
+
+
+def test_overrides_have_the_fields_type() -> None:
+    c = load_config(
+        "photos",
+        ["optim.lr=1e-4", "train.images=1e6", "data.flip=true", "data.size=16", "out=a/b"],
+    )
+    assert (c.optim.lr, c.train.images, c.data.flip, c.out) == (1e-4, 1_000_000, True, "a/b")
+    assert isinstance(c.train.images, int)
+    assert load_config("photos", ["data.path="]).data.path is None
+
+
+BAD = [
+    ("photo", [], "did you mean 'photos'"),
+    ("nowhere.yaml", [], "does not exist"),
+    ("photos", ["train.sed=1"], "unknown key 'train.sed'; did you mean 'train.seed'"),
+    ("photos", ["lr=1"], "did you mean 'optim.lr'"),
+    ("photos", ["optm.lr=1"], "unknown key 'optm'; did you mean 'optim'"),
+    ("photos", ["train.seed.x=1"], "train.seed"),
+    ("photos", ["train"], "section.field=value"),
+    ("photos", ["train=3"], "train must be a section"),
+    ("photos", ["train.images=many"], "train.images must be int, got 'many'"),
+    ("photos", ["train.images=1.5"], "train.images must be int"),
+    ("photos", ["train.images=true"], "train.images must be int"),
+    ("photos", ["optim.lr=fast"], "optim.lr must be float"),
+    ("photos", ["data.flip=1"], "data.flip must be bool"),
+    ("photos", ["train.init=3"], "train.init must be str or null"),
+    ("photos", ["model.z_dims=[a]"], "model.z_dims"),
+    ("photos", ["optim.lr=[1"], "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "overrides", "message"), BAD)
+def test_bad_recipes_and_overrides(recipe: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        load_config(recipe, overrides)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "model: [", "model: 3"])
+def test_bad_recipe_files(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="mine.yaml|model must be a section"):
+        load_config(str(file))
+
+
+IMPOSSIBLE = [
+    ("train.precision=fp16", "train.precision must be one of"),
+    ("train.zero_stage=4", "train.zero_stage"),
+    ("train.images=0", "train.images must be >= 1"),
+    ("train.seed=-1", "train.seed must be >= 0"),
+    ("train.microbatch_size=100", "multiple of"),
+    ("train.label_dropout=1", r"label_dropout must be in \[0, 1\)"),
+    ("model.class_dropout_prob=0", "null class"),
+    ("objective.alignment_weight=1", "z_dims"),
+    ("optim.schedule=step", "optim.schedule"),
+    ("train.device=tpu", "train.device"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)
+def test_impossible_combinations(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(load_config("photos", [override]))
+
+
+def test_batch_must_divide_by_the_ranks() -> None:
+    config = load_config("photos", ["train.microbatch_size=64"])
+    validate(config, world_size=2)
+    with pytest.raises(ValueError, match="64 x 3 = 192"):
+        validate(config, world_size=3)
+
+
+def test_replace_and_yaml_are_plain() -> None:
+    config = load_config("repa-xl2-256", ["data.path=x", "train.init=y"])
+    assert config.replace(**{"train.seed": 7, "out": "z"}).train.seed == 7
+    assert config.train.seed == 0
+    assert yaml.safe_load(config.to_yaml())["model"]["z_dims"] == [768]
