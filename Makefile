@@ -61,8 +61,6 @@ test: lint
 
 demo: $(STAMP)
 	$(BIN)/mixflow-fast demo $(ARGS)
-	@report=$$(find runs -name report.html -exec ls -t {} + | head -n 1); \
-	    [ -n "$$report" ] && echo "report: $(CURDIR)/$$report"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

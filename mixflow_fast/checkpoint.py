@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -73,18 +73,41 @@ def commit(out: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         json.dump(state, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    for file in temporary.rglob("*"):  # DeepSpeed's shards too, before older ones are deleted
+        _sync(file)
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync_folder(folder)
-    _publish(final / "weights.pt", out / "weights.pt")
+    _sync(folder)
+    publish(final, out)
     complete = sorted(p for p in folder.glob("step_*") if _NAME.fullmatch(p.name))
     for old in complete[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def _publish(source: Path, target: Path) -> None:
+def lock(out: Path) -> IO[str]:
+    """Keep other runs out of the folder for as long as the returned file is open.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    import fcntl
+
+    file = (out / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"{out} is in use by another run: wait for it or choose another") from None
+    return file
+
+
+def publish(checkpoint: Path, out: Path) -> None:
+    """Make OUT/weights.pt that of the checkpoint: a hard link, or a copy where there are none."""
+    source, target = checkpoint / "weights.pt", out / "weights.pt"
+    if target.exists() and target.samefile(source):
+        return
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -94,8 +117,8 @@ def _publish(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

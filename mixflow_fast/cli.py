@@ -13,33 +13,43 @@ from mixflow_fast import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 refused input, 130 interrupted."""
+    """Run the command line.
+
+    Returns:
+        the exit code: 0 done, 1 training diverged, 2 refused input, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     try:
         return options.run(options, arguments)
-    except ValueError as error:
-        if os.environ.get("MIXFLOW_DEBUG"):
-            raise
-        print(f"mixflow-fast: error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, ImportError) as error:
+        return _report(error, 2)
     except KeyboardInterrupt:
         print("mixflow-fast: interrupted; the same command resumes", file=sys.stderr)
         return 130
 
 
+def _report(error: Exception, code: int) -> int:
+    if os.environ.get("MIXFLOW_DEBUG"):
+        raise error
+    print(f"mixflow-fast: error: {error}", file=sys.stderr)
+    return code
+
+
 def _train(options: argparse.Namespace, _arguments: list[str]) -> int:
-    from mixflow_fast.config import load_config, validate
+    from mixflow_fast.config import load_config
     from mixflow_fast.distributed import rank, world_size
+    from mixflow_fast.trainer import TrainingDiverged, check, train
 
     config = load_config(options.recipe, options.overrides)
-    validate(config, world_size())
+    check(config, world_size())
     if options.dry_run:
         print(config.to_yaml(), end="")
         return 0
-    from mixflow_fast.trainer import train
-
-    result = train(config, resume=options.resume)
+    try:
+        result = train(config, resume=options.resume)
+    except TrainingDiverged as error:
+        return _report(error, 1)
     if rank() == 0:
         print(f"{result.weights}: {result.images_seen} images, step {result.step}")
     return 0 if result.finished else 130
@@ -134,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Post-train flow-matching diffusion transformers with MixFlow.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(

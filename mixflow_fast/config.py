@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,13 @@ from typing import Any
 
 REQUIRED = "???"
 RECIPES = Path(__file__).parent / "recipes"
+# What each kind of data takes from the section `data`; anything else that is set is refused.
+DATA_FIELDS = {
+    "photos": ("size", "flip"),
+    "digits": ("size",),
+    "folder": ("path", "size", "flip"),
+    "latents": ("path", "scale", "moments"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +102,7 @@ class TrainConfig:
 
     images: int = 1_000_000  # training images to see in all
     global_batch_size: int = 256
-    microbatch_size: int = 32  # per rank and forward pass
+    microbatch_size: int = 32  # at most this many examples per rank and forward pass
     label_dropout: float = 0.1  # probability of the null class (for guidance)
     precision: str = "bf16"  # bf16 | fp32
     zero_stage: int = 2  # DeepSpeed ZeRO 0-3; bf16 at 1 waits for the host once a step
@@ -133,6 +141,11 @@ class Config:
         for dotted, value in changes.items():
             _set(tree, dotted, value)
         return from_dict(tree)
+
+    def microbatch(self, world_size: int) -> int:
+        """Examples per forward pass: the largest equal parts of a rank's share that are allowed."""
+        share, most = self.train.global_batch_size // world_size, self.train.microbatch_size
+        return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
 
     @property
     def steps(self) -> int:
@@ -284,6 +297,10 @@ def validate(config: Config, world_size: int = 1) -> None:
         ValueError: names the field, what came, what is expected.
     """
     m, o, d, p, t = config.model, config.objective, config.data, config.optim, config.train
+    for name, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    _check_data(d, o.alignment_weight > 0)
     _choice("train.precision", t.precision, ("bf16", "fp32"))
     _choice("train.zero_stage", t.zero_stage, (0, 1, 2, 3))
     _choice("train.device", t.device, ("auto", "cpu", "cuda"))
@@ -312,29 +329,66 @@ def validate(config: Config, world_size: int = 1) -> None:
             "ZeRO takes a step with zero gradients when it is built. On one rank ZeRO 1 shards "
             "nothing and costs nothing"
         )
-    share = t.microbatch_size * world_size
-    if t.global_batch_size % share:
+    if t.global_batch_size % world_size:
         raise ValueError(
-            f"train.global_batch_size = {t.global_batch_size} must be a multiple of "
-            f"train.microbatch_size x ranks = {t.microbatch_size} x {world_size} = {share}"
+            f"train.global_batch_size = {t.global_batch_size} must be a multiple of the number of "
+            f"ranks, got {world_size}"
         )
-    if not 0 <= t.label_dropout < 1:
-        raise ValueError(f"train.label_dropout must be in [0, 1), got {t.label_dropout}")
+    for name, value in (
+        ("train.label_dropout", t.label_dropout),
+        ("optim.beta1", p.beta1),
+        ("optim.beta2", p.beta2),
+        ("optim.ema_decay", p.ema_decay),
+    ):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not 0 <= p.final_lr <= p.lr:
+        raise ValueError(f"optim.final_lr must be in [0, optim.lr = {p.lr}], got {p.final_lr}")
+    if not 0 <= m.init_seed < 1 << 63:
+        raise ValueError(f"model.init_seed must be in [0, 2**63), got {m.init_seed}")
+    if m.z_dims is None:
+        for name in ("encoder_depth", "projector_dim"):
+            if getattr(m, name) is not None:
+                raise ValueError(f"model.{name} has no meaning without model.z_dims: leave it out")
     if t.label_dropout and not m.class_dropout_prob:
         raise ValueError(
             f"train.label_dropout = {t.label_dropout} needs a null class: set "
             "model.class_dropout_prob > 0, or train.label_dropout=0"
         )
-    if o.alignment_weight and not (m.z_dims and d.features):
+    if o.alignment_weight and not (m.z_dims and len(m.z_dims) == 1 and d.features):
         raise ValueError(
-            f"objective.alignment_weight = {o.alignment_weight} needs model.z_dims (REPA's "
-            "projectors) and data.features (the teacher's features)"
+            f"objective.alignment_weight = {o.alignment_weight} needs model.z_dims (one REPA "
+            "projector) and data.features (the teacher's features)"
         )
     if p.schedule != "constant" and 0 < p.decay_images <= p.warmup_images:
         raise ValueError(
             f"optim.decay_images = {p.decay_images} must be larger than optim.warmup_images = "
             f"{p.warmup_images}"
         )
+
+
+def _check_data(d: DataConfig, aligned: bool) -> None:
+    _choice("data.kind", d.kind, tuple(DATA_FIELDS))
+    taken = (*DATA_FIELDS[d.kind], *(("features",) if d.kind == "latents" and aligned else ()))
+    if "path" in taken and d.path is None:
+        raise ValueError(f"data.path must be given for data.kind={d.kind}: add data.path=PATH")
+    for f in dataclasses.fields(d):
+        given = getattr(d, f.name) != f.default and f.name not in ("kind", "workers")
+        if given and f.name not in taken:
+            why = "without objective.alignment_weight" if f.name == "features" else ""
+            raise ValueError(
+                f"data.{f.name} has no meaning for data.kind={d.kind} {why}".rstrip()
+                + ": leave it out"
+            )
+
+
+def _leaves(config: Config) -> list[tuple[str, Any]]:
+    return [
+        (f"{section}.{name}", value)
+        for section, fields in config.to_dict().items()
+        if isinstance(fields, dict)
+        for name, value in fields.items()
+    ]
 
 
 def _choice(name: str, value: Any, choices: tuple) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,10 @@ def run_demo(
         raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
     out = Path(out)
     arms = arms_of(settings, sweep)
+    _check(settings, arms, out)
+    measure = _measure(settings.data, settings.size)
     _claim(out, settings, {"seeds": list(seeds), "arms": list(arms)})
     say: Callable[[str], None] = (lambda _: None) if quiet else _say
-    measure = _measure(settings.data, settings.size)
     configs: dict[str, Any] = {}
     losses: dict[str, list] = {}
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -295,6 +296,20 @@ def _combine(tables: list[dict[str, Any]], metric: str) -> dict[str, Any]:
         for steps in tables[0][metric]
         if (values := [table[metric][steps] for table in tables])
     }
+
+
+def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
+    """Refuse settings that some arm, the sampling or the report could not work with."""
+    from mixflow_fast.trainer import check
+
+    if settings.samples < 2:
+        raise ValueError(f"samples must be >= 2, got {settings.samples}")
+    base = base_config(settings, 0, out / "base")
+    for arm in arms.values():
+        law = {"gamma": 0.0, "timesteps": "uniform"} if arm.timesteps is None else {}
+        check(arm_config(base, replace(arm, **law), settings, 0, out / "arm"))
+    if util.find_spec("matplotlib") is None:
+        raise ValueError('the report needs matplotlib: pip install "mixflow_fast[eval]"')
 
 
 def _claim(out: Path, settings: Settings, asked: dict[str, Any]) -> None:

@@ -55,12 +55,3 @@ def world_size() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank. A collective and a device sync: not for every step."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())

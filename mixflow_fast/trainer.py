@@ -12,7 +12,9 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,17 +28,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixflow_fast import checkpoint, distributed
-from mixflow_fast.config import Config, load_config, validate
+from mixflow_fast.config import DATA_FIELDS, Config, load_config, validate
 from mixflow_fast.data import Batch, BatchLoader, Source, build_source
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics import MetricsFile, Progress
-from mixflow_fast.models import build, load_into, load_weights, repa_alignment_loss, save_weights
+from mixflow_fast.models import (
+    build,
+    load_into,
+    load_weights,
+    read_model_config,
+    repa_alignment_loss,
+    save_weights,
+)
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.objective import MixFlow
 from mixflow_fast.optim import AdamWEMA, learning_rate
 
-# Fields that may change between the parts of one run: they do not touch what is computed.
+# Fields that may change between the parts of one run: they do not touch what is computed (but
+# train.images does where the learning rate descends towards it).
 _FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep",
          "train.device", "train.microbatch_size", "data.workers"}  # fmt: skip
 
@@ -79,21 +89,11 @@ def build_objective(config: Config, clock: str) -> MixFlow:
 def build_data(config: Config) -> Source:
     """The source of training examples; ValueError if it does not fit the model."""
     d, m = config.data, config.model
-    options: dict[str, Any] = {}
+    options = {name: getattr(d, name) for name in DATA_FIELDS[d.kind]}
     if d.kind == "latents":
-        options = {"path": d.path, "scale": d.scale, "moments": d.moments}
         options["features"] = d.features if config.objective.alignment_weight else False
-    elif d.kind == "folder":
-        options = {"path": d.path, "size": d.size or m.input_size, "flip": d.flip}
-    elif d.size is not None:
-        options = {"size": d.size}
-    if d.kind == "photos":
-        options["flip"] = d.flip
-    if d.kind in ("latents", "folder") and d.path is None:
-        raise ValueError(f"data.path must be given for data.kind={d.kind}: add data.path=PATH")
-    unused = [n for n in ("path", "moments", "features") if getattr(d, n) and n not in options]
-    if unused:
-        raise ValueError(f"data.{unused[0]} has no meaning for data.kind={d.kind}: leave it out")
+    elif options["size"] is None:
+        options["size"] = m.input_size
     source = build_source(d.kind, **options)
     expected = (m.in_channels, m.input_size, m.input_size)
     if tuple(source.shape) != expected:
@@ -106,7 +106,23 @@ def build_data(config: Config) -> Source:
             f"data has {source.num_classes} classes, the model only {m.num_classes}: set "
             "model.num_classes"
         )
+    if config.objective.alignment_weight:
+        index = torch.zeros(1, dtype=torch.int64)
+        features = source.get(index, index, 0).features
+        tokens = (m.input_size // build_model(config, "meta").patch_size) ** 2
+        fits = None if features is None else tuple(features.shape[1:])
+        if fits != (tokens, *m.z_dims):
+            raise ValueError(
+                f"data.features must be (N, {tokens}, {m.z_dims[0]}): one row per token and "
+                f"model.z_dims channels, got (N, *{fits})"
+            )
     return source
+
+
+def check(config: Config, world_size: int = 1) -> None:
+    """`validate`, and that network and objective can be built; reads no data or weights."""
+    validate(config, world_size)
+    build_objective(config, build_model(config, "meta").clock)
 
 
 class Trainer:
@@ -137,14 +153,24 @@ class Trainer:
         self.step = 0
         if self._resume_from is not None:
             self._check_resume(resume, ranks)
+            load_into(self.model, load_weights(self._resume_from / "weights.pt", key="model"))
+        elif (self.out / "weights.pt").exists():
+            raise ValueError(
+                f"{self.out} holds weights.pt of a run whose checkpoints are gone: choose another "
+                f"out= (train.init={self.out} starts from those weights), or delete it"
+            )
         elif config.train.init is not None:
-            state = load_weights(checkpoint.weights_file(config.train.init), key="ema")
-            load_into(self.model, state)
+            self._load_init(checkpoint.weights_file(config.train.init))
         self.device = distributed.init_process_group(config.train.device)
-        self.engine, self.optimizer = self._build_engine()
-        self._prepare_folder()
+        deepspeed = _import_deepspeed()
+        self._lock = self._prepare_folder()
+        # DeepSpeed casts and shards the module: these keep what it must start from and export.
+        self._initial = {n: p.detach().clone() for n, p in self.model.state_dict().items()}
+        self.engine, self.optimizer = self._build_engine(deepspeed)
         self.quiet = quiet or distributed.rank() > 0
         self._stop_signal: int | None = None
+        self._votes = dist.new_group(backend="gloo") if ranks > 1 else None
+        self._vote: tuple[Any, Tensor] | None = None
 
     @property
     def images_seen(self) -> int:
@@ -152,13 +178,17 @@ class Trainer:
         return self.step * self.config.train.global_batch_size
 
     def run(self) -> TrainResult:
-        """Train to the end, or to the first SIGINT or SIGTERM; either way leave a checkpoint."""
+        """Train to the end, or to the first SIGINT or SIGTERM; either way leave a checkpoint.
+
+        Raises:
+            TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
+        """
         c, total = self.config.train, self.config.steps
         loader = BatchLoader(
             self.source,
             seed=c.seed,
             global_batch_size=c.global_batch_size,
-            microbatch_size=c.microbatch_size,
+            microbatch_size=self.config.microbatch(distributed.world_size()),
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             start_position=self.images_seen,
@@ -173,7 +203,7 @@ class Trainer:
         try:
             with loader, self._signals():
                 while self.step < total and not self._stop_asked():
-                    window.add(self._step(loader))
+                    window.add(self._step(loader), c.global_batch_size)
                     progress.step()
                     if self.step % c.log_every == 0 or self.step == total:
                         row = self._metrics_row(window)
@@ -182,14 +212,20 @@ class Trainer:
                             metrics.write(row)
                         progress.report(row)
                     if c.save_every and self.step % c.save_every == 0:
+                        started = time.perf_counter()
+                        self._check_finite(window)
                         self.save()
+                        window.started += time.perf_counter() - started
                         saved = self.step
                 if saved != self.step:
+                    self._check_finite(window)
                     self.save()
         finally:
             progress.close()
             if metrics is not None:
                 metrics.close()
+            if self._lock is not None:
+                self._lock.close()
         if self._stop_signal is not None and self.step < total:
             progress.say(f"{self.out}: stopped after step {self.step}; the same command resumes")
         return TrainResult(self.out, self.step, self.images_seen, self.step >= total)
@@ -202,9 +238,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for _ in range(loader.microsteps):
             batch = next(loader)
-            x1 = batch.x.to(self.device, non_blocking=True)
-            positions = batch.positions.to(self.device, non_blocking=True)
-            y = self._drop_labels(batch.y.to(self.device, non_blocking=True), positions)
+            x1, positions = self._on_device(batch.x), self._on_device(batch.positions)
+            y = self._drop_labels(self._on_device(batch.y), positions)
             it = self.mix.prepare(x1, ids=positions)
             output = self.engine(it.x, it.t, y)
             pred, zs = output if isinstance(output, tuple) else (output, None)
@@ -215,6 +250,11 @@ class Trainer:
             total += loss.detach()
         self.step += 1
         return total / loader.microsteps
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        # A copy from pageable memory would wait for the device.
+        value = value.pin_memory() if self.device.type == "cuda" else value
+        return value.to(self.device, non_blocking=True)
 
     def _drop_labels(self, y: Tensor, positions: Tensor) -> Tensor:
         probability = self.config.train.label_dropout
@@ -228,7 +268,7 @@ class Trainer:
         if not weight:
             # The projectors stay out of the loss; a zero keeps their gradients defined.
             return 0.0 if zs is None else 0.0 * sum(z.float().sum() for z in zs)
-        return weight * repa_alignment_loss(zs, [batch.features.to(self.device)])
+        return weight * repa_alignment_loss(zs, [self._on_device(batch.features)])
 
     def _learning_rate(self, images_seen: int) -> float:
         p = self.config.optim
@@ -241,17 +281,17 @@ class Trainer:
             final_lr=p.final_lr,
         )
 
-    def _build_engine(self) -> tuple[Any, AdamWEMA]:
+    def _build_engine(self, deepspeed: Any) -> tuple[Any, AdamWEMA]:
         c, p = self.config.train, self.config.optim
-        deepspeed = _import_deepspeed()
+        micro = self.config.microbatch(distributed.world_size())
         zero: dict[str, Any] = {"stage": c.zero_stage}
         if c.zero_stage == 2 or (c.zero_stage == 1 and c.precision == "fp32"):
             zero["compute_grad_norm"] = False  # read on the host each step; AdamWEMA has its own
         settings: dict[str, Any] = {
             "train_batch_size": c.global_batch_size,
-            "train_micro_batch_size_per_gpu": c.microbatch_size,
+            "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": c.global_batch_size
-            // (c.microbatch_size * distributed.world_size()),
+            // (micro * distributed.world_size()),
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             # Its overflow check reads a flag on the host each step; bf16 has float32's range.
@@ -275,17 +315,43 @@ class Trainer:
             engine, _, _, _ = deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=settings
             )
-        if self._resume_from is not None:
+        if self._resume_from is None:
+            self._set_master_weights(engine)
+        else:
             folder, tag = self._resume_from.parent, self._resume_from.name
             path, _ = engine.load_checkpoint(str(folder), tag=tag)
             if path is None:
                 raise ValueError(f"checkpoint {self._resume_from} could not be loaded")
         return engine, optimizer
 
+    def _set_master_weights(self, engine: Any) -> None:
+        """Give bf16's float32 master weights the digits that the cast of the module took away."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if self.config.train.precision == "bf16":
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad:
+                    safe_set_full_fp32_param(parameter, self._initial[name].to(self.device))
+
     def save(self) -> Path:
-        """Write a resumable checkpoint; complete or not there. Every rank must call it."""
-        folder = self.out / "checkpoints"
-        name = checkpoint.temporary_name(self.step)
+        """Write a resumable checkpoint; complete or not there. Every rank must call it.
+
+        Raises:
+            OSError: it could not be written (a full disk); older checkpoints stay.
+        """
+        folder = self.out / "checkpoints" / checkpoint.temporary_name(self.step)
+        try:
+            return self._save(folder)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(self.out).free / 2**20
+            raise OSError(
+                f"checkpoint of step {self.step} could not be written to {self.out} "
+                f"({free:.0f} MiB free): {error}"
+            ) from error
+
+    def _save(self, temporary: Path) -> Path:
+        folder, name = temporary.parent, temporary.name
         self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
         model_state, ema_state = self._full_states()
         if self._is_writer:
@@ -310,19 +376,19 @@ class Trainer:
         """Master weights and EMA by official name, gathered from the shards, on the CPU."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        model_state = {name: value for name, value in self.engine.module.state_dict().items()}
-        ema_state = dict(model_state)
+        model_state, ema_state = dict(self._initial), dict(self._initial)
         for name, parameter in self.engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
+            shape = self._initial[name].shape  # ZeRO 3 empties the parameter itself
             if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
                 weight = safe_get_full_fp32_param(parameter)
                 ema = safe_get_full_optimizer_state(parameter, "ema") if self.step else weight
             else:
                 weight = parameter.detach()
                 ema = self.optimizer.state[parameter].get("ema", weight)
-            model_state[name] = weight.view(parameter.shape).float().cpu()
-            ema_state[name] = ema.view(parameter.shape).float().cpu()
+            model_state[name] = weight.view(shape).float().cpu()
+            ema_state[name] = ema.view(shape).float().cpu()
         return model_state, ema_state
 
     def _check_resume(self, resume: str, ranks: int) -> None:
@@ -334,7 +400,8 @@ class Trainer:
         old = _flat(load_config(str(self.out / "config.yaml")).to_dict())
         new = _flat(self.config.to_dict())
         changed = sorted(k for k in new.keys() | old.keys() if old.get(k) != new.get(k))
-        changed = [key for key in changed if key not in _FREE]
+        fixed = {"train.images"} if self._descends_to_the_end else set()
+        changed = [key for key in changed if key not in _FREE - fixed]
         if changed:
             listed = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:5])
             raise ValueError(
@@ -350,28 +417,64 @@ class Trainer:
             )
         self.step = state["step"]
 
-    def _prepare_folder(self) -> None:
+    @property
+    def _descends_to_the_end(self) -> bool:
+        return self.config.optim.schedule != "constant" and not self.config.optim.decay_images
+
+    def _load_init(self, path: Path) -> None:
+        """Start model (and so the EMA) from a checkpoint's EMA weights."""
+        load_into(self.model, load_weights(path, key="ema"))
+        recorded, own = read_model_config(path), self.model.config | {"clock": self.model.clock}
+        # What the shapes cannot show; a wrong clock or head count would train without an error.
+        for name in ("clock", "num_heads", "encoder_depth"):
+            if name in recorded and recorded[name] != own[name]:
+                raise ValueError(
+                    f"train.init={path} was trained with {name}={recorded[name]!r}, this model has "
+                    f"{own[name]!r}: set model.{name}"
+                )
+
+    def _prepare_folder(self) -> Any:
+        """Make the run's folder; returns the open lock file that keeps other runs out of it."""
+        lock = None
         if self._is_writer:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = checkpoint.lock(self.out)
             checkpoint.clean_unfinished(self.out)
+            if self._resume_from is not None:
+                checkpoint.publish(self._resume_from, self.out)
             temporary = self.out / ".config.yaml.tmp"
             temporary.write_text(self.config.to_yaml())
             os.replace(temporary, self.out / "config.yaml")
         dist.barrier()
+        return lock
 
-    def _metrics_row(self, window: _Window) -> dict[str, Any]:
-        loss = window.loss / window.steps
+    def _check_finite(self, window: _Window) -> tuple[float, float | None]:
+        """Mean loss of the window and last gradient norm; waits for the device."""
+        loss = torch.as_tensor(window.loss, device=self.device) / max(window.steps, 1)
         dist.all_reduce(loss)
         norm = self.optimizer.grad_norm
         if norm is None or self.config.train.zero_stage == 3:
             norm = self.engine.get_global_grad_norm()
-        loss_value = (loss / distributed.world_size()).item()  # waits for the device
+        mean = loss.item() / distributed.world_size()
+        norm = None if norm is None else float(norm)
+        if not math.isfinite(mean) or not math.isfinite(norm or 0.0):
+            last = self.images_seen
+            raise TrainingDiverged(
+                f"loss {mean}, gradient norm {norm} by step {self.step}: something in the samples "
+                f"at positions {last - window.images} to {last - 1} or before made it so. Nothing "
+                f"of it was saved; the newest checkpoint in {self.out} is from before. Lower "
+                "optim.lr or set optim.grad_clip"
+            )
+        return mean, norm
+
+    def _metrics_row(self, window: _Window) -> dict[str, Any]:
+        loss_value, norm = self._check_finite(window)
         seconds = time.perf_counter() - window.started
         return {
             "step": self.step,
             "images_seen": self.images_seen,
             "loss": loss_value,
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": norm,
             "lr": self._learning_rate(self.images_seen),
             "images_per_s": window.steps * self.config.train.global_batch_size / seconds,
         }
@@ -381,10 +484,18 @@ class Trainer:
         return distributed.rank() == 0
 
     def _stop_asked(self) -> bool:
-        # Ranks must agree on the step they stop at, and may only talk where they wait anyway.
-        if distributed.world_size() > 1 and self.step % self.config.train.log_every:
+        asked = self._stop_signal is not None
+        if self._votes is None:
+            return asked
+        # Ranks must stop at the same step. Each step starts a vote on the host and reads the one
+        # that the step before started, so nothing waits.
+        before, value = self._vote, torch.tensor(float(asked))
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._votes, async_op=True)
+        self._vote = work, value
+        if before is None:
             return False
-        return distributed.any_rank(self._stop_signal is not None, self.device)
+        before[0].wait()
+        return bool(before[1])
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -404,17 +515,23 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient became infinite or not a number."""
+
+
 class _Window:
     """Losses since the last report, summed on the device."""
 
     def __init__(self) -> None:
         self.loss: Tensor | float = 0.0
         self.steps = 0
+        self.images = 0
         self.started = time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor, images: int) -> None:
         self.loss = self.loss + loss
         self.steps += 1
+        self.images += images
 
 
 def train(config: Config, resume: str = "auto", quiet: bool = False) -> TrainResult:

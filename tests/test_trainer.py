@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast.config import Config, load_config
-from mixflow_fast.data import Batch, BatchLoader
+from mixflow_fast.data import Batch, BatchLoader, sample_index
 from mixflow_fast.metrics import read_metrics
-from mixflow_fast.models import SiT
-from mixflow_fast.trainer import Trainer, build_model, train
+from mixflow_fast.models import SiT, load_model
+from mixflow_fast.objective import MixFlow
+from mixflow_fast.sampling import sample
+from mixflow_fast.trainer import Trainer, TrainingDiverged, build_model, train
 from tests.train_ranks import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +85,6 @@ def test_exported_ema_and_weights(tmp_path: Path, precision: str, stage: int) ->
     """After one step the EMA is decay * initial + (1 - decay) * new, under the official names."""
     config = tiny(tmp_path, *settings(precision, stage), "train.images=8", "optim.ema_decay=0.75")
     initial = build_model(config).state_dict()
-    if precision == "bf16":  # DeepSpeed makes the master weights from the bf16 module
-        initial = {name: value.bfloat16().float() for name, value in initial.items()}
     content = torch.load(train(config, quiet=True).weights, weights_only=True)
     assert content["ema"].keys() == content["model"].keys() == initial.keys()
     moved = 0
@@ -209,6 +210,11 @@ def test_a_step_reads_nothing_from_the_device(
     assert counter.reads == 1  # the counter counts
 
 
+def first_positions(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = torch.arange(trainer.config.train.global_batch_size)
+    return sample_index(positions, len(trainer.source), trainer.config.train.seed), positions
+
+
 def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
     """REPA's SiT on moments with teacher features: loss is flow + 0.5 * alignment."""
     import numpy as np
@@ -230,18 +236,29 @@ def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
         "train.microbatch_size=8",
         "train.log_every=1",
     ]
+    np.save(tmp_path / "short.npy", g.normal(size=(16, 9, 12)).astype(np.float32))
+    with pytest.raises(ValueError, match=r"data.features must be \(N, 16, 12\)"):
+        wrong = [*overrides, "objective.alignment_weight=1", f"out={tmp_path / 'no'}"]
+        train(load_config("photos", [*wrong, f"data.features={tmp_path / 'short.npy'}"]))
     losses = {}
     for weight in (0.0, 0.5):
         out = tmp_path / f"run_{weight}"
+        extra = [] if weight else ["data.features=null"]
         config = load_config(
-            "photos", [*overrides, f"out={out}", f"objective.alignment_weight={weight}"]
+            "photos", [*overrides, *extra, f"out={out}", f"objective.alignment_weight={weight}"]
         )
         trainer = Trainer(config, quiet=True)
         assert trainer.mix.clock == "noise_at_1"
         trainer.run()
         losses[weight] = read_metrics(out / "metrics.jsonl")[0]["loss"]
-    # The initial network is the same: the difference is 0.5 times a mean negative cosine.
-    assert 0 < abs(losses[0.5] - losses[0.0]) < 0.5
+    # The first step's network and batch are the same: the difference is half the alignment loss.
+    batch = trainer.source.get(*first_positions(trainer), seed=0)
+    model = build_model(config)
+    it = MixFlow(0.0, "noise_at_1", timesteps="uniform").prepare(batch.x, ids=batch.positions)
+    y = trainer._drop_labels(batch.y, batch.positions)
+    z = model(it.x, it.t, y)[1][0].double()
+    cosine = torch.nn.functional.cosine_similarity(z, batch.features.double(), dim=-1).mean()
+    assert losses[0.5] - losses[0.0] == pytest.approx(-0.5 * cosine.item(), rel=1e-4)
 
 
 REFUSALS = [
@@ -250,7 +267,6 @@ REFUSALS = [
     (["model.patch_size=3"], "unknown key"),
     (["model.name=SiT-M/4"], "SiT-"),
     (["model.num_heads=5"], "num_heads"),
-    (["train.microbatch_size=3"], "multiple"),
     (["train.precision=fp16"], "precision"),
     (["train.precision=bf16", "train.zero_stage=0"], "zero_stage"),
     (["objective.gamma=2"], "gamma"),
@@ -262,6 +278,7 @@ REFUSALS = [
     (["data={kind: folder, path: nowhere, size: 16}"], "nowhere"),
     (["data={kind: latents}"], "data.path"),
     (["data.moments=true"], "moments"),
+    (["data.flip=false", "data.size=12"], "size"),
 ]
 
 
@@ -345,3 +362,76 @@ def test_killed_and_interrupted_runs_end_with_the_same_bits(tmp_path: Path) -> N
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == list(range(1, state["step"] + 11))
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing_*"))
+
+
+def test_zero_3_exports_parameters_that_it_really_shards(tmp_path: Path) -> None:
+    """Above 1e5 elements ZeRO 3 empties a parameter; pos_embed (256 x 400) is frozen and large."""
+    wide = ["model.hidden_size=400", "model.num_heads=2", "model.name=SiT-S/2", "data.size=32"]
+    wide += ["model.input_size=32", "train.images=8", "train.zero_stage=3"]
+    config = tiny(tmp_path, *wide, "optim.ema_decay=0.75")
+    initial = build_model(config).state_dict()
+    content = torch.load(train(config, quiet=True).weights, weights_only=True)
+    for name, new in content["model"].items():
+        expected = 0.75 * initial[name] + 0.25 * new
+        torch.testing.assert_close(content["ema"][name], expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(content["model"]["final_layer.linear.weight"], torch.zeros(12, 400))
+
+
+def test_divergence_stops_the_run_and_saves_nothing_of_it(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "optim.lr=1e30", "train.images=800", "train.save_every=1")
+    with pytest.raises(TrainingDiverged, match="positions"):
+        train(config, quiet=True)
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        assert torch.isfinite(torch.tensor(row["loss"]))
+    content = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in content["ema"].values())
+
+
+def test_checkpoints_say_how_their_network_was_built(tmp_path: Path) -> None:
+    base = train(tiny(tmp_path / "base", "train.images=8"), quiet=True)
+    with pytest.raises(ValueError, match="num_heads=2, this model has 4"):
+        train(tiny(tmp_path / "x", "model.num_heads=4", f"train.init={base.out}"), quiet=True)
+    noise = train(tiny(tmp_path / "n", "train.images=8", "objective.prediction=noise"), quiet=True)
+    with pytest.raises(ValueError, match="'noise'"):
+        sample(load_model(noise.weights), num=1, steps=1, batch_size=1)
+
+
+def test_weights_without_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
+    result = train(tiny(tmp_path, "train.images=8"), quiet=True)
+    result.weights.unlink()
+    train(tiny(tmp_path, "train.images=8"), quiet=True)  # finished: puts weights.pt back
+    kept = result.weights.read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints are gone"):
+        train(tiny(tmp_path, "train.images=8"), quiet=True)
+    assert result.weights.read_bytes() == kept
+
+
+def test_one_folder_one_run(tmp_path: Path) -> None:
+    first = Trainer(tiny(tmp_path), quiet=True)
+    with pytest.raises(ValueError, match="in use by another run"):
+        Trainer(tiny(tmp_path), quiet=True)
+    assert first.run().finished
+
+
+def test_a_descending_rate_fixes_the_length(tmp_path: Path) -> None:
+    cosine = "optim.schedule=cosine"
+    train(tiny(tmp_path, "train.images=8", cosine), quiet=True)
+    with pytest.raises(ValueError, match="train.images: 8 -> 80"):
+        train(tiny(tmp_path, "train.images=80", cosine), quiet=True)
+
+
+def test_full_disk_keeps_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(tmp_path, "train.images=8"), quiet=True)
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mixflow_fast.trainer.save_weights", full)
+    with pytest.raises(OSError, match="could not be written.*No space left"):
+        train(tiny(tmp_path, "train.images=16"), quiet=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    monkeypatch.undo()
+    assert train(tiny(tmp_path, "train.images=16"), quiet=True).step == 2

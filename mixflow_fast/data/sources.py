@@ -79,7 +79,7 @@ def _sklearn_datasets() -> Any:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "the embedded image sets need scikit-learn: pip install 'mixflow_fast[data]'"
         ) from error
     return datasets
@@ -106,8 +106,7 @@ class Photos:
         flip: random left-right mirror.
 
     Raises:
-        ValueError: unknown split, size that fits no band.
-        ImportError: scikit-learn is missing.
+        ValueError: unknown split, size that fits no band, scikit-learn is missing.
     """
 
     period = 53
@@ -167,7 +166,6 @@ class Digits:
 
     Raises:
         ValueError: another size, unknown split.
-        ImportError: scikit-learn is missing.
     """
 
     num_classes = 10

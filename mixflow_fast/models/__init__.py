@@ -6,6 +6,7 @@ from mixflow_fast.models.checkpoints import (
     load_into,
     load_model,
     load_weights,
+    read_model_config,
     save_weights,
 )
 from mixflow_fast.models.sit import MODELS, SIT_SIZES, SiT, build, repa_alignment_loss
@@ -20,6 +21,7 @@ __all__ = [
     "load_into",
     "load_model",
     "load_weights",
+    "read_model_config",
     "repa_alignment_loss",
     "save_weights",
 ]

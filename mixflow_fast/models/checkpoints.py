@@ -354,6 +354,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
+def read_model_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How the network in a file that this engine wrote is built: `SiT`'s arguments, its clock.
+
+    "prediction" is there too. Empty for other files, which do not say.
+    """
+    content = _read(Path(path))
+    args = content.get("args") if isinstance(content, Mapping) else None
+    if not isinstance(args, Mapping) or not isinstance(args.get("model"), str):
+        return {}
+    recorded = json.loads(args["model"]) | {"clock": args.get("clock")}
+    run = json.loads(args["config"]) if isinstance(args.get("config"), str) else {}
+    return recorded | {"prediction": run.get("objective", {}).get("prediction", "velocity")}
+
+
 def load_model(
     path: str | os.PathLike[str],
     key: str = "ema",
@@ -376,16 +390,13 @@ def load_model(
         ValueError: whatever `load_weights`, `infer_sit_kwargs` and `load_into` refuse.
     """
     state = load_weights(path, key)
-    content = _read(Path(path))
-    args = content.get("args") if isinstance(content, Mapping) else None
-    if isinstance(args, Mapping) and isinstance(args.get("model"), str):
-        kwargs = json.loads(args["model"])
-        kwargs["clock"] = args.get("clock")
-    else:
-        kwargs = infer_sit_kwargs(state, num_heads, encoder_depth)
+    kwargs = read_model_config(path)
+    prediction = kwargs.pop("prediction", "velocity")
+    kwargs = kwargs or infer_sit_kwargs(state, num_heads, encoder_depth)
     if clock is not None:
         kwargs["clock"] = clock
     with torch.device("meta"):
         model = SiT(**kwargs)
     load_into(model, state)
+    model.prediction = prediction
     return model.eval()
