@@ -15,6 +15,8 @@ The integers are exact on every device. The floats are float32 functions of them
     uniform in (0, 1):  ((word >> 9) + 1/2) * 2^-23                              (exact)
     normal:             sqrt(-2 ln a) * (cos 2 pi b, sin 2 pi b)                 (Box-Muller)
                         a = word_even * 2^-32 + 2^-33 in (0, 1],  b = uniform(word_odd)
+
+a is rounded to float32, so the smallest radii (below about 5e-4, one in ten million) are coarse.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -76,11 +79,11 @@ def philox_4x32(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 1
     return [c0, c1, c2, c3]
 
 
-def check_seed(seed: int) -> tuple[int, int]:
-    """The seed's low and high 32 bits; ValueError if it is no integer in [0, 2**64)."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
+def check_seed(seed: int) -> int:
+    """The seed as an int; ValueError if it is no integer in [0, 2**64)."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
-    return seed & _MASK, seed >> 32
+    return int(seed)
 
 
 def _check_positions(positions: Tensor) -> Tensor:
@@ -94,7 +97,8 @@ def _check_positions(positions: Tensor) -> Tensor:
 
 def _blocks(seed: int, stream: int, positions: Tensor, numel: int) -> list[Tensor]:
     """Words of every element: four int64 tensors of shape (B, ceil(numel / 4))."""
-    key = check_seed(seed)
+    seed = check_seed(seed)
+    key = seed & _MASK, seed >> 32
     positions = _check_positions(positions)
     if numel < 0:
         raise ValueError(f"numel must be >= 0, got {numel}")

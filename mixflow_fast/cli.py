@@ -113,6 +113,10 @@ def _save_npz(path: Path, x: object, labels: object) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def _channels(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     from dataclasses import replace
 
@@ -177,7 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--label", type=int, nargs="+", help="classes, repeated; default: all")
     command.add_argument("--cfg-scale", type=float, default=1.0, help="1 = no guidance")
     command.add_argument(
-        "--cfg-channels", type=int, help="guide only the first N channels (official SiT: 3)"
+        "--cfg-channels",
+        type=_channels,
+        default="auto",
+        metavar="N|all",
+        help="guide the first N channels or all; default: as the official model (SiT 3, REPA all)",
     )
     command.add_argument("--shift", type=float, default=1.0, help="RAE's time shift of the grid")
     command.add_argument("--seed", type=int, default=0)

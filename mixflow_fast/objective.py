@@ -10,9 +10,10 @@ sampler's own errors will feed it. gamma = 0 with uniform t is plain flow matchi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -97,9 +98,9 @@ class MixFlow:
         impl: str = "auto",
         interval: str = "shifted",
     ) -> None:
-        if not isinstance(gamma, (int, float)) or isinstance(gamma, bool) or not 0 <= gamma <= 1:
+        if not isinstance(gamma, Real) or isinstance(gamma, bool) or not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be a number in [0, 1], got {gamma!r}")
-        if not isinstance(shift, (int, float)) or isinstance(shift, bool) or not shift >= 1:
+        if not isinstance(shift, Real) or isinstance(shift, bool) or not 1 <= shift < math.inf:
             raise ValueError(
                 f"shift must be a number >= 1 (RAE: sqrt(C*h*w / 4096)), got {shift!r}"
             )
@@ -122,19 +123,20 @@ class MixFlow:
                 "source must be None (standard Gaussian noise): mixed sources are not in this "
                 f"version, got {source!r}"
             )
-        philox.check_seed(seed)
+        self.seed = philox.check_seed(seed)
         self.clock = check_clock(clock)
         self.path = get_path(path)
         self.low, self.high = self.path.train_bounds(prediction)
-        self.timesteps = TimeLaw.parse(timesteps, self.clock, self.low, self.high)
         self.gamma = float(gamma)
         self.shift = float(shift)
+        # The label keeps off the ends after the shift, so the law is cut where that comes from.
+        low, high = (shift_time(b, 1 / self.shift, DATA_AT_1) for b in (self.low, self.high))
+        self.timesteps = TimeLaw.parse(timesteps, self.clock, low, high)
         self.prediction = prediction
         self.target_at = target_at
         self.loss_weight = loss_weight
         self.interval = interval
-        self.seed = seed
-        self.position = 0
+        self._counters: dict[torch.device, Tensor] = {}
 
     def prepare(
         self,
@@ -149,14 +151,15 @@ class MixFlow:
         Args:
             x1: (B, ...) data in float32, bf16, fp16 or float64.
             ids: (B,) int64 global positions of the examples. The draws are functions of
-                (seed, ids) alone. Left out: a running counter (`self.position`), spread over the
-                ranks of an initialised process group.
+                (seed, ids) alone. Left out: a counter that starts at 0 in every process and goes
+                on with every call, spread over the ranks of an initialised process group.
             x0: (B, ...) noise, used exactly.
             t: (B,) label times in the caller's clock, used exactly: no shift is applied to them.
             slowed_t: (B,) times m in the caller's clock, used exactly.
 
         Returns:
-            `Interpolation`; the arithmetic is float32 (float64 for float64 data).
+            `Interpolation`; arithmetic and times are float32 (given times keep float64 for
+            float64 data).
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, times outside [0, 1] (checked
@@ -169,7 +172,8 @@ class MixFlow:
             )
         x1 = x1.detach()
         drawn = None in (x0, t, slowed_t)
-        ids = self._ids(x1, ids) if drawn or ids is not None else None
+        if drawn or ids is not None:
+            ids = _next_ids(self._counters, x1) if ids is None else _check_ids(ids, x1)
         if t is None:
             t, m = self._draw_times(ids)
         else:
@@ -197,7 +201,7 @@ class MixFlow:
         self,
         pred: Tensor,
         it: Interpolation,
-        weight: Tensor | None = None,
+        weight: Tensor | float | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """The mean squared error of the prediction, per sample or reduced.
@@ -205,8 +209,8 @@ class MixFlow:
         Args:
             pred: (B, ...) the network's output for `it.x`, `it.t`; shape of x1.
             it: what `prepare` returned.
-            weight: (B,) per sample, or broadcastable to x1's shape per element; multiplies the
-                squared error, and the mean still divides by the count.
+            weight: a number, (B,) per sample, or broadcastable to x1's shape per element;
+                multiplies the squared error, and the mean still divides by the count.
             reduction: "none" -> (B,) float32, "sum" over the batch, "mean" over the batch. Each
                 sample's loss is the mean over its elements.
 
@@ -214,6 +218,7 @@ class MixFlow:
             float32 (float64 for float64 data).
         """
         _check_choice("reduction", reduction, REDUCTIONS)
+        _check_prediction(pred)
         if pred.shape != it.x1.shape:
             hint = ""
             if pred.dim() > 1 and pred.shape[1] == 2 * it.x1.shape[1]:
@@ -246,22 +251,6 @@ class MixFlow:
         # The score -x0 / sigma explodes at the data end; sigma times it does not (SiT).
         return pred * per_sample(self.path.coefficients(*times).sigma, pred) + x0
 
-    def _ids(self, x1: Tensor, ids: Tensor | None) -> Tensor:
-        batch = len(x1)
-        if ids is not None:
-            if ids.shape != (batch,) or ids.dtype != torch.int64 or ids.device != x1.device:
-                raise ValueError(
-                    f"ids must be (B,) = ({batch},) int64 on {x1.device}, got "
-                    f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
-                )
-            return ids
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        first = self.position + rank * batch
-        self.position += world * batch
-        return torch.arange(first, first + batch, device=x1.device)
-
     def _draw_times(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Label times and, where slowing comes before the shift, slowed times; caller's clock."""
         raw = self.timesteps.quantile(philox.uniform(self.seed, Stream.TIME, ids)[:, 0])
@@ -270,30 +259,30 @@ class MixFlow:
         if self.interval != "raw":
             return t, None
         m = slow_time(raw, self._uniform_slowing(ids), self.gamma, self.clock)
-        return t, self._within_bounds(shift_time(m, self.shift, self.clock))
+        return t, self._within_bounds(shift_time(m, self.shift, self.clock), t)
 
     def _slow(self, t: Tensor, ids: Tensor) -> Tensor:
-        v = self._uniform_slowing(ids)
         if self.interval == "full":
-            return self._within_bounds(engine_times(v, self.clock)[0])
-        if self.interval == "raw" and self.shift != 1:
-            # A label that was given is a shifted one: slow it in raw time, then shift back.
-            t = shift_time(t, 1 / self.shift, self.clock)
-            return self._within_bounds(
-                shift_time(slow_time(t, v, self.gamma, self.clock), self.shift, self.clock)
-            )
-        return self._within_bounds(slow_time(t, v, self.gamma, self.clock))
+            m = self._uniform_slowing(ids).clamp(self.low, self.high)
+            return engine_times(m, self.clock)[0]
+        if self.gamma == 0:
+            return t
+        v = self._uniform_slowing(ids)
+        if self.interval == "shifted":
+            return self._within_bounds(slow_time(t, v, self.gamma, self.clock), t)
+        # A label that was given is a shifted one: slow it in raw time, then shift back.
+        raw = shift_time(t, 1 / self.shift, self.clock)
+        m = shift_time(slow_time(raw, v, self.gamma, self.clock), self.shift, self.clock)
+        return self._within_bounds(m, t)
 
     def _uniform_slowing(self, ids: Tensor) -> Tensor:
         return philox.uniform(self.seed, Stream.SLOWING, ids)[:, 0]
 
-    def _within_bounds(self, m: Tensor) -> Tensor:
-        """Keep m off the ends where this path and prediction are singular (engine's bounds)."""
-        if (self.low, self.high) == (0.0, 1.0):
-            return m
+    def _within_bounds(self, m: Tensor, t: Tensor) -> Tensor:
+        """Keep m off the noise end where this path or prediction is singular, never beyond t."""
         if self.clock == DATA_AT_1:
-            return m.clamp(self.low, self.high)
-        return m.clamp(1 - self.high, 1 - self.low)
+            return torch.minimum(m.clamp(min=self.low), t)
+        return torch.maximum(m.clamp(max=1 - self.low), t)
 
 
 def mixflow_loss(
@@ -305,7 +294,7 @@ def mixflow_loss(
     x0: Tensor | None = None,
     t: Tensor | None = None,
     slowed_t: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
     reduction: str = "mean",
     **options: object,
 ) -> Tensor:
@@ -315,31 +304,59 @@ def mixflow_loss(
         net: called as net(x, t, y), or net(x, t) when y is None; returns the prediction.
         x1: (B, ...) data.
         y: (B,) labels or whatever the network takes.
-        ids, x0, t, slowed_t: as `MixFlow.prepare`. Without ids, each call draws afresh.
+        ids, x0, t, slowed_t: as `MixFlow.prepare`. Without ids each call draws afresh, from a
+            counter per seed that starts at 0 in every process.
         weight, reduction: as `MixFlow.loss`.
         **options: as `MixFlow`: `gamma=0.8, clock="data_at_1", ...`; `clock` is required.
 
     Returns:
         the loss, float32.
     """
-    mix = _shared(tuple(sorted(options.items())))
+    try:
+        mix = MixFlow(**options)
+    except TypeError as error:
+        raise ValueError(f"mixflow_loss: {error}") from None
+    if ids is None and None in (x0, t, slowed_t):
+        ids = _next_ids(_COUNTERS.setdefault(mix.seed, {}), x1)
     it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)
-    if not isinstance(pred, Tensor):
-        raise ValueError(
-            f"net must return one tensor, got {type(pred).__name__}: for a network with further "
-            "outputs (REPA's projections) call MixFlow.prepare and MixFlow.loss yourself"
-        )
     return mix.loss(pred, it, weight=weight, reduction=reduction)
 
 
-@lru_cache(maxsize=64)
-def _shared(options: tuple[tuple[str, object], ...]) -> MixFlow:
-    """One `MixFlow` per set of options, so that its counter of drawn samples goes on."""
-    try:
-        return MixFlow(**dict(options))
-    except TypeError as error:
-        raise ValueError(f"mixflow_loss: {error}") from None
+# Samples that calls without ids have drawn so far, by seed and device. Tensors, advanced in place:
+# a compiled step would freeze a Python number, and draw the same noise at every call.
+_COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
+
+
+def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
+    """Positions that no rank has used before, (B,) int64; no device sync."""
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if x1.device not in counters:
+        counters[x1.device] = torch.zeros((), dtype=torch.int64, device=x1.device)
+    counter = counters[x1.device]
+    # Interleaved, so that ranks with batches of different sizes do not meet.
+    ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
+    counter.add_(len(x1))
+    return ids
+
+
+def _check_ids(ids: Tensor, x1: Tensor) -> Tensor:
+    ids = torch.as_tensor(ids)
+    if ids.shape != x1.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"ids must be (B,) = ({len(x1)},) integers, got {tuple(ids.shape)} {ids.dtype}"
+        )
+    return ids.to(x1.device, torch.int64, non_blocking=True)
+
+
+def _check_prediction(pred: object) -> None:
+    if not isinstance(pred, Tensor):
+        raise ValueError(
+            f"the prediction must be one tensor, got {type(pred).__name__}: of a network with "
+            "further outputs (REPA's projections) pass the prediction alone to MixFlow.loss"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:
@@ -358,7 +375,10 @@ def _check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
             f"lose the noise level), got {tuple(value.shape)} {value.dtype} on {value.device}"
         )
     value = value.detach()
-    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+    if x1.dtype != torch.float64:
+        value = value.to(torch.float32)
+    checkable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checkable and not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(
             f"{name} must lie in [0, 1], got values from {value.min().item():.6g} to "
             f"{value.max().item():.6g}: divide by 1000 if your times are 0..1000"
@@ -366,7 +386,10 @@ def _check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
     return value
 
 
-def _check_weight(weight: Tensor, error: Tensor) -> Tensor:
+def _check_weight(weight: Tensor | float, error: Tensor) -> Tensor:
+    weight = torch.as_tensor(weight, device=error.device)
+    if weight.dim() == 0:
+        return weight.to(error.dtype)
     if weight.shape == error.shape[:1]:
         return per_sample(weight.to(error.dtype), error)
     fits = weight.dim() == error.dim() and all(

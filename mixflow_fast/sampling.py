@@ -107,8 +107,8 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
     def evaluate(state: Tensor, t: float | Tensor) -> Tensor:
         nonlocal nfe
         nfe += 1
-        label = torch.as_tensor(t, dtype=torch.float32, device=state.device)
-        v = velocity(state, label.expand(state.shape[0]).contiguous())
+        label = torch.empty(state.shape[0], dtype=torch.float32, device=state.device).fill_(t)
+        v = velocity(state, label)
         if v.shape != state.shape:
             raise ValueError(
                 f"velocity must have the shape of x, {tuple(state.shape)}, got {tuple(v.shape)}"
@@ -161,7 +161,7 @@ def model_velocity(
     model: Any,
     y: Tensor | None,
     cfg_scale: float = 1.0,
-    cfg_channels: int | None = None,
+    cfg_channels: int | str | None = "auto",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
     """The velocity in the engine's clock of a network that runs in its own.
@@ -170,17 +170,19 @@ def model_velocity(
     network that returns a tuple (REPA: velocity, projections) gives its first item.
 
     Classifier-free guidance: v = u + cfg_scale (c - u), u with the null class, both in one forward
-    of 2B rows. The official models: SiT guides the first three channels only (cfg_channels=3, the
-    others keep c), REPA and RAE all of them (None). It is applied where lo <= t <= hi of
-    `guidance_interval`, and where no sample is inside, the second half is not computed. REPA's
-    published guidance_high = 0.7 counts from the data end: (0.3, 1.0) here.
+    of 2B rows. The official SiT guides the first three channels only and the others keep c; REPA
+    and RAE guide all. "auto" follows the network's own `cfg_channels`. Guidance is applied where
+    lo <= t <= hi of `guidance_interval`, and where no sample is inside, the second half is not
+    computed. REPA's published guidance_high = 0.7 counts from the data end: (0.3, 1.0) here. Heun's
+    second velocity is guided by its own time (REPA's corrector tests the time of the first).
 
     Args:
         model: called as model(x, t, y), or model(x, t) when y is None; has `clock`
             ("data_at_1" | "noise_at_1") and, for guidance, `null_class` (int).
         y: (B,) int64 labels, or None for a network without classes.
         cfg_scale: 1 = no guidance, no second forward.
-        cfg_channels: number of leading channels to guide; None = all.
+        cfg_channels: number of leading channels to guide; None = all; "auto" = the network's
+            attribute `cfg_channels`, all without one.
         guidance_interval: (lo, hi) in the engine's clock.
 
     Returns:
@@ -202,18 +204,23 @@ def model_velocity(
             "guidance_interval must be (low, high) with 0 <= low <= high <= 1, 0 = noise, "
             f"got {guidance_interval}"
         )
-    if cfg_channels is not None and cfg_channels < 1:
-        raise ValueError(f"cfg_channels must be >= 1, or None for all channels, got {cfg_channels}")
+    if cfg_channels == "auto":
+        cfg_channels = getattr(model, "cfg_channels", None)
+    if isinstance(cfg_channels, str) or (cfg_channels is not None and cfg_channels < 1):
+        raise ValueError(
+            f'cfg_channels must be >= 1, None for all channels or "auto", got {cfg_channels!r}'
+        )
     guided = cfg_scale != 1.0
     if guided:
         null = _null_class(model)
         if y is None:
             raise ValueError("cfg_scale other than 1 needs labels y, got None")
     everywhere = low == 0.0 and high == 1.0
+    network = getattr(model, "velocity", model)  # REPA's SiT: without its projectors
 
     def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         own_t = t if clock == DATA_AT_1 else 1.0 - t
-        out = model(x, own_t) if labels is None else model(x, own_t, labels)
+        out = network(x, own_t) if labels is None else network(x, own_t, labels)
         out = out[0] if isinstance(out, tuple) else out
         return (out if clock == DATA_AT_1 else -out).to(x.dtype)
 
@@ -308,7 +315,7 @@ def _check_ids(ids: Tensor | None, labels: Tensor | None, num: int | None) -> Te
     total = next(iter(sizes.values()))
     if total < 0:
         raise ValueError(f"num must be >= 0, got {total}")
-    ids = torch.arange(total) if ids is None else ids.to("cpu", torch.int64)
+    ids = torch.arange(total, device="cpu") if ids is None else ids.to("cpu", torch.int64)
     if total and int(ids.min()) < 0:
         raise ValueError(f"ids must be >= 0, got {int(ids.min())}")
     return ids
@@ -322,7 +329,7 @@ def sample(
     steps: int = 50,
     method: str = "euler",
     cfg_scale: float = 1.0,
-    cfg_channels: int | None = None,
+    cfg_channels: int | str | None = "auto",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     shift: float = 1.0,
     seed: int = 0,
@@ -373,7 +380,7 @@ def sample(
     total, num_classes = ids.shape[0], _config_value(model, "num_classes")
     filler = -total % batch_size
     last = int(ids[-1]) if total else 0
-    padded = torch.cat([ids, last + 1 + torch.arange(filler)])
+    padded = torch.cat([ids, last + 1 + torch.arange(filler, device="cpu")])
     if labels is not None:
         labels = labels.to("cpu", torch.int64)
         if total and num_classes and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
@@ -388,7 +395,7 @@ def sample(
         padded_labels = None
 
     # Allocated outside inference mode: the caller may differentiate through what comes back.
-    x = torch.empty(total, *shape)
+    x = torch.empty(total, *shape, dtype=torch.float32, device="cpu")
     nfe = 0
     with _evaluating(model):
         starts = range(0, total, batch_size)

@@ -138,7 +138,14 @@ def test_rae_mixflow_times() -> None:
     torch.testing.assert_close(m, golden["m_rae"], rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("text", ["beta", "logit-normal(0)", "logit-normal(0,-1)", "", None])
+def test_raes_spelling_of_the_logit_normal_law() -> None:
+    assert TimeLaw.parse("logit-normal_0_1") == TimeLaw.parse("logit-normal")
+    assert TimeLaw.parse("logit-normal_-0.5_2") == TimeLaw.parse("logit-normal(-0.5, 2)")
+
+
+@pytest.mark.parametrize(
+    "text", ["beta", "logit-normal_0", "logit-normal(0)", "logit-normal(0,-1)", "", None]
+)
 def test_bad_law(text: str | None) -> None:
     with pytest.raises(ValueError, match="logit-normal"):
         TimeLaw.parse(text)

@@ -158,7 +158,11 @@ def test_draws_depend_on_seed_and_ids_alone() -> None:
         assert torch.equal(one.x[0], it.x[i])
         assert one.t[0] == it.t[i] and one.slowed_t[0] == it.slowed_t[i]
         assert torch.equal(one.x0()[0], it.x0()[i])
-    assert not torch.equal(MixFlow(clock=DATA_AT_1, seed=6).prepare(x1, ids).t, it.t)
+    other = MixFlow(clock=DATA_AT_1, seed=6).prepare(x1, ids)
+    assert not (other.t == it.t).any() and not (other.x0() == it.x0()).any()
+    assert not (other.slowed_t / other.t == it.slowed_t / it.t).any()
+    same = mix.prepare(x1, ids.tolist())
+    assert torch.equal(same.x, it.x) and same.ids.dtype == torch.int64
 
 
 def test_without_ids_every_call_draws_afresh() -> None:
@@ -169,6 +173,125 @@ def test_without_ids_every_call_draws_afresh() -> None:
     assert not torch.equal(first.t, second.t)
     losses = {mixflow_loss(net, x1, clock=DATA_AT_1, seed=77).item() for _ in range(3)}
     assert len(losses) == 3
+
+
+def test_calls_without_ids_go_on_whatever_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule of gamma must not replay the noise; ranks with unequal batches must not meet."""
+    seen: list[torch.Tensor] = []
+
+    def spy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return net(x, t)
+
+    for step in range(3):
+        mixflow_loss(spy, batch()[0], clock=DATA_AT_1, seed=99, gamma=0.2 + 0.1 * step)
+    assert len(torch.cat(seen).unique()) == 18
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    ids = []
+    for rank, sizes in ((0, (4, 3, 5)), (1, (4, 4, 2))):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        mix = MixFlow(clock=DATA_AT_1)
+        ids += [mix.prepare(batch(n)[0]).ids for n in sizes]
+    assert len(torch.cat(ids).unique()) == 22
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("given", [False, True])
+def test_compiled_step_is_one_graph_and_draws_afresh(
+    prediction: str, clock: str, given: bool
+) -> None:
+    torch._dynamo.reset()
+    x1, x0 = batch()
+    options = dict(clock=clock, prediction=prediction, path="vp", seed=31)
+    mixes = [MixFlow(**options), MixFlow(**options)]
+    times = dict(t=torch.full((6,), 0.6), slowed_t=torch.full((6,), 0.5), x0=x0) if given else {}
+
+    def step(mix: MixFlow) -> torch.Tensor:
+        it = mix.prepare(x1, **times)
+        return mix.loss(net(it.x, it.t), it, reduction="none")
+
+    compiled = torch.compile(lambda: step(mixes[0]), fullgraph=True, backend="eager")
+    losses = [compiled() for _ in range(12)]
+    for loss in losses:
+        torch.testing.assert_close(loss, step(mixes[1]), rtol=1e-6, atol=1e-6)
+    assert len({loss[0].item() for loss in losses}) == (1 if given else 12)
+    if not given:
+        whole = torch.compile(
+            lambda: mixflow_loss(net, x1, **(options | {"seed": 32})),
+            fullgraph=True,
+            backend="eager",
+        )
+        assert len({whole().item() for _ in range(12)}) == 12
+
+
+def test_nothing_prepared_requires_a_gradient() -> None:
+    x1, x0 = (v.requires_grad_() for v in batch())
+    t, m = torch.full((6,), 0.5, requires_grad=True), torch.full((6,), 0.4, requires_grad=True)
+    it = MixFlow(clock=DATA_AT_1).prepare(x1, x0=x0, t=t, slowed_t=m)
+    for value in (it.x, it.t, it.slowed_t, it.x1, it.x0()):
+        assert not value.requires_grad
+
+
+def test_odd_batches() -> None:
+    mix = MixFlow(clock=DATA_AT_1)
+    empty = mix.prepare(torch.zeros(0, 3, 4, 4))
+    assert empty.x.shape == (0, 3, 4, 4) and empty.t.shape == (0,)
+    assert mix.loss(empty.x, empty, reduction="none").shape == (0,)
+    x1, ids = batch()[0], torch.arange(6)
+    plain = mix.prepare(x1, ids)
+    for layout in (x1.to(memory_format=torch.channels_last), x1.transpose(2, 3).transpose(2, 3)):
+        it = mix.prepare(layout, ids)
+        assert torch.equal(it.x, plain.x) and torch.equal(mix.loss(x1, it), mix.loss(x1, plain))
+    assert mix.prepare(torch.ones(1, 1), ids[:1]).x.shape == (1, 1)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "beta21", "logit-normal"])
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_slowing_law_through_prepare(timesteps: str, clock: str) -> None:
+    """Given the label, m is uniform on [(1 - gamma) t, t] in the paper's clock."""
+    n = 50_000
+    it = MixFlow(gamma=0.4, clock=clock, timesteps=timesteps).prepare(
+        torch.zeros(n, 1), ids=torch.arange(n)
+    )
+    t, m = (v.double() if clock == DATA_AT_1 else 1 - v.double() for v in (it.t, it.slowed_t))
+    far = t > 0.05  # where float32 leaves the ratio its digits
+    v = ((1 - m / t) / 0.4)[far]
+    assert v.min() > -1e-4 and v.max() < 1 + 1e-4
+    counts = torch.histc(v, bins=20, min=0, max=1)
+    expected = len(v) / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 19 + 5 * math.sqrt(38)
+    assert abs(torch.corrcoef(torch.stack([v, t[far]]))[0, 1]) < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("interval", ["shifted", "raw"])
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_shifted_label_density_through_prepare(clock: str, interval: str) -> None:
+    """beta21 with shift k: P(label <= x) = (k x / (1 + (k-1) x))^2 in the paper's clock."""
+    k, n = math.sqrt(48), 100_000
+    mix = MixFlow(clock=clock, shift=k, interval=interval)
+    label = mix.prepare(torch.zeros(n, 1), ids=torch.arange(n)).t.double()
+    label = (label if clock == DATA_AT_1 else 1 - label).sort().values
+    cdf = (k * label / (1 + (k - 1) * label)) ** 2
+    steps = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert (cdf - steps).abs().max() < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov, p = 0.001
+
+
+@pytest.mark.parametrize("weight", ["velocity", "likelihood"])
+@pytest.mark.parametrize("target_at", ["slowed", "label"])
+def test_score_and_weights_follow_target_at(weight: str, target_at: str) -> None:
+    """With t = 0.8 and m = 0.3 on the linear path: weights (1/s)^2, 1/(s (1-s)), scale 1-s."""
+    x1, x0 = batch()
+    t, m = torch.full((6,), 0.8), torch.full((6,), 0.3)
+    time = 0.3 if target_at == "slowed" else 0.8
+    factor = {"velocity": 1 / time**2, "likelihood": 1 / (time * (1 - time))}[weight]
+    options = dict(clock=DATA_AT_1, loss_weight=weight, target_at=target_at)
+    for prediction, error in (("noise", x1 - x0), ("score", x1 * (1 - time) + x0)):
+        mix = MixFlow(prediction=prediction, **options)
+        it = mix.prepare(x1, x0=x0, t=t, slowed_t=m)
+        torch.testing.assert_close(mix.loss(x1, it), factor * (error**2).mean())
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
@@ -238,15 +361,29 @@ def test_half_precision_data_computes_in_float32(dtype: torch.dtype) -> None:
     [("noise", "linear", 1e-3, 1 - 1e-3), ("velocity", "vp", 0.0, 1 - 1e-5)],
 )
 @pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("shift", [1.0, math.sqrt(48)])
+@pytest.mark.parametrize("interval", ["shifted", "raw", "full"])
 def test_times_keep_off_singular_ends(
-    prediction: str, path: str, low: float, high: float, clock: str
+    prediction: str, path: str, low: float, high: float, clock: str, shift: float, interval: str
 ) -> None:
-    """SiT's check_interval; the smallest and largest of 100,000 draws stay inside."""
-    mix = MixFlow(gamma=1.0, clock=clock, prediction=prediction, path=path, timesteps="uniform")
-    it = mix.prepare(torch.zeros(100_000, 1), ids=torch.arange(100_000))
-    for times in (it.t, it.slowed_t):
-        engine = times if clock == DATA_AT_1 else 1 - times
-        assert engine.min() >= low - 1e-7 and engine.max() <= high + 1e-7
+    """SiT's check_interval: 200,000 draws stay inside, come near, and m is never beyond t."""
+    n = 200_000
+    mix = MixFlow(1.0, clock, path, "uniform", shift, prediction, interval=interval)
+    it = mix.prepare(torch.zeros(n, 1), ids=torch.arange(n))
+    t, m = (v.double() if clock == DATA_AT_1 else 1 - v.double() for v in (it.t, it.slowed_t))
+    for times in (t, m):
+        assert times.min() >= low - 1e-7 and times.max() <= high + 1e-7
+    assert t.min() < low + 1e-4 and t.max() > high - 40 * shift / n
+    if interval != "full":
+        assert (m <= t + 1e-7).all()
+
+
+def test_given_labels_at_the_ends_are_used_exactly() -> None:
+    t = torch.tensor([0.0, 5e-4, 0.3, 1.0])
+    for clock in CLOCKS:
+        for options in ({"prediction": "noise"}, {"path": "vp"}, {"interval": "raw", "shift": 6.9}):
+            it = MixFlow(0, clock, **options).prepare(torch.zeros(4, 1), t=t)
+            assert torch.equal(it.t, t) and torch.equal(it.slowed_t, t)
 
 
 BAD_OPTIONS = [
@@ -290,6 +427,7 @@ BAD_BATCHES = [
     (dict(x1=torch.zeros(4, 3, dtype=torch.int64)), "x1"),
     (dict(ids=torch.arange(3)), "ids"),
     (dict(ids=torch.arange(4.0)), "ids"),
+    (dict(ids=[True] * 4), "ids"),
     (dict(x0=torch.zeros(4, 3, 2, 1)), "x0"),
     (dict(t=torch.zeros(3)), "t must be"),
     (dict(t=torch.zeros(4, dtype=torch.bfloat16)), "half-precision"),
@@ -316,5 +454,8 @@ def test_bad_predictions() -> None:
         mix.loss(X1, it, reduction="avg")
     with pytest.raises(ValueError, match="weight"):
         mix.loss(X1, it, weight=torch.ones(3))
+    with pytest.raises(ValueError, match="one tensor"):
+        mix.loss((X1, []), it)
+    torch.testing.assert_close(mix.loss(X1, it, weight=2.0), 2 * mix.loss(X1, it))
     with pytest.raises(ValueError, match="one tensor"):
         mixflow_loss(lambda x, t: (x, []), X1, clock=DATA_AT_1)

@@ -16,8 +16,10 @@ so m ~ U[(1-gamma) t, t] in the paper's clock: the input is never less noisy tha
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +27,10 @@ from torch import Tensor
 from mixflow_fast.flow.clock import DATA_AT_1
 
 TIME_LAWS = ("uniform", "beta21", "logit-normal")
+Times = TypeVar("Times", Tensor, float)
 _NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _LOGIT_NORMAL = re.compile(rf"logit-normal(?:\(({_NUMBER}),\s*({_NUMBER})\))?")
+_RAE_LOGIT_NORMAL = re.compile(rf"logit-normal_({_NUMBER})_({_NUMBER})")
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,12 @@ class TimeLaw:
     def parse(
         cls, text: str, clock: str = DATA_AT_1, low: float = 0.0, high: float = 1.0
     ) -> TimeLaw:
-        """Read "uniform", "beta21", "logit-normal" or "logit-normal(mu, sigma)".
+        """Read "uniform", "beta21", "logit-normal", "logit-normal(mu, sigma)" (RAE: _mu_sigma).
 
         mu is that of logit(t) in the caller's clock; the mirror t -> 1 - t changes its sign.
         """
-        match = _LOGIT_NORMAL.fullmatch(text) if isinstance(text, str) else None
+        text = str(text)
+        match = _LOGIT_NORMAL.fullmatch(text) or _RAE_LOGIT_NORMAL.fullmatch(text)
         if match:
             mu, sigma = float(match[1] or 0.0), float(match[2] or 1.0)
             if sigma <= 0:
@@ -67,19 +72,19 @@ class TimeLaw:
             )
         return cls(text, low=low, high=high)
 
-    def cdf(self, t: Tensor) -> Tensor:
-        """Distribution function of the law without truncation, at engine times t."""
-        if self.name == "uniform":
+    def cdf(self, t: float) -> float:
+        """Distribution function of the law without truncation, at an engine time t."""
+        if self.name == "uniform" or t in (0.0, 1.0):
             return t
         if self.name == "beta21":
             return t * t
-        return torch.special.ndtr((torch.logit(t) - self.mu) / self.sigma)
+        z = (math.log(t / (1 - t)) - self.mu) / self.sigma
+        return (1 + math.erf(z / math.sqrt(2))) / 2
 
     def quantile(self, u: Tensor) -> Tensor:
         """Engine times t in [low, high] for uniform numbers u in (0, 1); dtype and shape of u."""
         if (self.low, self.high) != (0.0, 1.0):
-            bounds = torch.tensor([self.low, self.high], dtype=torch.float64)
-            first, last = self.cdf(bounds).tolist()
+            first, last = self.cdf(self.low), self.cdf(self.high)
             u = first + (last - first) * u
         if self.name == "uniform":
             t = u
@@ -90,12 +95,12 @@ class TimeLaw:
         return t.clamp(self.low, self.high)
 
 
-def shift_time(t: Tensor, k: float, clock: str) -> Tensor:
-    """RAE's time-distribution shift (RAE, section 4; spec: odds of data divided by k).
+def shift_time(t: Times, k: float, clock: str) -> Times:
+    """RAE's time-distribution shift: the odds t / (1 - t) of the data end are divided by k.
 
     Args:
-        t: times in [0, 1] in the clock `clock`.
-        k: shift >= 1; RAE uses sqrt(C h w / 4096). 1 leaves t as it is.
+        t: times in [0, 1] in the clock `clock`, a tensor or a number.
+        k: RAE uses sqrt(C h w / 4096) >= 1. 1 leaves t as it is, 1 / k undoes k.
         clock: "data_at_1" or "noise_at_1".
     """
     if k == 1:

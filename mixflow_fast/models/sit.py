@@ -252,6 +252,8 @@ class SiT(nn.Module):
         self.num_classes = num_classes
         self.null_class: int | None = num_classes if class_dropout_prob > 0 else None
         self.learn_sigma: bool = self.config["learn_sigma"]
+        # Guidance of the official samplers: SiT's covers the first three channels, REPA's all.
+        self.cfg_channels: int | None = min(3, in_channels) if z_dims is None else None
         self.out_channels = in_channels * (2 if self.learn_sigma else 1)
         self.encoder_depth = encoder_depth
 
