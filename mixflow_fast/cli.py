@@ -37,9 +37,10 @@ def _report(error: Exception, code: int) -> int:
 
 
 def _train(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from mixflow_fast.build import check
     from mixflow_fast.config import load_config
     from mixflow_fast.distributed import rank, world_size
-    from mixflow_fast.trainer import TrainingDiverged, check, train
+    from mixflow_fast.trainer import TrainingDiverged, train
 
     config = load_config(options.recipe, options.overrides)
     check(config, world_size())
@@ -113,8 +114,8 @@ def _save_npz(path: Path, x: object, labels: object) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _channels(text: str) -> int | None:
-    return None if text == "all" else int(text)
+def _channels(text: str) -> int | str | None:
+    return {"all": None, "auto": "auto"}[text] if text in ("all", "auto") else int(text)
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -184,8 +185,8 @@ def _parser() -> argparse.ArgumentParser:
         "--cfg-channels",
         type=_channels,
         default="auto",
-        metavar="N|all",
-        help="guide the first N channels or all; default: as the official model (SiT 3, REPA all)",
+        metavar="N|all|auto",
+        help="guide the first N channels; auto: as the official model does (SiT 3, REPA all)",
     )
     command.add_argument("--shift", type=float, default=1.0, help="RAE's time shift of the grid")
     command.add_argument("--seed", type=int, default=0)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast import __version__
+from mixflow_fast.build import check
 from mixflow_fast.config import Config, load_config
 from mixflow_fast.data import build_source, sample_index
 from mixflow_fast.evaluation import (
@@ -304,8 +305,6 @@ def _combine(tables: list[dict[str, Any]], metric: str) -> dict[str, Any]:
 
 def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
     """Refuse settings that some arm, the sampling or the report could not work with."""
-    from mixflow_fast.trainer import check
-
     if settings.samples < 2:
         raise ValueError(f"samples must be >= 2, got {settings.samples}")
     base = base_config(settings, 0, out / "base")
