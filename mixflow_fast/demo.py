@@ -36,7 +36,7 @@ from mixflow_fast.evaluation import (
     render_demo_report,
     write_json,
 )
-from mixflow_fast.images import save_grid, write_bytes
+from mixflow_fast.images import save_grid, save_side_by_side, write_bytes
 from mixflow_fast.metrics import read_metrics
 from mixflow_fast.models import load_model
 from mixflow_fast.sampling import sample
@@ -235,6 +235,7 @@ def run_demo(
         "images_caption": f"{GRID_STEPS} Euler steps, same noise and labels in every arm",
         "about": _about(settings),
     }  # fmt: skip
+    _save_comparison(out, result)
     render_demo_report(result, out / "report.html")
     write_bytes(out / "report.md", evidence_markdown(result).encode())
     write_json(out / "report.json", result)  # last: its presence marks a finished demo
@@ -278,6 +279,13 @@ def _all_images(data: str, split: str, size: int) -> Tensor:
     source = build_source(data, size=size, split=split)
     index = torch.arange(len(source))
     return source.get(index, index, 0).x
+
+
+def _save_comparison(out: Path, result: dict[str, Any]) -> None:
+    """OUT/arms.png: the first three arms beside real images, for pages that show one picture."""
+    words = {"base": "base", "control": "control", "mixflow": f"MixFlow, {GRID_STEPS} steps each"}
+    pictures = {text: Path(result["arms"][name]["images"]) for name, text in words.items()}
+    save_side_by_side(out / "arms.png", {**pictures, "real": Path(result["real_grid"])})
 
 
 def _real_grid(out: Path, measure: Measure) -> Path:

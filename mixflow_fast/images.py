@@ -96,3 +96,31 @@ def save_grid(
 ) -> None:
     """Write `grid_png_bytes` to `path`, whole or not at all; folders are made."""
     write_bytes(path, grid_png_bytes(x, columns, scale, padding))
+
+
+def save_side_by_side(
+    path: str | os.PathLike[str], pictures: dict[str, Path], gap: int = 12
+) -> None:
+    """Pictures of equal height in a row, each under its caption, written as one PNG.
+
+    Args:
+        path: the PNG; folders are made.
+        pictures: caption -> image file.
+        gap: pixels between them.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    images = {caption: Image.open(file).convert("RGB") for caption, file in pictures.items()}
+    font = ImageFont.load_default(size=16)
+    top = 26
+    width = sum(image.width for image in images.values()) + gap * (len(images) - 1)
+    height = top + max(image.height for image in images.values())
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for caption, image in images.items():
+        draw.text((left, 3), caption, fill="black", font=font)
+        canvas.paste(image, (left, top))
+        left += image.width + gap
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
