@@ -244,8 +244,24 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _legend_height(result: dict[str, Any], columns: int) -> float:
+    return 0.2 * -(-(len(result["arms"]) + 1) // columns)
+
+
+def _legend(figure: Any, axes: Any, columns: int) -> None:
+    """Below the axes: inside, many arms' names would lie on their curves."""
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+            labelcolor=_INK,
+        )
+
+
 def _distance_plot(result: dict[str, Any], metric: str) -> str:
-    figure, axes = _figure(5.2, 3.6)
+    figure, axes = _figure(5.2, 3.4 + _legend_height(result, 2))
     positive, values = True, []
     for index, arm in enumerate(result["arms"].values()):
         cells = [(s, _value(arm, metric, s)) for s in result["steps"]]
@@ -282,8 +298,7 @@ def _distance_plot(result: dict[str, Any], metric: str) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sampling steps (logarithmic)")
     axes.set_ylabel("distance, lower is better")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    _legend(figure, axes, 2)
     return _svg(figure, metric.replace("_", "-"), f"{METRICS[metric]} against sampling steps")
 
 
@@ -295,7 +310,7 @@ def _thin(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
 
 
 def _loss_plot(result: dict[str, Any]) -> str:
-    figure, axes = _figure(9.0, 3.2)
+    figure, axes = _figure(9.0, 3.0 + _legend_height(result, 3))
     for index, (name, arm) in enumerate(result["arms"].items()):
         points = _thin(result["losses"].get(name) or [])
         if points:
@@ -303,8 +318,7 @@ def _loss_plot(result: dict[str, Any]) -> str:
             axes.plot(x, y, label=_plain(arm["label"]), **_style(index))
     axes.set_xlabel("images seen")
     axes.set_ylabel("training loss")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    _legend(figure, axes, 3)
     return _svg(figure, "loss", "Training loss against images seen")
 
 
@@ -344,7 +358,9 @@ def _table(result: dict[str, Any], metric: str) -> str:
 
 def _arm_words(arm: dict[str, Any]) -> str:
     gamma, times = arm.get("gamma"), arm.get("timesteps")
-    facts = []
+    facts = [] if times or gamma else ["where every other arm starts"]
+    if arm.get("interval") == "full":
+        facts.append("the input's time is anywhere in [0, 1], whatever its label")
     if times is not None:
         facts.append(f"time law {times}")
     if gamma is not None:
