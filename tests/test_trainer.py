@@ -97,6 +97,31 @@ def test_exported_ema_and_weights(tmp_path: Path, precision: str, stage: int) ->
     assert torch.equal(content["model"]["pos_embed"], initial["pos_embed"])
 
 
+def test_stages_and_precisions_agree(tmp_path: Path) -> None:
+    """ZeRO changes where numbers live: warm-up, decay, clipping and accumulation stay."""
+    common = ["optim.grad_clip=0.3", "optim.weight_decay=0.1", "optim.warmup_images=24"]
+    common += ["optim.ema_decay=0.5", "train.microbatch_size=4", "optim.schedule=cosine"]
+    found = {}
+    for precision, stage in (*(("fp32", stage) for stage in range(4)), ("bf16", 2)):
+        out = tmp_path / f"{precision}_{stage}"
+        result = train(tiny(out, *common, *settings(precision, stage)), quiet=True)
+        found[precision, stage] = (
+            torch.load(result.weights, weights_only=True)["ema"],
+            read_metrics(out / "metrics.jsonl"),
+        )
+    truth, rows = found.pop(("fp32", 0))
+    assert len({row["lr"] for row in rows}) == len(rows)
+    assert max(row["grad_norm"] for row in rows) > 0.3  # clipping had something to do
+    for (precision, stage), (ema, others) in found.items():
+        tolerance = 1e-5 if precision == "fp32" else 2e-2
+        for row, other in zip(rows, others, strict=True):
+            for key in ("loss", "grad_norm", "lr"):
+                assert other[key] == pytest.approx(row[key], rel=tolerance), (stage, key)
+        if precision == "fp32":
+            for name, value in truth.items():
+                torch.testing.assert_close(ema[name], value, rtol=1e-4, atol=2e-6)
+
+
 def run_ranks(ranks: int, dump: Path, out: Path, *overrides: str) -> dict[str, torch.Tensor]:
     """The stream of a run on `ranks` processes, sorted by global position."""
     dump.mkdir()
