@@ -137,6 +137,7 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
         sweep=options.sweep,
         settings=replace(settings, **changes),
         command=shlex.join(["mixflow-fast", *arguments]),
+        fresh=options.fresh,
     )
     print(Path(options.out, "report.md").read_text())
     print(f"{result['seconds']:.0f} s. Report: {Path(options.out, 'report.html')}")
@@ -201,13 +202,17 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="base, control and MixFlow on small real images, with a report",
         description="Trains a small model on crops of photographs, post-trains it with and without "
-        "MixFlow, samples, measures and writes a report. Interrupted, the same command goes on.",
+        "MixFlow, samples, measures and writes a report. Finished arms are kept: interrupted, the "
+        "same command goes on, and more seeds or --sweep add to what is there.",
     )
     command.add_argument("--out", default="runs/demo")
     command.add_argument("--data", choices=("photos", "digits"), default="photos")
     command.add_argument("--seed", type=int, default=0, help="first seed")
     command.add_argument("--seeds", type=int, default=1, help="how many seeds")
     command.add_argument("--sweep", action="store_true", help="add gammas and ablation rows")
+    command.add_argument(
+        "--fresh", action="store_true", help="start over instead of keeping finished arms"
+    )
     command.add_argument("--gamma", type=float, help="of the mixflow arm")
     command.add_argument("--size", type=int, help="side in pixels")
     command.add_argument("--base-images", type=int)

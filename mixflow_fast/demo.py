@@ -154,11 +154,12 @@ def run_demo(
     settings: Settings = SETTINGS["photos"],
     command: str = "mixflow-fast demo",
     quiet: bool = False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Run the demo and write OUT/report.html, report.json, report.md and the checkpoints.
 
-    A demo that was interrupted goes on where it was, and one that is asked for more seeds or for
-    the sweep keeps the arms it has; exactly the same demo, once finished, starts afresh.
+    Finished arms are kept: a demo that was interrupted goes on where it was, and more seeds or the
+    sweep only add to what is there.
 
     Args:
         out: folder of the demo.
@@ -167,6 +168,7 @@ def run_demo(
         settings: sizes; `SETTINGS["photos"]` or `SETTINGS["digits"]`.
         command: what to print as the command that made the report.
         quiet: no progress.
+        fresh: delete the arms that an earlier demo left in the folder.
 
     Returns:
         what report.json holds. "seconds" adds up training and evaluation of every arm.
@@ -182,7 +184,7 @@ def run_demo(
     arms = arms_of(settings, sweep)
     _check(settings, arms, out)
     measure = _measure(settings.data, settings.size)
-    _claim(out, settings, {"seeds": list(seeds), "arms": list(arms)})
+    _claim(out, settings, fresh)
     say: Callable[[str], None] = (lambda _: None) if quiet else _say
     configs: dict[str, Any] = {}
     losses: dict[str, list] = {}
@@ -196,7 +198,9 @@ def run_demo(
             if name != "base":
                 config = arm_config(base, arm, settings, seed, folder / name)
             done = folder / name / "frechet.json"
-            if not done.exists():
+            if done.exists():
+                say(f"  finished already, kept: {done.parent} (--fresh starts over)")
+            else:
                 started = time.monotonic()
                 if not train(config, quiet=quiet).finished:
                     raise KeyboardInterrupt
@@ -323,21 +327,20 @@ def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
         raise ValueError('the report needs matplotlib: pip install "mixflow_fast[eval]"')
 
 
-def _claim(out: Path, settings: Settings, asked: dict[str, Any]) -> None:
-    """Take the folder: keep finished arms of these settings, discard a finished equal demo."""
-    mark, report = out / "settings.json", out / "report.json"
+def _claim(out: Path, settings: Settings, fresh: bool) -> None:
+    """Take the folder for a demo of these settings, keeping finished arms unless `fresh`."""
+    mark = out / "settings.json"
     plan = json.loads(json.dumps(asdict(settings)))
     if mark.exists():
-        if json.loads(mark.read_text()) != plan:
+        if fresh:
+            for folder in out.glob("seed_*"):
+                shutil.rmtree(folder)
+        elif json.loads(mark.read_text()) != plan:
             raise ValueError(
-                f"{out} holds a demo with other settings: choose another --out, or delete it"
+                f"{out} holds a demo with other settings: choose another --out, or replace it with "
+                "--fresh"
             )
-        if report.exists():
-            old = json.loads(report.read_text())
-            report.unlink()
-            if {"seeds": old["seeds"], "arms": list(old["arms"])} == asked:
-                for folder in out.glob("seed_*"):
-                    shutil.rmtree(folder)
+        (out / "report.json").unlink(missing_ok=True)
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def test_demo_files_schema_and_repeatability(tmp_path: Path) -> None:
         assert control[section] == mixflow[section]  # same data, noise, length, rate
 
 
-def test_interrupted_demo_goes_on_and_a_finished_one_starts_afresh(
+def test_interrupted_demo_goes_on_and_finished_arms_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate, calls = demo._evaluate, []
@@ -70,7 +70,9 @@ def test_interrupted_demo_goes_on_and_a_finished_one_starts_afresh(
         run_demo(tmp_path / "a", settings=replace(TOY, gamma=0.9), quiet=True)
     calls.clear()
     assert run_demo(tmp_path / "a", settings=TOY, quiet=True)["arms"] == result["arms"]
-    assert len(calls) == 3
+    assert calls == []  # nothing that is finished is lost or done again
+    again = run_demo(tmp_path / "a", settings=TOY, quiet=True, fresh=True)
+    assert len(calls) == 3 and again["arms"] == result["arms"]
     calls.clear()
     more = run_demo(tmp_path / "a", seeds=(0, 1), settings=TOY, quiet=True)
     assert len(calls) == 3 and all("seed_1" in call for call in calls)
