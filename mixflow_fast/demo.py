@@ -398,13 +398,3 @@ def _notes(settings: Settings, seeds: int) -> list[str]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def smaller(settings: Settings, factor: int) -> Settings:
-    """The same demo with less of everything, for tests."""
-    return replace(
-        settings,
-        base_images=settings.base_images // factor,
-        post_images=settings.post_images // factor,
-        samples=max(settings.samples // factor, 16),
-    )
