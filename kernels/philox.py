@@ -17,6 +17,10 @@ The integers are exact on every device. The floats are float32 functions of them
                         a = word_even * 2^-32 + 2^-33 in (0, 1],  b = uniform(word_odd)
 
 a is rounded to float32, so the smallest radii (below about 5e-4, one in ten million) are coarse.
+
+Two implementations: plain PyTorch, and Triton device functions that other kernels call to make the
+numbers in registers. The words are the same integers; normals agree to a few units in the last
+place of the radius (sine, cosine, logarithm and root are evaluated differently).
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from mixflow_fast.kernels import runtime
+from mixflow_fast.kernels.runtime import jit, tl, triton
 
 _ROUND_A = 0xD2511F53
 _ROUND_B = 0xCD9E8D57
@@ -86,6 +93,13 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
+def seed_tensor(seed: int, device: torch.device) -> Tensor:
+    """The seed's 64 bits as a () int64 tensor, the form in which kernels read it."""
+    seed = check_seed(seed)
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return torch.full((), signed, dtype=torch.int64, device=device)
+
+
 def _check_positions(positions: Tensor) -> Tensor:
     if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(
@@ -95,10 +109,10 @@ def _check_positions(positions: Tensor) -> Tensor:
     return positions.to(torch.int64)
 
 
-def _blocks(seed: int, stream: int, positions: Tensor, numel: int) -> list[Tensor]:
+def _blocks(seed: int | Tensor, stream: int, positions: Tensor, numel: int) -> list[Tensor]:
     """Words of every element: four int64 tensors of shape (B, ceil(numel / 4))."""
-    seed = check_seed(seed)
-    key = seed & _MASK, seed >> 32
+    seed = seed if isinstance(seed, Tensor) else check_seed(seed)
+    key = seed & _MASK, (seed >> 32) & _MASK
     positions = _check_positions(positions)
     if numel < 0:
         raise ValueError(f"numel must be >= 0, got {numel}")
@@ -113,7 +127,7 @@ def _blocks(seed: int, stream: int, positions: Tensor, numel: int) -> list[Tenso
     return philox_4x32(counter, key)
 
 
-def random_words(seed: int, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
     """Uniform 32-bit words, (B, numel) int64 in [0, 2**32); arguments as `uniform`."""
     words = torch.stack(_blocks(seed, stream, positions, numel), dim=-1)
     return words.flatten(1)[:, :numel]
@@ -123,11 +137,11 @@ def _unit_open(word: Tensor) -> Tensor:
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def uniform(seed: int, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
     """Uniform numbers in the open interval (0, 1).
 
     Args:
-        seed: in [0, 2**64).
+        seed: in [0, 2**64), or a `seed_tensor` on the device of `positions`.
         stream: a `Stream`.
         positions: (B,) int64 global sample positions.
         numel: numbers per sample.
@@ -141,8 +155,8 @@ def uniform(seed: int, stream: int, positions: Tensor, numel: int = 1) -> Tensor
     return _unit_open(random_words(seed, stream, positions, numel))
 
 
-def normal(seed: int, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
-    """Standard normal numbers, (B, numel) float32; arguments and errors as `uniform`."""
+def normal_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """`normal` in plain PyTorch."""
     w0, w1, w2, w3 = _blocks(seed, stream, positions, numel)
     pairs = []
     for radius_word, angle_word in ((w0, w1), (w2, w3)):
@@ -151,3 +165,137 @@ def normal(seed: int, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
         angle = _unit_open(angle_word) * (2.0 * math.pi)
         pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(pairs, dim=-1).flatten(1)[:, :numel]
+
+
+def normal(
+    seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1, impl: str = "auto"
+) -> Tensor:
+    """Standard normal numbers, (B, numel) float32; arguments and errors as `uniform`.
+
+    impl: "reference", "triton" or "auto" (Triton on CUDA devices). The numbers of "triton" are
+    bit for bit those that the other kernels make in registers.
+    """
+    if not runtime.use_kernels(impl, positions.device):
+        return normal_reference(seed, stream, positions, numel)
+    if not isinstance(seed, Tensor):
+        seed = seed_tensor(seed, positions.device)
+    if not 0 <= numel < 1 << 31:
+        raise ValueError(f"numel must be in [0, 2**31), got {numel}")
+    return _normal_op(seed, _check_positions(positions), int(stream), numel)
+
+
+# Device functions. Scalars: seed and position int64, stream a constexpr. Blocks: int32.
+
+
+@jit
+def philox_words(seed, stream: tl.constexpr, position, block):
+    """Four uint32 words for each counter block (element // 4)."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(seed, block.to(tl.uint32), tl.cast(stream, tl.uint32), low, high)
+
+
+@jit
+def unit_open(word):
+    # The word's upper 23 bits as a float in [1, 2), and then exactly (k + 1/2) 2^-23: a conversion
+    # from integers would wait for a slower unit.
+    one_to_two = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return one_to_two - 0.999999940395355224609375  # 1 - 2^-24
+
+
+@jit
+def first_uniform(seed, stream: tl.constexpr, position):
+    """Element 0 of a stream, in (0, 1)."""
+    w0, w1, w2, w3 = philox_words(seed, stream, position, tl.cast(0, tl.int32))
+    return unit_open(w0)
+
+
+@jit
+def box_muller(radius_word, angle_word):
+    radius_uniform = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt(-2.0 * tl.log(radius_uniform))
+    angle = unit_open(angle_word) * 6.283185307179586
+    # angle = q pi/2 + r with |r| <= pi/4. Adding 1.5 * 2^23 rounds to an integer, whose low bits
+    # are then the number's own. pi/2 is split in two, the first part short enough for q times it
+    # to be exact. Polynomials: least squares in relative error, 3e-9 and 1e-10.
+    shifted = angle * 0.6366197723675814 + 12582912.0
+    quadrant = shifted.to(tl.int32, bitcast=True)
+    q = shifted - 12582912.0
+    r = (angle - q * 1.5707969665527344) + q * 6.397578377e-07
+    z = r * r
+    sine = r + r * z * (-1.6666654678e-01 + z * (8.3321657576e-03 + z * -1.9515952805e-04))
+    cosine = (1.0 - 0.5 * z) + z * z * (
+        4.1666646237e-02 + z * (-1.3887341487e-03 + z * 2.4435851735e-05)
+    )
+    swap = (quadrant & 1) != 0
+    x = tl.where(swap, sine, cosine).to(tl.int32, bitcast=True)
+    y = tl.where(swap, cosine, sine).to(tl.int32, bitcast=True)
+    # cos is negative in quadrants 1 and 2, sin in 2 and 3.
+    x = x ^ (((quadrant + 1) & 2) << 30)
+    y = y ^ ((quadrant & 2) << 30)
+    return radius * x.to(tl.float32, bitcast=True), radius * y.to(tl.float32, bitcast=True)
+
+
+@jit
+def normal_tile(
+    seed,
+    stream: tl.constexpr,
+    position,
+    row,
+    column,
+    ROW_STRIDE,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Normals of elements (row + i) * ROW_STRIDE + column + j, (ROWS, COLUMNS) float32.
+
+    ALIGNED: ROW_STRIDE and column are multiples of 4 (or there is one row, and column is), so that
+    four neighbours share a counter block; else every element computes its own.
+    """
+    rows = row + tl.arange(0, ROWS)[:, None]
+    if ALIGNED:
+        block = rows * (ROW_STRIDE // 4) + column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+        w0, w1, w2, w3 = philox_words(seed, stream, position, block)
+        n0, n1 = box_muller(w0, w1)
+        n2, n3 = box_muller(w2, w3)
+        return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+    else:
+        element = rows * ROW_STRIDE + column + tl.arange(0, COLUMNS)[None, :]
+        w0, w1, w2, w3 = philox_words(seed, stream, position, element >> 2)
+        first = (element & 2) == 0
+        x, y = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
+        return tl.where((element & 1) == 0, x, y)
+
+
+@jit
+def _normal_kernel(
+    seed_ptr, positions_ptr, out_ptr, numel, programs, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0)
+    sample = (program // programs).to(tl.int64)
+    start = (program % programs) * BLOCK
+    noise = normal_tile(
+        tl.load(seed_ptr), STREAM, tl.load(positions_ptr + sample), 0, start, 0, 1, BLOCK, True
+    )
+    offsets = start + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + sample * numel + offsets, noise, mask=offsets < numel)
+
+
+@torch.library.custom_op("mixflow_fast::normal", mutates_args=())
+def _normal_op(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tensor:
+    out = torch.empty(len(positions), numel, dtype=torch.float32, device=positions.device)
+    if out.numel():
+        block = 1024
+        programs = triton.cdiv(numel, block)
+        grid = (runtime.check_grid(len(positions) * programs, len(positions)),)
+        with runtime.on_device(positions):
+            _normal_kernel[grid](
+                seed, positions, out, numel, programs, STREAM=stream, BLOCK=block, num_warps=4
+            )
+    return out
+
+
+@_normal_op.register_fake
+def _(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tensor:
+    return positions.new_empty((len(positions), numel), dtype=torch.float32)

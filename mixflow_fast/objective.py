@@ -18,16 +18,25 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mixflow_fast.flow.clock import DATA_AT_1, check_clock, engine_times
-from mixflow_fast.flow.path import LOSS_WEIGHTS, PREDICTIONS, get_path, per_sample
-from mixflow_fast.flow.timesteps import TimeLaw, shift_time, slow_time
-from mixflow_fast.kernels import philox
+from mixflow_fast.flow.clock import check_clock
+from mixflow_fast.flow.path import LOSS_WEIGHTS, PREDICTIONS, get_path
+from mixflow_fast.flow.schedule import INTERVALS, Schedule
+from mixflow_fast.kernels import philox, runtime
+from mixflow_fast.kernels.interpolate import (
+    Moments,
+    interpolate,
+    interpolate_reference,
+    sample_moments,
+)
 from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.kernels.velocity_loss import (
+    REDUCTIONS,
+    from_tokens,
+    velocity_loss,
+    velocity_loss_reference,
+)
 
-INTERVALS = ("shifted", "raw", "full")
 TARGETS_AT = ("slowed", "label")
-IMPLS = ("auto", "triton", "reference")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(frozen=True)
@@ -35,23 +44,44 @@ class Interpolation:
     """What `MixFlow.prepare` made of a batch.
 
     Attributes:
-        x: (B, ...) the network's input x_m, dtype of x1.
+        x: the network's input x_m in the dtype of x1: (B, ...), or (B, N, p p C) tokens.
         t: (B,) label time for the network, caller's clock, float32.
         slowed_t: (B,) time m at which x was interpolated, caller's clock, float32.
-        x1: (B, ...) the data, as given.
+        data: the (B, ...) data or `Moments`, as given.
         ids: (B,) int64 positions the draws were keyed by; None when nothing was drawn.
     """
 
     x: Tensor
     t: Tensor
     slowed_t: Tensor
-    x1: Tensor
+    data: Tensor | Moments
     ids: Tensor | None
-    _x0: Tensor
+    _x0: Tensor | None
+    _seed: Tensor
+    _impl: str
+
+    @property
+    def x1(self) -> Tensor:
+        """(B, ...) the data end of the path: as given, or the posterior sample, float32."""
+        if isinstance(self.data, Moments):
+            return sample_moments(self.data, self._seed, self.ids, self._impl)
+        return self.data
 
     def x0(self) -> Tensor:
-        """(B, ...) the noise end of the path: float32 (float64 for float64 data) or as given."""
-        return self._x0
+        """(B, ...) the noise end: as given, or float32 (float64 for float64 data).
+
+        The Triton kernels never store it: each call draws it again, bit for bit what they used.
+        """
+        if self._x0 is not None:
+            return self._x0
+        like = self.data.mean if isinstance(self.data, Moments) else self.data
+        return _noise(self._seed, self.ids, like, self._impl)
+
+
+def _noise(seed: Tensor, ids: Tensor, like: Tensor, impl: str) -> Tensor:
+    """(B, ...) normal numbers for data like `like`."""
+    x0 = philox.normal(seed, Stream.NOISE, ids, like.shape[1:].numel(), impl)
+    return x0.view(like.shape).to(_compute_dtype(like))
 
 
 class MixFlow:
@@ -73,8 +103,8 @@ class MixFlow:
         loss_weight: None, "velocity" or "likelihood": SiT's weights of noise and score losses.
         source: law of the noise end; None is N(0, I), the only one in this version.
         seed: of the counter-based draws, in [0, 2**64).
-        impl: "reference" is plain PyTorch; "auto" picks the fastest that is there (in this
-            version always the reference).
+        impl: "reference" is plain PyTorch; "triton" the fused kernels; "auto" takes the kernels
+            on CUDA devices (float32, bf16, fp16; Triton installed) and else the reference.
         interval: "shifted" slows in shifted time (RAE's published patch), "raw" slows before the
             shift and shifts both times, "full" draws m ~ U[0, 1] whatever the label is (the
             paper's ablation; gamma is not used).
@@ -108,11 +138,7 @@ class MixFlow:
         _check_choice("target_at", target_at, TARGETS_AT)
         _check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
         _check_choice("interval", interval, INTERVALS)
-        _check_choice("impl", impl, IMPLS)
-        if impl == "triton":
-            raise ValueError(
-                'impl="triton" is not in this version: use impl="auto" or impl="reference"'
-            )
+        _check_choice("impl", impl, runtime.IMPLS)
         if loss_weight is not None and prediction not in ("noise", "score"):
             raise ValueError(
                 f'loss_weight={loss_weight!r} is defined for prediction="noise" and "score" '
@@ -126,36 +152,40 @@ class MixFlow:
         self.seed = philox.check_seed(seed)
         self.clock = check_clock(clock)
         self.path = get_path(path)
-        self.low, self.high = self.path.train_bounds(prediction)
-        self.gamma = float(gamma)
-        self.shift = float(shift)
-        # The label keeps off the ends after the shift, so the law is cut where that comes from.
-        low, high = (shift_time(b, 1 / self.shift, DATA_AT_1) for b in (self.low, self.high))
-        self.timesteps = TimeLaw.parse(timesteps, self.clock, low, high)
+        self.schedule = Schedule.of(
+            *(self.clock, timesteps, float(gamma), float(shift), interval),
+            self.path.train_bounds(prediction),
+        )
         self.prediction = prediction
         self.target_at = target_at
         self.loss_weight = loss_weight
-        self.interval = interval
+        self.impl = impl
+        # Both live on the device, so that a captured CUDA graph reads them at every replay.
+        self._seeds: dict[torch.device, Tensor] = {}
         self._counters: dict[torch.device, Tensor] = {}
 
     def prepare(
         self,
-        x1: Tensor,
+        x1: Tensor | Moments,
         ids: Tensor | None = None,
         x0: Tensor | None = None,
         t: Tensor | None = None,
         slowed_t: Tensor | None = None,
+        patch_size: int | None = None,
     ) -> Interpolation:
         """Draw (or take) t, m and x0, and interpolate. Nothing here needs a gradient.
 
         Args:
-            x1: (B, ...) data in float32, bf16, fp16 or float64.
+            x1: (B, ...) data in float32, bf16, fp16 or float64, or the `Moments` of an
+                autoencoder's posterior, which is then sampled at `ids`.
             ids: (B,) int64 global positions of the examples. The draws are functions of
                 (seed, ids) alone. Left out: a counter that starts at 0 in every process and goes
                 on with every call, spread over the ranks of an initialised process group.
             x0: (B, ...) noise, used exactly.
             t: (B,) label times in the caller's clock, used exactly: no shift is applied to them.
             slowed_t: (B,) times m in the caller's clock, used exactly.
+            patch_size: p writes x as tokens (B, H/p W/p, p p C), features in the order (row in
+                the patch, column, channel), for (B, C, H, W) data; None keeps x1's shape.
 
         Returns:
             `Interpolation`; arithmetic and times are float32 (given times keep float64 for
@@ -163,39 +193,27 @@ class MixFlow:
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, times outside [0, 1] (checked
-                where the tensor is on the CPU: no device is made to wait).
+                where the tensor is on the CPU: no device is made to wait), impl="triton" where it
+                cannot run.
         """
-        if x1.dim() < 2 or not x1.is_floating_point():
-            raise ValueError(
-                "x1 must be a floating-point tensor (B, ...), got "
-                f"shape {tuple(x1.shape)} and dtype {x1.dtype}"
-            )
-        x1 = x1.detach()
-        drawn = None in (x0, t, slowed_t)
+        x1, like = _check_data(x1)
+        kernels = runtime.use_kernels(self.impl, like.device, like.dtype)
+        drawn = isinstance(x1, Moments) or None in (x0, t, slowed_t)
         if drawn or ids is not None:
-            ids = _next_ids(self._counters, x1) if ids is None else _check_ids(ids, x1)
-        if t is None:
-            t, m = self._draw_times(ids)
+            ids = _next_ids(self._counters, like) if ids is None else _check_ids(ids, like)
+        t = None if t is None else _check_times("t", t, like)
+        slowed_t = None if slowed_t is None else _check_times("slowed_t", slowed_t, like)
+        x0 = None if x0 is None else _check_noise(x0, like)
+        patch_size = _check_patch_size(patch_size, like)
+        seed = self._seed_on(like.device)
+        arguments = x1, self.schedule, self.path.name, seed, ids
+        if kernels:
+            x, t, slowed_t = interpolate(*arguments, x0, t, slowed_t, patch_size, "triton")
         else:
-            t = _check_times("t", t, x1)
-            m = None
-        if slowed_t is not None:
-            m = _check_times("slowed_t", slowed_t, x1)
-        elif m is None:
-            m = self._slow(t, ids)
-        compute = torch.float64 if x1.dtype == torch.float64 else torch.float32
-        if x0 is None:
-            x0 = philox.normal(self.seed, Stream.NOISE, ids, x1[0].numel() if len(x1) else 0)
-            x0 = x0.view(x1.shape).to(compute)
-        elif x0.shape != x1.shape or x0.device != x1.device or not x0.is_floating_point():
-            raise ValueError(
-                f"x0 must be like x1, shape {tuple(x1.shape)} on {x1.device}, got "
-                f"{tuple(x0.shape)} {x0.dtype} on {x0.device}"
-            )
-        x0 = x0.detach()
-        times = engine_times(m.to(compute), self.clock)
-        x = self.path.interpolate(x1.to(compute), x0.to(compute), *times).to(x1.dtype)
-        return Interpolation(x=x, t=t, slowed_t=m, x1=x1, ids=ids, _x0=x0)
+            x0 = _noise(seed, ids, like, "reference") if x0 is None else x0
+            x, t, slowed_t = interpolate_reference(*arguments, x0, t, slowed_t, patch_size)
+        impl = "triton" if kernels else "reference"
+        return Interpolation(x, t, slowed_t, x1, ids, _x0=x0, _seed=seed, _impl=impl)
 
     def loss(
         self,
@@ -203,91 +221,69 @@ class MixFlow:
         it: Interpolation,
         weight: Tensor | float | None = None,
         reduction: str = "mean",
+        learn_sigma: bool = False,
     ) -> Tensor:
         """The mean squared error of the prediction, per sample or reduced.
 
         Args:
-            pred: (B, ...) the network's output for `it.x`, `it.t`; shape of x1.
+            pred: the network's output for `it.x`, `it.t`: (B, ...) in x1's shape, or tokens
+                (B, N, p p C) of (B, C, H, W) data, features as `prepare` writes them.
             it: what `prepare` returned.
             weight: a number, (B,) per sample, or broadcastable to x1's shape per element;
                 multiplies the squared error, and the mean still divides by the count.
             reduction: "none" -> (B,) float32, "sum" over the batch, "mean" over the batch. Each
                 sample's loss is the mean over its elements.
+            learn_sigma: pred has twice the channels of x1; the second half is not used and its
+                gradient is zero.
 
         Returns:
             float32 (float64 for float64 data).
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit, an empty batch with "mean".
         """
         _check_choice("reduction", reduction, REDUCTIONS)
-        _check_prediction(pred)
-        if pred.shape != it.x1.shape:
-            hint = ""
-            if pred.dim() > 1 and pred.shape[1] == 2 * it.x1.shape[1]:
-                hint = f": for a learn_sigma head pass its first half, pred[:, :{it.x1.shape[1]}]"
+        like = it.data.mean if isinstance(it.data, Moments) else it.data
+        patch_size = _check_prediction(pred, like, learn_sigma)
+        if not len(like) and reduction == "mean":
             raise ValueError(
-                f"pred must have x1's shape {tuple(it.x1.shape)}, got {tuple(pred.shape)}{hint}"
+                'the batch is empty, so reduction="mean" has no value: use "sum" or "none"'
             )
-        compute = torch.float64 if it.x1.dtype == torch.float64 else torch.float32
-        x1, x0, pred = it.x1.to(compute), it.x0().to(compute), pred.to(compute)
-        label = it.t if self.target_at == "label" else it.slowed_t
-        times = engine_times(label.to(compute), self.clock)
-        error = self._error(pred, x1, x0, times) ** 2
-        if self.loss_weight is not None:
-            error = per_sample(self.path.loss_weight(self.loss_weight, *times), error) * error
-        if weight is not None:
-            error = _check_weight(weight, error) * error
-        losses = error.flatten(1).mean(dim=1)
-        if reduction == "none":
-            return losses
-        return losses.sum() if reduction == "sum" else losses.mean()
+        weight = None if weight is None else _check_weight(weight, like)
+        times = it.t if self.target_at == "label" else it.slowed_t
+        options = dict(
+            clock=self.clock,
+            path=self.path.name,
+            prediction=self.prediction,
+            loss_weight=self.loss_weight,
+            weight=weight,
+            reduction=reduction,
+        )
+        if it._impl == "triton" and runtime.use_kernels(self.impl, pred.device, pred.dtype):
+            return velocity_loss(
+                *(pred, it.data, times, it._seed, it.ids),
+                x0=it._x0,
+                learn_sigma=learn_sigma,
+                patch_size=patch_size,
+                impl="triton",
+                **options,
+            )
+        if patch_size:
+            pred = from_tokens(pred, like.shape, patch_size)
+        if learn_sigma:
+            pred = pred[:, : like.shape[1]]
+        return velocity_loss_reference(pred, it.x1, it.x0(), times, **options)
 
-    def _error(self, pred: Tensor, x1: Tensor, x0: Tensor, times: tuple[Tensor, Tensor]) -> Tensor:
-        if self.prediction == "velocity":
-            target = self.path.velocity(x1, x0, *times)
-            return pred - target if self.clock == DATA_AT_1 else pred + target
-        if self.prediction == "noise":
-            return pred - x0
-        if self.prediction == "data":
-            return pred - x1
-        # The score -x0 / sigma explodes at the data end; sigma times it does not (SiT).
-        return pred * per_sample(self.path.coefficients(*times).sigma, pred) + x0
-
-    def _draw_times(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Label times and, where slowing comes before the shift, slowed times; caller's clock."""
-        raw = self.timesteps.quantile(philox.uniform(self.seed, Stream.TIME, ids)[:, 0])
-        raw = engine_times(raw, self.clock)[0]
-        t = shift_time(raw, self.shift, self.clock)
-        if self.interval != "raw":
-            return t, None
-        m = slow_time(raw, self._uniform_slowing(ids), self.gamma, self.clock)
-        return t, self._within_bounds(shift_time(m, self.shift, self.clock), t)
-
-    def _slow(self, t: Tensor, ids: Tensor) -> Tensor:
-        if self.interval == "full":
-            m = self._uniform_slowing(ids).clamp(self.low, self.high)
-            return engine_times(m, self.clock)[0]
-        if self.gamma == 0:
-            return t
-        v = self._uniform_slowing(ids)
-        if self.interval == "shifted":
-            return self._within_bounds(slow_time(t, v, self.gamma, self.clock), t)
-        # A label that was given is a shifted one: slow it in raw time, then shift back.
-        raw = shift_time(t, 1 / self.shift, self.clock)
-        m = shift_time(slow_time(raw, v, self.gamma, self.clock), self.shift, self.clock)
-        return self._within_bounds(m, t)
-
-    def _uniform_slowing(self, ids: Tensor) -> Tensor:
-        return philox.uniform(self.seed, Stream.SLOWING, ids)[:, 0]
-
-    def _within_bounds(self, m: Tensor, t: Tensor) -> Tensor:
-        """Keep m off the noise end where this path or prediction is singular, never beyond t."""
-        if self.clock == DATA_AT_1:
-            return torch.minimum(m.clamp(min=self.low), t)
-        return torch.maximum(m.clamp(max=1 - self.low), t)
+    def _seed_on(self, device: torch.device) -> Tensor:
+        if device not in self._seeds:
+            _refuse_in_capture(device)
+            self._seeds[device] = philox.seed_tensor(self.seed, device)
+        return self._seeds[device]
 
 
 def mixflow_loss(
     net: Callable[..., Tensor],
-    x1: Tensor,
+    x1: Tensor | Moments,
     y: Tensor | None = None,
     *,
     ids: Tensor | None = None,
@@ -302,7 +298,7 @@ def mixflow_loss(
 
     Args:
         net: called as net(x, t, y), or net(x, t) when y is None; returns the prediction.
-        x1: (B, ...) data.
+        x1: (B, ...) data, or its `Moments`.
         y: (B,) labels or whatever the network takes.
         ids, x0, t, slowed_t: as `MixFlow.prepare`. Without ids each call draws afresh, from a
             counter per seed that starts at 0 in every process.
@@ -316,8 +312,9 @@ def mixflow_loss(
         mix = MixFlow(**options)
     except TypeError as error:
         raise ValueError(f"mixflow_loss: {error}") from None
-    if ids is None and None in (x0, t, slowed_t):
-        ids = _next_ids(_COUNTERS.setdefault(mix.seed, {}), x1)
+    if ids is None and (isinstance(x1, Moments) or None in (x0, t, slowed_t)):
+        like = x1.mean if isinstance(x1, Moments) else x1
+        ids = _next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
     it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)
     return mix.loss(pred, it, weight=weight, reduction=reduction)
@@ -334,12 +331,76 @@ def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if x1.device not in counters:
+        _refuse_in_capture(x1.device)
         counters[x1.device] = torch.zeros((), dtype=torch.int64, device=x1.device)
     counter = counters[x1.device]
     # Interleaved, so that ranks with batches of different sizes do not meet.
     ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
     counter.add_(len(x1))
     return ids
+
+
+def _refuse_in_capture(device: torch.device) -> None:
+    # What a capture allocates is written at its first replay, and is garbage to others till then.
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first MixFlow.prepare on a device keeps its seed and counter there: call it once "
+            "before you capture a CUDA graph (a warm-up step does)"
+        )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
+    """The data, detached, and a tensor that has its shape, dtype and device."""
+    if isinstance(x1, Moments):
+        mean, std, scale = x1
+        _check_data(mean)
+        if std.shape != mean.shape or std.dtype != mean.dtype or std.device != mean.device:
+            raise ValueError(
+                f"std must be like mean, {tuple(mean.shape)} {mean.dtype} on {mean.device}, got "
+                f"{tuple(std.shape)} {std.dtype} on {std.device}"
+            )
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise ValueError(f"scale of Moments must be a finite number, got {scale!r}")
+        x1 = Moments(mean.detach(), std.detach(), float(scale))
+        return x1, x1.mean
+    if not isinstance(x1, Tensor):
+        raise ValueError(f"x1 must be a tensor or Moments, got {type(x1).__name__}")
+    if x1.dim() < 2 or not x1.is_floating_point() or x1.element_size() < 2:
+        raise ValueError(
+            "x1 must be a floating-point tensor (B, ...) in float32, bf16, fp16 or float64, got "
+            f"shape {tuple(x1.shape)} and dtype {x1.dtype}"
+        )
+    x1 = x1.detach()
+    return x1, x1
+
+
+def _check_noise(x0: Tensor, x1: Tensor) -> Tensor:
+    if x0.shape != x1.shape or x0.device != x1.device or not x0.is_floating_point():
+        raise ValueError(
+            f"x0 must be like x1, shape {tuple(x1.shape)} on {x1.device}, got "
+            f"{tuple(x0.shape)} {x0.dtype} on {x0.device}"
+        )
+    return x0.detach()
+
+
+def _check_patch_size(patch_size: int | None, x1: Tensor) -> int:
+    """0 where no tokens are asked for."""
+    if patch_size is None:
+        return 0
+    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
+        raise ValueError(f"patch_size must be an integer >= 1 or None, got {patch_size!r}")
+    if x1.dim() != 4 or x1.shape[2] % patch_size or x1.shape[3] % patch_size:
+        raise ValueError(
+            f"patch_size={patch_size} needs x1 (B, C, H, W) with H and W divisible by it, got "
+            f"{tuple(x1.shape)}"
+        )
+    return patch_size
 
 
 def _check_ids(ids: Tensor, x1: Tensor) -> Tensor:
@@ -351,12 +412,44 @@ def _check_ids(ids: Tensor, x1: Tensor) -> Tensor:
     return ids.to(x1.device, torch.int64, non_blocking=True)
 
 
-def _check_prediction(pred: object) -> None:
+def _check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
+    """The patch size of pred's tokens, 0 for a prediction in x1's shape; ValueError otherwise."""
     if not isinstance(pred, Tensor):
         raise ValueError(
             f"the prediction must be one tensor, got {type(pred).__name__}: of a network with "
             "further outputs (REPA's projections) pass the prediction alone to MixFlow.loss"
         )
+    if not pred.is_floating_point() or pred.device != x1.device:
+        raise ValueError(
+            f"pred must be a floating-point tensor on {x1.device}, got {pred.dtype} on "
+            f"{pred.device}"
+        )
+    half, channels = (2, 2 * x1.shape[1]) if learn_sigma else (1, x1.shape[1])
+    expected = (x1.shape[0], channels, *x1.shape[2:])
+    if tuple(pred.shape) == expected:
+        return 0
+    if x1.dim() == 4 and pred.dim() == 3 and pred.shape[0] == x1.shape[0]:
+        B, C, H, W = x1.shape
+        tokens, features = pred.shape[1:]
+        p = math.isqrt(H * W // tokens) if tokens else 0
+        fits = p and H % p == 0 and W % p == 0 and tokens == (H // p) * (W // p)
+        if fits and features == p * p * channels:
+            return p
+        if fits and features == 2 * p * p * channels and half == 1:
+            raise ValueError(
+                f"pred's tokens have {features} features, twice the {p * p * channels} of x1's "
+                "channels: for a learn_sigma head pass learn_sigma=True"
+            )
+    hint = ""
+    if half == 1 and pred.dim() > 1 and pred.shape[1] == 2 * x1.shape[1]:
+        hint = (
+            ": for a learn_sigma head pass learn_sigma=True (or its first half, "
+            f"pred[:, :{x1.shape[1]}])"
+        )
+    raise ValueError(
+        f"pred must have x1's shape {expected} or be its tokens (B, N, p p C), got "
+        f"{tuple(pred.shape)}{hint}"
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:
@@ -386,18 +479,22 @@ def _check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
     return value
 
 
-def _check_weight(weight: Tensor | float, error: Tensor) -> Tensor:
-    weight = torch.as_tensor(weight, device=error.device)
-    if weight.dim() == 0:
-        return weight.to(error.dtype)
-    if weight.shape == error.shape[:1]:
-        return per_sample(weight.to(error.dtype), error)
-    fits = weight.dim() == error.dim() and all(
-        w in (1, e) for w, e in zip(weight.shape, error.shape, strict=True)
+def _check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:
+    weight = torch.as_tensor(weight, device=x1.device)
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must not require a gradient (none flows to it): take the losses of "
+            'reduction="none" and multiply those'
+        )
+    weight = weight.to(_compute_dtype(x1))
+    if weight.dim() == 0 or weight.shape == x1.shape[:1]:
+        return weight
+    fits = weight.dim() == x1.dim() and all(
+        w in (1, e) for w, e in zip(weight.shape, x1.shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"weight must be (B,) = ({len(error)},) or broadcast to {tuple(error.shape)}, got "
+            f"weight must be (B,) = ({len(x1)},) or broadcast to {tuple(x1.shape)}, got "
             f"{tuple(weight.shape)}"
         )
-    return weight.to(error.dtype)
+    return weight

@@ -15,11 +15,13 @@ PACKAGE = "mixflow_fast"
 # Each row may import itself, the rows it names, and third parties; the longest name wins. Rows
 # stand from the bottom to the top, and a row names only rows above it in this list.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "kernels.philox": (),
-    "kernels": ("kernels.philox",),
-    "flow": ("kernels",),
+    "flow": (),
+    "kernels.runtime": (),
+    "kernels.philox": ("kernels.runtime",),
+    "kernels.layout": ("kernels.runtime",),
+    "kernels": ("kernels.runtime", "kernels.philox", "kernels.layout", "flow"),
     "models": ("kernels",),
-    "data": ("kernels.philox",),
+    "data": ("kernels.philox", "kernels.runtime"),
     "images": (),
     "optim": ("kernels",),
     "distributed": (),
@@ -65,9 +67,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
 }
 # A distribution that only one row may import.
-OWNED = {"deepspeed": "trainer"}
-# They belong to extras, so a module must import without them: only inside functions.
-OPTIONAL = {"deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"}
+OWNED = {"deepspeed": "trainer", "triton": "kernels.runtime"}
+# They belong to extras, so a module must import without them: only inside functions, or where an
+# ImportError is caught.
+OPTIONAL = {"triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"}
 
 
 def _row(name: str) -> str | None:
@@ -100,7 +103,7 @@ def _absolute(level: int, module: str | None, importer: str, is_package: bool) -
 
 
 def _imports(path: Path, importer: str) -> list[tuple[int, str, bool]]:
-    """(line, absolute name, inside a function) of everything the file imports."""
+    """(line, absolute name, whether the module imports without it) of everything it imports."""
     is_package = path.name == "__init__.py"
     found = []
 
@@ -117,9 +120,12 @@ def _imports(path: Path, importer: str) -> list[tuple[int, str, bool]]:
                 dots = len(str(name.value)) - len(str(name.value).lstrip("."))
                 target = _absolute(dots, str(name.value)[dots:], importer, is_package)
                 found.append((node.lineno, target, lazy))
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        optional = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.Try):
+            caught = [ast.unparse(h.type) for h in node.handlers if h.type is not None]
+            optional = "ImportError" in caught
         for child in node.orelse if _is_type_checking(node) else ast.iter_child_nodes(node):
-            visit(child, lazy or is_function)
+            visit(child, lazy or optional)
 
     visit(ast.parse(path.read_text(encoding="utf-8")), False)
     return found
@@ -217,6 +223,11 @@ PLANTED = {
         "from matplotlib import pyplot",
         "outside a function",
     ),
+    "triton elsewhere": (
+        "kernels/norm.py",
+        "try:\n    import triton\nexcept ImportError:\n    triton = None",
+        "only kernels.runtime may",
+    ),
     "unknown module": ("mixflow_fast/helpers.py", "", "add one to LAYERS"),
 }
 
@@ -241,6 +252,7 @@ def test_checker_permits_what_the_table_permits(tmp_path):
         ),
         "mixflow_fast/data/order.py": "from mixflow_fast.kernels.philox import Stream",
         "mixflow_fast/trainer.py": "def f():\n    import deepspeed\n    from . import objective",
+        "kernels/runtime.py": "try:\n    import triton\nexcept ImportError:\n    triton = None",
         "mixflow_fast/cli.py": "import mixflow_fast\nfrom mixflow_fast import MixFlow, demo",
     }
     for name, source in permitted.items():

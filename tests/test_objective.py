@@ -402,7 +402,6 @@ BAD_OPTIONS = [
     ({"loss_weight": "velocity"}, "loss_weight"),
     ({"interval": "wide"}, "interval"),
     ({"impl": "cuda"}, "impl"),
-    ({"impl": "triton"}, "reference"),
     ({"source": object()}, "source"),
     ({"seed": -1}, "seed"),
 ]

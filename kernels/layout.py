@@ -1,0 +1,109 @@
+"""Where an element lies: NCHW images, and the token sequences that a patchifying network works on.
+
+A sample is a table of C channels by S = H W places. NCHW addresses (c, s) as c S + s; tokens of
+patch size p as ((n p + i) p + j) C + c, with n the patch in reading order and (i, j) the place in
+it: (B, H/p W/p, p p C), features in the order of SiT's `unpatchify`. Random numbers are indexed by
+the NCHW address in either layout.
+
+Kernels walk a sample in tiles of channels by places. NCHW needs no channels: it is one row of C H W
+places.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mixflow_fast.kernels.runtime import jit, tl, triton
+
+NCHW = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sample's shape as kernels see it.
+
+    Attributes:
+        channels, places: the table's sides.
+        width: places in an image row (tokens only).
+        patch_size: of the tokens; 0 is NCHW.
+        block_channels, block_places: a tile's sides, powers of two.
+        loops: tiles that one program works through, one after the other.
+    """
+
+    channels: int
+    places: int
+    width: int
+    patch_size: int
+    block_channels: int
+    block_places: int
+    loops: int
+
+    @property
+    def numel(self) -> int:
+        return self.channels * self.places
+
+    @property
+    def aligned(self) -> bool:
+        """Whether four neighbours of a tile always share one block of random numbers."""
+        return self.channels == 1 or self.places % 4 == 0
+
+    @property
+    def place_programs(self) -> int:
+        return triton.cdiv(self.places, self.block_places * self.loops)
+
+    @property
+    def programs(self) -> int:
+        """Programs that work on one sample."""
+        return self.place_programs * triton.cdiv(self.channels, self.block_channels)
+
+    def constants(self) -> dict[str, object]:
+        return {
+            "PATCH": self.patch_size,
+            "ALIGNED": self.aligned,
+            "BLOCK_C": self.block_channels,
+            "BLOCK_S": self.block_places,
+            "LOOPS": self.loops,
+            "num_warps": 4,
+        }
+
+
+def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None = None) -> Layout:
+    """The layout of samples (C, H, W), or of any shape where `patch_size` is 0 (NCHW).
+
+    The tiles depend on the shape of a sample alone, never on the batch: sums over tiles then have
+    the same bits for a sample alone and in a batch.
+    """
+    numel = math.prod(sample_shape)
+    if patch_size == NCHW:
+        if loops is None:
+            loops = 1 if numel <= 1 << 14 else 4
+        return Layout(1, numel, 1, 0, 1, 1024, loops)
+    channels, height, width = sample_shape
+    block_channels = min(triton.next_power_of_2(channels), 32)
+    block_places = min(2048 // block_channels, max(16, triton.next_power_of_2(height * width)))
+    return Layout(channels, height * width, width, patch_size, block_channels, block_places, 1)
+
+
+@jit
+def tile_start(program, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LOOPS: tl.constexpr):
+    """First channel and first place of the tiles of a program of a sample."""
+    columns = tl.cdiv(S, BLOCK_S * LOOPS)
+    return (program // columns) * BLOCK_C, (program % columns) * (BLOCK_S * LOOPS)
+
+
+@jit
+def address(c, s, S, W, CHANNELS, PATCH: tl.constexpr):
+    """Offsets inside a sample for channels c (rows) and places s (columns).
+
+    CHANNELS is the width of a token's channel dimension, which may be more than the sample's.
+    """
+    if PATCH == 0:
+        offset = c[:, None] * S + s[None, :]
+    else:
+        h = s // W
+        w = s % W
+        token = (h // PATCH) * (W // PATCH) + w // PATCH
+        row = token * (PATCH * PATCH) + (h % PATCH) * PATCH + w % PATCH
+        offset = row[None, :] * CHANNELS + c[:, None]
+    return offset

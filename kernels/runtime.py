@@ -1,0 +1,112 @@
+"""Triton where it is installed, and which implementation serves a tensor.
+
+Every kernel file imports without Triton: `jit` then leaves its functions alone, and nothing can
+launch. With `TRITON_INTERPRET=1` set before the first import, kernels run on CPU tensors in
+Triton's interpreter: slow, and exact enough to test every line of them without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+IMPLS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One-dimensional grids: CUDA's limit.
+MAX_PROGRAMS = 2**31 - 1
+_INTERPRETING = triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def jit(fn: Callable) -> Callable:
+    """`triton.jit` where there is Triton."""
+    return fn if triton is None else triton.jit(fn)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return _INTERPRETING
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether a kernel can run on tensors of this device."""
+    return triton is not None and (_INTERPRETING or device.type == "cuda")
+
+
+def use_kernels(impl: str, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether `impl` means the Triton kernels for data of these dtypes on this device.
+
+    "auto" takes the kernels on CUDA devices for float32, bfloat16 and float16, and the reference
+    elsewhere (also where Triton only interprets).
+
+    Raises:
+        ValueError: an unknown `impl`, or "triton" where the kernels cannot run.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if impl == "reference":
+        return False
+    fits = all(dtype in KERNEL_DTYPES for dtype in dtypes)
+    launch = can_launch(device)
+    if impl == "auto":
+        return fits and launch and device.type == "cuda"
+    if not launch:
+        reason = "Triton is not installed" if triton is None else f"the tensors are on {device}"
+        raise ValueError(
+            f'impl="triton" needs a CUDA device and Triton, but {reason}: use impl="auto", or set '
+            "TRITON_INTERPRET=1 before the first import to run the kernels in the interpreter"
+        )
+    if not fits:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            'impl="triton" computes float32, bfloat16 and float16 data, got '
+            f'{names}: use impl="auto" or impl="reference"'
+        )
+    return True
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Launches go to the current device: makes that the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def with_unit_rows(x: Tensor) -> Tensor:
+    """(B, ...) as is where each sample is contiguous in itself, else a contiguous copy."""
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
+def check_grid(programs: int, batch: int) -> int:
+    """The number of programs; ValueError where CUDA cannot launch so many."""
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"a batch of {batch} samples needs {programs} programs, more than one launch takes "
+            f"({MAX_PROGRAMS}): split the batch"
+        )
+    return programs
+
+
+def _repair_interpreter() -> None:
+    """Makes the interpreter's float32 -> bfloat16 cast round to nearest even, as devices do."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(value, source, target, rounding):
+        if source == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(value.copy()).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view("uint16").reshape(value.shape)
+        return convert(value, source, target, rounding)
+
+    interpreter._convert_float = convert_float
+
+
+if _INTERPRETING:
+    _repair_interpreter()

@@ -1,0 +1,208 @@
+"""Times and path coefficients on the device: the twins of `flow/schedule.py` and `flow/path.py`.
+
+Scalars of one sample, drawn and computed in registers by every program that works on the sample.
+Formulas, names and sources stand in `flow/`; only what a device needs besides is explained here.
+"""
+
+from __future__ import annotations
+
+from mixflow_fast.flow.clock import NOISE_AT_1
+from mixflow_fast.flow.schedule import Schedule
+from mixflow_fast.kernels.philox import Stream, first_uniform
+from mixflow_fast.kernels.runtime import jit, tl
+
+
+def schedule_arguments(schedule: Schedule) -> dict[str, object]:
+    """Keyword arguments of a kernel that calls `draw_times`."""
+    law, k = schedule.law, schedule.shift
+    first, last = law.cdf(law.low), law.cdf(law.high)
+    return {
+        "gamma": schedule.gamma,
+        "k": k,
+        "k_less_1": k - 1,
+        "inverse_k": 1 / k,
+        "inverse_k_less_1": 1 / k - 1,
+        "low": schedule.low,
+        "high": schedule.high,
+        "mu": law.mu,
+        "law_sigma": law.sigma,
+        "law_first": first,
+        "law_span": last - first,
+        "law_low": law.low,
+        "law_high": law.high,
+        "LAW": law.name,
+        "INTERVAL": schedule.interval,
+        "NOISE_AT_1": schedule.clock == NOISE_AT_1,
+        "TIME": int(Stream.TIME),
+        "SLOWING": int(Stream.SLOWING),
+    }
+
+
+@jit
+def normal_quantile(p):
+    """Inverse of the normal distribution function, p in (0, 1): Wichura's PPND7 (AS 241)."""
+    q = p - 0.5
+    r = 0.180625 - q * q
+    middle = q * tl.div_rn(
+        ((59.109374720 * r + 159.29113202) * r + 50.434271938) * r + 3.3871327179,
+        ((67.187563600 * r + 78.757757664) * r + 17.895169469) * r + 1.0,
+    )
+    r = tl.sqrt_rn(-tl.log(tl.minimum(p, 1.0 - p)))
+    near = r - 1.6
+    near_tail = tl.div_rn(
+        ((0.17023821103 * near + 1.3067284816) * near + 2.7568153900) * near + 1.4234372777,
+        (0.12021132975 * near + 0.73700164250) * near + 1.0,
+    )
+    far = r - 5.0
+    far_tail = tl.div_rn(
+        ((0.017337203997 * far + 0.42868294337) * far + 3.0812263860) * far + 6.6579051150,
+        (0.012258202635 * far + 0.24197894225) * far + 1.0,
+    )
+    tail = tl.where(r <= 5.0, near_tail, far_tail)
+    tail = tl.where(q < 0, -tail, tail)
+    return tl.where(tl.abs(q) <= 0.425, middle, tail)
+
+
+@jit
+def shift_time(t, k, k_less_1, NOISE_AT_1: tl.constexpr):
+    if NOISE_AT_1:
+        shifted = tl.div_rn(k * t, 1.0 + k_less_1 * t)
+    else:
+        shifted = tl.div_rn(t, k - k_less_1 * t)
+    return tl.where(k_less_1 == 0.0, t, shifted)
+
+
+@jit
+def slow_time(t, v, gamma, NOISE_AT_1: tl.constexpr):
+    if NOISE_AT_1:
+        m = t + gamma * v * (1.0 - t)
+    else:
+        m = t * (1.0 - gamma * v)
+    return m
+
+
+@jit
+def raw_label(
+    u,
+    mu,
+    law_sigma,
+    law_first,
+    law_span,
+    law_low,
+    law_high,
+    LAW: tl.constexpr,
+    NOISE_AT_1: tl.constexpr,
+):
+    """`TimeLaw.quantile`, in the caller's clock."""
+    u = law_first + law_span * u
+    if LAW == "uniform":
+        t = u
+    elif LAW == "beta21":
+        t = tl.sqrt_rn(u)
+    else:
+        t = tl.div_rn(1.0, 1.0 + tl.exp(-(mu + law_sigma * normal_quantile(u))))
+    t = tl.minimum(tl.maximum(t, law_low), law_high)
+    if NOISE_AT_1:
+        t = 1.0 - t
+    return t
+
+
+@jit
+def draw_times(
+    seed,
+    position,
+    t,
+    m,
+    gamma,
+    k,
+    k_less_1,
+    inverse_k,
+    inverse_k_less_1,
+    low,
+    high,
+    mu,
+    law_sigma,
+    law_first,
+    law_span,
+    law_low,
+    law_high,
+    LAW: tl.constexpr,
+    INTERVAL: tl.constexpr,
+    NOISE_AT_1: tl.constexpr,
+    TIME: tl.constexpr,
+    SLOWING: tl.constexpr,
+    HAS_T: tl.constexpr,
+    HAS_M: tl.constexpr,
+):
+    """(t, m) of the sample at `position`, in the caller's clock; given ones are passed through."""
+    if HAS_T:
+        raw = shift_time(t, inverse_k, inverse_k_less_1, NOISE_AT_1)
+    else:
+        u = first_uniform(seed, TIME, position)
+        raw = raw_label(u, mu, law_sigma, law_first, law_span, law_low, law_high, LAW, NOISE_AT_1)
+        t = shift_time(raw, k, k_less_1, NOISE_AT_1)
+    if not HAS_M:
+        v = first_uniform(seed, SLOWING, position)
+        if INTERVAL == "full":
+            m = tl.minimum(tl.maximum(v, low), high)
+            if NOISE_AT_1:
+                m = 1.0 - m
+        else:
+            if INTERVAL == "raw":
+                m = shift_time(slow_time(raw, v, gamma, NOISE_AT_1), k, k_less_1, NOISE_AT_1)
+            else:
+                m = slow_time(t, v, gamma, NOISE_AT_1)
+            if NOISE_AT_1:
+                m = tl.maximum(tl.minimum(m, 1.0 - low), t)
+            else:
+                m = tl.minimum(tl.maximum(m, low), t)
+            m = tl.where(gamma == 0.0, t, m)
+    return t, m
+
+
+@jit
+def _sine(x):
+    """sin on [0, pi / 2] by its Taylor polynomial, of odd degree 13: 7e-10 absolute."""
+    z = x * x
+    p = -1.9841269841e-4 + z * (2.7557319224e-6 + z * (-2.5052108385e-8 + z * 1.6059043837e-10))
+    return x + x * z * (-1.6666666667e-1 + z * (8.3333333333e-3 + z * p))
+
+
+@jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0; by its Taylor polynomial where exp would lose the digits."""
+    p = 1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880)))
+    p = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * p)))
+    return tl.where(x > -0.5, x + x * x * p, tl.exp(x) - 1.0)
+
+
+@jit
+def path_coefficients(time, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
+    """alpha, sigma, d_alpha, d_sigma, d_log_alpha at a time in the caller's clock."""
+    if NOISE_AT_1:
+        s = time
+        t = 1.0 - time
+    else:
+        t = time
+        s = 1.0 - time
+    if PATH == "linear":
+        alpha = t
+        sigma = s
+        d_alpha = 1.0 + 0.0 * t
+        d_sigma = -1.0 + 0.0 * t
+        d_log_alpha = tl.div_rn(d_alpha, t)
+    elif PATH == "gvp":
+        alpha = _sine(1.5707963267948966 * t)
+        sigma = _sine(1.5707963267948966 * s)
+        d_alpha = 1.5707963267948966 * sigma
+        d_sigma = -1.5707963267948966 * alpha
+        d_log_alpha = tl.div_rn(d_alpha, alpha)
+    else:
+        # SiT's variance preserving path, beta from 0.1 to 20 (flow.path.VPPath).
+        log_alpha = -4.975 * (s * s) - 0.05 * s
+        d_log_alpha = 9.95 * s + 0.05
+        alpha = tl.exp(log_alpha)
+        sigma = tl.sqrt_rn(-_expm1(2.0 * log_alpha))
+        d_alpha = alpha * d_log_alpha
+        d_sigma = tl.div_rn(-alpha * alpha * d_log_alpha, sigma)
+    return alpha, sigma, d_alpha, d_sigma, d_log_alpha

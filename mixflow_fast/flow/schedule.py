@@ -1,0 +1,99 @@
+"""The times of a training example: label t and slowed time m from two uniform numbers.
+
+    t = shift(law(u)),   m ~ U[(1 - gamma) t, t] by v      (MixFlow, arXiv 2512.19311)
+
+A `Schedule` holds everything that this takes, as plain numbers and names, so that the PyTorch code
+here and the device code of `kernels/times.py` compute the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.flow.clock import DATA_AT_1, engine_times
+from mixflow_fast.flow.timesteps import TimeLaw, shift_time, slow_time
+
+INTERVALS = ("shifted", "raw", "full")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How times are drawn.
+
+    Attributes:
+        clock: the caller's, of every time that goes in or comes out.
+        law: of the label before the shift, cut where the bounds come from.
+        gamma: slowing range in [0, 1].
+        shift: RAE's k >= 1.
+        interval: "shifted" slows in shifted time, "raw" before the shift, "full" draws
+            m ~ U[0, 1] whatever the label is.
+        low, high: bounds of shifted times, engine's clock.
+    """
+
+    clock: str
+    law: TimeLaw
+    gamma: float
+    shift: float
+    interval: str
+    low: float
+    high: float
+
+    @classmethod
+    def of(
+        cls, clock: str, timesteps: str, gamma: float, shift: float, interval: str, bounds: tuple
+    ) -> Schedule:
+        """The schedule whose shifted times lie in `bounds`; arguments as `MixFlow`."""
+        low, high = bounds
+        first, last = (shift_time(bound, 1 / shift, DATA_AT_1) for bound in bounds)
+        return cls(
+            clock, TimeLaw.parse(timesteps, clock, first, last), gamma, shift, interval, low, high
+        )
+
+    def numbers(self) -> list[float]:
+        """Everything numeric, for an operator's arguments: see `from_parts`."""
+        law = self.law
+        return [
+            *(self.gamma, self.shift, self.low, self.high),
+            *(law.mu, law.sigma, law.low, law.high),
+        ]
+
+    @classmethod
+    def from_parts(cls, clock: str, law: str, interval: str, numbers: list[float]) -> Schedule:
+        """The inverse of (clock, law.name, interval, numbers())."""
+        gamma, shift, low, high, mu, sigma, first, last = numbers
+        return cls(clock, TimeLaw(law, mu, sigma, first, last), gamma, shift, interval, low, high)
+
+    def label(self, u: Tensor) -> Tensor:
+        """(B,) label times for uniform numbers u in (0, 1)."""
+        return shift_time(self._raw(u), self.shift, self.clock)
+
+    def slowed(self, t: Tensor, u: Tensor | None, v: Tensor) -> Tensor:
+        """(B,) slowed times.
+
+        Args:
+            t: (B,) label times.
+            u: the uniform numbers that gave t; None for labels given from outside.
+            v: (B,) uniform numbers in (0, 1).
+        """
+        if self.interval == "full":
+            return engine_times(v.clamp(self.low, self.high), self.clock)[0]
+        if self.gamma == 0:
+            return t
+        if self.interval == "shifted":
+            return self._within_bounds(slow_time(t, v, self.gamma, self.clock), t)
+        # A label that was given is a shifted one: slow it in raw time, then shift back.
+        raw = self._raw(u) if u is not None else shift_time(t, 1 / self.shift, self.clock)
+        m = slow_time(raw, v, self.gamma, self.clock)
+        return self._within_bounds(shift_time(m, self.shift, self.clock), t)
+
+    def _raw(self, u: Tensor) -> Tensor:
+        return engine_times(self.law.quantile(u), self.clock)[0]
+
+    def _within_bounds(self, m: Tensor, t: Tensor) -> Tensor:
+        """Keep m off the noise end where this path or prediction is singular, never beyond t."""
+        if self.clock == DATA_AT_1:
+            return torch.minimum(m.clamp(min=self.low), t)
+        return torch.maximum(m.clamp(max=1 - self.low), t)
