@@ -108,7 +108,7 @@ def load_data(
     MOMENTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """x1 of a tile in float32. noise_start: the tile's (channel, place)."""
     x1 = tl.load(x1_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -123,7 +123,7 @@ def load_data(
             S,
             BLOCK_C,
             BLOCK_S,
-            ALIGNED,
+            VECTOR,
         )
         x1 = (x1 + std * eps) * scale
     return x1
@@ -162,6 +162,7 @@ def _interpolate_kernel(
     law_span,
     law_low,
     law_high,
+    SHIFTED: tl.constexpr,
     LAW: tl.constexpr,
     INTERVAL: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
@@ -176,7 +177,7 @@ def _interpolate_kernel(
     HAS_M: tl.constexpr,
     MOMENTS: tl.constexpr,
     PATCH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     LOOPS: tl.constexpr,
@@ -212,6 +213,7 @@ def _interpolate_kernel(
         law_span,
         law_low,
         law_high,
+        SHIFTED,
         LAW,
         INTERVAL,
         NOISE_AT_1,
@@ -223,7 +225,7 @@ def _interpolate_kernel(
     if program == 0:
         tl.store(t_ptr + sample, t)
         tl.store(m_ptr + sample, m)
-    alpha, sigma, d_alpha, d_sigma, d_log_alpha = path_coefficients(m, PATH, NOISE_AT_1)
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(m, PATH, NOISE_AT_1)
     first_c, first_s = tile_start(program, C, S, BLOCK_C, BLOCK_S, LOOPS)
     c = first_c + tl.arange(0, BLOCK_C)
     for i in range(LOOPS):
@@ -245,13 +247,13 @@ def _interpolate_kernel(
             MOMENTS,
             BLOCK_C,
             BLOCK_S,
-            ALIGNED,
+            VECTOR,
         )
         if HAS_X0:
             x0 = tl.load(x0_ptr + sample * x0_stride + offset, mask=mask, other=0.0)
             x0 = x0.to(tl.float32)
         else:
-            x0 = normal_tile(seed, NOISE, position, first_c, start, S, BLOCK_C, BLOCK_S, ALIGNED)
+            x0 = normal_tile(seed, NOISE, position, first_c, start, S, BLOCK_C, BLOCK_S, VECTOR)
         x = alpha * x1 + sigma * x0
         out = x_ptr + sample * (C * S) + address(c, s, S, W, C, PATCH)
         tl.store(out, x.to(x_ptr.dtype.element_ty), mask=mask)
@@ -265,6 +267,7 @@ def data_arguments(
     ids: Tensor | None,
     scale: float,
     layout: Layout,
+    element_size: int,
 ) -> dict[str, object]:
     """Keyword arguments for everything that says where a sample's data and noise come from.
 
@@ -289,7 +292,7 @@ def data_arguments(
         "HAS_IDS": ids is not None,
         "HAS_X0": x0 is not None,
         "MOMENTS": std is not None,
-        **layout.constants(),
+        **layout.constants(element_size),
     }
 
 
@@ -318,7 +321,9 @@ def _launch(
     if not x.numel():
         return x, out_t, out_m
     # No sums here, so how much one program does may follow the size of the whole.
-    loops = None if patch_size else (4 if x1.numel() >= 1 << 22 else 1)
+    loops = None
+    if not patch_size:
+        loops = 8 if x1.numel() >= 1 << 25 else 4 if x1.numel() >= 1 << 22 else 1
     layout = get_layout(x1.shape[1:], patch_size, loops)
     x1, std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (x1, std, x0))
     grid = (runtime.check_grid(len(x1) * layout.programs, len(x1)),)
@@ -332,7 +337,7 @@ def _launch(
             PATH=path,
             HAS_T=t is not None,
             HAS_M=slowed_t is not None,
-            **data_arguments(x1, std, x0, seed, ids, scale, layout),
+            **data_arguments(x1, std, x0, seed, ids, scale, layout, x1.element_size()),
             **schedule_arguments(schedule),
         )
     return x, out_t, out_m

@@ -43,10 +43,11 @@ class Layout:
     def numel(self) -> int:
         return self.channels * self.places
 
-    @property
-    def aligned(self) -> bool:
-        """Whether four neighbours of a tile always share one block of random numbers."""
-        return self.channels == 1 or self.places % 4 == 0
+    def vector(self, element_size: int) -> int:
+        """`normal_tile`'s VECTOR beside loads of elements of so many bytes."""
+        if self.channels > 1 and self.places % 4:
+            return 1
+        return 8 if element_size == 2 else 4
 
     @property
     def place_programs(self) -> int:
@@ -57,10 +58,11 @@ class Layout:
         """Programs that work on one sample."""
         return self.place_programs * triton.cdiv(self.channels, self.block_channels)
 
-    def constants(self) -> dict[str, object]:
+    def constants(self, element_size: int) -> dict[str, object]:
+        """Keyword arguments of a kernel that moves elements of so many bytes."""
         return {
             "PATCH": self.patch_size,
-            "ALIGNED": self.aligned,
+            "VECTOR": self.vector(element_size),
             "BLOCK_C": self.block_channels,
             "BLOCK_S": self.block_places,
             "LOOPS": self.loops,

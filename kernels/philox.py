@@ -17,6 +17,8 @@ The integers are exact on every device. The floats are float32 functions of them
                         a = word_even * 2^-32 + 2^-33 in (0, 1],  b = uniform(word_odd)
 
 a is rounded to float32, so the smallest radii (below about 5e-4, one in ten million) are coarse.
+The angle is exact: b's first bit is a sign, and the rest, minus a quarter turn, stays within a
+quarter of zero, c = b mod 1/2 - 1/4; (cos, sin) 2 pi b = +-(-sin 2 pi c, cos 2 pi c).
 
 Two implementations: plain PyTorch, and Triton device functions that other kernels call to make the
 numbers in registers. The words are the same integers; normals agree to a few units in the last
@@ -162,8 +164,10 @@ def normal_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: 
     for radius_word, angle_word in ((w0, w1), (w2, w3)):
         radius_uniform = radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33
         radius = torch.sqrt(-2.0 * torch.log(radius_uniform))
-        angle = _unit_open(angle_word) * (2.0 * math.pi)
-        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+        radius = torch.where(angle_word >> 31 == 0, radius, -radius)
+        turns = ((angle_word >> 9 & 0x3FFFFF).to(torch.float32) + 0.5) * 2.0**-23 - 0.25
+        angle = turns * (2.0 * math.pi)
+        pairs += [-radius * torch.sin(angle), radius * torch.cos(angle)]
     return torch.stack(pairs, dim=-1).flatten(1)[:, :numel]
 
 
@@ -211,29 +215,35 @@ def first_uniform(seed, stream: tl.constexpr, position):
 
 
 @jit
-def box_muller(radius_word, angle_word):
-    radius_uniform = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    radius = tl.sqrt(-2.0 * tl.log(radius_uniform))
-    angle = unit_open(angle_word) * 6.283185307179586
-    # angle = q pi/2 + r with |r| <= pi/4. Adding 1.5 * 2^23 rounds to an integer, whose low bits
-    # are then the number's own. pi/2 is split in two, the first part short enough for q times it
-    # to be exact. Polynomials: least squares in relative error, 3e-9 and 1e-10.
-    shifted = angle * 0.6366197723675814 + 12582912.0
-    quadrant = shifted.to(tl.int32, bitcast=True)
-    q = shifted - 12582912.0
-    r = (angle - q * 1.5707969665527344) + q * 6.397578377e-07
-    z = r * r
-    sine = r + r * z * (-1.6666654678e-01 + z * (8.3321657576e-03 + z * -1.9515952805e-04))
-    cosine = (1.0 - 0.5 * z) + z * z * (
-        4.1666646237e-02 + z * (-1.3887341487e-03 + z * 2.4435851735e-05)
+def minus_two_log(a):
+    """-2 ln a for a in [2^-33, 1]: a = 2^k (1 + f) with |ln(1 + f)| <= ln(2) / 2."""
+    bits = a.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) >> 23
+    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    # Least squares in relative error: 7e-9.
+    p = -2.845422805e-01 + f * (2.640420839e-01 + f * (-2.524065512e-01 + f * 1.472573601e-01))
+    p = -6.666670809e-01 + f * (
+        5.000170389e-01 + f * (-3.999965315e-01 + f * (3.324273982e-01 + f * p))
     )
-    swap = (quadrant & 1) != 0
-    x = tl.where(swap, sine, cosine).to(tl.int32, bitcast=True)
-    y = tl.where(swap, cosine, sine).to(tl.int32, bitcast=True)
-    # cos is negative in quadrants 1 and 2, sin in 2 and 3.
-    x = x ^ (((quadrant + 1) & 2) << 30)
-    y = y ^ ((quadrant & 2) << 30)
-    return radius * x.to(tl.float32, bitcast=True), radius * y.to(tl.float32, bitcast=True)
+    return k.to(tl.float32) * -1.3862943611198906 + (f * f * (1.0 + f * p) - 2.0 * f)
+
+
+@jit
+def box_muller(radius_word, angle_word):
+    # A float from bits, [1, 2) by its exponent: a conversion from integers is a slower unit's.
+    half_turns = (((angle_word >> 8) & 0x7FFFFE) | 0x3F800000).to(tl.float32, bitcast=True)
+    c = half_turns * 0.5 - 0.749999940395355224609375  # 3/4 - 2^-24; exact
+    angle = c * 6.283185307179586
+    z = angle * angle
+    # sin and cos on [-pi/2, pi/2], least squares in absolute error: 5e-9 and 5e-10.
+    p = -1.666665673e-01 + z * (8.333010326e-03 + z * (-1.980620201e-04 + z * 2.599278195e-06))
+    sine = angle + (angle * z) * p
+    p = 4.166665532e-02 + z * (-1.388856117e-03 + z * (2.476885424e-05 - z * 2.618569020e-07))
+    cosine = (1.0 - 0.5 * z) + (z * z) * p
+    a = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt(minus_two_log(a)).to(tl.uint32, bitcast=True)
+    radius = (radius ^ (angle_word & 0x80000000)).to(tl.float32, bitcast=True)
+    return -(radius * sine), radius * cosine
 
 
 @jit
@@ -246,26 +256,41 @@ def normal_tile(
     ROW_STRIDE,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Normals of elements (row + i) * ROW_STRIDE + column + j, (ROWS, COLUMNS) float32.
 
-    ALIGNED: ROW_STRIDE and column are multiples of 4 (or there is one row, and column is), so that
-    four neighbours share a counter block; else every element computes its own.
+    VECTOR: neighbours that one thread makes, 8 or 4, as many as it loads of the data at once: the
+    numbers then need no exchange between threads. ROW_STRIDE must be a multiple of 4 (or there is
+    one row) and column of VECTOR. 1 is without conditions: each element computes its own block.
     """
     rows = row + tl.arange(0, ROWS)[:, None]
-    if ALIGNED:
+    if VECTOR == 8:
+        block = rows * (ROW_STRIDE // 4) + column // 4 + 2 * tl.arange(0, COLUMNS // 8)[None, :]
+        n0, n1, n2, n3 = _normal_block(seed, stream, position, block)
+        n4, n5, n6, n7 = _normal_block(seed, stream, position, block + 1)
+        even = tl.interleave(tl.interleave(n0, n4), tl.interleave(n2, n6))
+        odd = tl.interleave(tl.interleave(n1, n5), tl.interleave(n3, n7))
+        noise = tl.interleave(even, odd)
+    elif VECTOR == 4:
         block = rows * (ROW_STRIDE // 4) + column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-        w0, w1, w2, w3 = philox_words(seed, stream, position, block)
-        n0, n1 = box_muller(w0, w1)
-        n2, n3 = box_muller(w2, w3)
-        return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+        n0, n1, n2, n3 = _normal_block(seed, stream, position, block)
+        noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
     else:
         element = rows * ROW_STRIDE + column + tl.arange(0, COLUMNS)[None, :]
         w0, w1, w2, w3 = philox_words(seed, stream, position, element >> 2)
         first = (element & 2) == 0
         x, y = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
-        return tl.where((element & 1) == 0, x, y)
+        noise = tl.where((element & 1) == 0, x, y)
+    return noise
+
+
+@jit
+def _normal_block(seed, stream: tl.constexpr, position, block):
+    w0, w1, w2, w3 = philox_words(seed, stream, position, block)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return n0, n1, n2, n3
 
 
 @jit
@@ -276,7 +301,7 @@ def _normal_kernel(
     sample = (program // programs).to(tl.int64)
     start = (program % programs) * BLOCK
     noise = normal_tile(
-        tl.load(seed_ptr), STREAM, tl.load(positions_ptr + sample), 0, start, 0, 1, BLOCK, True
+        tl.load(seed_ptr), STREAM, tl.load(positions_ptr + sample), 0, start, 0, 1, BLOCK, 4
     )
     offsets = start + tl.arange(0, BLOCK)[None, :]
     tl.store(out_ptr + sample * numel + offsets, noise, mask=offsets < numel)

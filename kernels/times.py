@@ -30,6 +30,7 @@ def schedule_arguments(schedule: Schedule) -> dict[str, object]:
         "law_span": last - first,
         "law_low": law.low,
         "law_high": law.high,
+        "SHIFTED": k != 1,
         "LAW": law.name,
         "INTERVAL": schedule.interval,
         "NOISE_AT_1": schedule.clock == NOISE_AT_1,
@@ -64,12 +65,13 @@ def normal_quantile(p):
 
 
 @jit
-def shift_time(t, k, k_less_1, NOISE_AT_1: tl.constexpr):
-    if NOISE_AT_1:
-        shifted = tl.div_rn(k * t, 1.0 + k_less_1 * t)
-    else:
-        shifted = tl.div_rn(t, k - k_less_1 * t)
-    return tl.where(k_less_1 == 0.0, t, shifted)
+def shift_time(t, k, k_less_1, SHIFTED: tl.constexpr, NOISE_AT_1: tl.constexpr):
+    if SHIFTED:
+        if NOISE_AT_1:
+            t = tl.div_rn(k * t, 1.0 + k_less_1 * t)
+        else:
+            t = tl.div_rn(t, k - k_less_1 * t)
+    return t
 
 
 @jit
@@ -126,6 +128,7 @@ def draw_times(
     law_span,
     law_low,
     law_high,
+    SHIFTED: tl.constexpr,
     LAW: tl.constexpr,
     INTERVAL: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
@@ -136,11 +139,11 @@ def draw_times(
 ):
     """(t, m) of the sample at `position`, in the caller's clock; given ones are passed through."""
     if HAS_T:
-        raw = shift_time(t, inverse_k, inverse_k_less_1, NOISE_AT_1)
+        raw = shift_time(t, inverse_k, inverse_k_less_1, SHIFTED, NOISE_AT_1)
     else:
         u = first_uniform(seed, TIME, position)
         raw = raw_label(u, mu, law_sigma, law_first, law_span, law_low, law_high, LAW, NOISE_AT_1)
-        t = shift_time(raw, k, k_less_1, NOISE_AT_1)
+        t = shift_time(raw, k, k_less_1, SHIFTED, NOISE_AT_1)
     if not HAS_M:
         v = first_uniform(seed, SLOWING, position)
         if INTERVAL == "full":
@@ -149,7 +152,8 @@ def draw_times(
                 m = 1.0 - m
         else:
             if INTERVAL == "raw":
-                m = shift_time(slow_time(raw, v, gamma, NOISE_AT_1), k, k_less_1, NOISE_AT_1)
+                m = slow_time(raw, v, gamma, NOISE_AT_1)
+                m = shift_time(m, k, k_less_1, SHIFTED, NOISE_AT_1)
             else:
                 m = slow_time(t, v, gamma, NOISE_AT_1)
             if NOISE_AT_1:
@@ -178,7 +182,7 @@ def _expm1(x):
 
 @jit
 def path_coefficients(time, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
-    """alpha, sigma, d_alpha, d_sigma, d_log_alpha at a time in the caller's clock."""
+    """alpha, sigma, d_alpha, d_sigma at a time in the caller's clock; derivatives in t."""
     if NOISE_AT_1:
         s = time
         t = 1.0 - time
@@ -190,13 +194,11 @@ def path_coefficients(time, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
         sigma = s
         d_alpha = 1.0 + 0.0 * t
         d_sigma = -1.0 + 0.0 * t
-        d_log_alpha = tl.div_rn(d_alpha, t)
     elif PATH == "gvp":
         alpha = _sine(1.5707963267948966 * t)
         sigma = _sine(1.5707963267948966 * s)
         d_alpha = 1.5707963267948966 * sigma
         d_sigma = -1.5707963267948966 * alpha
-        d_log_alpha = tl.div_rn(d_alpha, alpha)
     else:
         # SiT's variance preserving path, beta from 0.1 to 20 (flow.path.VPPath).
         log_alpha = -4.975 * (s * s) - 0.05 * s
@@ -205,4 +207,16 @@ def path_coefficients(time, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
         sigma = tl.sqrt_rn(-_expm1(2.0 * log_alpha))
         d_alpha = alpha * d_log_alpha
         d_sigma = tl.div_rn(-alpha * alpha * d_log_alpha, sigma)
-    return alpha, sigma, d_alpha, d_sigma, d_log_alpha
+    return alpha, sigma, d_alpha, d_sigma
+
+
+@jit
+def loss_weight(alpha, sigma, d_alpha, d_sigma, LOSS_WEIGHT: tl.constexpr):
+    """`Path.loss_weight`."""
+    g = tl.div_rn(d_alpha, alpha) * sigma * sigma - sigma * d_sigma
+    if LOSS_WEIGHT == "velocity":
+        weight = tl.div_rn(g, sigma)
+        weight = weight * weight
+    else:
+        weight = tl.div_rn(g, sigma * sigma)
+    return weight

@@ -18,12 +18,23 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mixflow_fast.flow.clock import check_clock
+from mixflow_fast.arguments import (
+    check_choice,
+    check_data,
+    check_ids,
+    check_noise,
+    check_patch_size,
+    check_prediction,
+    check_times,
+    check_weight,
+)
+from mixflow_fast.flow.clock import CLOCKS, check_clock
 from mixflow_fast.flow.path import LOSS_WEIGHTS, PREDICTIONS, get_path
 from mixflow_fast.flow.schedule import INTERVALS, Schedule
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.interpolate import (
     Moments,
+    compute_dtype,
     interpolate,
     interpolate_reference,
     sample_moments,
@@ -81,7 +92,7 @@ class Interpolation:
 def _noise(seed: Tensor, ids: Tensor, like: Tensor, impl: str) -> Tensor:
     """(B, ...) normal numbers for data like `like`."""
     x0 = philox.normal(seed, Stream.NOISE, ids, like.shape[1:].numel(), impl)
-    return x0.view(like.shape).to(_compute_dtype(like))
+    return x0.view(like.shape).to(compute_dtype(like))
 
 
 class MixFlow:
@@ -134,11 +145,11 @@ class MixFlow:
             raise ValueError(
                 f"shift must be a number >= 1 (RAE: sqrt(C*h*w / 4096)), got {shift!r}"
             )
-        _check_choice("prediction", prediction, PREDICTIONS)
-        _check_choice("target_at", target_at, TARGETS_AT)
-        _check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
-        _check_choice("interval", interval, INTERVALS)
-        _check_choice("impl", impl, runtime.IMPLS)
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("target_at", target_at, TARGETS_AT)
+        check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
+        check_choice("interval", interval, INTERVALS)
+        check_choice("impl", impl, runtime.IMPLS)
         if loss_weight is not None and prediction not in ("noise", "score"):
             raise ValueError(
                 f'loss_weight={loss_weight!r} is defined for prediction="noise" and "score" '
@@ -163,6 +174,14 @@ class MixFlow:
         # Both live on the device, so that a captured CUDA graph reads them at every replay.
         self._seeds: dict[torch.device, Tensor] = {}
         self._counters: dict[torch.device, Tensor] = {}
+
+    @property
+    def gamma(self) -> float:
+        return self.schedule.gamma
+
+    @property
+    def shift(self) -> float:
+        return self.schedule.shift
 
     def prepare(
         self,
@@ -196,15 +215,15 @@ class MixFlow:
                 where the tensor is on the CPU: no device is made to wait), impl="triton" where it
                 cannot run.
         """
-        x1, like = _check_data(x1)
+        x1, like = check_data(x1)
         kernels = runtime.use_kernels(self.impl, like.device, like.dtype)
         drawn = isinstance(x1, Moments) or None in (x0, t, slowed_t)
         if drawn or ids is not None:
-            ids = _next_ids(self._counters, like) if ids is None else _check_ids(ids, like)
-        t = None if t is None else _check_times("t", t, like)
-        slowed_t = None if slowed_t is None else _check_times("slowed_t", slowed_t, like)
-        x0 = None if x0 is None else _check_noise(x0, like)
-        patch_size = _check_patch_size(patch_size, like)
+            ids = _next_ids(self._counters, like) if ids is None else check_ids(ids, like)
+        t = None if t is None else check_times("t", t, like)
+        slowed_t = None if slowed_t is None else check_times("slowed_t", slowed_t, like)
+        x0 = None if x0 is None else check_noise(x0, like)
+        patch_size = check_patch_size(patch_size, like)
         seed = self._seed_on(like.device)
         arguments = x1, self.schedule, self.path.name, seed, ids
         if kernels:
@@ -242,14 +261,14 @@ class MixFlow:
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, an empty batch with "mean".
         """
-        _check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("reduction", reduction, REDUCTIONS)
         like = it.data.mean if isinstance(it.data, Moments) else it.data
-        patch_size = _check_prediction(pred, like, learn_sigma)
+        patch_size = check_prediction(pred, like, learn_sigma)
         if not len(like) and reduction == "mean":
             raise ValueError(
                 'the batch is empty, so reduction="mean" has no value: use "sum" or "none"'
             )
-        weight = None if weight is None else _check_weight(weight, like)
+        weight = None if weight is None else check_weight(weight, like)
         times = it.t if self.target_at == "label" else it.slowed_t
         options = dict(
             clock=self.clock,
@@ -292,6 +311,8 @@ def mixflow_loss(
     slowed_t: Tensor | None = None,
     weight: Tensor | float | None = None,
     reduction: str = "mean",
+    patch_size: int | None = None,
+    learn_sigma: bool = False,
     **options: object,
 ) -> Tensor:
     """`MixFlow(**options)`'s prepare, network and loss in one call.
@@ -302,22 +323,30 @@ def mixflow_loss(
         y: (B,) labels or whatever the network takes.
         ids, x0, t, slowed_t: as `MixFlow.prepare`. Without ids each call draws afresh, from a
             counter per seed that starts at 0 in every process.
-        weight, reduction: as `MixFlow.loss`.
+        weight, reduction, learn_sigma: as `MixFlow.loss`.
+        patch_size: as `MixFlow.prepare`.
         **options: as `MixFlow`: `gamma=0.8, clock="data_at_1", ...`; `clock` is required.
 
     Returns:
         the loss, float32.
+
+    Raises:
+        ValueError: as `MixFlow`; and a network whose own `clock` attribute says otherwise (this
+            library's models carry one).
     """
     try:
         mix = MixFlow(**options)
     except TypeError as error:
         raise ValueError(f"mixflow_loss: {error}") from None
+    own = getattr(net, "clock", None)
+    if own in CLOCKS and own != mix.clock:
+        raise ValueError(f"clock must be the network's own, {own!r}, got {mix.clock!r}")
     if ids is None and (isinstance(x1, Moments) or None in (x0, t, slowed_t)):
         like = x1.mean if isinstance(x1, Moments) else x1
         ids = _next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
-    it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t)
+    it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t, patch_size=patch_size)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)
-    return mix.loss(pred, it, weight=weight, reduction=reduction)
+    return mix.loss(pred, it, weight=weight, reduction=reduction, learn_sigma=learn_sigma)
 
 
 # Samples that calls without ids have drawn so far, by seed and device. Tensors, advanced in place:
@@ -349,152 +378,3 @@ def _refuse_in_capture(device: torch.device) -> None:
             "the first MixFlow.prepare on a device keeps its seed and counter there: call it once "
             "before you capture a CUDA graph (a warm-up step does)"
         )
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
-    """The data, detached, and a tensor that has its shape, dtype and device."""
-    if isinstance(x1, Moments):
-        mean, std, scale = x1
-        _check_data(mean)
-        if std.shape != mean.shape or std.dtype != mean.dtype or std.device != mean.device:
-            raise ValueError(
-                f"std must be like mean, {tuple(mean.shape)} {mean.dtype} on {mean.device}, got "
-                f"{tuple(std.shape)} {std.dtype} on {std.device}"
-            )
-        if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
-            raise ValueError(f"scale of Moments must be a finite number, got {scale!r}")
-        x1 = Moments(mean.detach(), std.detach(), float(scale))
-        return x1, x1.mean
-    if not isinstance(x1, Tensor):
-        raise ValueError(f"x1 must be a tensor or Moments, got {type(x1).__name__}")
-    if x1.dim() < 2 or not x1.is_floating_point() or x1.element_size() < 2:
-        raise ValueError(
-            "x1 must be a floating-point tensor (B, ...) in float32, bf16, fp16 or float64, got "
-            f"shape {tuple(x1.shape)} and dtype {x1.dtype}"
-        )
-    x1 = x1.detach()
-    return x1, x1
-
-
-def _check_noise(x0: Tensor, x1: Tensor) -> Tensor:
-    if x0.shape != x1.shape or x0.device != x1.device or not x0.is_floating_point():
-        raise ValueError(
-            f"x0 must be like x1, shape {tuple(x1.shape)} on {x1.device}, got "
-            f"{tuple(x0.shape)} {x0.dtype} on {x0.device}"
-        )
-    return x0.detach()
-
-
-def _check_patch_size(patch_size: int | None, x1: Tensor) -> int:
-    """0 where no tokens are asked for."""
-    if patch_size is None:
-        return 0
-    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
-        raise ValueError(f"patch_size must be an integer >= 1 or None, got {patch_size!r}")
-    if x1.dim() != 4 or x1.shape[2] % patch_size or x1.shape[3] % patch_size:
-        raise ValueError(
-            f"patch_size={patch_size} needs x1 (B, C, H, W) with H and W divisible by it, got "
-            f"{tuple(x1.shape)}"
-        )
-    return patch_size
-
-
-def _check_ids(ids: Tensor, x1: Tensor) -> Tensor:
-    ids = torch.as_tensor(ids)
-    if ids.shape != x1.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"ids must be (B,) = ({len(x1)},) integers, got {tuple(ids.shape)} {ids.dtype}"
-        )
-    return ids.to(x1.device, torch.int64, non_blocking=True)
-
-
-def _check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
-    """The patch size of pred's tokens, 0 for a prediction in x1's shape; ValueError otherwise."""
-    if not isinstance(pred, Tensor):
-        raise ValueError(
-            f"the prediction must be one tensor, got {type(pred).__name__}: of a network with "
-            "further outputs (REPA's projections) pass the prediction alone to MixFlow.loss"
-        )
-    if not pred.is_floating_point() or pred.device != x1.device:
-        raise ValueError(
-            f"pred must be a floating-point tensor on {x1.device}, got {pred.dtype} on "
-            f"{pred.device}"
-        )
-    half, channels = (2, 2 * x1.shape[1]) if learn_sigma else (1, x1.shape[1])
-    expected = (x1.shape[0], channels, *x1.shape[2:])
-    if tuple(pred.shape) == expected:
-        return 0
-    if x1.dim() == 4 and pred.dim() == 3 and pred.shape[0] == x1.shape[0]:
-        B, C, H, W = x1.shape
-        tokens, features = pred.shape[1:]
-        p = math.isqrt(H * W // tokens) if tokens else 0
-        fits = p and H % p == 0 and W % p == 0 and tokens == (H // p) * (W // p)
-        if fits and features == p * p * channels:
-            return p
-        if fits and features == 2 * p * p * channels and half == 1:
-            raise ValueError(
-                f"pred's tokens have {features} features, twice the {p * p * channels} of x1's "
-                "channels: for a learn_sigma head pass learn_sigma=True"
-            )
-    hint = ""
-    if half == 1 and pred.dim() > 1 and pred.shape[1] == 2 * x1.shape[1]:
-        hint = (
-            ": for a learn_sigma head pass learn_sigma=True (or its first half, "
-            f"pred[:, :{x1.shape[1]}])"
-        )
-    raise ValueError(
-        f"pred must have x1's shape {expected} or be its tokens (B, N, p p C), got "
-        f"{tuple(pred.shape)}{hint}"
-    )
-
-
-def _check_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
-    if (
-        value.shape != x1.shape[:1]
-        or value.device != x1.device
-        or value.dtype not in (torch.float32, torch.float64)
-    ):
-        raise ValueError(
-            f"{name} must be (B,) = ({len(x1)},) float32 on {x1.device} (half-precision times "
-            f"lose the noise level), got {tuple(value.shape)} {value.dtype} on {value.device}"
-        )
-    value = value.detach()
-    if x1.dtype != torch.float64:
-        value = value.to(torch.float32)
-    checkable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checkable and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(
-            f"{name} must lie in [0, 1], got values from {value.min().item():.6g} to "
-            f"{value.max().item():.6g}: divide by 1000 if your times are 0..1000"
-        )
-    return value
-
-
-def _check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:
-    weight = torch.as_tensor(weight, device=x1.device)
-    if weight.requires_grad:
-        raise ValueError(
-            "weight must not require a gradient (none flows to it): take the losses of "
-            'reduction="none" and multiply those'
-        )
-    weight = weight.to(_compute_dtype(x1))
-    if weight.dim() == 0 or weight.shape == x1.shape[:1]:
-        return weight
-    fits = weight.dim() == x1.dim() and all(
-        w in (1, e) for w, e in zip(weight.shape, x1.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"weight must be (B,) = ({len(x1)},) or broadcast to {tuple(x1.shape)}, got "
-            f"{tuple(weight.shape)}"
-        )
-    return weight

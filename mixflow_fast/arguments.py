@@ -1,0 +1,159 @@
+"""What callers of the objective can get wrong, and what is said then."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.kernels.interpolate import Moments, compute_dtype
+
+
+def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
+    """The data, detached, and a tensor that has its shape, dtype and device."""
+    if isinstance(x1, Moments):
+        mean, std, scale = x1
+        check_data(mean)
+        if std.shape != mean.shape or std.dtype != mean.dtype or std.device != mean.device:
+            raise ValueError(
+                f"std must be like mean, {tuple(mean.shape)} {mean.dtype} on {mean.device}, got "
+                f"{tuple(std.shape)} {std.dtype} on {std.device}"
+            )
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise ValueError(f"scale of Moments must be a finite number, got {scale!r}")
+        x1 = Moments(mean.detach(), std.detach(), float(scale))
+        return x1, x1.mean
+    if not isinstance(x1, Tensor):
+        raise ValueError(f"x1 must be a tensor or Moments, got {type(x1).__name__}")
+    if x1.dim() < 2 or not x1.is_floating_point() or x1.element_size() < 2:
+        raise ValueError(
+            "x1 must be a floating-point tensor (B, ...) in float32, bf16, fp16 or float64, got "
+            f"shape {tuple(x1.shape)} and dtype {x1.dtype}"
+        )
+    x1 = x1.detach()
+    return x1, x1
+
+
+def check_noise(x0: Tensor, x1: Tensor) -> Tensor:
+    if x0.shape != x1.shape or x0.device != x1.device or not x0.is_floating_point():
+        raise ValueError(
+            f"x0 must be like x1, shape {tuple(x1.shape)} on {x1.device}, got "
+            f"{tuple(x0.shape)} {x0.dtype} on {x0.device}"
+        )
+    return x0.detach()
+
+
+def check_patch_size(patch_size: int | None, x1: Tensor) -> int:
+    """0 where no tokens are asked for."""
+    if patch_size is None:
+        return 0
+    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
+        raise ValueError(f"patch_size must be an integer >= 1 or None, got {patch_size!r}")
+    if x1.dim() != 4 or x1.shape[2] % patch_size or x1.shape[3] % patch_size:
+        raise ValueError(
+            f"patch_size={patch_size} needs x1 (B, C, H, W) with H and W divisible by it, got "
+            f"{tuple(x1.shape)}"
+        )
+    return patch_size
+
+
+def check_ids(ids: Tensor, x1: Tensor) -> Tensor:
+    ids = torch.as_tensor(ids)
+    if ids.shape != x1.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"ids must be (B,) = ({len(x1)},) integers, got {tuple(ids.shape)} {ids.dtype}"
+        )
+    return ids.to(x1.device, torch.int64, non_blocking=True)
+
+
+def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
+    """The patch size of pred's tokens, 0 for a prediction in x1's shape; ValueError otherwise."""
+    if not isinstance(pred, Tensor):
+        raise ValueError(
+            f"the prediction must be one tensor, got {type(pred).__name__}: of a network with "
+            "further outputs (REPA's projections) pass the prediction alone to MixFlow.loss"
+        )
+    if not pred.is_floating_point() or pred.device != x1.device:
+        raise ValueError(
+            f"pred must be a floating-point tensor on {x1.device}, got {pred.dtype} on "
+            f"{pred.device}"
+        )
+    half, channels = (2, 2 * x1.shape[1]) if learn_sigma else (1, x1.shape[1])
+    expected = (x1.shape[0], channels, *x1.shape[2:])
+    if tuple(pred.shape) == expected:
+        return 0
+    if x1.dim() == 4 and pred.dim() == 3 and pred.shape[0] == x1.shape[0]:
+        B, C, H, W = x1.shape
+        tokens, features = pred.shape[1:]
+        p = math.isqrt(H * W // tokens) if tokens else 0
+        fits = p and H % p == 0 and W % p == 0 and tokens == (H // p) * (W // p)
+        if fits and features == p * p * channels:
+            return p
+        if fits and features == 2 * p * p * channels and half == 1:
+            raise ValueError(
+                f"pred's tokens have {features} features, twice the {p * p * channels} of x1's "
+                "channels: for a learn_sigma head pass learn_sigma=True"
+            )
+    hint = ""
+    if half == 1 and pred.dim() > 1 and pred.shape[1] == 2 * x1.shape[1]:
+        hint = (
+            ": for a learn_sigma head pass learn_sigma=True (or its first half, "
+            f"pred[:, :{x1.shape[1]}])"
+        )
+    raise ValueError(
+        f"pred must have x1's shape {expected} or be its tokens (B, N, p p C), got "
+        f"{tuple(pred.shape)}{hint}"
+    )
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
+    if (
+        value.shape != x1.shape[:1]
+        or value.device != x1.device
+        or value.dtype not in (torch.float32, torch.float64)
+    ):
+        raise ValueError(
+            f"{name} must be (B,) = ({len(x1)},) float32 on {x1.device} (half-precision times "
+            f"lose the noise level), got {tuple(value.shape)} {value.dtype} on {value.device}"
+        )
+    value = value.detach()
+    if x1.dtype != torch.float64:
+        value = value.to(torch.float32)
+    checkable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checkable and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(
+            f"{name} must lie in [0, 1], got values from {value.min().item():.6g} to "
+            f"{value.max().item():.6g}: divide by 1000 if your times are 0..1000"
+        )
+    return value
+
+
+def check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:
+    if isinstance(weight, Real):
+        # A fill on the device: a copy from the host would wait for it.
+        return torch.full((), weight, device=x1.device, dtype=compute_dtype(x1))
+    weight = torch.as_tensor(weight, device=x1.device)
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must not require a gradient (none flows to it): take the losses of "
+            'reduction="none" and multiply those'
+        )
+    weight = weight.to(compute_dtype(x1))
+    if weight.dim() == 0 or weight.shape == x1.shape[:1]:
+        return weight
+    fits = weight.dim() == x1.dim() and all(
+        w in (1, e) for w, e in zip(weight.shape, x1.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"weight must be (B,) = ({len(x1)},) or broadcast to {tuple(x1.shape)}, got "
+            f"{tuple(weight.shape)}"
+        )
+    return weight
