@@ -225,7 +225,7 @@ def _interpolate_kernel(
     if program == 0:
         tl.store(t_ptr + sample, t)
         tl.store(m_ptr + sample, m)
-    alpha, sigma, d_alpha, d_sigma = path_coefficients(m, PATH, NOISE_AT_1)
+    alpha, sigma = path_coefficients(m, PATH, NOISE_AT_1)
     first_c, first_s = tile_start(program, C, S, BLOCK_C, BLOCK_S, LOOPS)
     c = first_c + tl.arange(0, BLOCK_C)
     for i in range(LOOPS):

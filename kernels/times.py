@@ -181,33 +181,47 @@ def _expm1(x):
 
 
 @jit
-def path_coefficients(time, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
-    """alpha, sigma, d_alpha, d_sigma at a time in the caller's clock; derivatives in t."""
+def _engine_times(time, NOISE_AT_1: tl.constexpr):
+    t = time
+    s = 1.0 - time
     if NOISE_AT_1:
-        s = time
         t = 1.0 - time
-    else:
-        t = time
-        s = 1.0 - time
+        s = time
+    return t, s
+
+
+@jit
+def path_coefficients(time, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
+    """alpha and sigma at a time in the caller's clock."""
+    t, s = _engine_times(time, NOISE_AT_1)
     if PATH == "linear":
         alpha = t
         sigma = s
-        d_alpha = 1.0 + 0.0 * t
-        d_sigma = -1.0 + 0.0 * t
     elif PATH == "gvp":
         alpha = _sine(1.5707963267948966 * t)
         sigma = _sine(1.5707963267948966 * s)
-        d_alpha = 1.5707963267948966 * sigma
-        d_sigma = -1.5707963267948966 * alpha
     else:
         # SiT's variance preserving path, beta from 0.1 to 20 (flow.path.VPPath).
         log_alpha = -4.975 * (s * s) - 0.05 * s
-        d_log_alpha = 9.95 * s + 0.05
         alpha = tl.exp(log_alpha)
         sigma = tl.sqrt_rn(-_expm1(2.0 * log_alpha))
-        d_alpha = alpha * d_log_alpha
-        d_sigma = tl.div_rn(-alpha * alpha * d_log_alpha, sigma)
-    return alpha, sigma, d_alpha, d_sigma
+    return alpha, sigma
+
+
+@jit
+def path_derivatives(time, alpha, sigma, PATH: tl.constexpr, NOISE_AT_1: tl.constexpr):
+    """d alpha / dt and d sigma / dt, t the engine's time."""
+    t, s = _engine_times(time, NOISE_AT_1)
+    if PATH == "linear":
+        d_alpha = 1.0 + 0.0 * t
+        d_sigma = -1.0 + 0.0 * t
+    elif PATH == "gvp":
+        d_alpha = 1.5707963267948966 * sigma
+        d_sigma = -1.5707963267948966 * alpha
+    else:
+        d_alpha = alpha * (9.95 * s + 0.05)
+        d_sigma = tl.div_rn(-alpha * d_alpha, sigma)
+    return d_alpha, d_sigma
 
 
 @jit

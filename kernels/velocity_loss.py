@@ -283,7 +283,7 @@ def _(upstream, pred, *arguments):
 @torch.library.custom_op("mixflow_fast::scale_gradient_", mutates_args=("gradient",))
 def _scale_gradient_op(gradient: Tensor, upstream: Tensor) -> None:
     """gradient *= upstream, () or (B,); touches no memory where upstream is 1."""
-    if not runtime.canlaunch(gradient.device):
+    if not runtime.can_launch(gradient.device):
         gradient.mul_(per_sample(upstream, gradient) if upstream.dim() else upstream)
         return
     launch_scale(gradient, upstream)

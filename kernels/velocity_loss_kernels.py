@@ -14,7 +14,7 @@ from mixflow_fast.kernels.interpolate import data_arguments, load_data
 from mixflow_fast.kernels.layout import Layout, address, get_layout, tile_start
 from mixflow_fast.kernels.philox import normal_tile
 from mixflow_fast.kernels.runtime import jit, tl, triton
-from mixflow_fast.kernels.times import loss_weight, path_coefficients
+from mixflow_fast.kernels.times import loss_weight, path_coefficients, path_derivatives
 
 
 @jit
@@ -76,7 +76,8 @@ def _velocity_loss_kernel(
     if HAS_IDS:
         position = tl.load(ids_ptr + sample)
     time = tl.load(times_ptr + sample)
-    alpha, sigma, d_alpha, d_sigma = path_coefficients(time, PATH, NOISE_AT_1)
+    alpha, sigma = path_coefficients(time, PATH, NOISE_AT_1)
+    d_alpha, d_sigma = path_derivatives(time, alpha, sigma, PATH, NOISE_AT_1)
     weight = 1.0
     if LOSS_WEIGHT != "none":
         weight = loss_weight(alpha, sigma, d_alpha, d_sigma, LOSS_WEIGHT)

@@ -4,8 +4,10 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 if importlib.util.find_spec("mixflow_fast") is None:
@@ -21,3 +23,12 @@ torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs with Ctrl-C ignored; tests of Ctrl-C need Python's handler.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that whatever a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

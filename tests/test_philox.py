@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from mixflow_fast.kernels import philox
-from mixflow_fast.kernels.philox import Stream, normal, philox_4x32, random_words, uniform
+from mixflow_fast.kernels.philox import (
+    Stream,
+    box_muller,
+    normal,
+    philox_4x32,
+    philox_words,
+    random_words,
+    seed_tensor,
+    uniform,
+    unit_open,
+)
+from mixflow_fast.kernels.runtime import jit, tl
+from tests.kernel_device import DEVICE, ON_GPU
 
 # Random123 (Salmon et al.), tests/kat_vectors, rows "philox4x32 10".
 KNOWN_ANSWERS = [
@@ -113,3 +125,81 @@ def test_bad_seed(seed: object) -> None:
 def test_bad_positions(ids: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="positions"):
         uniform(0, Stream.TIME, ids)
+
+
+@jit
+def _words_kernel(
+    seed_ptr, positions_ptr, words_ptr, uniform_ptr, STREAM: tl.constexpr, BLOCKS: tl.constexpr
+):
+    sample = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)
+    position = tl.load(positions_ptr + sample)
+    w0, w1, w2, w3 = philox_words(tl.load(seed_ptr), STREAM, position, block)
+    out = words_ptr + sample * (4 * BLOCKS) + 4 * block
+    tl.store(out, w0.to(tl.int64))
+    tl.store(out + 1, w1.to(tl.int64))
+    tl.store(out + 2, w2.to(tl.int64))
+    tl.store(out + 3, w3.to(tl.int64))
+    tl.store(uniform_ptr + sample * BLOCKS + block, unit_open(w0))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 0x1234567_89ABCDEF, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("stream", [Stream.TIME, Stream.NOISE])
+def test_device_words_are_the_same_integers(seed: int, stream: Stream) -> None:
+    positions = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 12345, 2**62], device=DEVICE)
+    words = torch.zeros(7, 1024, dtype=torch.int64, device=DEVICE)
+    u = torch.zeros(7, 256, device=DEVICE)
+    seed_bits = seed_tensor(seed, DEVICE)
+    _words_kernel[(7,)](seed_bits, positions, words, u, STREAM=int(stream), BLOCKS=256)
+    assert torch.equal(words, random_words(seed, stream, positions, 1024))
+    assert torch.equal(u, uniform(seed, stream, positions, 1024)[:, ::4])
+    assert torch.equal(words, random_words(seed_bits, stream, positions, 1024))
+
+
+@jit
+def _box_muller_kernel(radius_ptr, angle_ptr, x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    radius_word = tl.load(radius_ptr + i).to(tl.uint32)
+    x, y = box_muller(radius_word, tl.load(angle_ptr + i).to(tl.uint32))
+    tl.store(x_ptr + i, x)
+    tl.store(y_ptr + i, y)
+
+
+def test_device_normals_are_within_two_ulp_of_the_radius(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a million pairs with the rarest words among them, against PyTorch and float64."""
+    n = 1 << 18
+    words = random_words(7, Stream.NOISE, torch.tensor([3]), 2 * n)[0]
+    radius_word, angle_word = words[::2].clone(), words[1::2].clone()
+    radius_word[:2000] = torch.cat([torch.arange(1000), 2**32 - 1 - torch.arange(1000)])
+    angle_word[2000:4000] = torch.cat([torch.arange(1000), 2**32 - 1 - torch.arange(1000)])
+    monkeypatch.setattr(philox, "_blocks", lambda *_: [radius_word[None], angle_word[None]] * 2)
+    plain = philox.normal_reference(0, 0, torch.zeros(1, dtype=torch.int64), 4 * n)
+    plain = plain.view(n, 4)[:, :2]
+    x, y = torch.empty(2, n, device=DEVICE)
+    block = 1024 if ON_GPU else n
+    _box_muller_kernel[(n // block,)](radius_word.to(DEVICE), angle_word.to(DEVICE), x, y, N=block)
+    device = torch.stack([x, y], dim=-1).cpu()
+
+    a = (radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33).double()
+    radius = torch.sqrt(-2 * torch.log(a))
+    angle = ((angle_word >> 9).double() + 0.5) * (2 * math.pi / 2**23)
+    exact = radius[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
+    ulp = 2.0 ** (torch.floor(torch.log2(radius.clamp(min=1e-6))) - 23)[:, None]
+    assert ((device - plain).double().abs() / ulp).max() <= 2
+    errors = [((v.double() - exact).abs() / ulp).square().mean().sqrt() for v in (device, plain)]
+    assert errors[0] <= 1.2 * errors[1] and errors[1] < 0.6
+
+
+def test_device_draw_does_not_depend_on_place_or_count(poisoned_memory: None) -> None:
+    ids = torch.tensor([5, 2**40 + 3, 11], device=DEVICE)
+    full = normal(3, Stream.NOISE, ids, 1500, impl="triton")
+    plain = normal(3, Stream.NOISE, ids, 1500, impl="reference")
+    torch.testing.assert_close(full, plain, rtol=0, atol=2e-6)
+    assert torch.equal(normal(3, Stream.NOISE, ids[1:2], 1500, impl="triton")[0], full[1])
+    assert torch.equal(
+        normal(3, Stream.NOISE, ids.flip(0), 37, impl="triton"), full.flip(0)[:, :37]
+    )
+    assert normal(3, Stream.NOISE, ids[:0], 8, impl="triton").shape == (0, 8)
+    assert normal(3, Stream.NOISE, ids, 0, impl="triton").shape == (3, 0)
+    with pytest.raises(ValueError, match="numel"):
+        normal(3, Stream.NOISE, ids, 2**31, impl="triton")
