@@ -145,9 +145,7 @@ def _interpolate_kernel(
     std_stride,
     x0_stride,
     programs,
-    C,
     S,
-    W,
     scale,
     gamma,
     k,
@@ -176,6 +174,8 @@ def _interpolate_kernel(
     HAS_T: tl.constexpr,
     HAS_M: tl.constexpr,
     MOMENTS: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
     PATCH: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -226,7 +226,7 @@ def _interpolate_kernel(
         tl.store(t_ptr + sample, t)
         tl.store(m_ptr + sample, m)
     alpha, sigma = path_coefficients(m, PATH, NOISE_AT_1)
-    first_c, first_s = tile_start(program, C, S, BLOCK_C, BLOCK_S, LOOPS)
+    first_c, first_s = tile_start(program, S, BLOCK_C, BLOCK_S, LOOPS)
     c = first_c + tl.arange(0, BLOCK_C)
     for i in range(LOOPS):
         start = first_s + i * BLOCK_S
@@ -283,9 +283,7 @@ def data_arguments(
         "std_stride": 0 if std is None else std.stride(0),
         "x0_stride": 0 if x0 is None else x0.stride(0),
         "programs": layout.programs,
-        "C": layout.channels,
         "S": layout.places,
-        "W": layout.width,
         "scale": scale,
         "NOISE": int(Stream.NOISE),
         "POSTERIOR": int(Stream.POSTERIOR),
@@ -297,9 +295,9 @@ def data_arguments(
 
 
 def check_sample_size(x1: Tensor) -> None:
-    if x1.shape[1:].numel() >= 1 << 31:
+    if x1.shape[1:].numel() > runtime.MAX_SAMPLE:
         raise ValueError(
-            "a sample must have fewer than 2**31 elements for the Triton kernels, got "
+            "a sample must have at most 2**29 elements for the Triton kernels, got "
             f'{tuple(x1.shape[1:])}: use impl="reference"'
         )
 

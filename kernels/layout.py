@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.runtime import jit, tl, triton
 
 NCHW = 0
@@ -61,12 +62,15 @@ class Layout:
     def constants(self, element_size: int) -> dict[str, object]:
         """Keyword arguments of a kernel that moves elements of so many bytes."""
         return {
+            "C": self.channels,
+            "W": self.width,
             "PATCH": self.patch_size,
             "VECTOR": self.vector(element_size),
             "BLOCK_C": self.block_channels,
             "BLOCK_S": self.block_places,
             "LOOPS": self.loops,
             "num_warps": 4,
+            **runtime.OPTIONS,
         }
 
 
@@ -88,14 +92,14 @@ def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None
 
 
 @jit
-def tile_start(program, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LOOPS: tl.constexpr):
+def tile_start(program, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LOOPS: tl.constexpr):
     """First channel and first place of the tiles of a program of a sample."""
     columns = tl.cdiv(S, BLOCK_S * LOOPS)
     return (program // columns) * BLOCK_C, (program % columns) * (BLOCK_S * LOOPS)
 
 
 @jit
-def address(c, s, S, W, CHANNELS, PATCH: tl.constexpr):
+def address(c, s, S, W: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
     """Offsets inside a sample for channels c (rows) and places s (columns).
 
     CHANNELS is the width of a token's channel dimension, which may be more than the sample's.

@@ -183,8 +183,8 @@ def normal(
         return normal_reference(seed, stream, positions, numel)
     if not isinstance(seed, Tensor):
         seed = seed_tensor(seed, positions.device)
-    if not 0 <= numel < 1 << 31:
-        raise ValueError(f"numel must be in [0, 2**31), got {numel}")
+    if not 0 <= numel <= runtime.MAX_SAMPLE:
+        raise ValueError(f"numel must be in [0, 2**29] for the Triton kernel, got {numel}")
     return _normal_op(seed, _check_positions(positions), int(stream), numel)
 
 
@@ -316,7 +316,15 @@ def _normal_op(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tens
         grid = (runtime.check_grid(len(positions) * programs, len(positions)),)
         with runtime.on_device(positions):
             _normal_kernel[grid](
-                seed, positions, out, numel, programs, STREAM=stream, BLOCK=block, num_warps=4
+                seed,
+                positions,
+                out,
+                numel,
+                programs,
+                STREAM=stream,
+                BLOCK=block,
+                num_warps=4,
+                **runtime.OPTIONS,
             )
     return out
 

@@ -23,6 +23,10 @@ IMPLS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One-dimensional grids: CUDA's limit.
 MAX_PROGRAMS = 2**31 - 1
+# Offsets inside a sample are 32-bit: of twice as many elements (learn_sigma), with a tile to spare.
+MAX_SAMPLE = 2**29
+# Triton 3.10 turns fused multiply-add off by default, which would change bits and registers.
+OPTIONS = {"enable_fp_fusion": True}
 _INTERPRETING = triton is not None and bool(triton.knobs.runtime.interpret)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixflow_fast.flow.clock import NOISE_AT_1
 from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.interpolate import data_arguments, load_data
-from mixflow_fast.kernels.layout import Layout, address, get_layout, tile_start
+from mixflow_fast.kernels.layout import address, get_layout, tile_start
 from mixflow_fast.kernels.philox import normal_tile
 from mixflow_fast.kernels.runtime import jit, tl, triton
 from mixflow_fast.kernels.times import loss_weight, path_coefficients, path_derivatives
@@ -41,11 +41,7 @@ def _velocity_loss_kernel(
     upstream_stride,
     gradient_stride,
     programs,
-    C,
     S,
-    W,
-    pred_channels,
-    sigma_offset,
     scale,
     gradient_scale,
     NOISE: tl.constexpr,
@@ -62,6 +58,9 @@ def _velocity_loss_kernel(
     LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
     UPSTREAM: tl.constexpr,
+    PRED_C: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
     PATCH: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -91,7 +90,7 @@ def _velocity_loss_kernel(
         slope = slope * sigma
     if UPSTREAM:
         slope = slope * tl.load(upstream_ptr + sample * upstream_stride)
-    first_c, first_s = tile_start(program, C, S, BLOCK_C, BLOCK_S, LOOPS)
+    first_c, first_s = tile_start(program, S, BLOCK_C, BLOCK_S, LOOPS)
     c = first_c + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for i in range(LOOPS):
@@ -99,7 +98,7 @@ def _velocity_loss_kernel(
         s = start + tl.arange(0, BLOCK_S)
         mask = (c < C)[:, None] & (s < S)[None, :]
         offset = c[:, None] * S + s[None, :]
-        place = address(c, s, S, W, pred_channels, PATCH)
+        place = address(c, s, S, W, PRED_C, PATCH)
         error = tl.load(pred_ptr + sample * pred_stride + place, mask=mask, other=0.0)
         error = error.to(tl.float32)
         if PREDICTION == "score":
@@ -150,11 +149,12 @@ def _velocity_loss_kernel(
             dtype: tl.constexpr = gradient_ptr.dtype.element_ty
             tl.store(out, (slope * weighted).to(dtype), mask=mask)
             if LEARN_SIGMA:
-                tl.store(
-                    out + sigma_offset,
-                    tl.zeros((BLOCK_C, BLOCK_S), tl.float32).to(dtype),
-                    mask=mask,
-                )
+                zero = tl.zeros((BLOCK_C, BLOCK_S), tl.float32).to(dtype)
+                # The other channels of the token, or the other half of the image.
+                half = S
+                if PATCH > 0:
+                    half = C
+                tl.store(out + half, zero, mask=mask)
     if LOSS:
         tl.store(partial_ptr + index, tl.sum(tl.sum(total, axis=1), axis=0))
 
@@ -289,14 +289,13 @@ def launch(
             pred_stride=pred.stride(0),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
             gradient_stride=pred.shape[1:].numel(),
-            pred_channels=_token_channels(layout, learn_sigma),
-            sigma_offset=layout.channels if patch_size else layout.numel,
             gradient_scale=gradient_scale(x1, reduction),
             PREDICTION=prediction,
             LOSS_WEIGHT=loss_weight,
             PATH=path,
             NOISE_AT_1=clock == NOISE_AT_1,
             LEARN_SIGMA=learn_sigma,
+            PRED_C=layout.channels * (2 if learn_sigma else 1),
             LOSS=loss,
             GRADIENT=gradient,
             UPSTREAM=upstream is not None,
@@ -306,10 +305,6 @@ def launch(
         if loss:
             _launch_reduction(partial, out, B, programs, layout.numel, reduction)
     return out, grad
-
-
-def _token_channels(layout: Layout, learn_sigma: bool) -> int:
-    return layout.channels * (2 if learn_sigma else 1)
 
 
 def loss_shape(x1: Tensor, reduction: str) -> tuple[int, ...]:
@@ -333,6 +328,7 @@ def _launch_reduction(
         BLOCK_B=block_b,
         BLOCK_P=block_p,
         num_warps=8,
+        **runtime.OPTIONS,
     )
 
 
@@ -342,9 +338,17 @@ def launch_scale(gradient: Tensor, upstream: Tensor) -> None:
         numel, block = gradient.shape[1:].numel(), 2048
         programs = triton.cdiv(numel, block)
         stride = upstream.stride(0) if upstream.dim() else 0
+        grid = (runtime.check_grid(len(gradient) * programs, len(gradient)),)
         with runtime.on_device(gradient):
-            _scale_gradient_kernel[(len(gradient) * programs,)](
-                gradient, upstream, stride, numel, programs, BLOCK=block, num_warps=4
+            _scale_gradient_kernel[grid](
+                gradient,
+                upstream,
+                stride,
+                numel,
+                programs,
+                BLOCK=block,
+                num_warps=4,
+                **runtime.OPTIONS,
             )
 
 

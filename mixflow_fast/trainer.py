@@ -30,7 +30,7 @@ from mixflow_fast import checkpoint, distributed
 from mixflow_fast.build import build_data, build_model, build_objective
 from mixflow_fast.config import Config, load_config, validate
 from mixflow_fast.data import Batch, BatchLoader
-from mixflow_fast.kernels import philox
+from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics import MetricsFile, Progress
 from mixflow_fast.models import (
@@ -45,7 +45,7 @@ from mixflow_fast.optim import AdamWEMA, learning_rate
 # Fields that may change between the parts of one run: they do not touch what is computed (but
 # train.images does where the learning rate descends towards it).
 _FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep",
-         "train.device", "train.microbatch_size", "data.workers"}  # fmt: skip
+         "train.device", "train.microbatch_size", "data.workers", "objective.impl"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Trainer:
         elif config.train.init is not None:
             self._load_init(checkpoint.weights_file(config.train.init))
         self.device = distributed.init_process_group(config.train.device)
+        fused = runtime.use_kernels(self.mix.impl, self.device)
+        self.objective = "Triton kernels" if fused else "PyTorch reference"
         deepspeed = _import_deepspeed()
         self._lock = self._prepare_folder()
         # DeepSpeed casts and shards the module: these keep what it must start from and export.
@@ -134,6 +136,7 @@ class Trainer:
         )
         metrics = MetricsFile(self.out / "metrics.jsonl", self.step) if self._is_writer else None
         progress = Progress(total, self.step, self.out.name, self.quiet)
+        progress.say(f"objective: {self.objective} on {self.device}")
         if self.step and self.step < total:
             progress.say(f"{self.out}: resumed after step {self.step} of {total}")
         saved = self.step if self._resume_from else -1

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixflow_fast.build import build_model
 from mixflow_fast.config import Config, load_config
 from mixflow_fast.data import Batch, BatchLoader, sample_index
+from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics import read_metrics
 from mixflow_fast.models import SiT, load_model
 from mixflow_fast.objective import MixFlow
@@ -95,6 +96,38 @@ def test_exported_ema_and_weights(tmp_path: Path, precision: str, stage: int) ->
         moved += not torch.equal(new, initial[name])
     assert moved >= 2  # adaLN-Zero: the first step moves the last layer alone
     assert torch.equal(content["model"]["pos_embed"], initial["pos_embed"])
+
+
+def test_the_fused_objective_trains_like_the_reference(tmp_path: Path) -> None:
+    """Real DeepSpeed, two micro-batches a step (its upstream gradient is 1/2), kernels resumed."""
+    common = ["train.microbatch_size=4", "optim.grad_clip=0.3", "train.images=24"]
+    found = []
+    for impl in ("reference", "triton"):
+        config = tiny(tmp_path / impl, *common, f"objective.impl={impl}")
+        trainer = Trainer(config, quiet=True)
+        assert (
+            trainer.objective
+            == {"reference": "PyTorch reference", "triton": "Triton kernels"}[impl]
+        )
+        found.append((trainer.run(), read_metrics(tmp_path / impl / "metrics.jsonl")))
+    (plain, rows), (fused, fused_rows) = found
+    for a, b in zip(rows, fused_rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+    plain, fused = (torch.load(r.weights, weights_only=True)["model"] for r in (plain, fused))
+    for name, weight in plain.items():
+        torch.testing.assert_close(fused[name], weight, rtol=1e-4, atol=1e-6)
+    config = tiny(tmp_path / "triton", *common[:2], "train.images=32", "objective.impl=reference")
+    assert train(config, quiet=True).step == 4  # the implementation may change between parts
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_INTERPRETING", False)
+    with pytest.raises(ValueError, match='impl="triton" needs a CUDA device'):
+        Trainer(tiny(tmp_path / "run", "objective.impl=triton", "train.device=cpu"), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stages_and_precisions_agree(tmp_path: Path) -> None:
