@@ -1,0 +1,188 @@
+"""Correctness on the device: `python -m benchmarks.checks [--device cuda|cpu] [--op NAME]`.
+
+Every kernel against float64 and against plain PyTorch in the same dtype, what it draws, and that
+its bits are a function of its inputs. Without a GPU the kernels run in Triton's interpreter, at
+toy sizes. `benchmarks.run` calls this before it times anything.
+
+Exit status: 0 green, 1 red (a check failed, or did not fit the deadline), 2 no such device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import device as devices
+from benchmarks import draws, numerics
+from benchmarks.cases import KERNEL_OPS
+from benchmarks.deadline import Deadline, Expectation
+from benchmarks.numerics import TIMED, Finding
+
+# A batch of at least four covers the four buckets of t. The odd one has rows that no vector fits.
+GPU_SHAPE, CPU_SHAPE = (8, 4, 32, 32), (4, 4, 4, 4)
+GPU_TIMED_SHAPES = (GPU_SHAPE, (5, 3, 7, 9), (256, 4, 32, 32), (64, 768, 16, 16))
+CPU_TIMED_SHAPES = (CPU_SHAPE,)
+GPU_BITS_SHAPE, CPU_BITS_SHAPE = (256, 4, 32, 32), (4, 3, 5, 3)
+
+Task = tuple[str, Callable[[], Iterable[Finding]]]
+
+
+@dataclass
+class Report:
+    """What was found, and the names of the checks that did not fit the deadline."""
+
+    findings: list[Finding] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def green(self) -> bool:
+        """Every check ran, and passed."""
+        return bool(self.findings) and not self.left_out and not self.failures
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [finding for finding in self.findings if not finding.passed]
+
+    def table(self) -> str:
+        """One line for each check and dtype with its worst tensor, then what failed."""
+        worst: dict[tuple[str, str], Finding] = {}
+        for finding in self.findings:
+            key = finding.check, finding.dtype
+            if key not in worst or _severity(finding) > _severity(worst[key]):
+                worst[key] = finding
+        lines = [f"{'':4}{'error':>10}{'limit':>10}{'eager':>10}  check: worst tensor"]
+        for finding in worst.values():
+            lines.append(_line(finding))
+        if self.failures:
+            lines += ["", f"{len(self.failures)} of {len(self.findings)} failed:"]
+            lines += [_line(finding) for finding in self.failures]
+        if self.left_out:
+            lines += ["", "left out, the deadline came first:", *self.left_out]
+        verdict = "green" if self.green else "RED"
+        return "\n".join([*lines, "", f"correctness: {verdict}, {len(self.findings)} checks"])
+
+
+def _severity(finding: Finding) -> float:
+    if not finding.passed:
+        return math.inf
+    return finding.error / finding.limit if finding.limit else 0.0
+
+
+def _line(finding: Finding) -> str:
+    eager = "" if finding.eager_error is None else f"{finding.eager_error:.2e}"
+    mark = "ok" if finding.passed else "RED"
+    return (
+        f"{mark:4}{finding.error:10.2e}{finding.limit:10.2e}{eager:>10}  "
+        f"{finding.check} {finding.dtype}: {finding.tensor}"
+    )
+
+
+def tasks(
+    device: torch.device, impl: str, level: str, ops: Iterable[str] = KERNEL_OPS
+) -> Iterator[Task]:
+    """The checks of a level, the most telling first. Levels: `numerics.plan`.
+
+    Args:
+        ops: of `KERNEL_OPS` or "step"; those other than "interpolate" need both kernels.
+    """
+    on_gpu = device.type == "cuda"
+    needed = ("interpolate",) if set(ops) == {"interpolate"} else ("interpolate", "velocity_loss")
+    bits_shape = GPU_BITS_SHAPE if on_gpu else CPU_BITS_SHAPE
+
+    def errors(setting: numerics.Setting, shape: tuple[int, ...], dtype: torch.dtype) -> Task:
+        name = f"{setting} {shape} {dtype}"
+        return name, lambda: numerics.errors(setting, shape, dtype, device, impl, needed)
+
+    def bits(dtype: torch.dtype) -> Task:
+        return f"same bits {dtype}", lambda: draws.same_bits(device, impl, bits_shape, dtype)
+
+    plan = numerics.plan(level)
+    for setting, dtype in plan:
+        if setting == TIMED:
+            for shape in GPU_TIMED_SHAPES if on_gpu else CPU_TIMED_SHAPES:
+                yield errors(setting, shape, dtype)
+    yield "philox words", lambda: draws.integers(device, impl)
+    yield "philox normals", lambda: draws.normals(device, impl)
+    yield "times", lambda: draws.times(device, impl)
+    for dtype in (torch.bfloat16, torch.float32) if on_gpu else (torch.bfloat16,):
+        yield bits(dtype)
+    for setting, dtype in plan:
+        if setting != TIMED:
+            yield errors(setting, GPU_SHAPE if on_gpu else CPU_SHAPE, dtype)
+
+
+def run(
+    device: torch.device,
+    impl: str = "triton",
+    level: str = "timed",
+    ops: Iterable[str] = KERNEL_OPS,
+    deadline: Deadline | None = None,
+) -> Report:
+    """Run the checks of a level. An exception in a check is a failure of that check.
+
+    Args:
+        impl: "triton"; "reference" checks the reference with itself, a test of the checks.
+        deadline: checks that would not fit are left out, and the report is not green.
+    """
+    deadline = deadline or Deadline()
+    report = Report()
+    expectation = Expectation(first=10.0 if device.type == "cuda" else 2.0)
+    for name, check in tasks(device, impl, level, ops):
+        if not deadline.fits(f"check {name}", expectation.seconds()):
+            report.left_out.append(name)
+            continue
+        start = deadline.spent()
+        try:
+            report.findings.extend(check())
+            devices.synchronize(device)
+        except Exception as error:
+            what = f"raised {type(error).__name__}: {str(error).strip()[:300]}"
+            report.findings.append(Finding(name, what, "", math.inf, 0.0))
+        expectation.saw(deadline.spent() - start)
+    return report
+
+
+def write(path: Path, report: Report, environment: dict[str, str | None]) -> None:
+    """The findings as JSON lines; infinite errors as null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for finding in report.findings:
+            row = asdict(finding) | {"passed": finding.passed} | environment
+            row["error"] = finding.error if math.isfinite(finding.error) else None
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checks", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--op", action="append", choices=KERNEL_OPS, help="repeatable")
+    parser.add_argument("--level", choices=("timed", "smoke", "full"), default="full")
+    parser.add_argument("--impl", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--deadline", type=float, metavar="S", help="seconds")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write correctness.jsonl there")
+    args = parser.parse_args(argv)
+    try:
+        device, deadline = devices.pick(args.device), Deadline(args.deadline)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    environment = devices.environment(device)
+    print(", ".join(f"{key} {value}" for key, value in environment.items()), flush=True)
+    report = run(device, args.impl, args.level, args.op or KERNEL_OPS, deadline)
+    if args.out is not None:
+        write(args.out / "correctness.jsonl", report, environment)
+    print(report.table())
+    return 0 if report.green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The kernel suite: every cell is verified at its own shape and only then timed."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import timing
+from benchmarks.cases import Case
+from benchmarks.deadline import Deadline, Expectation
+from benchmarks.device import in_short
+from benchmarks.providers import PROVIDERS, Call, Compiler, make_inputs, mixflow_call, plain_call
+from benchmarks.rows import Writer
+from benchmarks.stats import Percentiles, Ratio, paired_ratio, percentiles
+from benchmarks.verify import verify
+
+NO_COMPILE = "left out in a smoke run: the first C++ compilation takes most of a minute"
+
+
+class KernelSuite:
+    """Times the kernel cells on one device.
+
+    Args:
+        device: where.
+        writer: takes the rows.
+        deadline: cells that would not fit are left out.
+        impl: of `MixFlow`; a smoke run on the CPU times the reference.
+        smoke: few rounds, and `compile` is left out.
+
+    Attributes:
+        refused: cells without a speed because something in them was wrong.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        writer: Writer,
+        deadline: Deadline,
+        impl: str = "triton",
+        smoke: bool = False,
+    ) -> None:
+        self.refused: list[str] = []
+        self._device, self._writer, self._deadline = device, writer, deadline
+        self._impl, self._smoke = impl, smoke
+        self._on_gpu = device.type == "cuda"
+        self._timer = timing.CudaTimer() if self._on_gpu else None
+        self._compiler = Compiler(self._timer.quick_ms) if self._timer else None
+        self._copy = timing.copy_bandwidth(self._timer) if self._timer else None
+        if self._copy:
+            print(f"copy bandwidth {self._copy / 1e9:.0f} GB/s (1 GiB, read plus written)")
+
+    def run(self, cases: list[Case]) -> None:
+        """Every case in turn, as far as the deadline goes."""
+        self._print_head()
+        expectation = Expectation(first=20.0 if self._on_gpu else 1.0)
+        for case in cases:
+            if self._deadline.fits(case.label, expectation.seconds()):
+                start = self._deadline.spent()
+                try:
+                    self._cell(case)
+                except Exception as error:  # the other cells are worth having
+                    self.refused.append(f"{case.label}: {in_short(error)}")
+                    print(self.refused[-1], flush=True)
+                expectation.saw(self._deadline.spent() - start)
+
+    def _cell(self, case: Case) -> None:
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        inputs = make_inputs(case, self._device)
+        calls: dict[str, Call] = {}
+        notes: dict[str, str] = {}
+        missing: dict[str, str] = {}
+        wrong: list[str] = []
+        for provider in PROVIDERS:
+            try:
+                if provider == "compile":
+                    if self._compiler is None:
+                        missing[provider] = NO_COMPILE
+                        continue
+                    call, notes[provider] = self._compiler.call(case, inputs)
+                elif provider == "eager":
+                    call, notes[provider] = plain_call(case, inputs), "plain PyTorch lines"
+                else:
+                    call = mixflow_call(case, inputs, self._impl)
+                    notes[provider] = f"MixFlow(impl={self._impl!r})"
+                wrong += [f"{provider}: {line}" for line in verify(case, inputs, call())]
+            except Exception as error:
+                text = in_short(error)
+                if provider == "mixflow_fast":
+                    wrong.append(f"{provider}: {text}")
+                missing[provider] = text
+            else:
+                calls[provider] = call
+        for provider, why in missing.items():
+            self._add(case, provider, "latency_ms", None, note=why)
+            if why != NO_COMPILE:
+                print(f"{case.label}: without {provider}: {why}", flush=True)
+        if wrong:
+            self.refused.append(case.label)
+            print(f"{case.label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
+            return
+        rounds = 3 if self._smoke else 12
+        timed = timing.measure(calls, self._device, self._timer, rounds)
+        latency = self._write_times(case, calls, timed, notes)
+        ratios = self._write_ratios(case, timed, notes)
+        self._print_line(case, latency, ratios)
+
+    def _write_times(
+        self,
+        case: Case,
+        calls: dict[str, Call],
+        timed: timing.Timing,
+        notes: dict[str, str],
+    ) -> dict[str, Percentiles]:
+        """The rows of each provider; returns their latencies."""
+        latency = {}
+        for provider, rounds in timed.rounds.items():
+            note, method = notes[provider], timed.method
+            latency[provider] = p = percentiles([value for each in rounds for value in each])
+            self._add(case, provider, "latency_ms", p, note=note, timing=method)
+            wall = percentiles(timed.wall[provider])
+            how = f"wall time per call of {timing.WALL_CALLS}" if self._on_gpu else method
+            self._add(case, provider, "call_ms", wall, note=note, timing=how)
+            if not self._on_gpu:
+                continue
+            # The fast percentile of a time is the high one of a rate.
+            rate = Percentiles(*(case.algorithmic_bytes / (ms * 1e6) for ms in p[::-1]))
+            percent = Percentiles(*(100 * gb * 1e9 / self._copy for gb in rate))
+            self._add(case, provider, "gb_per_s", rate, note=note, timing=method)
+            self._add(case, provider, "percent_of_copy", percent, note=note, timing=method)
+            launches = timing.count_launches(calls[provider])
+            why = note if launches else f"{note}; the profiler saw no device activity"
+            self._add_value(case, provider, "launches", launches, note=why)
+            peak = timing.peak_memory_mib(calls[provider])
+            self._add_value(case, provider, "peak_memory_mib", peak, note=note)
+        return latency
+
+    def _write_ratios(
+        self, case: Case, timed: timing.Timing, notes: dict[str, str]
+    ) -> dict[str, Ratio]:
+        """The rows of ours against each other provider; returns the ratios of the latencies."""
+        medians = {
+            provider: [percentiles(each).p50 for each in rounds]
+            for provider, rounds in timed.rounds.items()
+        }
+        ratios = {}
+        for provider in timed.rounds:
+            if provider == "mixflow_fast":
+                continue
+            note = f"per round, {len(medians[provider])} rounds; against {notes[provider]}"
+            for prefix, times in (("", medians), ("call_", timed.wall)):
+                ratio = paired_ratio(times[provider], times["mixflow_fast"])
+                ratios.setdefault(provider, ratio)
+                identity = self._identity(case, "mixflow_fast", f"{prefix}speedup_over_{provider}")
+                self._writer.add(**identity, **ratio._asdict(), timing=timed.method, note=note)
+        return ratios
+
+    @staticmethod
+    def _identity(case: Case, provider: str, metric: str) -> dict[str, object]:
+        return {
+            "op": case.op,
+            "provider": provider,
+            "mode": case.mode,
+            "metric": metric,
+            "shape": list(case.shape),
+            "dtype": case.dtype_name,
+        }
+
+    def _add(
+        self, case: Case, provider: str, metric: str, p: Percentiles | None, **fields: str
+    ) -> None:
+        values = p._asdict() if p else {"p50": None}
+        self._writer.add(**self._identity(case, provider, metric), **values, **fields)
+
+    def _add_value(
+        self, case: Case, provider: str, metric: str, value: float | None, note: str
+    ) -> None:
+        self._writer.add(**self._identity(case, provider, metric), p50=value, note=note)
+
+    def _print_head(self) -> None:
+        heads = "".join(f"{provider:>14}" for provider in PROVIDERS)
+        print(f"\nlatency p50 in ms{'':41}{heads}  of copy  ours against eager, compile [95%]")
+
+    def _print_line(
+        self, case: Case, latency: dict[str, Percentiles], ratios: dict[str, Ratio]
+    ) -> None:
+        times = "".join(
+            f"{latency[p].p50:14.4f}" if p in latency else f"{'-':>14}" for p in PROVIDERS
+        )
+        percent = ""
+        if self._copy:
+            seconds = latency["mixflow_fast"].p50 * 1e-3
+            percent = f"{100 * case.algorithmic_bytes / seconds / self._copy:.0f}%"
+        wins = ", ".join(f"{r.p50:.2f}x [{r.low95:.2f}, {r.high95:.2f}]" for r in ratios.values())
+        print(f"{case.label:58}{times}{percent:>9}  {wins}", flush=True)

@@ -1,0 +1,184 @@
+"""The implementations that are compared, as calls without arguments.
+
+`eager` is what a trainer holds today: a few lines of plain PyTorch. They are written for speed as
+a careful user would: noise in the data's dtype, arithmetic in float32, and the noise (not a
+float32 target) kept for the loss. `compile` is the same lines under torch.compile, static shapes,
+in the faster of two modes. `mixflow_fast` is `MixFlow.prepare` and `.loss`. Our own PyTorch
+reference is no baseline: its integer Philox would make an unfairly slow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from mixflow_fast import MixFlow
+
+PROVIDERS = ("eager", "compile", "mixflow_fast")
+GAMMA = 0.8
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+# Below this a call is bound by launches, above it by memory: the two are tuned apart.
+SMALL_ELEMENTS = 1 << 23
+
+# What a call returns: the tensors it made, by name, so that they can be checked.
+Call = Callable[[], dict[str, Any]]
+
+
+def interpolate(x1: Tensor, x0: Tensor, slowed_t: Tensor) -> Tensor:
+    """x_m = m x1 + (1 - m) x0 in float32, cast to x1's dtype; slowed_t: (B,) float32."""
+    m = slowed_t.view(-1, *([1] * (x1.dim() - 1)))
+    return (m * x1.float() + (1 - m) * x0.float()).to(x1.dtype)
+
+
+def prepare(x1: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_m, t, m, x0) for t ~ Beta(2, 1), m ~ U[(1 - gamma) t, t], x0 ~ N(0, I)."""
+    x0 = torch.randn_like(x1)
+    t = torch.rand(len(x1), device=x1.device).sqrt()
+    slowed_t = t * (1 - gamma * torch.rand(len(x1), device=x1.device))
+    return interpolate(x1, x0, slowed_t), t, slowed_t, x0
+
+
+def velocity_loss(pred: Tensor, x1: Tensor, x0: Tensor) -> Tensor:
+    """Mean over samples and elements of |pred - (x1 - x0)|^2 in float32."""
+    error = pred.float() - (x1.float() - x0.float())
+    return error.square().flatten(1).mean(dim=1).mean()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every provider of a cell is given.
+
+    Attributes:
+        x1: data, of mean 0.5 so that a wrong direction of the path shows.
+        x0: noise in x1's dtype, for the providers that store it.
+        pred: leaf that requires a gradient.
+        ids: (B,) int64 positions of the samples, on the device.
+        upstream: 0.5, a float32 scalar on the device.
+    """
+
+    x1: Tensor
+    x0: Tensor
+    pred: Tensor
+    ids: Tensor
+    upstream: Tensor
+
+
+def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """Random tensors of the cell's shapes and dtypes."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(dtype: torch.dtype) -> Tensor:
+        return torch.randn(case.shape, generator=generator, device=device, dtype=dtype)
+
+    return Inputs(
+        x1=normal(case.dtype).add_(0.5),
+        x0=normal(case.dtype),
+        pred=normal(case.pred_dtype).requires_grad_(),
+        ids=torch.arange(len(normal(case.dtype)), device=device) + 10_000,
+        upstream=torch.tensor(0.5, device=device),
+    )
+
+
+def _loss_and_gradient(loss: Callable[[], Tensor], case: Case, inputs: Inputs) -> dict[str, Any]:
+    if case.mode == "forward":
+        with torch.no_grad():
+            return {"loss": loss()}
+    value = loss()
+    upstream = inputs.upstream if case.mode == "backward" else None
+    (gradient,) = torch.autograd.grad(value, inputs.pred, upstream)
+    return {"loss": value, "gradient": gradient}
+
+
+def plain_call(
+    case: Case,
+    inputs: Inputs,
+    prepare_fn: Callable[..., Any] = prepare,
+    loss_fn: Callable[..., Tensor] = velocity_loss,
+) -> Call:
+    """A call of the plain lines above, or of compiled versions of them."""
+
+    def interpolate_call() -> dict[str, Any]:
+        return dict(zip(("x", "t", "slowed_t", "x0"), prepare_fn(inputs.x1, GAMMA), strict=True))
+
+    def loss_call(x0: Tensor = inputs.x0) -> dict[str, Any]:
+        made = _loss_and_gradient(lambda: loss_fn(inputs.pred, inputs.x1, x0), case, inputs)
+        return made | {"x0": x0}
+
+    def objective_call() -> dict[str, Any]:
+        made = interpolate_call()
+        return made | loss_call(made["x0"])
+
+    return {
+        "interpolate": interpolate_call,
+        "velocity_loss": loss_call,
+        "objective": objective_call,
+    }[case.op]
+
+
+def mixflow_call(case: Case, inputs: Inputs, impl: str = "triton") -> Call:
+    """A call of `MixFlow(impl=...)`; `x0` in what it returns is a function, called on demand."""
+    objective = MixFlow(gamma=GAMMA, clock="data_at_1", impl=impl)
+    given = objective.prepare(inputs.x1, ids=inputs.ids)
+
+    def interpolate_call() -> dict[str, Any]:
+        it = objective.prepare(inputs.x1, ids=inputs.ids)
+        return {"x": it.x, "t": it.t, "slowed_t": it.slowed_t, "x0": it.x0, "it": it}
+
+    def loss_call(it: Any = given) -> dict[str, Any]:
+        made = _loss_and_gradient(lambda: objective.loss(inputs.pred, it), case, inputs)
+        return made | {"x0": it.x0}
+
+    def objective_call() -> dict[str, Any]:
+        made = interpolate_call()
+        return made | loss_call(made["it"])
+
+    return {
+        "interpolate": interpolate_call,
+        "velocity_loss": loss_call,
+        "objective": objective_call,
+    }[case.op]
+
+
+class Compiler:
+    """torch.compile of the plain lines, in the faster mode for the op and the size class.
+
+    Both modes are timed at the first cell of (op, mode, small or large, dtype); the winner serves
+    the others of that class, which keeps the time spent compiling inside a ten-minute run.
+
+    Args:
+        quick_ms: time of a call in milliseconds, a few repetitions.
+    """
+
+    def __init__(self, quick_ms: Callable[[Call], float]) -> None:
+        self._quick_ms = quick_ms
+        self._choice: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self._functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        # Static shapes compile afresh for each; the default of 8 would fall back to eager.
+        torch._dynamo.config.recompile_limit = 256
+
+    def call(self, case: Case, inputs: Inputs) -> tuple[Call, str]:
+        """The call, and a sentence that says how it was tuned."""
+        size = "small" if case.elements < SMALL_ELEMENTS else "large"
+        key = (case.op, case.mode, size, case.dtype)
+        if key not in self._choice:
+            calls = {mode: self._build(mode, case, inputs) for mode in COMPILE_MODES}
+            times = {mode: self._quick_ms(call) for mode, call in calls.items()}
+            best = min(times, key=times.__getitem__)
+            text = ", ".join(f"{mode} {ms:.4f} ms" for mode, ms in times.items())
+            shape = "x".join(map(str, case.shape))
+            self._choice[key] = best, f"torch.compile mode={best}, chosen at {shape} ({text})"
+        mode, how = self._choice[key]
+        return self._build(mode, case, inputs), how
+
+    def _build(self, mode: str, case: Case, inputs: Inputs) -> Call:
+        if mode not in self._functions:
+            self._functions[mode] = (
+                torch.compile(prepare, mode=mode, dynamic=False),
+                torch.compile(velocity_loss, mode=mode, dynamic=False),
+            )
+        return plain_call(case, inputs, *self._functions[mode])

@@ -1,0 +1,265 @@
+"""Times of calls, in rounds in which the providers take turns.
+
+On a GPU a cell is timed in one of two ways, the same for all its providers:
+
+* events: CUDA events around each call, the L2 cache overwritten before it, and the launch queue
+  kept ahead by a short sleep kernel, so that the time is the device's and not Python's.
+* graph: where the fastest provider takes under 20 us, events around a CUDA graph of 20 calls. The
+  data are then in the L2 cache for all providers.
+
+`call_ms` is the other side: wall time per call of 10 calls issued from Python and waited for, with
+all that the host spends. On the CPU both are the wall time of single calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.device import in_short
+
+FLUSH_BYTES = 256 << 20
+GRAPH_CALLS = 20
+GRAPH_BELOW_MS = 0.020
+WALL_CALLS = 10
+WARM_ROUNDS = 2
+
+AnyCall = Callable[[], object]
+
+
+@dataclass
+class Timing:
+    """Milliseconds per call. `rounds[provider][r]` are the samples of round r.
+
+    Attributes:
+        method: how they were taken, a sentence for the row.
+        wall: per provider one number a round, see `call_ms` above.
+    """
+
+    method: str
+    rounds: dict[str, list[list[float]]] = field(default_factory=dict)
+    wall: dict[str, list[float]] = field(default_factory=dict)
+
+
+def wall_ms(call: AnyCall, calls: int, device: torch.device) -> float:
+    """Milliseconds per call of `calls` calls issued back to back and waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
+class CudaTimer:
+    """Event timing on the current GPU; holds the buffer that clears the L2 cache."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def events_ms(self, call: AnyCall, calls: int, host_ms: float) -> list[float]:
+        """Device time of each of `calls` calls, cold L2; host_ms: what issuing one costs."""
+        # Cycles at 2 GHz: at a lower clock the sleep is longer, which does no harm.
+        ahead = int(min(2.0 * host_ms + 0.05, 20.0) * 2e6)
+        pairs = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(calls)
+        ]
+        for start, end in pairs:
+            self._flush.zero_()
+            torch.cuda._sleep(ahead)
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+    def quick_ms(self, call: AnyCall) -> float:
+        """Median device time of a warm call: for choices, not for rows."""
+        for _ in range(3):
+            call()
+        samples = sorted(self.events_ms(call, 11, _issue_ms(call)))
+        return samples[len(samples) // 2]
+
+
+def _issue_ms(call: AnyCall) -> float:
+    """What the host spends to issue a warm call."""
+    spent = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        spent.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
+    return sorted(spent)[2]
+
+
+def _capture(call: AnyCall) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of GRAPH_CALLS calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            call()
+    return graph
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(replays)
+    ]
+    for start, end in pairs:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / GRAPH_CALLS for start, end in pairs]
+
+
+def _take_turns(
+    timing: Timing, sample: dict[str, Callable[[], tuple[list[float], float]]], rounds: int
+) -> Timing:
+    """Run the rounds, each provider once a round, the order turned by one every round."""
+    names = list(sample)
+    for number in range(WARM_ROUNDS + rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            calls, wall = sample[name]()
+            if number >= WARM_ROUNDS:
+                timing.rounds.setdefault(name, []).append(calls)
+                timing.wall.setdefault(name, []).append(wall)
+    return timing
+
+
+def measure(
+    calls: dict[str, AnyCall],
+    device: torch.device,
+    timer: CudaTimer | None = None,
+    rounds: int = 12,
+    round_ms: float = 10.0,
+) -> Timing:
+    """Time the providers' calls in interleaved rounds.
+
+    Args:
+        calls: by provider; each is called before anything is timed.
+        timer: needed on a GPU.
+        rounds: rounds that count, after two that do not.
+        round_ms: device time that a provider's round should take, in milliseconds (at least 5
+            and at most 50 samples).
+    """
+    for call in calls.values():
+        for _ in range(2):
+            call()
+    if timer is None:
+        if device.type == "cuda":
+            raise ValueError("timer must be a CudaTimer on a GPU, got None")
+        sample = {name: _cpu_sampler(call, device) for name, call in calls.items()}
+        return _take_turns(Timing("perf_counter around single calls on the CPU"), sample, rounds)
+    quick = {name: timer.quick_ms(call) for name, call in calls.items()}
+    trouble = ""
+    if min(quick.values()) < GRAPH_BELOW_MS:
+        try:
+            graphs = {name: _capture(call) for name, call in calls.items()}
+        except RuntimeError as error:
+            trouble = f"; no CUDA graph: {in_short(error)}"
+        else:
+            sample = {
+                name: _graph_sampler(graphs[name], call, device, round_ms)
+                for name, call in calls.items()
+            }
+            method = f"CUDA graph of {GRAPH_CALLS} calls, warm L2"
+            return _take_turns(Timing(method), sample, rounds)
+    sample = {
+        name: _event_sampler(timer, call, device, _samples(round_ms, quick[name]))
+        for name, call in calls.items()
+    }
+    return _take_turns(Timing(f"CUDA events per call, cold L2{trouble}"), sample, rounds)
+
+
+def _samples(round_ms: float, each_ms: float) -> int:
+    return max(5, min(50, round(round_ms / max(each_ms, 1e-3))))
+
+
+def _cpu_sampler(call: AnyCall, device: torch.device) -> Callable[[], tuple[list[float], float]]:
+    def sample() -> tuple[list[float], float]:
+        times = [wall_ms(call, 1, device) for _ in range(3)]
+        return times, sorted(times)[1]
+
+    return sample
+
+
+def _event_sampler(
+    timer: CudaTimer, call: AnyCall, device: torch.device, samples: int
+) -> Callable[[], tuple[list[float], float]]:
+    host_ms = _issue_ms(call)
+
+    def sample() -> tuple[list[float], float]:
+        return timer.events_ms(call, samples, host_ms), wall_ms(call, WALL_CALLS, device)
+
+    return sample
+
+
+def _graph_sampler(
+    graph: torch.cuda.CUDAGraph, call: AnyCall, device: torch.device, round_ms: float
+) -> Callable[[], tuple[list[float], float]]:
+    each_ms = min(_replay_ms(graph, 5)) * GRAPH_CALLS
+
+    def sample() -> tuple[list[float], float]:
+        times = _replay_ms(graph, _samples(round_ms, each_ms))
+        return times, wall_ms(call, WALL_CALLS, device)
+
+    return sample
+
+
+def peak_memory_mib(call: AnyCall, all_of_it: bool = False) -> float:
+    """Device memory that one warm call needs beyond its inputs, its results included.
+
+    all_of_it: with the inputs, and with whatever else is allocated.
+    """
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = 0 if all_of_it else torch.cuda.memory_allocated()
+    made = call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    del made
+    return peak
+
+
+def count_launches(call: AnyCall) -> int | None:
+    """Kernels, copies and fills that one warm call starts; None where the profiler sees none."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    launches = sum(
+        event.device_type == cuda and not getattr(event, "is_user_annotation", False)
+        for event in profile.events()
+    )
+    return launches or None
+
+
+def copy_bandwidth(timer: CudaTimer) -> float:
+    """Bytes per second of a device-to-device copy of 1 GiB, read plus written: the yardstick."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    samples = []
+    for _ in range(3):  # the first warms up
+        samples = timer.events_ms(lambda: target.copy_(source), 15, 0.05)
+    return 2 * source.nbytes / (sorted(samples)[len(samples) // 2] * 1e-3)
