@@ -23,11 +23,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport OMP_NUM_THREADS PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test test-triton lint demo clean
 
 help:
 	@echo 'make test    ruff, then the tests'
 	@echo 'make demo    trains, samples, compares, and writes a report (ARGS="..." is passed on)'
+	@echo 'make test-triton   the kernel tests on another Triton (TRITON=$(TRITON))'
 	@echo 'make lint    ruff alone'
 	@echo 'make setup   only the installation into $(VENV), which the others do by themselves'
 	@echo 'make clean   removes caches and build results; keeps $(VENV) and runs/'
@@ -58,6 +59,23 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q --durations=10
+
+# The kernels on the oldest Triton they run on, in an environment of its own. Its interpreter takes
+# no numpy from 2.4 on.
+TRITON ?= triton==3.6.0
+TRITON_VENV := .venv-$(subst =,,$(TRITON))
+KERNEL_TESTS := tests/test_philox.py tests/test_interpolate.py tests/test_velocity_loss.py \
+    tests/test_kernel_ops.py tests/test_compile_report.py
+
+$(TRITON_VENV)/.stamp-$(KEY):
+	$(PYTHON) -m venv --clear $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip -qq install $(TORCH_FLAGS) '$(TORCH)'
+	$(TRITON_VENV)/bin/python -m pip -qq install '$(TRITON)' 'numpy<2.4' pytest pyyaml tqdm \
+	    safetensors pillow
+	@touch $@
+
+test-triton: $(TRITON_VENV)/.stamp-$(KEY)
+	$(TRITON_VENV)/bin/python -m pytest -q $(KERNEL_TESTS)
 
 demo: $(STAMP)
 	$(BIN)/mixflow-fast demo $(ARGS)

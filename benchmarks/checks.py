@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import device as devices
-from benchmarks import draws, numerics
+from benchmarks import draws, numerics, replay
 from benchmarks.cases import KERNEL_OPS
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.numerics import TIMED, Finding
@@ -113,6 +113,10 @@ def tasks(
     yield "times", lambda: draws.times(device, impl)
     for dtype in (torch.bfloat16, torch.float32) if on_gpu else (torch.bfloat16,):
         yield bits(dtype)
+    if set(needed) != {"interpolate"}:
+        yield "graph replays", lambda: replay.graph_replays(device, impl)
+        if on_gpu and level == "full":  # on the CPU compilation takes minutes
+            yield "torch.compile", lambda: replay.compiled(device, impl)
     for setting, dtype in plan:
         if setting != TIMED:
             yield errors(setting, GPU_SHAPE if on_gpu else CPU_SHAPE, dtype)

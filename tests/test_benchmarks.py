@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, checks, draws, kernel_suite, numerics, run, step, timing
+from benchmarks import cases, checks, draws, kernel_suite, numerics, replay, run, step, timing
 from benchmarks import device as devices
 from benchmarks.cases import Case, kernel_cases
 from benchmarks.deadline import Deadline, Expectation
@@ -318,6 +318,22 @@ def test_draws_are_red_on_wrong_numbers(monkeypatch) -> None:
     words = draws.philox.random_words
     monkeypatch.setattr(draws, "_kernel_words", lambda *args: words(draws.SEED, *args) ^ (1 << 31))
     assert not any(finding.passed for finding in draws.integers(CPU, "triton"))
+
+
+def test_replays_are_red_when_nothing_is_drawn_anew(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    found = list(replay.graph_replays(cpu, "reference"))
+    assert len(found) == 9 and all(finding.passed for finding in found)
+    monkeypatch.setattr(replay, "_capture", lambda step, device: (step(), lambda: None))
+    assert not any(finding.passed for finding in replay.graph_replays(cpu, "reference"))
+
+
+def test_compiled_steps_are_checked(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    found = list(replay.compiled(cpu, "reference", backend="eager"))
+    assert len(found) == 6 and all(finding.passed for finding in found)
+    monkeypatch.setattr(torch, "compile", lambda step, **_: lambda *a: 1.01 * step(*a))
+    assert not any(finding.passed for finding in replay.compiled(cpu, "reference"))
 
 
 def test_settings_cover_paths_predictions_and_clocks() -> None:
