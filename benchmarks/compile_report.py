@@ -263,7 +263,7 @@ def _cases() -> list[Case]:
 
     interpolate = partial(case, "interpolate", _interpolate)
     loss = partial(case, "velocity_loss", _loss)
-    backward = partial(case, "velocity_loss_backward", _loss, mode="backward")
+    backward = partial(case, "velocity_loss", _loss, mode="backward")
     scale = partial(case, "scale_gradient_", _loss, mode="backward")
     noise_at_1 = {"clock": "noise_at_1"}
     plain = [("rae bf16", RAE, BF16), ("rae fp32", RAE, FP32)]

@@ -229,6 +229,14 @@ def minus_two_log(a):
 
 
 @jit
+def square_root(x):
+    """sqrt of x >= 0, rightly rounded or nearly so: a device's own is off by a unit."""
+    y = tl.rsqrt(tl.maximum(x, 1e-30))
+    root = x * y
+    return root + (0.5 * y) * (x - root * root)
+
+
+@jit
 def box_muller(radius_word, angle_word):
     # A float from bits, [1, 2) by its exponent: a conversion from integers is a slower unit's.
     half_turns = (((angle_word >> 8) & 0x7FFFFE) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -241,7 +249,7 @@ def box_muller(radius_word, angle_word):
     p = 4.166665532e-02 + z * (-1.388856117e-03 + z * (2.476885424e-05 - z * 2.618569020e-07))
     cosine = (1.0 - 0.5 * z) + (z * z) * p
     a = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    radius = tl.sqrt(minus_two_log(a)).to(tl.uint32, bitcast=True)
+    radius = square_root(minus_two_log(a)).to(tl.uint32, bitcast=True)
     radius = (radius ^ (angle_word & 0x80000000)).to(tl.float32, bitcast=True)
     return -(radius * sine), radius * cosine
 

@@ -165,7 +165,7 @@ def _reference_inputs(
     return pred, x1, x0
 
 
-def _to_pred_layout(gradient: Tensor, pred: Tensor, learn_sigma: bool, patch_size: int) -> Tensor:
+def _to_pred_layout(gradient: Tensor, learn_sigma: bool, patch_size: int) -> Tensor:
     if learn_sigma:
         gradient = torch.cat([gradient, torch.zeros_like(gradient)], dim=1)
     if patch_size:
@@ -184,6 +184,7 @@ def _velocity_loss_op(
     x0: Tensor | None,
     times: Tensor,
     weight: Tensor | None,
+    upstream: Tensor | None,
     clock: str,
     path: str,
     prediction: str,
@@ -194,23 +195,35 @@ def _velocity_loss_op(
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    """(loss, gradient for an upstream of 1), or (nothing, gradient) where `upstream` is given."""
     options = dict(clock=clock, path=path, prediction=prediction, reduction=reduction)
     layout = dict(learn_sigma=learn_sigma, patch_size=patch_size)
     if runtime.use_kernels(impl, pred.device, pred.dtype, x1.dtype):
         return launch(
-            *(pred, x1, std, scale, seed, ids, x0, times, weight, None),
+            *(pred, x1, std, scale, seed, ids, x0, times, weight, upstream),
             **options,
             **layout,
             loss_weight=loss_weight,
-            loss=True,
+            loss=upstream is None,
             gradient=with_gradient,
         )
     inputs = *_reference_inputs(pred, x1, std, scale, seed, ids, x0, **layout), times
     options.update(weight=weight, loss_weight=None if loss_weight == "none" else loss_weight)
-    loss = velocity_loss_reference(*inputs, **options)
-    if not with_gradient:
-        return loss, pred.new_empty(0)
-    return loss, _to_pred_layout(_gradient_reference(*inputs, None, **options), pred, **layout)
+    loss, gradient = _empty(pred, x1, upstream, reduction, with_gradient)
+    if upstream is None:
+        loss = velocity_loss_reference(*inputs, **options)
+    if with_gradient:
+        gradient = _gradient_reference(*inputs, upstream, **options)
+        gradient = _to_pred_layout(gradient, **layout)
+    return loss, gradient
+
+
+def _empty(
+    pred: Tensor, x1: Tensor, upstream: Tensor | None, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    shape = loss_shape(x1, reduction) if upstream is None else (0,)
+    loss = pred.new_empty(shape, dtype=compute_dtype(x1))
+    return loss, pred.new_empty(pred.shape if with_gradient else (0,))
 
 
 @_velocity_loss_op.register_fake
@@ -224,6 +237,7 @@ def _(
     x0,
     times,
     weight,
+    upstream,
     clock,
     path,
     prediction,
@@ -234,50 +248,7 @@ def _(
     with_gradient,
     impl,
 ):
-    loss = pred.new_empty(loss_shape(x1, reduction), dtype=compute_dtype(x1))
-    return loss, pred.new_empty(pred.shape if with_gradient else (0,))
-
-
-@torch.library.custom_op("mixflow_fast::velocity_loss_backward", mutates_args=())
-def _velocity_loss_backward_op(
-    upstream: Tensor,
-    pred: Tensor,
-    x1: Tensor,
-    std: Tensor | None,
-    scale: float,
-    seed: Tensor,
-    ids: Tensor | None,
-    x0: Tensor | None,
-    times: Tensor,
-    weight: Tensor | None,
-    clock: str,
-    path: str,
-    prediction: str,
-    loss_weight: str,
-    reduction: str,
-    learn_sigma: bool,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
-    options = dict(clock=clock, path=path, prediction=prediction, reduction=reduction)
-    layout = dict(learn_sigma=learn_sigma, patch_size=patch_size)
-    if runtime.use_kernels(impl, pred.device, pred.dtype, x1.dtype):
-        return launch(
-            *(pred, x1, std, scale, seed, ids, x0, times, weight, upstream),
-            **options,
-            **layout,
-            loss_weight=loss_weight,
-            loss=False,
-            gradient=True,
-        )[1]
-    inputs = *_reference_inputs(pred, x1, std, scale, seed, ids, x0, **layout), times
-    options.update(weight=weight, loss_weight=None if loss_weight == "none" else loss_weight)
-    return _to_pred_layout(_gradient_reference(*inputs, upstream, **options), pred, **layout)
-
-
-@_velocity_loss_backward_op.register_fake
-def _(upstream, pred, *arguments):
-    return pred.new_empty(pred.shape)
+    return _empty(pred, x1, upstream, reduction, with_gradient)
 
 
 @torch.library.custom_op("mixflow_fast::scale_gradient_", mutates_args=("gradient",))
@@ -289,8 +260,11 @@ def _scale_gradient_op(gradient: Tensor, upstream: Tensor) -> None:
     launch_scale(gradient, upstream)
 
 
+_UPSTREAM = 9  # its place among the operator's arguments
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    *_, with_gradient, impl = inputs
+    with_gradient = inputs[-2]
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
     ctx.set_materialize_grads(False)
@@ -314,8 +288,8 @@ def _backward(ctx, upstream: Tensor | None, _) -> tuple[Tensor | None, ...]:
             option if tensor is None else tensor
             for option, tensor in zip(ctx.options, ctx.saved_tensors, strict=True)
         ]
-        *arguments, _, impl = inputs
-        return _velocity_loss_backward_op(upstream, *arguments, impl), *nothing[1:]
+        inputs[_UPSTREAM], inputs[-2] = upstream, True
+        return _velocity_loss_op(*inputs)[1], *nothing[1:]
     (gradient,) = ctx.saved_tensors
     return _scaled(gradient, upstream), *nothing[1:]
 
@@ -378,7 +352,7 @@ def velocity_loss(
         check_sample_size(data)
     with_gradient = pred.requires_grad and torch.is_grad_enabled() and pred.dtype != torch.float16
     loss, _ = _velocity_loss_op(
-        *(pred, data, std, float(scale), seed, ids, x0, times, weight),
+        *(pred, data, std, float(scale), seed, ids, x0, times, weight, None),
         *(clock, path, prediction, loss_weight or "none", reduction),
         *(learn_sigma, patch_size, with_gradient, impl),
     )

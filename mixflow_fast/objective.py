@@ -198,8 +198,10 @@ class MixFlow:
             x1: (B, ...) data in float32, bf16, fp16 or float64, or the `Moments` of an
                 autoencoder's posterior, which is then sampled at `ids`.
             ids: (B,) int64 global positions of the examples. The draws are functions of
-                (seed, ids) alone. Left out: a counter that starts at 0 in every process and goes
-                on with every call, spread over the ranks of an initialised process group.
+                (seed, ids) alone. The loss draws the noise again: the tensor must not change in
+                place before the backward pass is done. Left out: a counter that starts at 0 in
+                every process and goes on with every call, spread over the ranks of an initialised
+                process group.
             x0: (B, ...) noise, used exactly.
             t: (B,) label times in the caller's clock, used exactly: no shift is applied to them.
             slowed_t: (B,) times m in the caller's clock, used exactly.

@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     # Triton reads the first when it is imported, DeepSpeed the second; children inherit both.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# What cuBLAS asks for under `poisoned_memory`, before it is loaded.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 torch.set_num_threads(2)
 

@@ -126,12 +126,12 @@ def test_tokens_are_the_same_numbers(
 
 def test_tokens_through_a_linear_layer_are_the_patch_embedding() -> None:
     """Conv2d with kernel = stride = p, as SiT and RAE embed patches: another library's truth."""
-    conv = torch.nn.Conv2d(4, 24, 2, stride=2).to(DEVICE)
+    conv = torch.nn.Conv2d(4, 24, 2, stride=2)  # on the CPU: a GPU's would be TF32
     ours, _ = pair()
     x1 = data(2, 4, 6, 8)
-    image = conv(ours.prepare(x1, IDS[:2]).x).flatten(2).transpose(1, 2)
+    image = conv(ours.prepare(x1, IDS[:2]).x.cpu()).flatten(2).transpose(1, 2)
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    tokens = ours.prepare(x1, IDS[:2], patch_size=2).x
+    tokens = ours.prepare(x1, IDS[:2], patch_size=2).x.cpu()
     assert relative_rms(torch.nn.functional.linear(tokens, weight, conv.bias), image) < 1e-6
 
 

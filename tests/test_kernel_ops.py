@@ -43,12 +43,12 @@ def test_opcheck_velocity_loss(impl: str, dtype: torch.dtype) -> None:
     pred = data(3, 9, 32, dtype=dtype).requires_grad_()
     x1, times = data(3, 4, 6, 6, seed=1), torch.full((3,), 0.4, device=DEVICE)
     weight = torch.rand(3, 1, 6, 6).to(DEVICE)
-    inputs = x1, None, 1.0, SEED, IDS, None, times, weight
     names = DATA_AT_1, "gvp", "score", "likelihood", "none" if fused else "mean"
-    torch.library.opcheck(OPS.velocity_loss, (pred, *inputs, *names, True, 2, fused, impl))
+    inputs = x1, None, 1.0, SEED, IDS, None, times, weight
+    torch.library.opcheck(OPS.velocity_loss, (pred, *inputs, None, *names, True, 2, fused, impl))
     upstream = torch.ones(3 if fused else (), device=DEVICE)
-    arguments = (upstream, pred.detach(), *inputs, *names, True, 2, impl)
-    torch.library.opcheck(OPS.velocity_loss_backward, arguments)
+    arguments = (pred.detach(), *inputs, upstream, *names, True, 2, True, impl)
+    torch.library.opcheck(OPS.velocity_loss, arguments)
 
 
 def test_opcheck_the_others() -> None:
