@@ -10,6 +10,7 @@ element) and is never stored; the loss kernel makes the same numbers again.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,10 +73,14 @@ def interpolate_reference(
     slowed_t: Tensor | None = None,
     patch_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`interpolate` in plain PyTorch; float64 data is computed and kept in float64."""
+    """`interpolate` in plain PyTorch; float64 data is computed and kept in float64.
+
+    The times are new tensors, and NaN where a given one lies outside [0, 1].
+    """
     data = x1.mean if isinstance(x1, Moments) else x1
     dtype = compute_dtype(data)
     u = v = None
+    given = [time for time in (t, slowed_t) if time is not None]
     if t is None:
         u = philox.uniform(seed, Stream.TIME, ids)[:, 0]
         t = schedule.label(u)
@@ -83,6 +88,8 @@ def interpolate_reference(
         if schedule.gamma or schedule.interval == "full":
             v = philox.uniform(seed, Stream.SLOWING, ids)[:, 0]
         slowed_t = schedule.slowed(t, u, v)
+    for time in given:
+        slowed_t = torch.where((time >= 0) & (time <= 1), slowed_t, math.nan)
     if isinstance(x1, Moments):
         x1 = sample_moments(x1, seed, ids, "reference")
     if x0 is None:
@@ -90,7 +97,7 @@ def interpolate_reference(
         x0 = philox.normal_reference(seed, Stream.NOISE, ids, numel).view(data.shape)
     times = engine_times(slowed_t.to(dtype), schedule.clock)
     x = get_path(path).interpolate(x1.to(dtype), x0.to(dtype), *times).to(data.dtype)
-    return to_tokens(x, patch_size) if patch_size else x, t, slowed_t
+    return to_tokens(x, patch_size) if patch_size else x, t.clone(), slowed_t.clone()
 
 
 @jit
@@ -222,6 +229,11 @@ def _interpolate_kernel(
         HAS_T,
         HAS_M,
     )
+    # A device is not made to wait for a check: times outside [0, 1] give NaN. (min and max do not.)
+    if HAS_T:
+        m = tl.where((t >= 0.0) & (t <= 1.0), m, float("nan"))
+    if HAS_M:
+        m = tl.where((m >= 0.0) & (m <= 1.0), m, float("nan"))
     if program == 0:
         tl.store(t_ptr + sample, t)
         tl.store(m_ptr + sample, m)
@@ -324,6 +336,7 @@ def _launch(
         loops = 8 if x1.numel() >= 1 << 25 else 4 if x1.numel() >= 1 << 22 else 1
     layout = get_layout(x1.shape[1:], patch_size, loops)
     x1, std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (x1, std, x0))
+    ids, t, slowed_t = (None if v is None else v.contiguous() for v in (ids, t, slowed_t))
     grid = (runtime.check_grid(len(x1) * layout.programs, len(x1)),)
     with runtime.on_device(x1):
         _interpolate_kernel[grid](
@@ -373,9 +386,7 @@ def _interpolate_op(
         return _launch(x1, std, scale, schedule, path, seed, ids, x0, t, slowed_t, patch_size)
     data = x1 if std is None else Moments(x1, std, scale)
     out = interpolate_reference(data, schedule, path, seed, ids, x0, t, slowed_t, patch_size)
-    # An operator's outputs may not be its inputs, nor one another.
-    x, t_out, m_out = (v.contiguous() for v in out)
-    return x, t_out.clone(), m_out.clone()
+    return tuple(v.contiguous() for v in out)
 
 
 @_interpolate_op.register_fake

@@ -319,6 +319,7 @@ def _normal_kernel(
 def _normal_op(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tensor:
     out = torch.empty(len(positions), numel, dtype=torch.float32, device=positions.device)
     if out.numel():
+        positions = positions.contiguous()
         block = 1024
         programs = triton.cdiv(numel, block)
         grid = (runtime.check_grid(len(positions) * programs, len(positions)),)

@@ -254,7 +254,8 @@ def _(
 @torch.library.custom_op("mixflow_fast::scale_gradient_", mutates_args=("gradient",))
 def _scale_gradient_op(gradient: Tensor, upstream: Tensor) -> None:
     """gradient *= upstream, () or (B,); touches no memory where upstream is 1."""
-    if not runtime.can_launch(gradient.device):
+    known = gradient.dtype in runtime.KERNEL_DTYPES
+    if not (known and runtime.can_launch(gradient.device)):
         gradient.mul_(per_sample(upstream, gradient) if upstream.dim() else upstream)
         return
     launch_scale(gradient, upstream)
@@ -297,7 +298,9 @@ def _backward(ctx, upstream: Tensor | None, _) -> tuple[Tensor | None, ...]:
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient times upstream: in place where nobody can need it again, and nothing traces."""
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
-    if type(gradient) is Tensor and not keep and not torch.compiler.is_compiling():
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+    if type(gradient) is Tensor and not (keep or batched or torch.compiler.is_compiling()):
         _scale_gradient_op(gradient, upstream)
         return gradient
     factor = per_sample(upstream, gradient) if upstream.dim() else upstream

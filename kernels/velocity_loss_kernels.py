@@ -278,6 +278,8 @@ def launch(
     partial = pred.new_empty(B * programs if loss else 0, dtype=torch.float32)
     pred, x1 = runtime.with_unit_rows(pred), runtime.with_unit_rows(x1)
     std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (std, x0))
+    ids = None if ids is None else ids.contiguous()
+    times = times.contiguous()
     grid = (runtime.check_grid(B * programs, B),)
     with runtime.on_device(pred):
         _velocity_loss_kernel[grid](

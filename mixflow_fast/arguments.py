@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
     """The data, detached, and a tensor that has its shape, dtype and device."""
     if isinstance(x1, Moments):
         mean, std, scale = x1
+        if isinstance(mean, Moments) or not isinstance(std, Tensor):
+            raise ValueError(
+                "Moments must be of two tensors, mean and std, got "
+                f"{type(mean).__name__} and {type(std).__name__}"
+            )
         check_data(mean)
         if std.shape != mean.shape or std.dtype != mean.dtype or std.device != mean.device:
             raise ValueError(
@@ -32,11 +37,15 @@ def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
             "x1 must be a floating-point tensor (B, ...) in float32, bf16, fp16 or float64, got "
             f"shape {tuple(x1.shape)} and dtype {x1.dtype}"
         )
+    if not x1.shape[1:].numel():
+        raise ValueError(f"a sample of x1 must have elements, got shape {tuple(x1.shape)}")
     x1 = x1.detach()
     return x1, x1
 
 
 def check_noise(x0: Tensor, x1: Tensor) -> Tensor:
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"x0 must be a tensor like x1, got {type(x0).__name__}")
     if x0.shape != x1.shape or x0.device != x1.device or not x0.is_floating_point():
         raise ValueError(
             f"x0 must be like x1, shape {tuple(x1.shape)} on {x1.device}, got "
@@ -49,14 +58,14 @@ def check_patch_size(patch_size: int | None, x1: Tensor) -> int:
     """0 where no tokens are asked for."""
     if patch_size is None:
         return 0
-    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
+    if not isinstance(patch_size, Integral) or isinstance(patch_size, bool) or patch_size < 1:
         raise ValueError(f"patch_size must be an integer >= 1 or None, got {patch_size!r}")
     if x1.dim() != 4 or x1.shape[2] % patch_size or x1.shape[3] % patch_size:
         raise ValueError(
             f"patch_size={patch_size} needs x1 (B, C, H, W) with H and W divisible by it, got "
             f"{tuple(x1.shape)}"
         )
-    return patch_size
+    return int(patch_size)
 
 
 def check_ids(ids: Tensor, x1: Tensor) -> Tensor:
@@ -65,7 +74,8 @@ def check_ids(ids: Tensor, x1: Tensor) -> Tensor:
         raise ValueError(
             f"ids must be (B,) = ({len(x1)},) integers, got {tuple(ids.shape)} {ids.dtype}"
         )
-    return ids.to(x1.device, torch.int64, non_blocking=True)
+    # From a GPU to the CPU it has to be waited for.
+    return ids.to(x1.device, torch.int64, non_blocking=x1.is_cuda)
 
 
 def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
@@ -80,6 +90,11 @@ def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
             f"pred must be a floating-point tensor on {x1.device}, got {pred.dtype} on "
             f"{pred.device}"
         )
+    if learn_sigma and x1.dim() < 4:
+        raise ValueError(
+            "learn_sigma needs data (B, C, H, W), whose channels are its second dimension, got "
+            f"{tuple(x1.shape)}: pass the half that is trained"
+        )
     half, channels = (2, 2 * x1.shape[1]) if learn_sigma else (1, x1.shape[1])
     expected = (x1.shape[0], channels, *x1.shape[2:])
     if tuple(pred.shape) == expected:
@@ -87,7 +102,8 @@ def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
     if x1.dim() == 4 and pred.dim() == 3 and pred.shape[0] == x1.shape[0]:
         B, C, H, W = x1.shape
         tokens, features = pred.shape[1:]
-        p = math.isqrt(H * W // tokens) if tokens else 0
+        # By trial, because the sizes may be symbols of a compiler.
+        p = next((p for p in range(1, min(H, W) + 1) if tokens * p * p == H * W), 0)
         fits = p and H % p == 0 and W % p == 0 and tokens == (H // p) * (W // p)
         if fits and features == p * p * channels:
             return p
@@ -114,6 +130,10 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
 
 
 def check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a (B,) = ({len(x1)},) float32 tensor, got {type(value).__name__}"
+        )
     if (
         value.shape != x1.shape[:1]
         or value.device != x1.device
@@ -139,7 +159,14 @@ def check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:
     if isinstance(weight, Real):
         # A fill on the device: a copy from the host would wait for it.
         return torch.full((), weight, device=x1.device, dtype=compute_dtype(x1))
-    weight = torch.as_tensor(weight, device=x1.device)
+    try:
+        weight = torch.as_tensor(weight, device=x1.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"weight must be a number or a tensor, got {type(weight).__name__}"
+        ) from None
+    if weight.is_complex():
+        raise ValueError(f"weight must be real, got {weight.dtype}")
     if weight.requires_grad:
         raise ValueError(
             "weight must not require a gradient (none flows to it): take the losses of "

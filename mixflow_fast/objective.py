@@ -70,6 +70,8 @@ class Interpolation:
     _x0: Tensor | None
     _seed: Tensor
     _impl: str
+    _made_by: tuple[str, str]  # clock and path
+    _versions: tuple[int, ...]  # of what the loss reads again
 
     @property
     def x1(self) -> Tensor:
@@ -171,8 +173,7 @@ class MixFlow:
         self.target_at = target_at
         self.loss_weight = loss_weight
         self.impl = impl
-        # Both live on the device, so that a captured CUDA graph reads them at every replay.
-        self._seeds: dict[torch.device, Tensor] = {}
+        # On the device, as the seeds, so that a captured CUDA graph reads them at every replay.
         self._counters: dict[torch.device, Tensor] = {}
 
     @property
@@ -234,7 +235,8 @@ class MixFlow:
             x0 = _noise(seed, ids, like, "reference") if x0 is None else x0
             x, t, slowed_t = interpolate_reference(*arguments, x0, t, slowed_t, patch_size)
         impl = "triton" if kernels else "reference"
-        return Interpolation(x, t, slowed_t, x1, ids, _x0=x0, _seed=seed, _impl=impl)
+        made_by = self.clock, self.path.name
+        return Interpolation(x, t, slowed_t, x1, ids, x0, seed, impl, made_by, _versions(x1, ids))
 
     def loss(
         self,
@@ -264,6 +266,7 @@ class MixFlow:
             ValueError: shapes, dtypes or devices that do not fit, an empty batch with "mean".
         """
         check_choice("reduction", reduction, REDUCTIONS)
+        self._check_interpolation(it)
         like = it.data.mean if isinstance(it.data, Moments) else it.data
         patch_size = check_prediction(pred, like, learn_sigma)
         if not len(like) and reduction == "mean":
@@ -280,7 +283,8 @@ class MixFlow:
             weight=weight,
             reduction=reduction,
         )
-        if it._impl == "triton" and runtime.use_kernels(self.impl, pred.device, pred.dtype):
+        kernels = it._impl == "triton" and not _transformed()
+        if kernels and runtime.use_kernels(self.impl, pred.device, pred.dtype):
             return velocity_loss(
                 *(pred, it.data, times, it._seed, it.ids),
                 x0=it._x0,
@@ -295,11 +299,27 @@ class MixFlow:
             pred = pred[:, : like.shape[1]]
         return velocity_loss_reference(pred, it.x1, it.x0(), times, **options)
 
+    def _check_interpolation(self, it: object) -> None:
+        if not isinstance(it, Interpolation):
+            raise ValueError(f"it must be what prepare returned, got {type(it).__name__}")
+        if it._made_by != (self.clock, self.path.name):
+            raise ValueError(
+                f"it was prepared for clock and path {it._made_by}, this MixFlow has "
+                f"{(self.clock, self.path.name)}: take the loss with the MixFlow that prepared it"
+            )
+        now = _versions(it.data, it.ids)
+        if it._versions and now and it._versions != now:
+            raise ValueError(
+                "x1 or ids changed in place between prepare and loss, which reads them again: "
+                "change them after the backward pass, or pass clones to prepare"
+            )
+
     def _seed_on(self, device: torch.device) -> Tensor:
-        if device not in self._seeds:
-            _refuse_in_capture(device)
-            self._seeds[device] = philox.seed_tensor(self.seed, device)
-        return self._seeds[device]
+        key = self.seed, device
+        if key not in _SEEDS:
+            _refuse_in_capture(device, "the seed")
+            _SEEDS[key] = _kept(lambda: philox.seed_tensor(self.seed, device))
+        return _SEEDS[key]
 
 
 def mixflow_loss(
@@ -343,14 +363,15 @@ def mixflow_loss(
     own = getattr(net, "clock", None)
     if own in CLOCKS and own != mix.clock:
         raise ValueError(f"clock must be the network's own, {own!r}, got {mix.clock!r}")
+    x1, like = check_data(x1)
     if ids is None and (isinstance(x1, Moments) or None in (x0, t, slowed_t)):
-        like = x1.mean if isinstance(x1, Moments) else x1
         ids = _next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
     it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t, patch_size=patch_size)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)
     return mix.loss(pred, it, weight=weight, reduction=reduction, learn_sigma=learn_sigma)
 
 
+_SEEDS: dict[tuple[int, torch.device], Tensor] = {}
 # Samples that calls without ids have drawn so far, by seed and device. Tensors, advanced in place:
 # a compiled step would freeze a Python number, and draw the same noise at every call.
 _COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
@@ -362,8 +383,8 @@ def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if x1.device not in counters:
-        _refuse_in_capture(x1.device)
-        counters[x1.device] = torch.zeros((), dtype=torch.int64, device=x1.device)
+        _refuse_in_capture(x1.device, "the counter of calls without ids")
+        counters[x1.device] = _kept(lambda: torch.zeros((), dtype=torch.int64, device=x1.device))
     counter = counters[x1.device]
     # Interleaved, so that ranks with batches of different sizes do not meet.
     ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
@@ -371,12 +392,36 @@ def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
     return ids
 
 
-def _refuse_in_capture(device: torch.device) -> None:
+def _kept(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor for good: one made under inference_mode could not be used outside of it."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False):
+        return make()
+
+
+def _transformed() -> bool:
+    """Whether functorch or forward-mode differentiation is at work: the reference serves them."""
+    if torch.compiler.is_compiling():
+        return False
+    forward = torch.autograd.forward_ad._current_level >= 0
+    return forward or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _versions(x1: Tensor | Moments, ids: Tensor | None) -> tuple[int, ...]:
+    """Counts of changes in place; none where they are not kept."""
+    tensors = [*(x1[:2] if isinstance(x1, Moments) else (x1,)), *(() if ids is None else (ids,))]
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return ()
+    return tuple(tensor._version for tensor in tensors)
+
+
+def _refuse_in_capture(device: torch.device, what: str) -> None:
     # What a capture allocates is written at its first replay, and is garbage to others till then.
     if device.type != "cuda" or torch.compiler.is_compiling():
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "the first MixFlow.prepare on a device keeps its seed and counter there: call it once "
-            "before you capture a CUDA graph (a warm-up step does)"
+            f"{what} must be on the device before a CUDA graph is captured: call the same "
+            "MixFlow.prepare or mixflow_loss once before (a warm-up step does)"
         )

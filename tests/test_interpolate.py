@@ -197,10 +197,107 @@ def test_layouts_of_the_input() -> None:
     for same in (x1.to(memory_format=torch.channels_last), wide[:, 2:6]):
         assert not same.is_contiguous()
         assert torch.equal(ours.prepare(same, IDS).x, plain)
+    x0 = data(3, 6, 6, 4, seed=2).permute(0, 3, 1, 2)
+    expected = ours.prepare(x1, IDS, x0=x0.contiguous()).x
+    assert torch.equal(ours.prepare(x1, IDS, x0=x0).x, expected)
+    moments = Moments(x0, x0.abs())
+    assert torch.equal(
+        ours.prepare(moments, IDS).x,
+        ours.prepare(Moments(x0.contiguous(), x0.abs().contiguous()), IDS).x,
+    )
     row = ours.prepare(x1[:1].expand(3, 4, 6, 6), IDS).x
     assert torch.equal(row, ours.prepare(x1[:1].repeat(3, 1, 1, 1), IDS).x)
     assert ours.prepare(x1[:0], IDS[:0]).x.shape == (0, 4, 6, 6)
     assert ours.prepare(x1[:0], IDS[:0], patch_size=2).x.shape == (0, 9, 16)
+
+
+def test_layouts_of_ids_and_times() -> None:
+    """Columns of tables, every other entry, one time for all."""
+    ours, _ = pair()
+    x1 = data(3, 4, 6, 6)
+    table = torch.stack([IDS, IDS + 1], dim=1)
+    plain = ours.prepare(x1, IDS)
+    for ids in (table[:, 0], table.flatten()[::2], table[:, 0].to(torch.int32).long()):
+        if torch.equal(ids, IDS):
+            it = ours.prepare(x1, ids)
+            assert torch.equal(it.x, plain.x) and torch.equal(it.x0(), plain.x0())
+            assert torch.equal(ours.loss(x1, it), ours.loss(x1, plain))
+    every = torch.linspace(0.1, 0.9, 6, device=DEVICE)[::2]
+    one = torch.full((1,), 0.25, device=DEVICE).expand(3)
+    for time in (every, one):
+        a = ours.prepare(x1, IDS, t=time, slowed_t=time)
+        b = ours.prepare(x1, IDS, t=time.clone(), slowed_t=time.contiguous().clone())
+        assert torch.equal(a.t, time) and torch.equal(a.slowed_t, time)
+        assert torch.equal(a.x, b.x) and torch.equal(ours.loss(x1, a), ours.loss(x1, b))
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_slowed_times_are_kept_within_bounds(clock: str) -> None:
+    """Labels just inside and outside of SiT's [1e-3, 1 - 1e-3], and m anywhere in it."""
+    low = torch.tensor([5e-4, 1e-3, 2e-3, 0.5], device=DEVICE)
+    t = low if clock == DATA_AT_1 else 1 - low
+    ours, plain = pair(clock=clock, prediction="noise", gamma=1.0)
+    x1, ids = torch.zeros(4, 1, device=DEVICE), torch.arange(4, device=DEVICE)
+    a, b = (mix.prepare(x1, ids, t=t).slowed_t for mix in (ours, plain))
+    torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-7)
+    engine = a if clock == DATA_AT_1 else 1 - a
+    assert engine[0].item() == pytest.approx(5e-4, rel=1e-3)  # never beyond the label
+    assert engine[1:].min().item() >= 1e-3 - 1e-7
+    # Positions whose uniform numbers fall outside of the bounds, by search.
+    many = torch.arange(20_000)
+    v = philox.uniform(SEED, Stream.SLOWING, many)[:, 0]
+    u = philox.uniform(SEED, Stream.TIME, many)[:, 0]
+    ids = torch.stack([v.argmin(), v.argmax(), u.argmin(), u.argmax()]).to(DEVICE)
+    assert v.min() < 1e-3 and v.max() > 1 - 1e-3 and u.max() > 1 - 1e-4
+    for options in (dict(prediction="noise", interval="full"), dict(path="vp", interval="full")):
+        mixes = pair(clock=clock, timesteps="uniform", **options)
+        a, b = (mix.prepare(x1, ids) for mix in mixes)
+        low, high = mixes[0].path.train_bounds(mixes[0].prediction)
+        for name in ("t", "slowed_t"):
+            ours, plain = getattr(a, name), getattr(b, name)
+            torch.testing.assert_close(ours, plain, rtol=3e-7, atol=1e-7)
+            engine = ours if clock == DATA_AT_1 else 1 - ours
+            assert engine.min() >= low - 1e-7 and engine.max() <= high + 1e-7
+
+
+@pytest.mark.parametrize("bad", [500.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_times_that_nobody_could_check_give_nan(
+    bad: float, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the check of values would be a synchronisation."""
+    from mixflow_fast import arguments
+
+    monkeypatch.setattr(arguments.torch.compiler, "is_compiling", lambda: True)
+    x1, t = data(2, 4, 6, 6), torch.tensor([0.5, bad], device=DEVICE)
+    for path in ("linear", "gvp"):
+        mix = MixFlow(clock=DATA_AT_1, path=path, impl=impl)
+        fine = torch.full((2,), 0.4, device=DEVICE)
+        for times in (dict(t=t), dict(t=t, slowed_t=fine), dict(t=fine, slowed_t=t)):
+            x = mix.prepare(x1, IDS[:2], **times).x
+            assert x[0].isfinite().all() and x[1].isnan().all()
+
+
+def test_grids_and_samples_that_no_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits lowered, so that small tensors are beyond them."""
+    ours, _ = pair()
+    x1 = data(3, 4, 6, 6)
+    it = ours.prepare(x1, IDS)
+    pred = x1.clone().requires_grad_()
+    loss = ours.loss(pred, it)
+    monkeypatch.setattr(module.runtime, "MAX_PROGRAMS", 2)
+    for call in (
+        lambda: ours.prepare(x1, IDS),
+        lambda: ours.loss(x1, it),
+        lambda: philox.normal(1, Stream.NOISE, IDS, 5, "triton"),
+        lambda: (3 * loss).backward(),
+    ):
+        with pytest.raises(ValueError, match="split the batch"):
+            call()
+    monkeypatch.setattr(module.runtime, "MAX_SAMPLE", 100)
+    for call in (lambda: ours.prepare(x1, IDS), lambda: ours.loss(x1, it)):
+        with pytest.raises(ValueError, match='impl="reference"'):
+            call()
 
 
 def test_batches_of_more_than_2_31_elements_are_addressed() -> None:
@@ -227,10 +324,6 @@ def test_too_large_for_the_kernels_says_so() -> None:
     like = torch.empty(1, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match=r"2\*\*29"):
         mixes[0].prepare(like.expand(1, 2**29 + 1), IDS[:1])
-    # As a view: nothing of this size is ever allocated.
-    x1 = like.expand(2**21 + 1, 2**20)
-    with pytest.raises(ValueError, match="split the batch"):
-        module.runtime.check_grid(len(x1) * get_layout(x1.shape[1:], 0, 1).programs, len(x1))
 
 
 def test_seed_and_ids_are_read_from_device_memory() -> None:
@@ -269,6 +362,12 @@ BAD = [
     (dict(x1=Moments(torch.zeros(3, 4), torch.zeros(3, 4), float("nan"))), "scale"),
     (dict(x0=torch.zeros(3, 4, 6, 6, device="meta")), "x0 must be like x1"),
     (dict(t=torch.zeros(3, device="meta")), "t must be"),
+    (dict(t=0.5), "t must be a"),
+    (dict(slowed_t=[0.5] * 3), "slowed_t must be a"),
+    (dict(x0=[1.0]), "x0 must be a tensor"),
+    (dict(x1=Moments(torch.zeros(3, 4), 1.0)), "two tensors"),
+    (dict(x1=Moments(Moments(torch.zeros(3, 4), 1.0), torch.zeros(3, 4))), "two tensors"),
+    (dict(x1=torch.zeros(3, 0, device=DEVICE)), "must have elements"),
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from mixflow_fast import MixFlow
+from mixflow_fast import MixFlow, mixflow_loss, objective
 from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.kernels import philox, runtime, velocity_loss_kernels
@@ -94,6 +94,28 @@ def test_compiled_steps_give_eagers_values_and_gradients(
         x1, ids = data(batch, 4, 6, 6), IDS[:batch]
         expected = gradient_of(step, net, x1, ids)
         for a, b in zip(gradient_of(compiled, net, x1, ids), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_token_losses_trace_with_dynamic_shapes(impl: str) -> None:
+    torch._dynamo.reset()
+    mix = MixFlow(clock=DATA_AT_1, impl=impl, seed=7)
+
+    def step(x1: torch.Tensor, ids: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+        it = mix.prepare(x1, ids, patch_size=2)
+        return mix.loss(torch.cat([it.x * pred, pred + it.x], -1), it, learn_sigma=True)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, side in ((3, 6), (2, 8)):
+        x1, ids = data(batch, 4, side, side), IDS[:batch]
+        found = []
+        for call in (step, compiled):
+            pred = data(batch, side * side // 4, 16, seed=1).requires_grad_()
+            loss = call(x1, ids, pred)
+            loss.backward()
+            found.append((loss.detach(), pred.grad))
+        for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -184,9 +206,44 @@ def test_a_step_reads_nothing_on_the_host_and_launches_three_kernels(
         assert launches == ["_interpolate_kernel", "_velocity_loss_kernel", "_reduce_kernel"]
         loss.backward()
     assert launches[3:] == ["_scale_gradient_kernel"]
+    assert "mixflow_fast.interpolate.default" in calls.names
     syncs = ("_local_scalar_dense", "item", "nonzero", "equal", "_to_copy", "is_nonzero")
     assert not [name for name in calls.names if name.split(".")[1] in syncs], calls.names
-    assert "mixflow_fast.interpolate.default" in calls.names
+
+    # A dispatch mode does not see inside of an operator.
+    def read(*_: object) -> None:
+        raise AssertionError("a value was read on the host")
+
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    mix.loss(pred, mix.prepare(x1, IDS), weight=0.5).backward()
+    with pytest.raises(AssertionError, match="on the host"):
+        float(loss)
+
+
+def test_a_capture_needs_a_call_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept must not be born in a capture; what is there already may be captured."""
+    x1 = data(3, 4, 6, 6)
+    mix = MixFlow(clock=DATA_AT_1, seed=4242)
+    refused = []
+
+    def refuse(device: torch.device, what: str) -> None:
+        refused.append(what)
+
+    monkeypatch.setattr(objective, "_refuse_in_capture", refuse)
+    mix.prepare(x1, IDS)
+    assert refused == ["the seed"]
+    mix.prepare(x1)
+    assert refused[1:] == ["the counter of calls without ids"]
+    mix.prepare(x1)
+    mixflow_loss(lambda x, t: x, x1, clock=DATA_AT_1, seed=4242)
+    mixflow_loss(lambda x, t: x, x1, clock=DATA_AT_1, seed=4242)
+    assert len(refused) == 3  # mixflow_loss has a counter of its own
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="the seed must be on the device before"):
+        objective._refuse_in_capture(torch.device("cuda"), "the seed")
+    objective._refuse_in_capture(torch.device("cpu"), "the seed")
 
 
 def test_a_gradient_of_one_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:

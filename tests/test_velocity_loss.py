@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from mixflow_fast import MixFlow, Moments
+from mixflow_fast import MixFlow, Moments, mixflow_loss
 from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1
 from mixflow_fast.kernels.interpolate import to_tokens
 from mixflow_fast.kernels.velocity_loss import from_tokens
@@ -283,6 +284,9 @@ BAD = [
     (dict(weight=torch.ones(3, device=DEVICE).requires_grad_()), "must not require"),
     (dict(weight=torch.ones(3, 4, 6, device=DEVICE)), "broadcast"),
     (dict(weight=torch.ones(4, device=DEVICE)), "broadcast"),
+    (dict(weight="a"), "weight must be a number"),
+    (dict(weight=torch.ones(3, dtype=torch.complex64, device=DEVICE)), "real"),
+    (dict(it=None), "what prepare returned"),
 ]
 
 
@@ -293,6 +297,71 @@ def test_bad_input(arguments: dict, message: str, impl: str) -> None:
     it = mix.prepare(data(*SHAPE), IDS)
     with pytest.raises(ValueError, match=message):
         mix.loss(**{"pred": data(*SHAPE), "it": it, **arguments})
+
+
+def test_what_the_loss_reads_again_must_not_have_changed() -> None:
+    """Static buffers that are filled too early: ids give other noise, x1 another target."""
+    for impl in ("triton", "reference"):
+        mix = MixFlow(clock=DATA_AT_1, impl=impl)
+        for change in ("ids", "x1"):
+            x1, ids = data(*SHAPE), IDS.clone()
+            it = mix.prepare(x1, ids)
+            {"ids": ids, "x1": x1}[change].add_(1)
+            with pytest.raises(ValueError, match="changed in place"):
+                mix.loss(data(*SHAPE), it)
+        it = mix.prepare(data(*SHAPE), IDS, t=torch.full((3,), 0.5, device=DEVICE))
+        slowed = it.slowed_t.clone()
+        it.t.mul_(1000)
+        assert torch.equal(it.slowed_t, slowed)
+
+
+def test_the_loss_of_another_objective_is_refused() -> None:
+    it = MixFlow(clock=DATA_AT_1).prepare(data(*SHAPE), IDS)
+    for other in (dict(clock=NOISE_AT_1), dict(clock=DATA_AT_1, path="gvp")):
+        with pytest.raises(ValueError, match="prepared for clock and path"):
+            MixFlow(**other).loss(data(*SHAPE), it)
+
+
+def test_learn_sigma_needs_a_channel_dimension() -> None:
+    mix = MixFlow(clock=DATA_AT_1)
+    it = mix.prepare(data(3, 9, 16), IDS)
+    with pytest.raises(ValueError, match="learn_sigma needs data"):
+        mix.loss(data(3, 9, 32), it, learn_sigma=True)
+
+
+def test_inference_mode_first_and_training_afterwards() -> None:
+    """Lightning validates before it trains: what is kept must not become an inference tensor."""
+    for impl in ("triton", "reference"):
+        mix = MixFlow(clock=DATA_AT_1, impl=impl, seed=909 + len(impl))
+        with torch.inference_mode():
+            mix.loss(data(*SHAPE), mix.prepare(data(*SHAPE)))
+            mixflow_loss(lambda x, t: x, data(*SHAPE), clock=DATA_AT_1, seed=77 + len(impl))
+        for dtype in (torch.float32, torch.float16):
+            pred = data(*SHAPE, dtype=dtype).requires_grad_()
+            mix.loss(pred, mix.prepare(data(*SHAPE, dtype=dtype))).backward()
+            assert pred.grad.isfinite().all()
+        mixflow_loss(lambda x, t: x, data(*SHAPE), clock=DATA_AT_1, seed=77 + len(impl))
+
+
+def test_functorch_and_forward_mode_are_served_by_the_reference() -> None:
+    x1, direction = data(*SHAPE), data(*SHAPE, seed=4)
+    mixes = [MixFlow(clock=DATA_AT_1, impl=impl, seed=3) for impl in ("triton", "reference")]
+    found = []
+    for mix in mixes:
+        it = mix.prepare(x1, IDS)
+        pred = data(*SHAPE, seed=1)
+        value, tangent = torch.func.jvp(lambda p, m=mix, i=it: m.loss(p, i), (pred,), (direction,))
+        gradient = torch.func.grad(lambda p, m=mix, i=it: m.loss(p, i))(pred)
+        with forward_ad.dual_level():
+            dual = mix.loss(forward_ad.make_dual(pred, direction), it)
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, tangent)
+        leaf = pred.clone().requires_grad_()
+        losses = mix.loss(leaf, it, reduction="none")
+        eye = torch.eye(3, device=DEVICE)
+        (rows,) = torch.autograd.grad(losses, leaf, eye, is_grads_batched=True)
+        found.append((value, tangent, gradient, rows))
+    for ours, plain in zip(*found, strict=True):
+        assert relative_rms(ours, plain) < 1e-6 and plain.abs().max() > 0
 
 
 def test_tokens_of_every_patch_size_come_back() -> None:
