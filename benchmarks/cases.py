@@ -94,8 +94,8 @@ class Case:
 def kernel_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case]:
     """The cells of the kernel suite for `ops`, the most telling first.
 
-    bf16 at every shape in mode "full" ("forward" for interpolate), the other modes and float32
-    data at the main shapes.
+    bf16 at every shape in mode "full" ("forward" for interpolate), the other modes at the main
+    shapes, and last float32 data there.
     """
     half, single = torch.bfloat16, torch.float32
     chosen = [op for op in KERNEL_OPS if op in ops]
@@ -123,4 +123,4 @@ def kernel_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case]:
         for op in reversed(chosen)
     ]
     main = len(MAIN_SHAPES) * len(chosen)
-    return [*first[:main], *other_modes, *float32_data, *first[main:]]
+    return [*first[:main], *other_modes, *first[main:], *float32_data]

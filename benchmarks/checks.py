@@ -4,7 +4,8 @@ Every kernel against float64 and against plain PyTorch in the same dtype, what i
 its bits are a function of its inputs. Without a GPU the kernels run in Triton's interpreter, at
 toy sizes. `benchmarks.run` calls this before it times anything.
 
-Exit status: 0 green, 1 red (a check failed, or did not fit the deadline), 2 no such device.
+Exit status: 0 green, 1 red (a check failed, or did not fit the deadline), 2 no such device, 130
+interrupted (what was found until then is in the file).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,17 +31,18 @@ from benchmarks.numerics import TIMED, Finding
 GPU_SHAPE, CPU_SHAPE = (8, 4, 32, 32), (4, 4, 4, 4)
 GPU_TIMED_SHAPES = (GPU_SHAPE, (5, 3, 7, 9), (256, 4, 32, 32), (64, 768, 16, 16))
 CPU_TIMED_SHAPES = (CPU_SHAPE,)
-GPU_BITS_SHAPE, CPU_BITS_SHAPE = (256, 4, 32, 32), (4, 3, 5, 3)
+GPU_BITS_SHAPE, CPU_BITS_SHAPE = (256, 4, 32, 32), (3, 3, 5, 3)
 
 Task = tuple[str, Callable[[], Iterable[Finding]]]
 
 
 @dataclass
 class Report:
-    """What was found, and the names of the checks that did not fit the deadline."""
+    """What was found, the names of the checks that were left out, and whether by an interrupt."""
 
     findings: list[Finding] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def green(self) -> bool:
@@ -64,7 +67,7 @@ class Report:
             lines += ["", f"{len(self.failures)} of {len(self.findings)} failed:"]
             lines += [_line(finding) for finding in self.failures]
         if self.left_out:
-            lines += ["", "left out, the deadline came first:", *self.left_out]
+            lines += ["", "left out, the deadline or an interrupt came first:", *self.left_out]
         verdict = "green" if self.green else "RED"
         return "\n".join([*lines, "", f"correctness: {verdict}, {len(self.findings)} checks"])
 
@@ -115,11 +118,12 @@ def tasks(
         yield bits(dtype)
     if set(needed) != {"interpolate"}:
         yield "graph replays", lambda: replay.graph_replays(device, impl)
-        if on_gpu and level == "full":  # on the CPU compilation takes minutes
-            yield "torch.compile", lambda: replay.compiled(device, impl)
     for setting, dtype in plan:
         if setting != TIMED:
             yield errors(setting, GPU_SHAPE if on_gpu else CPU_SHAPE, dtype)
+    # Last, as it is slow: on a GPU most of a minute, on the CPU minutes.
+    if on_gpu and level == "full" and set(needed) != {"interpolate"}:
+        yield "torch.compile", lambda: replay.compiled(device, impl)
 
 
 def run(
@@ -128,38 +132,59 @@ def run(
     level: str = "timed",
     ops: Iterable[str] = KERNEL_OPS,
     deadline: Deadline | None = None,
+    found: Callable[[Finding], object] = lambda _: None,
 ) -> Report:
     """Run the checks of a level. An exception in a check is a failure of that check.
+
+    An interrupt ends the run; the report says so and is not green.
 
     Args:
         impl: "triton"; "reference" checks the reference with itself, a test of the checks.
         deadline: checks that would not fit are left out, and the report is not green.
+        found: told each finding as it comes.
     """
     deadline = deadline or Deadline()
     report = Report()
-    expectation = Expectation(first=10.0 if device.type == "cuda" else 2.0)
-    for name, check in tasks(device, impl, level, ops):
-        if not deadline.fits(f"check {name}", expectation.seconds()):
-            report.left_out.append(name)
-            continue
-        start = deadline.spent()
-        try:
-            report.findings.extend(check())
-            devices.synchronize(device)
-        except Exception as error:
-            what = f"raised {type(error).__name__}: {str(error).strip()[:300]}"
-            report.findings.append(Finding(name, what, "", math.inf, 0.0))
-        expectation.saw(deadline.spent() - start)
+    expectation = Expectation(first=10.0 if device.type == "cuda" else 2.0, cap=8.0)
+
+    def keep(finding: Finding) -> None:
+        report.findings.append(finding)
+        found(finding)
+
+    name = "every check"
+    try:
+        for name, check in tasks(device, impl, level, ops):
+            if not deadline.fits(f"check {name}", expectation.seconds()):
+                report.left_out.append(name)
+                continue
+            start = deadline.spent()
+            try:
+                for finding in check():
+                    keep(finding)
+                devices.synchronize(device)
+            except Exception as error:
+                what = f"raised {type(error).__name__}: {str(error).strip()[:300]}"
+                keep(Finding(name, what, "", math.inf, 0.0))
+            expectation.saw(deadline.spent() - start)
+            print(f"{deadline.spent():6.1f} s  {name}", flush=True)
+    except KeyboardInterrupt:
+        report.left_out.append(f"{name}, and what follows (interrupted)")
+        report.interrupted = True
     return report
 
 
-def write(path: Path, report: Report, environment: dict[str, str | None]) -> None:
-    """The findings as JSON lines; infinite errors as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for finding in report.findings:
-            row = asdict(finding) | {"passed": finding.passed} | environment
-            row["error"] = finding.error if math.isfinite(finding.error) else None
+class Log:
+    """A new file of findings as JSON lines, infinite errors as null; each is on disk at once."""
+
+    def __init__(self, path: Path, environment: dict[str, str | None]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+        self._path, self._environment = path, environment
+
+    def add(self, finding: Finding) -> None:
+        row = asdict(finding) | {"passed": finding.passed} | self._environment
+        row["error"] = finding.error if math.isfinite(finding.error) else None
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
@@ -181,12 +206,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     environment = devices.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()), flush=True)
-    report = run(device, args.impl, args.level, args.op or KERNEL_OPS, deadline)
-    if args.out is not None:
-        write(args.out / "correctness.jsonl", report, environment)
-    print(report.table())
+    chosen = device, args.impl, args.level, args.op or KERNEL_OPS, deadline
+    if args.out is None:
+        report = run(*chosen)
+    else:
+        report = run(*chosen, Log(args.out / "correctness.jsonl", environment).add)
+    print(report.table(), flush=True)
+    if report.interrupted:
+        return 130
     return 0 if report.green else 1
 
 
 if __name__ == "__main__":
+    # Python would go on ignoring it where a shell started the suite with "&".
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -53,15 +53,26 @@ class Deadline:
 
 
 class Expectation:
-    """How long the next cell may take: a margin over the longest of the last few; first a guess."""
+    """How long the next cell may take: a margin over the longest of the last few; first a guess.
 
-    def __init__(self, first: float, margin: float = 1.25, last: int = 4) -> None:
+    Args:
+        first: the guess, in seconds.
+        margin: times the longest.
+        last: how many are the last few.
+        cap: never expect more. What is left out teaches nothing, so one slow cell (the first of
+            its kind compiles) would otherwise keep out all that follow.
+    """
+
+    def __init__(
+        self, first: float, margin: float = 1.25, last: int = 4, cap: float = math.inf
+    ) -> None:
         self._seen: deque[float] = deque(maxlen=last)
         self._first = first
         self._margin = margin
+        self._cap = cap
 
     def seconds(self) -> float:
-        return self._margin * max(self._seen) if self._seen else self._first
+        return min(self._cap, self._margin * max(self._seen)) if self._seen else self._first
 
     def saw(self, seconds: float) -> None:
         self._seen.append(seconds)

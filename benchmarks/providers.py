@@ -3,8 +3,8 @@
 `eager` is what a trainer holds today: a few lines of plain PyTorch. They are written for speed as
 a careful user would: noise in the data's dtype, arithmetic in float32, and the noise (not a
 float32 target) kept for the loss. `compile` is the same lines under torch.compile, static shapes,
-in the faster of two modes. `mixflow_fast` is `MixFlow.prepare` and `.loss`. Our own PyTorch
-reference is no baseline: its integer Philox would make an unfairly slow one.
+in the fastest of the modes that are tried. `mixflow_fast` is `MixFlow.prepare` and `.loss`. Our
+own PyTorch reference is no baseline: its integer Philox would make an unfairly slow one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from mixflow_fast import MixFlow
 
 PROVIDERS = ("eager", "compile", "mixflow_fast")
 GAMMA = 0.8
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+# Arguments of torch.compile. The last mode compiles neighbours of a choice one at a time, several
+# seconds a kernel: it is tried where memory bounds bf16, the cells that are claims.
+COMPILE_MODES = {
+    "default": {},
+    "max-autotune without coordinate descent": {"options": {"max_autotune": True}},
+    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+}
+SLOW_TO_COMPILE = "max-autotune-no-cudagraphs"
 # Below this a call is bound by launches, above it by memory: the two are tuned apart.
 SMALL_ELEMENTS = 1 << 23
 
@@ -144,10 +151,20 @@ def mixflow_call(case: Case, inputs: Inputs, impl: str = "triton") -> Call:
     }[case.op]
 
 
-class Compiler:
-    """torch.compile of the plain lines, in the faster mode for the op and the size class.
+def is_small(case: Case) -> bool:
+    return case.elements < SMALL_ELEMENTS
 
-    Both modes are timed at the first cell of (op, mode, small or large, dtype); the winner serves
+
+def modes_to_try(case: Case) -> list[str]:
+    """The modes of torch.compile that are timed for the cell's class."""
+    every = not is_small(case) and case.dtype is torch.bfloat16
+    return [mode for mode in COMPILE_MODES if every or mode != SLOW_TO_COMPILE]
+
+
+class Compiler:
+    """torch.compile of the plain lines, in the fastest mode for the op and the size class.
+
+    The modes are timed at the first cell of (op, mode, small or large, dtype); the winner serves
     the others of that class, which keeps the time spent compiling inside a ten-minute run.
 
     Args:
@@ -163,22 +180,28 @@ class Compiler:
 
     def call(self, case: Case, inputs: Inputs) -> tuple[Call, str]:
         """The call, and a sentence that says how it was tuned."""
-        size = "small" if case.elements < SMALL_ELEMENTS else "large"
+        size = "small" if is_small(case) else "large"
         key = (case.op, case.mode, size, case.dtype)
         if key not in self._choice:
-            calls = {mode: self._build(mode, case, inputs) for mode in COMPILE_MODES}
+            calls = {mode: self._build(mode, case, inputs) for mode in modes_to_try(case)}
             times = {mode: self._quick_ms(call) for mode, call in calls.items()}
             best = min(times, key=times.__getitem__)
             text = ", ".join(f"{mode} {ms:.4f} ms" for mode, ms in times.items())
             shape = "x".join(map(str, case.shape))
-            self._choice[key] = best, f"torch.compile mode={best}, chosen at {shape} ({text})"
+            how = f"torch.compile, {best}, chosen at {shape} ({text})"
+            self._choice[key] = best, how + self._untried(case)
         mode, how = self._choice[key]
         return self._build(mode, case, inputs), how
+
+    @staticmethod
+    def _untried(case: Case) -> str:
+        left = [mode for mode in COMPILE_MODES if mode not in modes_to_try(case)]
+        return f"; not tried: {', '.join(left)}" if left else ""
 
     def _build(self, mode: str, case: Case, inputs: Inputs) -> Call:
         if mode not in self._functions:
             self._functions[mode] = (
-                torch.compile(prepare, mode=mode, dynamic=False),
-                torch.compile(velocity_loss, mode=mode, dynamic=False),
+                torch.compile(prepare, dynamic=False, **COMPILE_MODES[mode]),
+                torch.compile(velocity_loss, dynamic=False, **COMPILE_MODES[mode]),
             )
         return plain_call(case, inputs, *self._functions[mode])

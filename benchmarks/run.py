@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -80,10 +81,14 @@ def _measure(
 ) -> int:
     report = checks.run(device, "triton", "timed", ops, deadline)
     print(report.table(), flush=True)
+    if report.interrupted:
+        raise KeyboardInterrupt
     if not report.green:
         print("no speed is measured until correctness is green")
         return 1
     before = devices.conditions(device)
+    state = {"before": before, "after": None, **devices.environment(device)}
+    _keep_state(args.out, args.suite, state)
     # On the CPU the kernels run in an interpreter: timing that would only take long.
     impl = "reference" if args.smoke and device.type == "cpu" else "triton"
     refused: list[str] = []
@@ -96,8 +101,7 @@ def _measure(
         suite.run()
         refused += suite.refused
     after = devices.conditions(device)
-    state = {"before": before, "after": after, **devices.environment(device)}
-    (args.out / "environment.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    _keep_state(args.out, args.suite, state | {"after": after})
     print(f"\ndevice before: {before}\ndevice after:  {after}")
     print(f"{writer.count} rows in {writer.path}")
     if deadline.left_out:
@@ -109,5 +113,18 @@ def _measure(
     return 1 if refused else 0
 
 
+def _keep_state(out: Path, suite: str, state: dict[str, str | None]) -> None:
+    """OUT/environment.json: the state of each suite's run under the suite's name."""
+    path = out / "environment.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or cut off by a kill
+        kept = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept | {suite: state}, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    # Python would go on ignoring it where a shell started the suite with "&".
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -1,141 +1,40 @@
 """One training step of SiT-XL/2 at 256 px, from latents on the device to updated EMA weights.
 
-| provider     | network and precision          | objective      | optimizer, EMA, host          |
-|--------------|--------------------------------|----------------|-------------------------------|
-| eager_tf32   | eager, float32 with TF32       | plain lines    | AdamW, EMA in a Python loop,  |
-|              |                                |                | `loss.item()` every step      |
-| eager_bf16   | eager, bf16 autocast           | plain lines    | the same                      |
-| compile      | compiled blocks, bf16 autocast | compiled lines | fused AdamW, foreach EMA      |
-| mixflow_fast | the same                       | MixFlow        | AdamWEMA (with gradient norm) |
-
-Every arm trains the same float32 weights; bf16 means autocast over them. Blocks are compiled one
-by one with mode "default". All arms of a batch size take turns in one process. A batch that does
-not fit is accumulated from halves, quarters, ... and the row says so.
-
-Model FLOPs per image: forward 24 N D^2 + 4 N^2 D + 12 D^2 a block (N tokens, width D) and the ends;
-training three times that, less the gradients of latents and sinusoid, which nobody needs.
+The arms are those of `benchmarks/arms.py`. All arms of a batch size take turns in one process. A
+batch that does not fit is accumulated from halves, quarters, ... and the row says so. Our own
+optimizer against the tuned one of torch is a row by itself, op "optimizer".
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.arms import ARMS, Arm, PlainState, losses, network, our_optimizer, train_flops
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.device import in_short
-from benchmarks.providers import GAMMA, interpolate, prepare, velocity_loss
+from benchmarks.providers import GAMMA
 from benchmarks.rows import Writer
 from benchmarks.stats import Percentiles, paired_ratio, percentiles
-from mixflow_fast import MixFlow
-from mixflow_fast.models import SiT
-from mixflow_fast.optim import AdamWEMA
 
 BATCHES = (32, 256)
-XL = dict(input_size=32, patch_size=2, hidden_size=1152, depth=28, num_heads=16, num_classes=1000)
-TOY = dict(input_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
-LR, DECAY = 1e-4, 0.9999
 # Dense bf16 peak of H100 and H200 SXM, TFLOP/s.
 PEAK_TFLOPS = 989.4
-ARMS = {
-    "eager_tf32": "eager, float32 with TF32, AdamW, Python EMA, loss.item() every step",
-    "eager_bf16": "eager, bf16 autocast, AdamW, Python EMA, loss.item() every step",
-    "compile": "blocks compiled (mode=default), bf16 autocast, fused AdamW, foreach EMA",
-    "mixflow_fast": "the same network as compile, MixFlow objective, AdamWEMA",
+ROUNDS, LEAST_ROUNDS, ROUND_SECONDS = 8, 5, 0.5
+OPTIMIZER_SECONDS = 0.2
+# Seconds that the rows after the rounds need: memory, launches.
+RESERVE = 25
+# Of a prediction that is exactly right: rounding leaves 1e-14, other noise leaves 2.
+EXACT = 1e-6
+OPTIMIZERS = {
+    "torch": "fused AdamW and foreach EMA",
+    "mixflow_fast": "AdamWEMA, with the gradient norm",
 }
-ROUNDS, LEAST_ROUNDS, ROUND_SECONDS = 10, 5, 0.5
-
-Draws = tuple[Tensor, Tensor, Tensor]
-
-
-def train_flops(net: SiT) -> float:
-    """Model FLOPs (two a multiply-add) per image and training step, see the module's docstring."""
-    c = net.config
-    N, D = (c["input_size"] // c["patch_size"]) ** 2, c["hidden_size"]
-    area = c["patch_size"] ** 2
-    mlp = 4 * N * D * int(D * c["mlp_ratio"])
-    block = 8 * N * D * D + mlp + 4 * N * N * D + 12 * D * D
-    embed = 2 * N * area * c["in_channels"] * D
-    final = 2 * N * D * area * net.out_channels + 4 * D * D
-    first_of_times, second_of_times = 2 * 256 * D, 2 * D * D
-    forward = c["depth"] * block + embed + final + first_of_times + second_of_times
-    return 3 * forward - embed - first_of_times
-
-
-class PlainState:
-    """torch's AdamW and an EMA, as most trainers hold them."""
-
-    def __init__(self, params: list[Tensor], fused: bool) -> None:
-        self._params = params
-        self._fused = fused
-        self._optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=fused or None)
-        self.state = self._optimizer.state
-        self.ema = [p.detach().clone() for p in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self._optimizer.step()
-        if self._fused:
-            torch._foreach_lerp_(self.ema, self._params, 1 - DECAY)
-        else:
-            for ema, p in zip(self.ema, self._params, strict=True):
-                ema.mul_(DECAY).add_(p, alpha=1 - DECAY)
-
-
-def _state_bytes(optimizer: PlainState | AdamWEMA) -> int:
-    """Bytes of moments and EMA."""
-    tensors = [v for state in optimizer.state.values() for v in state.values()]
-    if isinstance(optimizer, PlainState):
-        tensors += optimizer.ema
-    return sum(v.nbytes for v in tensors if isinstance(v, Tensor))
-
-
-@dataclass
-class Arm:
-    """One provider's training step.
-
-    Attributes:
-        loss: (rows, draws or None) -> mean loss of these rows of the batch.
-        optimizer: with the EMA; two arms may share one.
-        reads_loss: `loss.item()` each step.
-        micro: samples that a backward pass takes.
-    """
-
-    name: str
-    loss: Callable[[slice, Draws | None], Tensor]
-    optimizer: PlainState | AdamWEMA
-    reads_loss: bool
-    micro: int
-    params: list[Tensor]
-    batch: int
-
-    def _parts(self) -> Iterator[tuple[slice, float]]:
-        """The micro-batches with their shares of the batch."""
-        for first in range(0, self.batch, self.micro):
-            rows = slice(first, min(first + self.micro, self.batch))
-            yield rows, (rows.stop - rows.start) / self.batch
-
-    def step(self) -> None:
-        """One step on the whole batch; gradients are gone afterwards."""
-        for rows, share in self._parts():
-            loss = self.loss(rows, None)
-            (loss * share).backward()
-        self.optimizer.step()
-        for p in self.params:
-            p.grad = None
-        if self.reads_loss:
-            loss.item()
-
-    def loss_of(self, draws: Draws) -> float:
-        """The batch's loss with given noise and times; in the graph that training compiled."""
-        return sum(self.loss(rows, draws).item() * share for rows, share in self._parts())
 
 
 class StepSuite:
@@ -153,6 +52,7 @@ class StepSuite:
         self._device, self._writer, self._deadline = device, writer, deadline
         self._impl, self._smoke = impl, smoke
         self._on_gpu = device.type == "cuda"
+        self._batches = (4,) if smoke else BATCHES
 
     def run(self) -> None:
         """Every batch size in turn, as far as the deadline goes."""
@@ -160,7 +60,7 @@ class StepSuite:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         expectation = Expectation(first=90.0 if self._on_gpu else 2.0, margin=1.0)
-        for batch in (4,) if self._smoke else BATCHES:
+        for batch in self._batches:
             label = f"step {'toy SiT' if self._smoke else 'SiT-XL/2-256'} B={batch}"
             if self._deadline.fits(label, expectation.seconds()):
                 start = self._deadline.spent()
@@ -171,130 +71,81 @@ class StepSuite:
                     print(self.refused[-1], flush=True)
                 expectation.saw(self._deadline.spent() - start)
 
-    def _network(self) -> SiT:
-        torch.manual_seed(0)
-        with self._device:
-            net = SiT(**(TOY if self._smoke else XL))
-        with torch.no_grad():
-            for p in net.parameters():
-                if p.requires_grad:  # adaLN-zero would multiply by zeros
-                    p.add_(torch.randn_like(p), alpha=0.02)
-        return net.train()
-
     def _cell(self, batch: int, label: str) -> None:
         self._clear()
-        net = self._network()
+        net = network(self._device, toy=self._smoke)
         params = [p for p in net.parameters() if p.requires_grad]
         side = net.input_size
         x1 = torch.randn(batch, 4, side, side, device=self._device)
         y = torch.randint(net.num_classes, (batch,), device=self._device)
         ids = torch.arange(batch, device=self._device)
-        losses = self._losses(net, x1, y, ids)
-        plain = PlainState(params, fused=False)
-        optimizers = {
-            "eager_tf32": plain,
-            "eager_bf16": plain,
-            "compile": PlainState(params, fused=True) if "compile" in losses else None,
-            "mixflow_fast": AdamWEMA(params, lr=LR, ema_decay=DECAY),
-        }
+        made = losses(net, x1, y, ids, self._impl)
+        plain, tuned = PlainState(params, fused=False), PlainState(params, fused=self._on_gpu)
         arms: dict[str, Arm] = {}
         shape = list(x1.shape)
         for name in ARMS:
-            if name not in losses:
+            if name not in made:
                 self._add(name, shape, "latency_ms", None, note="compile left out in a smoke run")
                 continue
-            reads = name.startswith("eager")
-            arm = Arm(name, losses[name], optimizers[name], reads, batch, params, batch)
+            eager = name.startswith("eager")
+            optimizer = plain if eager else tuned
+            arms[name] = Arm(name, made[name], optimizer, eager, batch, params, batch)
+        # Again when all optimizers have their states: a batch that fits must go on fitting.
+        for steps in (2, 1):
+            if not self._warm_all(arms, shape, label, steps):
+                return
+        wrong = self._compare(arms, x1)
+        if wrong:
+            self.refused.append(label)
+            print(f"{label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
+            return
+        retries = self._alloc_retries()
+        times = self._rounds(arms)
+        if self._on_gpu:
+            print(f"{label}: allocator retries {retries}, after the rounds {self._alloc_retries()}")
+        # What an interrupt would hurt most comes first; the profiler slows what follows it.
+        self._report(label, shape, arms, times, train_flops(net))
+        if batch == self._batches[0]:
+            self._time_optimizers(params, tuned)
+        if self._on_gpu and batch == self._batches[-1]:
+            self._write_launches(shape, arms)
+
+    def _warm_all(self, arms: dict[str, Arm], shape: list[int], label: str, steps: int) -> bool:
+        """Warm every arm and drop those that fail; False if ours is one of them."""
+        for name, arm in list(arms.items()):
             try:
-                self._warm(arm)
+                self._warm(arm, steps)
             except Exception as error:
                 text = in_short(error)
                 self._add(name, shape, "latency_ms", None, note=text)
                 print(f"{label} {name}: {text}", flush=True)
                 if name == "mixflow_fast":
                     self.refused.append(f"{label}: {text}")
-                    return
-                for p in params:
-                    p.grad = None
-                continue
-            arms[name] = arm
-        wrong = self._compare(arms, x1)
-        if wrong:
-            self.refused.append(label)
-            print(f"{label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
-            return
-        self._report(label, shape, arms, self._rounds(arms), train_flops(net))
+                    return False
+                arm.drop_gradients()
+                del arms[name]
+        return True
 
-    def _losses(
-        self, net: SiT, x1: Tensor, y: Tensor, ids: Tensor
-    ) -> dict[str, Callable[[slice, Draws | None], Tensor]]:
-        """Each provider's loss. Draws (x0, t, m of the whole batch) take the place of its own."""
-        eager_blocks = net.blocks
-        kind = self._device.type
-
-        def plain(
-            blocks: nn.ModuleList,
-            half: bool,
-            prepare_fn: Callable[..., Any] = prepare,
-            loss_fn: Callable[..., Tensor] = velocity_loss,
-        ) -> Callable[[slice, Draws | None], Tensor]:
-            def loss(rows: slice, draws: Draws | None) -> Tensor:
-                data = x1[rows]
-                if draws is None:
-                    x, t, _, x0 = prepare_fn(data, GAMMA)
-                else:
-                    x0, t, m = (value[rows] for value in draws)
-                    x = interpolate(data, x0, m)
-                net.blocks = blocks
-                with torch.autocast(kind, torch.bfloat16) if half else nullcontext():
-                    pred = net(x, t, y[rows])
-                return loss_fn(pred, data, x0)
-
-            return loss
-
-        def ours(blocks: nn.ModuleList) -> Callable[[slice, Draws | None], Tensor]:
-            objective = MixFlow(gamma=GAMMA, clock=net.clock, impl=self._impl)
-
-            def loss(rows: slice, draws: Draws | None) -> Tensor:
-                if draws is None:
-                    it = objective.prepare(x1[rows], ids=ids[rows])
-                    ids[rows].add_(len(ids))
-                else:
-                    x0, t, m = (value[rows] for value in draws)
-                    it = objective.prepare(x1[rows], x0=x0, t=t, slowed_t=m)
-                net.blocks = blocks
-                with torch.autocast(kind, torch.bfloat16):
-                    pred = net(it.x, it.t, y[rows])
-                return objective.loss(pred, it)
-
-            return loss
-
-        losses = {"eager_tf32": plain(eager_blocks, False), "eager_bf16": plain(eager_blocks, True)}
-        if not self._on_gpu:
-            return losses | {"mixflow_fast": ours(eager_blocks)}
-        torch._dynamo.config.recompile_limit = 256
-        compiled_blocks = nn.ModuleList(torch.compile(b, dynamic=False) for b in eager_blocks)
-        functions = (torch.compile(f, dynamic=False) for f in (prepare, velocity_loss))
-        losses["compile"] = plain(compiled_blocks, True, *functions)
-        return losses | {"mixflow_fast": ours(compiled_blocks)}
-
-    def _warm(self, arm: Arm) -> None:
-        """Two steps; the micro-batch is halved until they fit the device's memory."""
+    def _warm(self, arm: Arm, steps: int) -> None:
+        """Some steps; the micro-batch is halved until they fit the device's memory."""
         while True:
             self._clear()
             try:
-                for _ in range(2):
+                for _ in range(steps):
                     arm.step()
                 return
             except torch.OutOfMemoryError:
-                for p in arm.params:
-                    p.grad = None
+                arm.drop_gradients()
                 if arm.micro == 1:
                     raise
                 arm.micro //= 2
 
     def _compare(self, arms: dict[str, Arm], x1: Tensor) -> list[str]:
-        """Given the same noise and times, all arms have the same loss up to their precision."""
+        """What is wrong with the losses.
+
+        Given the same noise and times, all arms have the same loss up to their precision. And
+        drawing for itself as it does in training, ours has none for the right prediction.
+        """
         x0 = torch.randn_like(x1)
         t = torch.rand(len(x1), device=x1.device).sqrt()
         draws = x0, t, t * (1 - GAMMA * torch.rand_like(t))
@@ -306,23 +157,28 @@ class StepSuite:
             allowed = 1e-2 if name == "eager_tf32" else 2e-3
             if not abs(value - ours) <= allowed * abs(value):
                 wrong.append(f"{name} has loss {value:.6f} where mixflow_fast has {ours:.6f}")
+        exact = arms["mixflow_fast"].exact_loss()
+        if not exact < EXACT:
+            wrong.append(f"mixflow_fast: loss {exact:.3g} where x1 - x0 is predicted: other noise")
         return wrong
 
-    def _rounds(self, arms: dict[str, Arm]) -> dict[str, list[float]]:
-        """Milliseconds per step of each arm and round, the arms taking turns."""
-        steps, times = {}, {name: [] for name in arms}
-        for name, arm in arms.items():
-            each = timing.wall_ms(arm.step, 1, self._device) * 1e-3
-            steps[name] = 1 if self._smoke else max(1, round(ROUND_SECONDS / each))
-        names = list(arms)
+    def _rounds(
+        self, steppers: dict[str, Any], seconds: float = ROUND_SECONDS
+    ) -> dict[str, list[float]]:
+        """Milliseconds per step of each and each round, taking turns of about `seconds`."""
+        steps, times = {}, {name: [] for name in steppers}
+        for name, stepper in steppers.items():
+            each = timing.wall_ms(stepper.step, 1, self._device) * 1e-3
+            steps[name] = 1 if self._smoke else max(1, round(seconds / each))
+        names = list(steppers)
         rounds = 3 if self._smoke else ROUNDS
         for number in range(timing.WARM_ROUNDS + rounds):
             enough = number >= timing.WARM_ROUNDS + LEAST_ROUNDS
-            if enough and self._deadline.left() < 15:
+            if enough and self._deadline.left() < RESERVE:
                 break
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                ms = timing.wall_ms(arms[name].step, steps[name], self._device)
+                ms = timing.wall_ms(steppers[name].step, steps[name], self._device)
                 if number >= timing.WARM_ROUNDS:
                     times[name].append(ms)
         return times
@@ -335,11 +191,10 @@ class StepSuite:
         times: dict[str, list[float]],
         flops: float,
     ) -> None:
+        """Times and rates, then the ratios, then what takes another step: memory."""
         print(f"\n{label}, {flops / 1e9:.1f} GFLOP an image and step")
         for name, arm in arms.items():
-            note = ARMS[name]
-            if arm.micro < arm.batch:
-                note += f"; does not fit at once, accumulated from micro-batches of {arm.micro}"
+            note = self._note(arm)
             ms = percentiles(times[name])
             rate = Percentiles(*(arm.batch / (value * 1e-3) for value in ms[::-1]))
             self._add(name, shape, "latency_ms", ms, note)
@@ -350,48 +205,96 @@ class StepSuite:
                 percent = Percentiles(*(100 * value / PEAK_TFLOPS for value in tflops))
                 self._add(name, shape, "model_tflops", tflops, note)
                 self._add(name, shape, "percent_of_989", percent, note)
-                others = {id(a.optimizer): a.optimizer for a in arms.values()}
-                others.pop(id(arm.optimizer))
-                not_its_own = sum(map(_state_bytes, others.values())) / 2**20
-                peak = timing.peak_memory_mib(arm.step, all_of_it=True) - not_its_own
-                self._add_value(name, shape, "peak_memory_mib", peak, note)
-                launches = timing.count_launches(arm.step)
-                self._add_value(name, shape, "launches", launches, note)
-                text += f" {tflops.p50:7.1f} TFLOP/s {percent.p50:5.1f}% of 989 {peak:9.0f} MiB"
-                text += f" {launches or '?':>6} launches"
+                text += f" {tflops.p50:7.1f} TFLOP/s {percent.p50:5.1f}% of 989"
             print(text, flush=True)
-        for name in arms:
+        self._write_ratios("step", shape, times, {name: self._note(a) for name, a in arms.items()})
+        if not self._on_gpu:
+            return
+        for name, arm in arms.items():
+            others = {id(a.optimizer): a.optimizer for a in arms.values()}
+            others.pop(id(arm.optimizer))
+            not_its_own = sum(other.state_bytes() for other in others.values()) / 2**20
+            peak = timing.peak_memory_mib(arm.step, all_of_it=True) - not_its_own
+            self._add_value(name, shape, "peak_memory_mib", peak, self._note(arm))
+            print(f"  {name:13}{peak:10.0f} MiB", flush=True)
+
+    def _write_ratios(
+        self, op: str, shape: list[int], times: dict[str, list[float]], notes: dict[str, str]
+    ) -> None:
+        for name in times:
             if name != "mixflow_fast":
                 ratio = paired_ratio(times[name], times["mixflow_fast"])
-                rounds = len(times[name])
-                fields = {**ratio._asdict(), "note": f"per round, {rounds} rounds; {ARMS[name]}"}
-                identity = self._identity("mixflow_fast", shape, f"speedup_over_{name}")
-                self._writer.add(**identity, **fields, timing=self._method)
-                interval = f"[{ratio.low95:.3f}, {ratio.high95:.3f}]"
-                print(f"  mixflow_fast over {name}: {ratio.p50:.3f}x {interval}", flush=True)
+                fields = self._identity("mixflow_fast", shape, f"speedup_over_{name}", op)
+                fields["note"] = f"per round, {len(times[name])} rounds; {notes[name]}"
+                self._writer.add(**fields, **ratio._asdict(), timing=self._method(op))
+                text = f"{ratio.p50:.3f}x [{ratio.low95:.3f}, {ratio.high95:.3f}]"
+                print(f"  {op}: mixflow_fast over {name}: {text}", flush=True)
 
-    @property
-    def _method(self) -> str:
-        length = "single steps" if self._smoke else f"rounds of about {ROUND_SECONDS} s"
-        return f"wall time of {length}, waited for; arms take turns"
+    def _write_launches(self, shape: list[int], arms: dict[str, Arm]) -> None:
+        for name, arm in arms.items():
+            if self._deadline.left() > 5:
+                launches = timing.count_launches(arm.step)
+                self._add_value(name, shape, "launches", launches, self._note(arm))
+                print(f"  {name:13}{launches or '?':>10} launches", flush=True)
 
-    def _identity(self, provider: str, shape: list[int], metric: str) -> dict[str, Any]:
+    def _time_optimizers(self, params: list[Tensor], tuned: PlainState) -> None:
+        """AdamWEMA's step against the optimizer that the arms share, gradients in place."""
+        self._clear()
+        steppers = {"torch": tuned, "mixflow_fast": our_optimizer(params)}
+        for p in params:
+            p.grad = torch.randn_like(p).mul_(1e-3)
+        for stepper in steppers.values():
+            stepper.step()
+        times = self._rounds(steppers, OPTIMIZER_SECONDS)
+        for p in params:
+            p.grad = None
+        shape = [sum(p.numel() for p in params)]
+        for name in steppers:
+            ms = percentiles(times[name])
+            self._add(name, shape, "latency_ms", ms, OPTIMIZERS[name], op="optimizer")
+            print(f"  optimizer {name:13}{ms.p50:10.2f} ms, {shape[0] / 1e6:.1f} M parameters")
+        self._write_ratios("optimizer", shape, times, OPTIMIZERS)
+
+    @staticmethod
+    def _note(arm: Arm) -> str:
+        note = ARMS[arm.name]
+        if arm.micro < arm.batch:
+            note += f"; does not fit at once, accumulated from micro-batches of {arm.micro}"
+        return note
+
+    def _method(self, op: str) -> str:
+        seconds = OPTIMIZER_SECONDS if op == "optimizer" else ROUND_SECONDS
+        length = "single steps" if self._smoke else f"rounds of about {seconds} s"
+        return f"wall time of {length}, waited for; providers take turns"
+
+    def _identity(
+        self, provider: str, shape: list[int], metric: str, op: str = "step"
+    ) -> dict[str, Any]:
         dtype = "tf32" if provider == "eager_tf32" else "bfloat16"
-        return dict(
-            op="step", provider=provider, mode="step", metric=metric, shape=shape, dtype=dtype
-        )
+        dtype = "float32" if op == "optimizer" else dtype
+        return dict(op=op, provider=provider, mode="step", metric=metric, shape=shape, dtype=dtype)
 
     def _add(
-        self, provider: str, shape: list[int], metric: str, p: Percentiles | None, note: str
+        self,
+        provider: str,
+        shape: list[int],
+        metric: str,
+        p: Percentiles | None,
+        note: str,
+        op: str = "step",
     ) -> None:
         values = p._asdict() if p else {"p50": None}
-        identity = self._identity(provider, shape, metric)
-        self._writer.add(**identity, **values, note=note, timing=self._method)
+        identity = self._identity(provider, shape, metric, op)
+        self._writer.add(**identity, **values, note=note, timing=self._method(op))
 
     def _add_value(
         self, provider: str, shape: list[int], metric: str, value: float | None, note: str
     ) -> None:
         self._writer.add(**self._identity(provider, shape, metric), p50=value, note=note)
+
+    def _alloc_retries(self) -> int:
+        """How often the allocator had to give memory back to the driver to go on."""
+        return torch.cuda.memory_stats()["num_alloc_retries"] if self._on_gpu else 0
 
     def _clear(self) -> None:
         gc.collect()

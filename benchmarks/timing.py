@@ -4,8 +4,8 @@ On a GPU a cell is timed in one of two ways, the same for all its providers:
 
 * events: CUDA events around each call, the L2 cache overwritten before it, and the launch queue
   kept ahead by a short sleep kernel, so that the time is the device's and not Python's.
-* graph: where the fastest provider takes under 20 us, events around a CUDA graph of 20 calls. The
-  data are then in the L2 cache for all providers.
+* graph: where the fastest provider takes under 20 us, events around a CUDA graph of 100 calls, its
+  launch hidden behind a short sleep kernel. The data are then in the L2 cache for all providers.
 
 `call_ms` is the other side: wall time per call of 10 calls issued from Python and waited for, with
 all that the host spends. On the CPU both are the wall time of single calls.
@@ -23,7 +23,11 @@ import torch
 from benchmarks.device import in_short
 
 FLUSH_BYTES = 256 << 20
-GRAPH_CALLS = 20
+# Many, so that torch's fills before a replay (its generator's seed and offset, where the graph
+# draws from it) are a small part of it.
+GRAPH_CALLS = 100
+# About 0.2 ms.
+REPLAY_SLEEP_CYCLES = 400_000
 GRAPH_BELOW_MS = 0.020
 WALL_CALLS = 10
 WARM_ROUNDS = 2
@@ -122,6 +126,7 @@ def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
         for _ in range(replays)
     ]
     for start, end in pairs:
+        torch.cuda._sleep(REPLAY_SLEEP_CYCLES)
         start.record()
         graph.replay()
         end.record()
@@ -241,10 +246,12 @@ def peak_memory_mib(call: AnyCall, all_of_it: bool = False) -> float:
 
 
 def count_launches(call: AnyCall) -> int | None:
-    """Kernels, copies and fills that one warm call starts; None where the profiler sees none."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    """Kernels, copies and fills that one warm call starts; None where the profiler sees none.
+
+    What is timed after this in the same process may be slower: the profiler stays attached.
+    """
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
