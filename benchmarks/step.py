@@ -100,7 +100,7 @@ class StepSuite:
             print(f"{label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
             return
         retries = self._alloc_retries()
-        times = self._rounds(arms)
+        times = self._rounds(arms, ROUND_SECONDS)
         if self._on_gpu:
             print(f"{label}: allocator retries {retries}, after the rounds {self._alloc_retries()}")
         # What an interrupt would hurt most comes first; the profiler slows what follows it.
@@ -112,6 +112,7 @@ class StepSuite:
 
     def _warm_all(self, arms: dict[str, Arm], shape: list[int], label: str, steps: int) -> bool:
         """Warm every arm and drop those that fail; False if ours is one of them."""
+        self._clear()
         for name, arm in list(arms.items()):
             try:
                 self._warm(arm, steps)
@@ -129,7 +130,6 @@ class StepSuite:
     def _warm(self, arm: Arm, steps: int) -> None:
         """Some steps; the micro-batch is halved until they fit the device's memory."""
         while True:
-            self._clear()
             try:
                 for _ in range(steps):
                     arm.step()
@@ -139,6 +139,7 @@ class StepSuite:
                 if arm.micro == 1:
                     raise
                 arm.micro //= 2
+            self._clear()
 
     def _compare(self, arms: dict[str, Arm], x1: Tensor) -> list[str]:
         """What is wrong with the losses.
@@ -162,9 +163,7 @@ class StepSuite:
             wrong.append(f"mixflow_fast: loss {exact:.3g} where x1 - x0 is predicted: other noise")
         return wrong
 
-    def _rounds(
-        self, steppers: dict[str, Any], seconds: float = ROUND_SECONDS
-    ) -> dict[str, list[float]]:
+    def _rounds(self, steppers: dict[str, Any], seconds: float) -> dict[str, list[float]]:
         """Milliseconds per step of each and each round, taking turns of about `seconds`."""
         steps, times = {}, {name: [] for name in steppers}
         for name, stepper in steppers.items():
@@ -297,6 +296,6 @@ class StepSuite:
         return torch.cuda.memory_stats()["num_alloc_retries"] if self._on_gpu else 0
 
     def _clear(self) -> None:
-        gc.collect()
         if self._on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()

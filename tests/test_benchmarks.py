@@ -18,6 +18,7 @@ from benchmarks.deadline import Deadline, Expectation
 from benchmarks.numerics import Finding, Setting
 from benchmarks.providers import (
     SLOW_TO_COMPILE,
+    Compiler,
     make_inputs,
     mixflow_call,
     modes_to_try,
@@ -353,11 +354,10 @@ def test_replays_are_red_when_nothing_is_drawn_anew(monkeypatch) -> None:
 
 
 def test_compiled_steps_are_checked(monkeypatch) -> None:
-    cpu = torch.device("cpu")
-    found = list(replay.compiled(cpu, "reference", backend="eager"))
+    found = list(replay.compiled(torch.device(DEVICE), "triton", backend="eager"))
     assert len(found) == 6 and all(finding.passed for finding in found)
     monkeypatch.setattr(torch, "compile", lambda step, **_: lambda *a: 1.01 * step(*a))
-    assert not any(finding.passed for finding in replay.compiled(cpu, "reference"))
+    assert not any(finding.passed for finding in replay.compiled(CPU, "reference"))
 
 
 def test_settings_cover_paths_predictions_and_clocks() -> None:
@@ -574,6 +574,38 @@ def test_step_is_refused_where_the_loss_takes_other_noise(monkeypatch, tmp_path,
     arm = arms.Arm("mixflow_fast", made["mixflow_fast"], None, False, 1, [], 2)
     wrong = suite._compare({"mixflow_fast": arm}, x1)
     assert ("other noise" in "".join(wrong)) == bool(other), wrong
+
+
+def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
+    """Stand-ins for the GPU: times, ratios, memory, and launches after all timing."""
+    monkeypatch.setattr(timing, "peak_memory_mib", lambda *_, **__: 1.0)
+    monkeypatch.setattr(timing, "count_launches", lambda call: 5 if call() is None else 6)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 0})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(kernel_suite.gc, "freeze", lambda: None)
+    monkeypatch.setattr(step, "BATCHES", (2, 3))
+    monkeypatch.setattr(step, "ROUNDS", 1)
+    monkeypatch.setattr(step, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step, "OPTIMIZER_SECONDS", 0.0)
+    monkeypatch.setattr(arms, "XL", arms.TOY)
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    suite._on_gpu, suite._copy = True, 1e9
+    suite._compiler = Compiler(lambda call: float(call() is None))
+    suite.run(kernel_cases(("velocity_loss",), smoke=True))
+    whole = step.StepSuite(CPU, writer, Deadline(), "reference")
+    whole._on_gpu = True
+    whole.run()
+    assert not suite.refused and not whole.refused
+    found = [row for row in read(writer.path) if row["p50"] is not None]
+    kernels = [row["metric"] for row in found if row["op"] in cases.KERNEL_OPS]
+    assert len({*kernels}) == 10
+    assert {*kernels[kernels.index("launches") :]} == {"launches"}
+    assert kernels.count("launches") == kernels.count("peak_memory_mib") == 12
+    steps = [row["metric"] for row in found if row["op"] == "step"]
+    assert {*steps[-3:]} == {"launches"} and steps.count("launches") == 3
+    assert steps.index("speedup_over_eager_bf16") < steps.index("peak_memory_mib")
+    assert sum(row["op"] == "optimizer" for row in found) == 3
 
 
 def test_ratios_of_the_step_are_written_before_memory(monkeypatch, tmp_path) -> None:
