@@ -1,0 +1,343 @@
+"""The benchmark programs from end to end, and what they do when something goes wrong."""
+
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import arms, cases, checks, kernel_suite, run, step, timing
+from benchmarks import device as devices
+from benchmarks.cases import kernel_cases
+from benchmarks.deadline import Deadline
+from benchmarks.numerics import Finding
+from benchmarks.providers import (
+    Compiler,
+    mixflow_call,
+)
+from benchmarks.rows import KEYS, Writer, read
+from mixflow_fast import MixFlow
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPU = torch.device("cpu")
+ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
+GREEN = checks.Report([Finding("all", "x", "float32", 0.0, 0.0)])
+RED = checks.Report([Finding("all", "x", "float32", 2.0, 1.0)])
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_interrupt_keeps_what_was_found(monkeypatch, capsys, tmp_path) -> None:
+    def interrupted():
+        yield Finding("second", "x", "float32", float("inf"), 0.0)
+        raise KeyboardInterrupt
+
+    first = [Finding("first", "x", "float32", 0.0, 0.0)]
+    some = [("one", lambda: first), ("two", interrupted), ("three", lambda: first)]
+    monkeypatch.setattr(checks, "tasks", lambda *_: some)
+    (tmp_path / "correctness.jsonl").write_text("of another run\n")
+    assert checks.main(["--device", "cpu", "--out", str(tmp_path)]) == 130
+    found = [json.loads(s) for s in (tmp_path / "correctness.jsonl").read_text().splitlines()]
+    assert [(row["check"], row["error"]) for row in found] == [("first", 0.0), ("second", None)]
+    out = capsys.readouterr().out
+    assert "RED" in out and "two, and what follows (interrupted)" in out
+    assert _smoke(tmp_path / "run") == 130
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_speed_needs_a_gpu(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--out", str(tmp_path)]) == 2
+    assert "speeds need a GPU" in capsys.readouterr().err
+    assert run.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "speeds need a GPU" in capsys.readouterr().err
+    assert run.main(["--suite", "step", "--op", "interpolate", "--out", str(tmp_path)]) == 2
+    assert checks.main(["--device", "cuda"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def _smoke(out: Path, *more: str) -> int:
+    return run.main(["--smoke", "--device", "cpu", "--out", str(out), *more])
+
+
+def test_nothing_is_timed_on_red(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(checks, "run", lambda *_: RED)
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed on red"))
+    assert _smoke(tmp_path) == 1
+    assert "no speed is measured until correctness is green" in capsys.readouterr().out
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", [1.01, None])
+def test_a_wrong_provider_has_no_speed(monkeypatch, capsys, tmp_path, change) -> None:
+    def wrong_call(case, inputs, impl):
+        if change is None:
+            raise RuntimeError("does not launch")
+        right = mixflow_call(case, inputs, impl)
+        return lambda: (made := right()) | {"gradient": made["gradient"] * change}
+
+    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
+    monkeypatch.setattr(kernel_suite, "mixflow_call", wrong_call)
+    assert _smoke(tmp_path, "--op", "objective") == 1
+    out = capsys.readouterr().out
+    assert "RED, no speed" in out and "no speed for, because of wrong results:" in out
+    assert all(row["p50"] is None for row in read(tmp_path / "rows.jsonl"))
+    assert not (tmp_path / "objective.png").exists()
+
+
+def test_a_provider_that_fails_is_said_and_the_others_are_timed(monkeypatch, tmp_path) -> None:
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("tried to allocate 5 TiB")
+
+    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
+    monkeypatch.setattr(kernel_suite, "plain_call", out_of_memory)
+    assert _smoke(tmp_path, "--op", "objective") == 0
+    found = [r for r in read(tmp_path / "rows.jsonl") if r["metric"] == "latency_ms"]
+    by_provider = {row["provider"]: row for row in found}
+    assert by_provider["eager"]["p50"] is None and "5 TiB" in by_provider["eager"]["note"]
+    assert by_provider["mixflow_fast"]["p50"] > 0
+
+
+def test_a_cell_that_breaks_does_not_take_the_others_along(monkeypatch, tmp_path) -> None:
+    whole = kernel_suite.timing.measure
+    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
+    monkeypatch.setattr(kernel_suite.timing, "measure", _fails_once(whole))
+    assert _smoke(tmp_path, "--op", "velocity_loss") == 1
+    modes = {row["mode"] for row in read(tmp_path / "rows.jsonl") if row["metric"] == "call_ms"}
+    assert {"forward", "backward"} <= modes
+
+
+def _fails_once(whole):
+    calls = []
+
+    def measure(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise AssertionError
+        return whole(*args)
+
+    return measure
+
+
+def test_deadline_stops_before_a_cell(monkeypatch, tmp_path) -> None:
+    clock = Clock()
+    deadline = Deadline(10, clock)
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = kernel_suite.KernelSuite(CPU, writer, deadline, "reference", smoke=True)
+    chosen = kernel_cases(("velocity_loss",), smoke=True)
+    whole = kernel_suite.timing.measure
+
+    def measure(*args):
+        clock.now += 9.5
+        return whole(*args)
+
+    monkeypatch.setattr(kernel_suite.timing, "measure", measure)
+    suite.run(chosen)
+    assert deadline.left_out == [case.label for case in chosen[1:]]
+    assert {row["mode"] for row in read(writer.path)} == {chosen[0].mode}
+
+
+def test_an_interrupt_keeps_what_was_measured(monkeypatch, capsys, tmp_path) -> None:
+    cell = kernel_suite.KernelSuite._cell
+    seen = []
+
+    def interrupted(self, case):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(case)
+        cell(self, case)
+
+    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
+    monkeypatch.setattr(kernel_suite.KernelSuite, "_cell", interrupted)
+    assert _smoke(tmp_path, "--op", "velocity_loss") == 130
+    count = len(read(tmp_path / "rows.jsonl"))
+    assert count > 3 and f"interrupted: {count} rows" in capsys.readouterr().out
+
+
+def test_step_is_refused_where_the_objectives_disagree(monkeypatch, capsys, tmp_path) -> None:
+    loss = MixFlow.loss
+    monkeypatch.setattr(MixFlow, "loss", lambda *a, **k: loss(*a, **k) * 1.05)
+    suite = step.StepSuite(
+        CPU, Writer(tmp_path / "rows.jsonl", ENVIRONMENT), Deadline(), "reference", smoke=True
+    )
+    suite.run()
+    assert suite.refused and "RED" in capsys.readouterr().out
+    assert all(row["p50"] is None for row in read(tmp_path / "rows.jsonl"))
+
+
+def test_step_accumulates_what_does_not_fit(monkeypatch, tmp_path) -> None:
+    whole = arms.Arm.step
+
+    def small_memory(self) -> None:
+        if self.name == "eager_tf32" and self.micro > 1:
+            raise torch.OutOfMemoryError("too much")
+        whole(self)
+
+    monkeypatch.setattr(arms.Arm, "step", small_memory)
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = step.StepSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    suite.run()
+    notes = {row["provider"]: row["note"] for row in read(writer.path) if row["p50"]}
+    assert not suite.refused
+    assert "micro-batches of 1" in notes["eager_tf32"] and "micro" not in notes["eager_bf16"]
+
+
+@pytest.mark.parametrize("other", ["", "ids", "seed"])
+def test_step_is_refused_where_the_loss_takes_other_noise(monkeypatch, tmp_path, other) -> None:
+    """With the kernels: the reference keeps the noise, and cannot take another."""
+    loss = MixFlow.loss
+
+    def of_others(self, pred, it, **options):
+        if other == "ids" and it.ids is not None:
+            it.ids.data.add_(100)  # where the objective's own check does not see it
+        if other == "seed":
+            it = dataclasses.replace(it, _seed=it._seed + 1)
+        return loss(self, pred, it, **options)
+
+    monkeypatch.setattr(MixFlow, "loss", of_others)
+    device = torch.device(DEVICE)
+    suite = step.StepSuite(device, Writer(tmp_path / "rows.jsonl", ENVIRONMENT), Deadline())
+    net, x1 = arms.network(device, toy=True), torch.randn(2, 4, 8, 8, device=device)
+    made = arms.losses(net, x1, *torch.zeros(2, 2, dtype=torch.int64, device=device), "triton")
+    arm = arms.Arm("mixflow_fast", made["mixflow_fast"], None, False, 1, [], 2)
+    wrong = suite._compare({"mixflow_fast": arm}, x1)
+    assert ("other noise" in "".join(wrong)) == bool(other), wrong
+
+
+def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
+    """Stand-ins for the GPU: times, ratios, memory, and launches after all timing."""
+    monkeypatch.setattr(timing, "peak_memory_mib", lambda *_, **__: 1.0)
+    monkeypatch.setattr(timing, "count_launches", lambda call: 5 if call() is None else 6)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 0})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(kernel_suite.gc, "freeze", lambda: None)
+    monkeypatch.setattr(step, "BATCHES", (2, 3))
+    monkeypatch.setattr(step, "ROUNDS", 1)
+    monkeypatch.setattr(step, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step, "OPTIMIZER_SECONDS", 0.0)
+    monkeypatch.setattr(arms, "XL", arms.TOY)
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    suite._on_gpu, suite._copy = True, 1e9
+    suite._compiler = Compiler(lambda call: float(call() is None))
+    suite.run(kernel_cases(("velocity_loss",), smoke=True))
+    whole = step.StepSuite(CPU, writer, Deadline(), "reference")
+    whole._on_gpu = True
+    whole.run()
+    assert not suite.refused and not whole.refused
+    found = [row for row in read(writer.path) if row["p50"] is not None]
+    kernels = [row["metric"] for row in found if row["op"] in cases.KERNEL_OPS]
+    assert len({*kernels}) == 10
+    assert {*kernels[kernels.index("launches") :]} == {"launches"}
+    assert kernels.count("launches") == kernels.count("peak_memory_mib") == 12
+    steps = [row["metric"] for row in found if row["op"] == "step"]
+    assert {*steps[-3:]} == {"launches"} and steps.count("launches") == 3
+    assert steps.index("speedup_over_eager_bf16") < steps.index("peak_memory_mib")
+    assert sum(row["op"] == "optimizer" for row in found) == 3
+
+
+def test_ratios_of_the_step_are_written_before_memory(monkeypatch, tmp_path) -> None:
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = step.StepSuite(CPU, writer, Deadline())
+    suite._on_gpu = True
+    monkeypatch.setattr(timing, "peak_memory_mib", interrupted)
+    monkeypatch.setattr(arms.PlainState, "state_bytes", lambda self: 0)
+    state = arms.PlainState([torch.zeros(1)], fused=False)
+    there = {name: arms.Arm(name, None, state, False, 4, [], 4) for name in arms.ARMS}
+    with pytest.raises(KeyboardInterrupt):
+        suite._report("label", [4], there, dict.fromkeys(there, [2.0, 3.0]), 1e9)
+    metrics = {row["metric"] for row in read(writer.path)}
+    assert {f"speedup_over_{name}" for name in arms.ARMS if name != "mixflow_fast"} < metrics
+    assert {"latency_ms", "images_per_s", "percent_of_989"} < metrics
+
+
+def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
+    """Correctness by the kernels themselves (interpreted on the CPU), rows, table, plots."""
+    code = run.main(["--smoke", "--device", DEVICE, "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert code == 0 and "correctness: green" in out, out
+    found = read(tmp_path / "rows.jsonl")
+    assert {row["op"] for row in found} == {*cases.OPS, "optimizer"}
+    for row in found:
+        assert set(row) == set(KEYS) and row["note"].startswith("smoke: not a speed")
+        assert (row["p50"] is None) <= ("left out" in row["note"] or "saw no" in row["note"])
+        if row["p50"] is not None and row["p20"] is not None:
+            assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+    metrics = {row["metric"] for row in found if row["op"] == "objective"}
+    assert {"latency_ms", "call_ms", "speedup_over_eager"} <= metrics
+    for row in found:
+        if row["metric"] == "speedup_over_eager":
+            assert row["low95"] <= row["p50"] <= row["high95"]
+    for op in cases.OPS:
+        assert (tmp_path / f"{op}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    environment = json.loads((tmp_path / "environment.json").read_text())["all"]
+    assert environment["torch"] == torch.__version__
+    assert environment["before"] and environment["after"]
+
+
+def test_environment_of_each_suite_is_kept(tmp_path) -> None:
+    for suite, state in (("kernels", "cold"), ("step", "cold"), ("step", "warm")):
+        run._keep_state(tmp_path / "new", suite, {"before": state})
+    kept = json.loads((tmp_path / "new" / "environment.json").read_text())
+    assert kept == {"kernels": {"before": "cold"}, "step": {"before": "warm"}}
+    (tmp_path / "new" / "environment.json").write_text('{"cut o')
+    run._keep_state(tmp_path / "new", "step", {})
+
+
+def test_commit_without_git(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(devices, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_SHA", raising=False)
+    assert devices.git_sha() == "unknown"
+    monkeypatch.setenv("GIT_SHA", "abc")
+    assert devices.git_sha() == "abc"
+
+
+@pytest.mark.parametrize("probe", [0, 3])
+def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, probe) -> None:
+    """The script with a stand-in for Python that notes its arguments and fails the second part."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!/bin/sh\necho $PYTORCH_CUDA_ALLOC_CONF, $@ >> {tmp_path}/calls\n"
+        f'case "$*" in -c*) exit {probe} ;; *kernels*) exit 1 ;; esac\n'
+    )
+    stand_in.chmod(0o755)
+    out = tmp_path / "out"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    environment = os.environ | {"PYTHON": str(stand_in)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    segments = "expandable_segments:True"
+    assert calls.pop(0).startswith(f"{segments}, -c import")  # a GPU, and such segments
+    assert [call.split("--deadline")[0].strip() for call in calls] == [
+        ", -m benchmarks.checks",
+        ", -m benchmarks.run --suite kernels",
+        f"{'' if probe else segments}, -m benchmarks.run --suite step",
+    ]
+    assert all(f"--device cuda --out {out}" in call for call in calls)
+    deadlines = [float(call.split("--deadline ")[1].split()[0]) for call in calls]
+    assert "exit status 1" in (out / "suite.log").read_text()
+    # Each part may overrun by 25 s; the last has what the others leave of 530 s, here all of it.
+    assert deadlines[:2] == [115, 180] and 485 <= deadlines[2] <= 505
+    assert "total=530\n" in (ROOT / "benchmarks" / "gpu_suite.sh").read_text()
