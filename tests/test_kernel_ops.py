@@ -73,8 +73,10 @@ def gradient_of(step: Callable, net: Network, *arguments: torch.Tensor) -> tuple
     return loss.detach(), net.weight.grad
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+# The reference once: its Philox makes graphs that take half a minute to trace.
+@pytest.mark.parametrize(
+    ("impl", "reduction"), [("triton", "mean"), ("triton", "none"), ("reference", "mean")]
+)
 @pytest.mark.parametrize(
     "how", [{}, {"fullgraph": True}, {"fullgraph": True, "dynamic": True}], ids=str
 )
@@ -97,10 +99,9 @@ def test_compiled_steps_give_eagers_values_and_gradients(
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_token_losses_trace_with_dynamic_shapes(impl: str) -> None:
+def test_token_losses_trace_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
-    mix = MixFlow(clock=DATA_AT_1, impl=impl, seed=7)
+    mix = MixFlow(clock=DATA_AT_1, impl="triton", seed=7)
 
     def step(x1: torch.Tensor, ids: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         it = mix.prepare(x1, ids, patch_size=2)
