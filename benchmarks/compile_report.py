@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import block_cases
 from mixflow_fast import MixFlow, Moments
 from mixflow_fast.kernels import philox, runtime
 
@@ -351,7 +352,7 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
                     yield names | row
 
 
-CASES = _cases()
+CASES = [*_cases(), *(Case(*row) for row in block_cases.rows())]
 _LINE = "{:<22} {:<14} {:<55} {:>6} {:>5} {:>4} {:>5} {:>5} {:>6} {:>7} {:>7} {:>5}"
 _HEAD = ("op", "kernel", "variant", "arch", "warps", "regs", "spill", "stack", "shared", "128-bit")
 
