@@ -6,30 +6,44 @@ import dataclasses
 
 import torch
 
-from mixflow_fast.config import DATA_FIELDS, Config, validate
+from mixflow_fast.config import DATA_FIELDS, Config
 from mixflow_fast.data import Source, build_source
-from mixflow_fast.models import build
-from mixflow_fast.models.sit import SiT
+from mixflow_fast.models import Execution, Transformer, build
+from mixflow_fast.models.teacher import Teacher, TeacherFiles
 from mixflow_fast.objective import MixFlow
+from mixflow_fast.validation import validate
+
+# Fields of the section `model` that are not arguments of the class.
+_NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
 
 
-def build_model(config: Config, device: str | torch.device = "cpu") -> SiT:
+def build_model(config: Config, device: str | torch.device = "cpu") -> Transformer:
     """The network of a configuration with its random initial weights (a function of init_seed)."""
-    options = dataclasses.asdict(config.model)
-    name, seed = options.pop("name"), options.pop("init_seed")
-    options = {key: value for key, value in options.items() if value is not None}
-    if "z_dims" in options:
-        options["z_dims"] = list(options["z_dims"])
-        options.pop("learn_sigma")  # REPA's SiT has none
+    options = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
+    options = {k: v for k, v in options.items() if v is not None and k not in _NOT_ARGUMENTS}
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    if config.model.name.startswith("DiTDH") and "qk_norm" in options:
+        options["use_qknorm"] = options.pop("qk_norm")
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        return build(name, **options)
+        torch.manual_seed(config.model.init_seed)
+        return build(config.model.name, **options)
+
+
+def build_execution(config: Config, device: torch.device) -> Execution:
+    """How the network of a configuration is run on a device."""
+    m = config.model
+    mode = m.mode
+    if mode == "auto":
+        compiles = device.type == "cuda" and config.train.zero_stage < 3
+        mode = "compile" if compiles else "eager"
+    return Execution(mode=mode, attention=m.attention, checkpointing=m.checkpointing)
 
 
 def build_objective(config: Config, clock: str) -> MixFlow:
     """The objective of a configuration, in the clock of its model."""
     options = dataclasses.asdict(config.objective)
-    options.pop("alignment_weight")
+    for name in ("alignment_weight", "alignment_input"):  # the trainer's: see alignment.py
+        options.pop(name)
     return MixFlow(**options, clock=clock, seed=config.train.seed)
 
 
@@ -38,7 +52,8 @@ def build_data(config: Config) -> Source:
     d, m = config.data, config.model
     options = {name: getattr(d, name) for name in DATA_FIELDS[d.kind]}
     if d.kind == "latents":
-        options["features"] = d.features if config.objective.alignment_weight else False
+        options["features"] = d.features or False
+        options["images"] = d.images
     elif options["size"] is None:
         options["size"] = m.input_size
     source = build_source(d.kind, **options)
@@ -53,10 +68,10 @@ def build_data(config: Config) -> Source:
             f"data has {source.num_classes} classes, the model only {m.num_classes}: set "
             "model.num_classes"
         )
-    if config.objective.alignment_weight:
+    if config.objective.alignment_weight and config.teacher.path is None:
         index = torch.zeros(1, dtype=torch.int64)
         features = source.get(index, index, 0).features
-        tokens = (m.input_size // build_model(config, "meta").patch_size) ** 2
+        tokens = _token_side(config) ** 2
         fits = None if features is None else tuple(features.shape[1:])
         if fits != (tokens, *m.z_dims):
             raise ValueError(
@@ -66,7 +81,41 @@ def build_data(config: Config) -> Source:
     return source
 
 
+def build_teacher(config: Config, device: str | torch.device = "cpu") -> Teacher | None:
+    """The frozen teacher of a configuration on its device; None without one.
+
+    Raises:
+        ValueError: files that are missing, or tokens that do not fit the model's.
+    """
+    if config.teacher.path is None:
+        return None
+    _check_teacher(config)
+    options = dataclasses.asdict(config.teacher)
+    options["precision"] = options["precision"] or config.train.precision
+    return Teacher(options.pop("path"), _token_side(config), device=device, **options)
+
+
+def _token_side(config: Config) -> int:
+    return config.model.input_size // build_model(config, "meta").patch_size
+
+
+def _check_teacher(config: Config) -> None:
+    """What the teacher's config.json can tell."""
+    files, (width,) = TeacherFiles.read(config.teacher.path), config.model.z_dims
+    files.resolution(_token_side(config), config.teacher.resolution)
+    if files.hidden_size != width:
+        raise ValueError(
+            f"the teacher {config.teacher.path} has {files.hidden_size} channels, the model's "
+            f"projector {width}: set model.z_dims=[{files.hidden_size}], or take another teacher"
+        )
+
+
 def check(config: Config, world_size: int = 1) -> None:
-    """`validate`, and that network and objective can be built; reads no data or weights."""
+    """`validate`, and that network and objective can be built; reads no data or weights.
+
+    Of a teacher it reads the config.json.
+    """
     validate(config, world_size)
     build_objective(config, build_model(config, "meta").clock)
+    if config.teacher.path is not None:
+        _check_teacher(config)

@@ -1,4 +1,4 @@
-"""The command `mixflow-fast`: train, sample, demo."""
+"""The command `mixflow-fast`: train, sample, demo, inspect, export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        the exit code: 0 done, 1 training diverged, 2 refused input, 130 interrupted.
+        the exit code: 0 done, 1 training diverged (inspect: the weights do not fit), 2 refused
+        input, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
@@ -144,6 +145,40 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _inspect(options: argparse.Namespace, _arguments: list[str]) -> int:
+    import json
+
+    from mixflow_fast.inspection import as_json, inspect_file
+    from mixflow_fast.inspection_text import as_text
+
+    found = inspect_file(options.checkpoint, options.weights, options.against)
+    print(json.dumps(as_json(found), indent=1) if options.json else as_text(found))
+    return 0 if found.fits else 1
+
+
+def _export(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from mixflow_fast.export import export
+    from mixflow_fast.inspection_text import size_text
+
+    heads = options.num_heads
+    done = export(
+        options.checkpoint,
+        options.to,
+        options.out,
+        weights=options.weights,
+        head=options.head,
+        bare=options.bare,
+        clock=options.clock,
+        num_heads=heads if heads is None or len(heads) > 1 else heads[0],
+        force=options.force,
+    )
+    size = size_text(done.size_bytes)
+    print(f"{done.path}: {done.model}, clock {done.clock}, {done.tensors} tensors, {size}")
+    for note in done.notes:
+        print(f"  {note}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixflow-fast",
@@ -221,7 +256,67 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--post-lr", type=float)
     command.add_argument("--samples", type=int, help="generated images per cell")
     command.set_defaults(run=_demo)
+
+    _add_inspect(commands)
+    _add_export(commands)
     return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="what is in a checkpoint, and whether its weights fit",
+        description="Says whose checkpoint it is, which network, clock and settings, and whether "
+        "names, shapes and values are right. Nothing in the file is executed. Exit code: 0 it "
+        "fits, 1 it does not, 2 it cannot be read.",
+        epilog="example: mixflow-fast inspect SiT-XL-2-256.pt --against SiT-XL/2",
+    )
+    command.add_argument("checkpoint", help="run folder, or a .pt or .safetensors file")
+    command.add_argument(
+        "--against",
+        metavar="NAME",
+        help="hold it against SiT-{S,B,L,XL}/{2,4,8} or DiTDH-{S,B,L,XL}; default: what the "
+        "shapes tell",
+    )
+    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.add_argument("--json", action="store_true", help="all findings as JSON")
+    command.set_defaults(run=_inspect)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a checkpoint for official samplers, as safetensors, or for diffusers",
+        description="official: a .pt that the samplers of SiT, REPA and RAE load. ema: one "
+        ".safetensors that says how its network is built. diffusers: a DiTTransformer2DModel "
+        "folder (SiT and REPA), compared with the network when it is written.",
+        epilog="example: mixflow-fast export runs/post --to official --out post.pt",
+    )
+    command.add_argument("checkpoint", help="run folder, or a .pt or .safetensors file")
+    command.add_argument("--to", choices=("official", "ema", "diffusers"), required=True)
+    command.add_argument("--out", required=True, help="the .pt, .safetensors or folder to write")
+    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.add_argument(
+        "--head",
+        choices=("velocity", "sigma", "as-is"),
+        help="of a SiT: velocity for its sample scripts with --ckpt, sigma for its train script "
+        "and for pretrained_models/ (with --bare); default velocity, for ema as-is",
+    )
+    command.add_argument(
+        "--bare", action="store_true", help="official: the state dict without a dict around it"
+    )
+    command.add_argument(
+        "--clock", choices=("data_at_1", "noise_at_1"), help="if the file does not say it"
+    )
+    command.add_argument(
+        "--num-heads",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="if the shapes cannot tell; DiT-DH: two, encoder and head",
+    )
+    command.add_argument("--force", action="store_true", help="replace what is at --out")
+    command.set_defaults(run=_export)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Sequence
@@ -30,23 +29,27 @@ DATA_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. Fields that are None keep the named model's own value."""
+    """The network, and how it is run. Fields that are None keep the named model's own value."""
 
-    name: str = "SiT-XL/2"  # SiT-{S,B,L,XL}/{2,4,8}
+    name: str = "SiT-XL/2"  # SiT-{S,B,L,XL}/{2,4,8} | DiTDH-{S,B,L,XL}
     input_size: int = 32  # side of the latent or image
     in_channels: int = 4
     num_classes: int = 1000
     class_dropout_prob: float = 0.1  # > 0 gives the null class its row
-    learn_sigma: bool = True  # official SiT checkpoints have the unused sigma half
-    depth: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
+    learn_sigma: bool | None = None  # SiT: official checkpoints have the unused sigma half (true)
+    depth: int | tuple[int, ...] | None = None  # DiTDH: [encoder, head], like the next two
+    hidden_size: int | tuple[int, ...] | None = None
+    num_heads: int | tuple[int, ...] | None = None
     mlp_ratio: float | None = None
     z_dims: tuple[int, ...] | None = None  # REPA's projector outputs; makes it REPA's SiT
     encoder_depth: int | None = None
     projector_dim: int | None = None
     qk_norm: bool | None = None
+    train_embeddings: bool | None = None  # DiTDH: positions and Fourier frequencies too (false)
     init_seed: int = 0  # of the random initial weights
+    mode: str = "auto"  # eager | compile | fused; auto = compile on a GPU, eager on a CPU
+    attention: str = "auto"  # flash3 | flash2 | cudnn | flash | efficient | math
+    checkpointing: str = "none"  # none | blocks | selective: activations made again, for memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,9 @@ class ObjectiveConfig:
     loss_weight: str | None = None
     interval: str = "shifted"
     impl: str = "auto"
-    alignment_weight: float = 0.0  # REPA's projection loss; needs model.z_dims and data features
+    alignment_weight: float = 0.0  # of REPA's projection loss (REPA: 0.5); needs model.z_dims and
+    # teacher.path or data.features
+    alignment_input: str = "slowed"  # slowed: projections of the training forward; label: of x_t
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,18 @@ class DataConfig:
     moments: bool = False  # latents hold VAE mean|std: the posterior is sampled every step
     scale: float = 1.0  # latents are multiplied by this (SD-VAE: 0.18215)
     features: str | None = None  # .npy of teacher features (N, T, z) for REPA
+    images: str | None = None  # uint8 images of the latents, for the teacher: folder, .npy, .npz
     workers: int = 0  # decoding threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """REPA's frozen DINOv2, run during training instead of reading `data.features`."""
+
+    path: str | None = None  # local folder with config.json and model.safetensors
+    resolution: int | None = None  # pixels it sees; null = REPA's: 224 for 256 px, 448 for 512 px
+    precision: str | None = None  # fp32 | bf16; null = train.precision
+    positions: str = "repa"  # resampled once as REPA does; model: by transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +137,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/default"
@@ -288,109 +305,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def validate(config: Config, world_size: int = 1) -> None:
-    """Refuse values and combinations that cannot work. Reads nothing from disk.
-
-    Raises:
-        ValueError: names the field, what came, what is expected.
-    """
-    m, o, d, p, t = config.model, config.objective, config.data, config.optim, config.train
-    for name, value in _leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-    _check_data(d, o.alignment_weight > 0)
-    _choice("train.precision", t.precision, ("bf16", "fp32"))
-    _choice("train.zero_stage", t.zero_stage, (0, 1, 2, 3))
-    _choice("train.device", t.device, ("auto", "cpu", "cuda"))
-    _choice("optim.schedule", p.schedule, ("constant", "linear", "cosine"))
-    for name, value, low in (
-        ("train.images", t.images, 1),
-        ("train.global_batch_size", t.global_batch_size, 1),
-        ("train.microbatch_size", t.microbatch_size, 1),
-        ("train.log_every", t.log_every, 1),
-        ("train.save_every", t.save_every, 0),
-        ("train.keep", t.keep, 1),
-        ("train.seed", t.seed, 0),
-        ("data.workers", d.workers, 0),
-        ("optim.grad_clip", p.grad_clip, 0),
-        ("optim.warmup_images", p.warmup_images, 0),
-        ("optim.decay_images", p.decay_images, 0),
-        ("optim.lr", p.lr, 0),
-        ("optim.weight_decay", p.weight_decay, 0),
-        ("objective.alignment_weight", o.alignment_weight, 0),
-    ):
-        if not value >= low:
-            raise ValueError(f"{name} must be >= {low}, got {value}")
-    if t.precision == "bf16" and t.zero_stage == 0:
-        raise ValueError(
-            "train.precision=bf16 needs train.zero_stage >= 1: DeepSpeed's bf16 optimizer without "
-            "ZeRO takes a step with zero gradients when it is built. On one rank ZeRO 1 shards "
-            "nothing and costs nothing"
-        )
-    if t.global_batch_size % world_size:
-        raise ValueError(
-            f"train.global_batch_size = {t.global_batch_size} must be a multiple of the number of "
-            f"ranks, got {world_size}"
-        )
-    for name, value in (
-        ("train.label_dropout", t.label_dropout),
-        ("optim.beta1", p.beta1),
-        ("optim.beta2", p.beta2),
-        ("optim.ema_decay", p.ema_decay),
-    ):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
-    if not 0 <= p.final_lr <= p.lr:
-        raise ValueError(f"optim.final_lr must be in [0, optim.lr = {p.lr}], got {p.final_lr}")
-    if not 0 <= m.init_seed < 1 << 63:
-        raise ValueError(f"model.init_seed must be in [0, 2**63), got {m.init_seed}")
-    if m.z_dims is None:
-        for name in ("encoder_depth", "projector_dim"):
-            if getattr(m, name) is not None:
-                raise ValueError(f"model.{name} has no meaning without model.z_dims: leave it out")
-    if t.label_dropout and not m.class_dropout_prob:
-        raise ValueError(
-            f"train.label_dropout = {t.label_dropout} needs a null class: set "
-            "model.class_dropout_prob > 0, or train.label_dropout=0"
-        )
-    if o.alignment_weight and not (m.z_dims and len(m.z_dims) == 1 and d.features):
-        raise ValueError(
-            f"objective.alignment_weight = {o.alignment_weight} needs model.z_dims (one REPA "
-            "projector) and data.features (the teacher's features)"
-        )
-    if p.schedule != "constant" and 0 < p.decay_images <= p.warmup_images:
-        raise ValueError(
-            f"optim.decay_images = {p.decay_images} must be larger than optim.warmup_images = "
-            f"{p.warmup_images}"
-        )
-
-
-def _check_data(d: DataConfig, aligned: bool) -> None:
-    _choice("data.kind", d.kind, tuple(DATA_FIELDS))
-    taken = (*DATA_FIELDS[d.kind], *(("features",) if d.kind == "latents" and aligned else ()))
-    if "path" in taken and d.path is None:
-        raise ValueError(f"data.path must be given for data.kind={d.kind}: add data.path=PATH")
-    for f in dataclasses.fields(d):
-        given = getattr(d, f.name) != f.default and f.name not in ("kind", "workers")
-        if given and f.name not in taken:
-            why = "without objective.alignment_weight" if f.name == "features" else ""
-            raise ValueError(
-                f"data.{f.name} has no meaning for data.kind={d.kind} {why}".rstrip()
-                + ": leave it out"
-            )
-
-
-def _leaves(config: Config) -> list[tuple[str, Any]]:
-    return [
-        (f"{section}.{name}", value)
-        for section, fields in config.to_dict().items()
-        if isinstance(fields, dict)
-        for name, value in fields.items()
-    ]
-
-
-def _choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

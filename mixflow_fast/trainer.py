@@ -27,25 +27,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixflow_fast import checkpoint, distributed
-from mixflow_fast.build import build_data, build_model, build_objective
-from mixflow_fast.config import Config, load_config, validate
-from mixflow_fast.data import Batch, BatchLoader
+from mixflow_fast.alignment import Alignment
+from mixflow_fast.build import build_data, build_execution, build_model, build_objective
+from mixflow_fast.config import Config, load_config
+from mixflow_fast.data import BatchLoader
 from mixflow_fast.kernels import philox, runtime
+from mixflow_fast.kernels.attention_backends import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics import MetricsFile, Progress
-from mixflow_fast.models import (
-    load_into,
-    load_weights,
-    read_model_config,
-    repa_alignment_loss,
-    save_weights,
-)
+from mixflow_fast.models import load_into, load_weights, read_model_config, save_weights
 from mixflow_fast.optim import AdamWEMA, learning_rate
+from mixflow_fast.validation import validate
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
 # train.images does where the learning rate descends towards it).
 _FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep",
-         "train.device", "train.microbatch_size", "data.workers", "objective.impl"}  # fmt: skip
+         "train.device", "train.microbatch_size", "data.workers", "objective.impl", "model.mode",
+         "model.attention", "model.checkpointing"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ class Trainer:
         self.source = build_data(config)
         self._resume_from = checkpoint.newest_checkpoint(self.out)
         self.step = 0
+        self._attention_before: list[str] | None = None
         if self._resume_from is not None:
             self._check_resume(resume, ranks)
             load_into(self.model, load_weights(self._resume_from / "weights.pt", key="model"))
@@ -100,8 +99,11 @@ class Trainer:
         elif config.train.init is not None:
             self._load_init(checkpoint.weights_file(config.train.init))
         self.device = distributed.init_process_group(config.train.device)
+        self.alignment = Alignment(config, self.mix, self.device)
         fused = runtime.use_kernels(self.mix.impl, self.device)
         self.objective = "Triton kernels" if fused else "PyTorch reference"
+        self.model.set_execution(build_execution(config, self.device))
+        self.attention = self._choose_attention(ranks)
         deepspeed = _import_deepspeed()
         self._lock = self._prepare_folder()
         # DeepSpeed casts and shards the module: these keep what it must start from and export.
@@ -137,10 +139,11 @@ class Trainer:
         metrics = MetricsFile(self.out / "metrics.jsonl", self.step) if self._is_writer else None
         progress = Progress(total, self.step, self.out.name, self.quiet)
         progress.say(f"objective: {self.objective} on {self.device}")
+        progress.say(f"network: {self._network_in_words()}")
         if self.step and self.step < total:
             progress.say(f"{self.out}: resumed after step {self.step} of {total}")
         saved = self.step if self._resume_from else -1
-        window = _Window()
+        window = _Window(self.device)
         try:
             with loader, self._signals():
                 while self.step < total and not self._stop_asked():
@@ -148,7 +151,7 @@ class Trainer:
                     progress.step()
                     if self.step % c.log_every == 0 or self.step == total:
                         row = self._metrics_row(window)
-                        window = _Window()
+                        window = _Window(self.device)
                         if metrics is not None:
                             metrics.write(row)
                         progress.report(row)
@@ -172,30 +175,24 @@ class Trainer:
         return TrainResult(self.out, self.step, self.images_seen, self.step >= total)
 
     def _step(self, loader: BatchLoader) -> Tensor:
-        """One optimizer step; returns this rank's mean loss, on the device."""
+        """One optimizer step; this rank's mean (loss, alignment term in it), on the device."""
         end = self.images_seen + self.config.train.global_batch_size
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(end)
-        total = torch.zeros((), device=self.device)
+        totals = torch.zeros(2, device=self.device)
         for _ in range(loader.microsteps):
-            batch = next(loader)
-            x1, positions = self._on_device(batch.x), self._on_device(batch.positions)
-            y = self._drop_labels(self._on_device(batch.y), positions)
-            it = self.mix.prepare(x1, ids=positions)
+            batch = next(loader).to(self.device)
+            y = self._drop_labels(batch.y, batch.positions)
+            it = self.mix.prepare(batch.x, ids=batch.positions)
             output = self.engine(it.x, it.t, y)
             pred, zs = output if isinstance(output, tuple) else (output, None)
-            loss = self.mix.loss(pred, it)
-            loss = loss + self._alignment(zs, batch)
+            alignment = self.alignment(self.engine.module, zs, batch, it, y)
+            loss = self.mix.loss(pred, it) + self.alignment.weight * alignment
             self.engine.backward(loss)
             self.engine.step()
-            total += loss.detach()
+            totals += torch.stack([loss, alignment]).detach()
         self.step += 1
-        return total / loader.microsteps
-
-    def _on_device(self, value: Tensor) -> Tensor:
-        # A copy from pageable memory would wait for the device.
-        value = value.pin_memory() if self.device.type == "cuda" else value
-        return value.to(self.device, non_blocking=True)
+        return totals / loader.microsteps
 
     def _drop_labels(self, y: Tensor, positions: Tensor) -> Tensor:
         probability = self.config.train.label_dropout
@@ -203,13 +200,6 @@ class Trainer:
             return y
         u = philox.uniform(self.config.train.seed, Stream.LABEL_DROPOUT, positions)[:, 0]
         return torch.where(u < probability, self.model.null_class, y)
-
-    def _alignment(self, zs: list[Tensor] | None, batch: Batch) -> Tensor | float:
-        weight = self.config.objective.alignment_weight
-        if not weight:
-            # The projectors stay out of the loss; a zero keeps their gradients defined.
-            return 0.0 if zs is None else 0.0 * sum(z.float().sum() for z in zs)
-        return weight * repa_alignment_loss(zs, [self._on_device(batch.features)])
 
     def _learning_rate(self, images_seen: int) -> float:
         p = self.config.optim
@@ -221,6 +211,29 @@ class Trainer:
             decay_images=p.decay_images or self.config.train.images,
             final_lr=p.final_lr,
         )
+
+    def _choose_attention(self, ranks: int) -> list[AttentionChoice]:
+        """One choice on all ranks, and the one from before where a run goes on: the same bits."""
+        micro = self.config.microbatch(ranks)
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        names = [self._attention_before]
+        if ranks > 1:
+            if distributed.rank() == 0:
+                choices = self.model.choose_attention(micro, dtype, self.device, names[0])
+                names = [[choice.backend for choice in choices] or None]
+            dist.broadcast_object_list(names)
+        return self.model.choose_attention(micro, dtype, self.device, names[0])
+
+    def _network_in_words(self) -> str:
+        how = self.model.execution
+        words = [f"mode {how.mode}"]
+        for choice in self.attention:
+            words.append(f"attention {choice.backend} ({choice.tested[choice.backend]})")
+        if not self.attention:
+            words.append("attention by PyTorch's choice")
+        if how.checkpointing != "none":
+            words.append(f"activation checkpointing: {how.checkpointing}")
+        return ", ".join(words)
 
     def _build_engine(self, deepspeed: Any) -> tuple[Any, AdamWEMA]:
         c, p = self.config.train, self.config.optim
@@ -256,6 +269,9 @@ class Trainer:
             engine, _, _, _ = deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=settings
             )
+        for name in self.model.float32_names:  # DeepSpeed casts every parameter
+            parameter = self.model.get_parameter(name)
+            parameter.data = self._initial[name].to(parameter.device)
         if self._resume_from is None:
             self._set_master_weights(engine)
         else:
@@ -308,6 +324,7 @@ class Trainer:
                 "step": self.step,
                 "images_seen": self.images_seen,
                 "world_size": distributed.world_size(),
+                "attention": [choice.backend for choice in self.attention] or None,
             }
             checkpoint.commit(self.out, self.step, state, self.config.train.keep)
         dist.barrier()
@@ -357,6 +374,8 @@ class Trainer:
                 f"train.init={self.out / 'weights.pt'} in a new out="
             )
         self.step = state["step"]
+        if self.config.model.attention == "auto":
+            self._attention_before = state.get("attention")
 
     @property
     def _descends_to_the_end(self) -> bool:
@@ -389,14 +408,14 @@ class Trainer:
         dist.barrier()
         return lock
 
-    def _check_finite(self, window: _Window) -> tuple[float, float | None]:
-        """Mean loss of the window and last gradient norm; waits for the device."""
-        loss = torch.as_tensor(window.loss, device=self.device) / max(window.steps, 1)
-        dist.all_reduce(loss)
+    def _check_finite(self, window: _Window) -> tuple[float, float, float | None]:
+        """The window's mean loss and alignment, the last gradient norm; waits for the device."""
+        losses = window.losses / max(window.steps, 1)
+        dist.all_reduce(losses)
         norm = self.optimizer.grad_norm
         if norm is None or self.config.train.zero_stage == 3:
             norm = self.engine.get_global_grad_norm()
-        mean = loss.item() / distributed.world_size()
+        mean, alignment = (loss / distributed.world_size() for loss in losses.tolist())
         norm = None if norm is None else float(norm)
         if not math.isfinite(mean) or not math.isfinite(norm or 0.0):
             last = self.images_seen
@@ -406,15 +425,16 @@ class Trainer:
                 f"of it was saved; the newest checkpoint in {self.out} is from before. Lower "
                 "optim.lr or set optim.grad_clip"
             )
-        return mean, norm
+        return mean, alignment, norm
 
     def _metrics_row(self, window: _Window) -> dict[str, Any]:
-        loss_value, norm = self._check_finite(window)
+        loss, alignment, norm = self._check_finite(window)
         seconds = time.perf_counter() - window.started
         return {
             "step": self.step,
             "images_seen": self.images_seen,
-            "loss": loss_value,
+            "loss": loss,
+            **({"alignment": alignment} if self.alignment.weight else {}),
             "grad_norm": norm,
             "lr": self._learning_rate(self.images_seen),
             "images_per_s": window.steps * self.config.train.global_batch_size / seconds,
@@ -461,16 +481,16 @@ class TrainingDiverged(RuntimeError):
 
 
 class _Window:
-    """Losses since the last report, summed on the device."""
+    """(loss, alignment) since the last report, summed on the device."""
 
-    def __init__(self) -> None:
-        self.loss: Tensor | float = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.losses = torch.zeros(2, device=device)
         self.steps = 0
         self.images = 0
         self.started = time.perf_counter()
 
-    def add(self, loss: Tensor, images: int) -> None:
-        self.loss = self.loss + loss
+    def add(self, losses: Tensor, images: int) -> None:
+        self.losses = self.losses + losses
         self.steps += 1
         self.images += images
 

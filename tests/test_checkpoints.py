@@ -1,7 +1,7 @@
 """Weight files in the official layouts, read and written."""
 
 import argparse
-import os
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixflow_fast.models import (
+    DITDH_SIZES,
+    DiTDH,
     SiT,
+    build,
     export_official_sit,
+    infer_kwargs,
     infer_sit_kwargs,
     load_into,
+    load_model,
     load_weights,
     save_weights,
 )
-from tests.golden_files import load
+from tests.golden_files import FOLDER, load
 
 HEAD = "final_layer.linear.weight"
 
@@ -86,46 +91,6 @@ def test_renames_legacy_repa_blocks(tmp_path: Path) -> None:
         assert same(load_weights(path, encoder_depth=given), state)
     with pytest.raises(ValueError, match="encoder_depth must be .* = 2, got 1"):
         load_weights(path, encoder_depth=1)
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("executed",)
-
-
-def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="weights file not found: .*absent.pt"):
-        load_weights(tmp_path / "absent.pt")
-    state, _, _ = golden()
-    torch.save(state, "whole.pt")
-    content = Path("whole.pt").read_bytes()
-    damaged = {
-        "truncated.pt": content[: len(content) // 2],
-        "empty.pt": b"",
-        "page.pt": b"<html>quota exceeded</html>",
-        "broken.safetensors": b"\x00" * 100,
-    }
-    for name, data in damaged.items():
-        Path(name).write_bytes(data)
-        with pytest.raises(ValueError, match=f"cannot read weights from {name}"):
-            load_weights(name)
-    torch.save({"ema": state, "args": Malicious()}, "unsafe.pt")
-    with pytest.raises(ValueError, match="cannot read weights from unsafe.pt.*not safe"):
-        load_weights("unsafe.pt")
-    assert not Path("executed").exists()
-    torch.save([1, 2], "list.pt")
-    with pytest.raises(ValueError, match="list.pt must hold a dict, got list"):
-        load_weights("list.pt")
-    torch.save({"lr": 0.1, "step": 3}, "numbers.pt")
-    with pytest.raises(ValueError, match="numbers.pt must hold .* not tensors: lr, step"):
-        load_weights("numbers.pt")
-    torch.save({"ema": {}}, "nothing.pt")
-    with pytest.raises(ValueError, match="nothing.pt must hold .* no entries"):
-        load_weights("nothing.pt")
-    torch.save({"pos_embed": torch.ones(1), "module.pos_embed": torch.ones(1)}, "twice.pt")
-    with pytest.raises(ValueError, match="twice.pt holds pos_embed twice"):
-        load_weights("twice.pt")
 
 
 def test_head_conversion_keeps_the_official_output() -> None:
@@ -297,3 +262,124 @@ def test_meta_tensors_cannot_be_saved(tmp_path: Path) -> None:
     state = {"a": torch.zeros(2, device="meta")}
     with pytest.raises(ValueError, match="model_state holds a on the meta device"):
         save_weights(tmp_path / "a.pt", state, state, {})
+
+
+OFFICIAL = {
+    "SiT": lambda state: {
+        **{"model": shifted(state), "ema": state, "opt": {"state": {}, "param_groups": []}},
+        "args": argparse.Namespace(model="SiT-XL/2", prediction="velocity"),
+    },
+    "REPA": lambda state: {
+        **{"model": shifted(state), "ema": state, "opt": {"state": {}, "param_groups": []}},
+        "args": argparse.Namespace(model="SiT-XL/2", prediction="v", encoder_depth=2),
+        "steps": 400000,
+    },
+    "RAE": lambda state: {
+        **{"step": 5, "epoch": 3, "model": shifted(state), "ema": state},
+        **{"optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}},
+    },
+    "RAE first release": lambda state: {
+        **{"model": shifted(state), "ema": state, "opt": {"state": {}}, "scheduler": {}},
+        **{"train_steps": 7, "config_path": "xl.yaml", "training_cfg": {"epochs": 80}},
+        "cli_overrides": {"data_path": "/data", "global_seed": 0},
+    },
+    "under ema": lambda state: {"ema": state},
+    "bare": lambda state: state,
+    "wrapped": lambda state: {"model": {f"module._orig_mod.{n}": t for n, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("layout", OFFICIAL)
+@pytest.mark.parametrize("name", ["sit_0", "repa_0", "rae_ddt_0"])
+@pytest.mark.filterwarnings("ignore:.*has no 'ema' weights")
+def test_every_layout_gives_the_official_network(name: str, layout: str, tmp_path: Path) -> None:
+    state, g, config = golden(name)
+    torch.save(OFFICIAL[layout](state), tmp_path / "a.pt")
+    heads = config["num_heads"]
+    model = load_model(
+        tmp_path / "a.pt",
+        num_heads=tuple(heads) if isinstance(heads, list) else heads,
+        encoder_depth=2 if name == "repa_0" else None,
+    )
+    assert type(model) is (DiTDH if name == "rae_ddt_0" else SiT)
+    assert model.clock == ("data_at_1" if name == "sit_0" else "noise_at_1")
+    assert model.prediction == "velocity" and not model.training
+    assert same(model.state_dict(), state)
+    (tmp_path / "a.pt").write_bytes(b"")  # nothing hangs on the file
+    out = model.velocity(g["x"], g["t"], g["y"])
+    assert (out - g["out"]).norm() / g["out"].norm() < 1e-5
+
+
+def test_official_args_say_what_shapes_do_not(tmp_path: Path) -> None:
+    state, _, _ = golden("repa_0")
+    torch.save(OFFICIAL["REPA"](state), tmp_path / "repa.pt")
+    assert load_model(tmp_path / "repa.pt", num_heads=4).encoder_depth == 2
+    sit, _, _ = golden()
+    content = OFFICIAL["SiT"](sit)
+    content["args"].prediction = "noise"
+    torch.save(content, tmp_path / "sit.pt")
+    assert load_model(tmp_path / "sit.pt", num_heads=4).prediction == "noise"
+
+
+@pytest.mark.parametrize(
+    ("listed", "name", "more"),
+    [
+        ("sit:SiT-XL/2:256", "SiT-XL/2", {}),
+        ("sit:SiT-XL/2:512", "SiT-XL/2", {"input_size": 64}),
+        ("repa:SiT-XL/2:256", "SiT-XL/2", {"z_dims": [768]}),
+        ("rae:DiTDH-XL:256", "DiTDH-XL", {}),
+        ("rae:DiTDH-XL:512", "DiTDH-XL", {"input_size": 32}),
+    ],
+)
+def test_published_networks_are_read_off_their_shapes(listed: str, name: str, more: dict) -> None:
+    shapes = json.loads((FOLDER / "state_dict_shapes.json").read_text())[listed]
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+        class_name, kwargs = infer_kwargs(state)
+        model = {"SiT": SiT, "DiTDH": DiTDH}[class_name](**kwargs)
+        published = build(name, **more)
+    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == {
+        n: tuple(shape) for n, shape in shapes.items()
+    }
+    assert model.config == published.config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rope": False, "hidden_size": [384, 768], "num_heads": [6, 12]},
+        {"use_rope": False, "use_qknorm": True},
+        {"use_pos_embed": False, "patch_size": 2},
+        {"use_swiglu": False, "use_rmsnorm": False, "mlp_ratio": 2.0},
+        {"wo_shift": True, "depth": [3, 1], "mlp_ratio": 3.0},
+    ],
+)
+def test_ditdh_options_are_read_off_the_shapes(changes: dict[str, Any]) -> None:
+    _, _, config = golden("rae_ddt_0")
+    with torch.device("meta"):
+        model = DiTDH(**config | changes)
+        class_name, kwargs = infer_kwargs(model.state_dict())
+        assert class_name == "DiTDH" and DiTDH(**kwargs).config == model.config
+
+
+def test_ditdh_with_one_width() -> None:
+    _, _, config = golden("rae_ddt_0")
+    with torch.device("meta"):
+        state = DiTDH(**config | {"hidden_size": [64, 64], "depth": [3, 1]}).state_dict()
+    with pytest.warns(UserWarning, match="took the published 2 head blocks"):
+        assert infer_kwargs(state)[1]["depth"] == [2, 2]
+    assert infer_kwargs(state, encoder_depth=3)[1]["depth"] == [3, 1]
+    with pytest.raises(ValueError, match="4 encoder blocks of 4"):
+        infer_kwargs(state, encoder_depth=4)
+    assert set(DITDH_SIZES) == {"S", "B", "L", "XL"}
+
+
+def test_ditdh_that_cannot_be_read() -> None:
+    state, _, config = golden("rae_ddt_0")
+    bare = {n: t for n, t in state.items() if n != "pos_embed" and "rope" not in n}
+    with pytest.raises(ValueError, match="input_size cannot be read"):
+        infer_kwargs(bare)
+    with pytest.raises(ValueError, match="num_heads cannot be read .* width 64"):
+        infer_kwargs(bare | {"pos_embed": state["pos_embed"]})
+    with pytest.raises(ValueError, match="DiT-DH, got one with no y_embedder"):
+        infer_kwargs({n: t for n, t in state.items() if "y_emb" not in n})

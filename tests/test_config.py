@@ -5,19 +5,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixflow_fast.config import Config, load_config, recipe_names, validate
+from mixflow_fast.build import build_model
+from mixflow_fast.config import Config, load_config, recipe_names
+from mixflow_fast.validation import validate
 
 GIVEN = {"train.init": "null", "data.path": "latents"}
 
 
 def resolved(name: str) -> Config:
     given = {} if name in ("photos", "digits") else GIVEN
+    if "repa" in name:
+        given = given | {"data.features": "features.npy"}
     return load_config(name, [f"{key}={value}" for key, value in given.items()])
 
 
-def test_the_issue_recipes_exist() -> None:
+def test_every_recipe_is_there() -> None:
     assert set(recipe_names()) == {
-        *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "photos", "digits"),
+        *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "rae-xl-256", "rae-xl-512"),
+        *("photos", "digits"),
     }
 
 
@@ -42,6 +47,46 @@ def test_recipes_match_the_published_models(name: str) -> None:
     assert (c.train.global_batch_size, c.optim.lr, c.optim.ema_decay) == (256, 1e-4, 0.9999)
     assert (c.objective.gamma, c.objective.timesteps, c.steps) == (0.8, "beta21", 500_000)
     assert c.optim.grad_clip == (1.0 if "repa" in name else 0.0)
+
+
+@pytest.mark.parametrize(("name", "side"), [("rae-xl-256", 16), ("rae-xl-512", 32)])
+def test_rae_recipes_match_the_published_model(name: str, side: int) -> None:
+    """Spec tables: 200 epochs of ImageNet at batch 1024, the shift of the latent's size."""
+    c = resolved(name)
+    assert (c.model.name, c.model.input_size, c.model.in_channels) == ("DiTDH-XL", side, 768)
+    assert c.objective.shift == pytest.approx((768 * side * side / 4096) ** 0.5, rel=1e-12)
+    assert (c.objective.gamma, c.steps, c.optim.ema_decay) == (0.4, 250_000, 0.9995)
+    assert (c.optim.beta2, c.optim.grad_clip) == (0.95, 1.0)
+    model = build_model(c, "meta")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 838_380_628
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.mode=fast"], "model.mode must be one of"),
+        (["model.attention=fa2"], "model.attention must be one of"),
+        (["model.checkpointing=all"], "model.checkpointing must be one of"),
+        (["model.mode=fused", "train.zero_stage=3"], r"model.mode=fused .* train.zero_stage=2"),
+        (["model.checkpointing=blocks", "train.zero_stage=3"], "model.checkpointing=blocks"),
+        (["model.name=DiTDH-S"], "model.learn_sigma has no meaning for DiTDH-S"),
+        (["model.name=DiTDH-S", "model.learn_sigma=null"], r"depth must be a pair, \[encoder"),
+        (["model.depth=[2, 1]"], r"model.depth must be a number for SiT-S/4"),
+        (["model.train_embeddings=true"], "no meaning for SiT-S/4"),
+    ],
+)
+def test_refuses_networks_that_cannot_run(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(load_config("photos", overrides))
+
+
+def test_trained_embeddings_need_float32() -> None:
+    c = resolved("rae-xl-256").replace(**{"model.train_embeddings": True})
+    with pytest.raises(ValueError, match="train.precision=fp32"):
+        validate(c)
+    validate(c.replace(**{"train.precision": "fp32"}))
+    with pytest.raises(ValueError, match="train.zero_stage=2"):
+        validate(resolved("rae-xl-256").replace(**{"train.zero_stage": 3}))
 
 
 def test_post_training_recipes_ask_for_what_they_need() -> None:

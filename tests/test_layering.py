@@ -27,15 +27,21 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "distributed": (),
     "checkpoint": (),
     "metrics": (),
-    "config": ("flow", "models", "data"),
+    "optional": (),
+    "config": (),
+    "validation": ("config", "models"),
     "arguments": ("kernels",),
     "objective": ("flow", "kernels", "arguments"),
+    "inspection": ("checkpoint", "models"),
+    "inspection_text": ("inspection",),
+    "export": ("checkpoint", "inspection", "models"),
     "sampling": ("flow", "kernels"),
     "evaluation": ("sampling", "images", "kernels"),
-    "build": ("kernels", "flow", "models", "data", "config", "objective"),
+    "build": ("kernels", "flow", "models", "data", "config", "objective", "validation"),
+    "alignment": ("models", "data", "config", "objective", "build"),
     "trainer": (
         *("kernels", "flow", "models", "data", "optim", "distributed", "checkpoint", "metrics"),
-        *("config", "objective", "build"),
+        *("config", "objective", "build", "alignment", "validation"),
     ),
     "__init__": ("kernels", "flow", "models", "optim", "objective", "sampling"),
     "demo": (
@@ -64,6 +70,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "__init__",
         ),
         "demo",
+        "inspection",
+        "inspection_text",
+        "export",
     ),
     "__main__": ("cli",),
 }
@@ -71,7 +80,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
 OWNED = {"deepspeed": "trainer", "triton": "kernels.runtime"}
 # They belong to extras, so a module must import without them: only inside functions, or where an
 # ImportError is caught.
-OPTIONAL = {"triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"}
+OPTIONAL = {
+    *("triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"),
+    "transformers",
+}
 
 
 def _row(name: str) -> str | None:

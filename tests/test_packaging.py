@@ -128,7 +128,8 @@ def test_wheel_metadata(wheel):
     base = {re.split(r"[^\w.-]", line)[0].lower() for line in requires if "extra ==" not in line}
     assert base == BASE_DEPENDENCIES
     assert not names & {"flash-attn", "apex", "torchvision"}
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "data", "eval", "gpu", "dev"}
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert extras == {"train", "data", "eval", "repa", "gpu", "dev"}
 
 
 def test_command_has_its_function():

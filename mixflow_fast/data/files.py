@@ -6,7 +6,6 @@ REPA's preprocessing, float32 [8, h, w] = mean | std per image beside a dataset.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -16,6 +15,8 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor
 
+from mixflow_fast.data.arrays import load_arrays, load_npy, read_dataset_json
+from mixflow_fast.data.paired import PairedImages, numbered
 from mixflow_fast.data.sources import Batch, check_indices, random_flip
 from mixflow_fast.kernels.philox import Stream, normal
 
@@ -148,6 +149,8 @@ class Latents:
         moments: the stored channels are mean | std; x then has half of them.
         features: None takes features that lie with the latents, False ignores them, a path is
             another .npy of (N, T, z).
+        images: the images of the latents for a teacher, uint8, as `PairedImages`; paired by the
+            number in the latents' file names, or by row.
         num_classes: classes of the model; None is the largest label + 1.
 
     Raises:
@@ -161,6 +164,7 @@ class Latents:
         scale: float = 1.0,
         moments: bool = False,
         features: str | os.PathLike[str] | bool | None = None,
+        images: str | os.PathLike[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
         if not math.isfinite(scale) or scale == 0:
@@ -180,7 +184,7 @@ class Latents:
                 f"path must be a .npz, a .npy or a folder of latents, got {str(path)!r}"
             )
         if features:
-            stored = _load_npy(Path(features))
+            stored = load_npy(Path(features))
         self._features = stored
 
         _check_array("latents", self._x, "(N, C, H, W)", root)
@@ -199,6 +203,11 @@ class Latents:
                     f"features must have one row per latent, {count}, got {len(stored)}"
                 )
         self._y = _check_labels(labels, count, num_classes)
+        self._images: PairedImages | None = None
+        if images is not None:
+            rows = not isinstance(self._x, _FilePerSample)
+            numbers = list(range(count)) if rows else self._x.numbers(str(root / "dataset.json"))
+            self._images = PairedImages(images, numbers, self._y, rows)
         self._scale, self._moments = float(scale), moments
         self.num_classes = int(self._y.max()) + 1 if num_classes is None else num_classes
         self.shape = (channels // 2 if moments else channels, height, width)
@@ -208,7 +217,7 @@ class Latents:
         return len(self._y)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Source.get`: x (B, C, H, W), features (B, T, z) or None."""
+        """As `Source.get`: x (B, C, H, W); features (B, T, z) and images uint8, or None."""
         check_indices(indices, positions, len(self))
         rows = indices.numpy()
         x = _to_float32(self._x[rows])
@@ -223,22 +232,27 @@ class Latents:
             noise = normal(seed, Stream.POSTERIOR, positions, math.prod(self.shape))
             x = mean + std * noise.view_as(mean)
         features = None if self._features is None else _to_float32(self._features[rows])
-        return Batch(x * self._scale, self._y[indices], positions, features)
+        images = None if self._images is None else self._images.get(indices.tolist())
+        return Batch(x * self._scale, self._y[indices], positions, features, images)
 
 
 class _FilePerSample:
     """One .npy a sample, with the part of ndarray's interface that `Latents` uses."""
 
     def __init__(self, files: list[Path]) -> None:
-        first = _load_npy(files[0])
+        first = load_npy(files[0])
         self._files, self._sample_shape, self.dtype = files, first.shape, first.dtype
         self.shape = (len(files), *first.shape)
         self.ndim = len(self.shape)
 
+    def numbers(self, where: str) -> list[int]:
+        """The number in each file's name; ValueError if two are the same."""
+        return list(numbered(map(str, self._files), where))
+
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         import numpy as np
 
-        samples = [_load_npy(self._files[row]) for row in rows.tolist()]
+        samples = [load_npy(self._files[row]) for row in rows.tolist()]
         for row, sample in zip(rows.tolist(), samples, strict=True):
             if sample.shape != self._sample_shape or sample.dtype != self.dtype:
                 raise ValueError(
@@ -252,24 +266,6 @@ def _to_float32(array: np.ndarray) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: never the mapped file
-
-
-def _load(path: Path, **kwargs: Any) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False, **kwargs)
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"cannot read the arrays of {str(path)!r}: {error}") from error
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    import numpy as np
-
-    array = _load(path, mmap_mode="r")
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{str(path)!r} must hold one array (.npy), got an archive")
-    return array
 
 
 def _check_array(label: str, array: Any, layout: str, path: Path) -> None:
@@ -312,7 +308,7 @@ def _choose(found: list[str], moments: bool, path: Path) -> str:
 
 
 def _open_npz(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any, Any]:
-    with _load(path) as archive:
+    with load_arrays(path) as archive:
         found = [name for name in ("latents", "x", "moments") if name in archive.files]
         name = _choose(found, moments, path)
         label_names = [key for key in ("labels", "y") if key in archive.files]
@@ -346,22 +342,15 @@ def _open_npy(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any,
         raise ValueError(
             f"no labels beside {str(path)!r}: add {path.stem}_labels.npy or labels.npy"
         )
-    return _load_npy(path), _load_npy(labels), _load_npy(features) if features else None
+    return load_npy(path), load_npy(labels), load_npy(features) if features else None
 
 
 def _open_dataset_json(root: Path, moments: bool) -> tuple[_FilePerSample, np.ndarray]:
     import numpy as np
 
+    labels = read_dataset_json(root)
     index = root / "dataset.json"
-    try:
-        labels = {str(name): label for name, label in json.loads(index.read_text())["labels"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{str(index)!r} must be {{"labels": [[file, label], ...]}}, got {error!r}'
-        ) from error
     names = sorted(labels)
-    if not names:
-        raise ValueError(f"{str(index)!r} lists no sample")
     for name in names:
         if not name.endswith(".npy"):
             raise ValueError(f"{str(index)!r} must list .npy latents, got {name!r}")

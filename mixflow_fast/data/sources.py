@@ -8,7 +8,7 @@ download nothing and hold real pixels; they carry the demo and the tests.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Protocol
 
@@ -22,19 +22,32 @@ SPLITS = ("train", "heldout", "all")
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the CPU.
+    """One micro-batch, on the CPU as a source gives it.
 
     Attributes:
         x: (B, C, H, W) float32 data x1 as the network sees it; images in [-1, 1].
         y: (B,) int64 class labels.
         positions: (B,) int64 global sample positions, the `ids` of every random draw.
         features: (B, T, z) float32 features of a frozen encoder, or None.
+        images: (B, 3, H, H) uint8 images of the latents, or None.
     """
 
     x: Tensor
     y: Tensor
     positions: Tensor
     features: Tensor | None = None
+    images: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on a device. From pinned memory: a copy from pageable memory would wait for it."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            value = value.pin_memory() if device.type == "cuda" else value
+            return value.to(device, non_blocking=True)
+
+        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
 
 
 class Source(Protocol):

@@ -1,22 +1,25 @@
 """Networks with the official parameter names, and readers and writers of their official files."""
 
-from mixflow_fast.models.checkpoints import (
-    export_official_sit,
-    infer_sit_kwargs,
-    load_into,
-    load_model,
-    load_weights,
-    read_model_config,
-    save_weights,
-)
-from mixflow_fast.models.sit import MODELS, SIT_SIZES, SiT, build, repa_alignment_loss
+from mixflow_fast.models.checkpoints import load_into, load_model, read_model_config
+from mixflow_fast.models.ditdh import DiTDH
+from mixflow_fast.models.execution import Execution
+from mixflow_fast.models.layouts import export_official_sit, infer_kwargs, infer_sit_kwargs
+from mixflow_fast.models.registry import DITDH_SIZES, MODELS, SIT_SIZES, build
+from mixflow_fast.models.sit import SiT, repa_alignment_loss
+from mixflow_fast.models.transformer import Transformer
+from mixflow_fast.models.weights_files import load_weights, save_weights
 
 __all__ = [
+    "DITDH_SIZES",
     "MODELS",
     "SIT_SIZES",
+    "DiTDH",
+    "Execution",
     "SiT",
+    "Transformer",
     "build",
     "export_official_sit",
+    "infer_kwargs",
     "infer_sit_kwargs",
     "load_into",
     "load_model",

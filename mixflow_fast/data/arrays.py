@@ -1,0 +1,45 @@
+"""Files of arrays and REPA's dataset.json, read without pickle, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def load_arrays(path: Path, **kwargs: Any) -> Any:
+    """`numpy.load` without pickle; ValueError where it fails."""
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False, **kwargs)
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"cannot read the arrays of {str(path)!r}: {error}") from error
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """The one array of a .npy, memory-mapped."""
+    import numpy as np
+
+    array = load_arrays(path, mmap_mode="r")
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{str(path)!r} must hold one array (.npy), got an archive")
+    return array
+
+
+def read_dataset_json(root: Path) -> dict[str, Any]:
+    """{file name: label} of `root/dataset.json`, {"labels": [[file, label], ...]}; not empty."""
+    index = root / "dataset.json"
+    try:
+        labels = {str(name): label for name, label in json.loads(index.read_text())["labels"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{str(index)!r} must be {{"labels": [[file, label], ...]}}, got {error!r}'
+        ) from error
+    if not labels:
+        raise ValueError(f"{str(index)!r} lists no sample")
+    return labels

@@ -1,0 +1,170 @@
+"""A SiT as Hugging Face diffusers' `DiTTransformer2DModel`.
+
+The two classes compute the same but for the features of the time: SiT's are cos and sin of t w_j,
+w_j = 10000^(-j / 128), diffusers' those of t v_k, v_k = 10000^(-k / 127), j and k from 0 to 127.
+Every w_j lies between two v_k, and over t in [0, 1] cos(t w) and sin(t w) are smooth in log w, so
+Lagrange interpolation in log w over the 12 nearest v_k gives
+
+    cos(t w_j) = sum_k L_jk cos(t v_k),  the same L for sin,   |error| < 2e-13 for t in [0, 1]
+
+The first layer of the time's perceptron, W cos(t w), then becomes (W L) cos(t v): the same function
+to below float32 rounding. Everything else is renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixflow_fast.models.embedders import TIME_FEATURES, sincos_position_embedding
+
+_POINTS = 12  # error 2e-13; the sum of |L| stays below 2, so rounding is not amplified
+# What the class's own position table may differ by: SiT's EMA shifts its copy by rounding.
+MAX_POSITION_DRIFT = 1e-3
+NORM_EPS = 1e-6
+
+
+def time_basis() -> Tensor:
+    """B with sit_features(t) = diffusers_features(t) B^T for t in [0, 1]; (256, 256) float64."""
+    half = TIME_FEATURES // 2
+    # Positions on the log axis, in units of the distance between two v_k.
+    nodes = torch.arange(half, dtype=torch.float64)
+    points = nodes * (half - 1) / half
+    basis = torch.zeros(half, half, dtype=torch.float64)
+    for j, point in enumerate(points):
+        start = min(max(int(point) - _POINTS // 2 + 1, 0), half - _POINTS)
+        near = nodes[start : start + _POINTS]
+        gaps = near[:, None] - near[None, :]
+        factors = (point - near)[None, :] / gaps.masked_fill(gaps == 0, 1.0)
+        factors.fill_diagonal_(1.0)
+        basis[j, start : start + _POINTS] = factors.prod(dim=1)
+    return torch.block_diag(basis, basis)
+
+
+def diffusers_config(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`DiTTransformer2DModel`'s arguments for a SiT's (`SiT.config`).
+
+    Raises:
+        ValueError: the diffusers class has no such network.
+    """
+    for wrong, what in (
+        (kwargs["qk_norm"], "norms of q and k"),
+        (kwargs["mlp_ratio"] != 4.0, f"mlp_ratio {kwargs['mlp_ratio']} (it is fixed at 4)"),
+        (kwargs["class_dropout_prob"] == 0, "a label table without a null class"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"diffusers' DiTTransformer2DModel has no {what}, which this network needs: export "
+                "--to official or --to ema"
+            )
+    return {
+        "num_attention_heads": kwargs["num_heads"],
+        "attention_head_dim": kwargs["hidden_size"] // kwargs["num_heads"],
+        "in_channels": kwargs["in_channels"],
+        "out_channels": kwargs["in_channels"] * (2 if kwargs["learn_sigma"] else 1),
+        "num_layers": kwargs["depth"],
+        "sample_size": kwargs["input_size"],
+        "patch_size": kwargs["patch_size"],
+        "num_embeds_ada_norm": kwargs["num_classes"],
+        "norm_eps": NORM_EPS,
+    }
+
+
+def position_drift(state: Mapping[str, Tensor]) -> float:
+    """Largest difference of the state's position table from the one that diffusers computes.
+
+    Raises:
+        ValueError: it is another table.
+    """
+    table = state["pos_embed"]
+    side = int(table.shape[1] ** 0.5)
+    drift = (table[0] - sincos_position_embedding(table.shape[-1], side)).abs().max().item()
+    if not drift <= MAX_POSITION_DRIFT:
+        raise ValueError(
+            f"pos_embed is not the fixed sine-cosine table (it is up to {drift:.2g} away), and "
+            "diffusers' DiTTransformer2DModel computes that table itself: export --to official or "
+            "--to ema"
+        )
+    return drift
+
+
+def to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """A SiT's state dict under the names of `DiTTransformer2DModel`; projectors are left out.
+
+    The class repeats the time and label embedders in every block.
+    """
+    first = state["t_embedder.mlp.0.weight"]
+    shared = {
+        "timestep_embedder.linear_1.weight": (first.double() @ time_basis()).to(first.dtype),
+        "timestep_embedder.linear_1.bias": state["t_embedder.mlp.0.bias"],
+        "timestep_embedder.linear_2.weight": state["t_embedder.mlp.2.weight"],
+        "timestep_embedder.linear_2.bias": state["t_embedder.mlp.2.bias"],
+        "class_embedder.embedding_table.weight": state["y_embedder.embedding_table.weight"],
+    }
+    renamed = {
+        "norm1.linear": "adaLN_modulation.1",
+        "attn1.to_out.0": "attn.proj",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+    }
+    out: dict[str, Tensor] = {}
+    for part in ("weight", "bias"):
+        out[f"pos_embed.proj.{part}"] = state[f"x_embedder.proj.{part}"]
+        out[f"proj_out_1.{part}"] = state[f"final_layer.adaLN_modulation.1.{part}"]
+        out[f"proj_out_2.{part}"] = state[f"final_layer.linear.{part}"]
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            qkv = state[f"{ours}.attn.qkv.{part}"].chunk(3)
+            for name, tensor in zip("qkv", qkv, strict=True):
+                out[f"{theirs}.attn1.to_{name}.{part}"] = tensor
+            for name, old in renamed.items():
+                out[f"{theirs}.{name}.{part}"] = state[f"{ours}.{old}.{part}"]
+    for i in range(depth):
+        out |= {f"transformer_blocks.{i}.norm1.emb.{name}": t for name, t in shared.items()}
+    return out
+
+
+def build_diffusers(state: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> nn.Module:
+    """The diffusers model with a SiT's weights, float32 on the CPU, in eval mode.
+
+    Raises:
+        ValueError: the class cannot represent this network.
+        ImportError: diffusers is not installed.
+    """
+    config = diffusers_config(kwargs)
+    position_drift(state)
+    model = diffusers_class()(**config)
+    model.load_state_dict(to_diffusers(state, kwargs["depth"]), strict=True)
+    return model.eval()
+
+
+def diffusers_class() -> Any:
+    """`diffusers.DiTTransformer2DModel`; ImportError that says how to get it."""
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError as error:
+        raise ImportError(
+            f"export --to diffusers needs it: pip install diffusers ({error})"
+        ) from None
+    return DiTTransformer2DModel
+
+
+@torch.no_grad()
+def largest_difference(ours: nn.Module, theirs: nn.Module, batch: int = 3) -> float:
+    """Relative RMS difference of the two networks on random inputs, times from 0 to 1.
+
+    `ours` is a SiT whose head has as many channels as it gives velocities, or more; sigma channels
+    of `theirs` are not compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, ours.in_channels, ours.input_size, ours.input_size)
+    x = torch.randn(shape, generator=generator)
+    t = torch.linspace(0.0, 1.0, batch)
+    y = torch.randint(ours.num_classes, (batch,), generator=generator)
+    y[-1] = ours.num_classes  # the null class
+    expected = ours.velocity(x, t, y)
+    found = theirs(x, timestep=t, class_labels=y).sample[:, : ours.in_channels]
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()

@@ -1,0 +1,124 @@
+"""How a network is run: eager, compiled, or compiled with fused operators; what is recomputed.
+
+Blocks are compiled one by one: all blocks of a width share one compilation, which takes seconds
+where the whole network takes minutes, and costs little because the operators end at the blocks'
+borders anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from mixflow_fast.kernels.attention_cores import BACKENDS
+from mixflow_fast.kernels.runtime import IMPLS
+
+MODES = ("eager", "compile", "fused")
+CHECKPOINTING = ("none", "blocks", "selective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a network is run. It changes rounding, speed and memory, never the function.
+
+    Attributes:
+        mode: "eager" (plain PyTorch), "compile" (the same, each block through torch.compile) or
+            "fused" (blocks of fused operators, compiled).
+        attention: "auto" or a name of `kernels.attention_backends.BACKENDS`. "auto" is PyTorch's
+            own choice in the modes eager and compile; in mode fused the fastest backend that
+            passes its test.
+        checkpointing: activations that are made again in the backward pass: "none"; "blocks" (all
+            inside of a block: least memory, about a third more time); "selective" (all but the
+            outputs of attention and of the MLP's first product, the two that cost most to make).
+        compiled: False runs mode "fused" without torch.compile.
+        impl: of the fused operators: "auto", "triton" or "reference".
+    """
+
+    mode: str = "eager"
+    attention: str = "auto"
+    checkpointing: str = "none"
+    compiled: bool = True
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("mode", self.mode, MODES),
+            ("attention", self.attention, ("auto", *BACKENDS)),
+            ("checkpointing", self.checkpointing, CHECKPOINTING),
+            ("impl", self.impl, IMPLS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.mode == "compile" or (self.mode == "fused" and self.compiled)
+
+
+def runner(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> Callable:
+    """`fn` with the checkpointing and the compilation of `execution`.
+
+    Args:
+        fn: a module-level function.
+        saved_widths: columns of the products that "selective" keeps.
+    """
+    fn = _with_own_code(fn)
+    if execution.checkpointing != "none":
+        # Nothing inside draws from torch's generators, so there is no state to restore.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if execution.checkpointing == "selective":
+            options["context_fn"] = _contexts_keeping(saved_widths)
+        fn = _with_own_code(_checkpointed(fn, options))
+    return torch.compile(fn, fullgraph=True) if execution.compiles else fn
+
+
+def _with_own_code(fn: Callable) -> Callable:
+    """A copy of a function: torch.compile's cache, and its limit of recompilations, hang on the
+    code object, and networks in one process must not use up each other's.
+    """
+    code = fn.__code__.replace(co_name=fn.__name__)
+    return FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+
+
+def _checkpointed(fn: Callable, options: dict[str, Any]) -> Callable:
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(fn, *args, **options) if torch.is_grad_enabled() else fn(*args)
+
+    return checkpointed
+
+
+def _contexts_keeping(saved_widths: tuple[int, ...]) -> Callable[[], Any]:
+    policy = partial(_policy, saved_widths)
+
+    # A function: torch.compile does not take every `partial` for a constant.
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    return contexts
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _policy(
+    saved_widths: tuple[int, ...], ctx: Any, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """Keep what attention returns, and the products with the given numbers of columns."""
+    name = op.name() if hasattr(op, "name") else str(op)
+    kept = "scaled_dot_product" in name or name == "mixflow_fast::attention"
+    if op in _PRODUCTS:
+        second: Tensor = args[-1]
+        kept = second.shape[1] in saved_widths
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,51 @@
+"""The published networks by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mixflow_fast.models.ditdh import DiTDH
+from mixflow_fast.models.sit import SiT
+from mixflow_fast.models.transformer import Transformer
+
+SIT_SIZES: dict[str, dict[str, int]] = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+# RAE publishes S and XL; B and L are those encoders under the same head.
+DITDH_HEAD: dict[str, int] = {"hidden_size": 2048, "depth": 2, "num_heads": 16}
+DITDH_SIZES: dict[str, dict[str, tuple[int, int]]] = {
+    size: {key: (value, DITDH_HEAD[key]) for key, value in sizes.items()}
+    for size, sizes in SIT_SIZES.items()
+}
+
+MODELS: dict[str, Callable[..., Transformer]] = {
+    f"SiT-{size}/{patch}": partial(SiT, patch_size=patch, **sizes)
+    for size, sizes in SIT_SIZES.items()
+    for patch in (2, 4, 8)
+} | {f"DiTDH-{size}": partial(DiTDH, **sizes) for size, sizes in DITDH_SIZES.items()}
+
+
+def build(name: str, **kwargs: Any) -> Transformer:
+    """A published model by name.
+
+    Args:
+        name: `SiT-{S,B,L,XL}/{2,4,8}` (`z_dims=[...]` makes it REPA's) or `DiTDH-{S,B,L,XL}`.
+        kwargs: further arguments of the class, or others than the published ones.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest valid one.
+    """
+    if name not in MODELS:
+        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"model name must be one of {', '.join(MODELS)}, got {name!r}: did you mean "
+            f"{nearest!r}?"
+        )
+    return MODELS[name](**kwargs)

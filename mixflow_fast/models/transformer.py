@@ -1,0 +1,287 @@
+"""What SiT and DiT-DH have in common: inputs, execution, guidance, patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixflow_fast.kernels.attention_backends import AttentionChoice, choose_backend
+from mixflow_fast.models.blocks import Block, FinalLayer, SwiGLU
+from mixflow_fast.models.execution import BACKENDS, Execution, runner
+from mixflow_fast.models.fused import Stream, fused_block, fused_final, settle
+
+CLOCKS = ("data_at_1", "noise_at_1")
+
+
+def check(ok: bool, message: str) -> None:
+    """ValueError unless `ok`."""
+    if not ok:
+        raise ValueError(message)
+
+
+# Flat arguments: selective checkpointing under torch.compile takes no tuples of tensors.
+def _plain_block(
+    block: Block, c: Tensor, cos: Tensor | None, sin: Tensor | None, x: Tensor
+) -> Tensor:
+    return block(x, c, None if cos is None else (cos, sin))
+
+
+def _fused_block(
+    block: Block,
+    impl: str,
+    c_silu: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    x: Tensor,
+    *pending: Tensor,
+) -> Stream:
+    rope = None if cos is None else (cos, sin)
+    return fused_block(block, (x, pending or None), c_silu, rope, impl)
+
+
+class Chain:
+    """A run of blocks of one width, in one of the modes of `Execution`."""
+
+    def __init__(self, blocks: Sequence[Block], execution: Execution) -> None:
+        self._blocks, self._execution = list(blocks), execution
+        self._fused = execution.mode == "fused"
+        mlp = self._blocks[0].mlp
+        first = mlp.w12 if isinstance(mlp, SwiGLU) else mlp.fc1
+        widths = (first.out_features,)
+        if isinstance(mlp, SwiGLU):
+            widths += (mlp.weights()[0].shape[0],)
+        self._run = runner(_fused_block if self._fused else _plain_block, execution, widths)
+
+    def __call__(
+        self, stream: Stream, c: Tensor, rope: tuple[Tensor, Tensor] | None, numbers: range
+    ) -> Stream:
+        """Blocks `numbers` (from 0) of the chain on a stream."""
+        cos, sin = rope or (None, None)
+        if self._fused:
+            c, impl = nn.functional.silu(c), self._execution.impl
+            for number in numbers:
+                x, pending = stream
+                block = self._blocks[number]
+                stream = self._run(block, impl, c, cos, sin, x, *(pending or ()))
+            return stream
+        x = settle(stream)
+        for number in numbers:
+            x = self._run(self._blocks[number], c, cos, sin, x)
+        return x, None
+
+    def finish(self, layer: FinalLayer, stream: Stream, c: Tensor) -> Tensor:
+        """The final layer on a stream."""
+        if self._fused:
+            return fused_final(layer, stream, nn.functional.silu(c), self._execution.impl)
+        return layer(settle(stream), c)
+
+
+class Transformer(nn.Module):
+    """Base of the networks; a subclass builds the layers and defines `_run`.
+
+    Attributes:
+        clock: what t = 1 means. The velocity is the derivative by the time of this clock.
+        input_size, patch_size, in_channels, num_classes: as given.
+        out_channels: of the head; the first `in_channels` are the velocity.
+        null_class: int, or None without a null row.
+        cfg_channels: how many leading channels the official sampler guides; None = all.
+        float32_names: parameters that stay float32 in a network of half precision.
+        config: the constructor's arguments as a JSON-able dict; `type(model)(**model.config)`.
+        execution: see `set_execution`.
+    """
+
+    clock: str
+    input_size: int
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    num_classes: int
+    null_class: int | None
+    cfg_channels: int | None
+    float32_names: tuple[str, ...] = ()
+    config: dict[str, Any]
+    blocks: nn.ModuleList
+
+    def set_execution(self, execution: Execution | None = None, **options: Any) -> Transformer:
+        """Choose how the network is run; returns it. Weights and their names do not change.
+
+        Args:
+            execution, options: an `Execution`, or its fields by name.
+
+        Raises:
+            ValueError: unknown values.
+        """
+        self.execution = Execution(**options) if execution is None else execution
+        for module in self.blocks.modules():
+            if isinstance(module, SwiGLU):
+                module.padded = self.execution.mode != "eager"
+            elif hasattr(module, "backend"):
+                module.backend = self.execution.attention
+        self._build_chains()
+        return self
+
+    def choose_attention(
+        self,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        names: Sequence[str] | None = None,
+    ) -> list[AttentionChoice]:
+        """Tests attention backends for a training shape now, and keeps to the ones that win.
+
+        Without this call the operator chooses at its first use, and may choose otherwise in the
+        next process. In the modes eager and compile, "auto" is PyTorch's own choice: nothing is
+        tested.
+
+        Args:
+            batch: B.
+            dtype, device: of the activations.
+            names: one backend for each group of blocks of one width, to take instead of the
+                fastest (what an earlier process chose).
+
+        Returns:
+            one choice for each group; empty where PyTorch chooses.
+
+        Raises:
+            ValueError: a backend that fails its test.
+        """
+        execution, choices = self.execution, []
+        if execution.mode != "fused" and execution.attention == "auto":
+            return choices
+        tokens = (self.input_size // self.patch_size) ** 2
+        for number, blocks in enumerate(self._block_groups()):
+            layer = blocks[0].attn
+            wanted = names[number] if names else execution.attention
+            candidates = BACKENDS if wanted == "auto" else (wanted,)
+            head_dim = layer.proj.in_features // layer.num_heads
+            problem = batch, tokens, layer.num_heads, head_dim, dtype, device
+            choices.append(choose_backend(*problem, candidates=candidates))
+            for block in blocks:
+                block.attn.backend = choices[-1].backend
+        return choices
+
+    def _block_groups(self) -> Iterable[Sequence[Block]]:
+        """The blocks, apart by width."""
+        raise NotImplementedError
+
+    def _build_chains(self) -> None:
+        # Beside the module's own registries: the blocks have their official names already.
+        chains = [Chain(blocks, self.execution) for blocks in self._block_groups()]
+        self.__dict__["_chains"] = chains
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies make their own: chains hold the blocks, and compiled functions cannot be pickled.
+        return {key: value for key, value in self.__dict__.items() if key != "_chains"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._build_chains()
+
+    def velocity(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The velocity alone, for sampling."""
+        raise NotImplementedError
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float,
+        channels: int | None = 3,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Tensor:
+        """Classifier-free guidance as the official samplers batch it.
+
+        The first half of `x` is fed twice, with the labels of both halves; on the first `channels`
+        channels both halves of the result are u + cfg_scale (c - u), with c of the first half and u
+        of the second. The other channels keep each half's own prediction.
+
+        Args:
+            x, t, y: a batch of 2 B: [z; z], [t; t], [labels; null_class]. The second z is unused.
+            cfg_scale: 1 is the conditional prediction.
+            channels: how many leading channels are guided: 3 as in SiT, None = all as in REPA's
+                and RAE's samplers.
+            interval: times (in the model's clock, ends included) at which samples are guided;
+                elsewhere both halves are the conditional prediction (RAE's `cfg_interval`).
+
+        Returns:
+            (2 B, in_channels, input_size, input_size); the first half is the one to keep.
+        """
+        check(
+            x.shape[0] % 2 == 0,
+            f"x must hold an even batch [z; z], got {x.shape[0]} samples: concatenate z with "
+            "itself and the labels with null_class",
+        )
+        guided = self.in_channels if channels is None else channels
+        check(
+            1 <= guided <= self.in_channels,
+            f"channels must be in 1..{self.in_channels} or None for all, got {channels}",
+        )
+        size = x.shape[0] // 2
+        half = x[:size]
+        out = self.velocity(torch.cat([half, half]), t, y)
+        cond, uncond = out[:, :guided].chunk(2)
+        mixed = uncond + cfg_scale * (cond - uncond)
+        if tuple(interval) != (0.0, 1.0):
+            inside = (t[:size] >= interval[0]) & (t[:size] <= interval[1])
+            mixed = torch.where(inside.view(-1, 1, 1, 1), mixed, cond)
+        return torch.cat([torch.cat([mixed, mixed]), out[:, guided:]], dim=1)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, N, p * p * out_channels), channel fastest -> (B, in_channels, side, side)."""
+        p, side = self.patch_size, self.input_size // self.patch_size
+        grid = patches.unflatten(2, (p, p, self.out_channels)).unflatten(1, (side, side))
+        velocity = grid[..., : self.in_channels]
+        return velocity.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        image = (self.in_channels, self.input_size, self.input_size)
+        check(
+            x.ndim == 4 and tuple(x.shape[1:]) == image and x.is_floating_point(),
+            f"x must be a floating (B, C, H, W) = (B, {', '.join(map(str, image))}), got {x.dtype} "
+            f"{tuple(x.shape)}; another resolution needs a model with another input_size",
+        )
+        batch = x.shape[0]
+        check(
+            tuple(t.shape) == (batch,) and t.dtype in (torch.float32, torch.float64),
+            f"t must be (B,) = ({batch},) float32, got {tuple(t.shape)} {t.dtype}: one time per "
+            "sample, never in half precision",
+        )
+        check(
+            tuple(y.shape) == (batch,) and y.dtype == torch.int64,
+            f"y must be (B,) = ({batch},) int64 labels, got {tuple(y.shape)} {y.dtype}",
+        )
+        if y.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+            return
+        top = self.num_classes - (self.null_class is None)
+        low, high = int(y.min()), int(y.max())
+        null = f"null class {top}" if self.null_class is not None else "no null class"
+        check(
+            low >= 0 and high <= top,
+            f"y must be in 0..{top} ({self.num_classes} classes, {null}), got {low}..{high}",
+        )
+
+
+def check_sizes(config: dict[str, Any], names: Sequence[str]) -> None:
+    """ValueError unless the named entries are positive ints."""
+    for name in names:
+        value = config[name]
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        check(is_int and value >= 1, f"{name} must be a positive int, got {value!r}")
+
+
+def check_width(width: int, heads: int) -> None:
+    """ValueError unless heads and sine-cosine positions fit the width."""
+    check(width % heads == 0, f"hidden_size must be a multiple of num_heads={heads}, got {width}")
+    check(width % 4 == 0, f"hidden_size must be a multiple of 4 (sin-cos positions), got {width}")
+
+
+@torch.no_grad()
+def zero_(layers: Iterable[nn.Linear]) -> None:
+    """Weights and biases to zero: what adaLN-Zero starts from."""
+    for linear in layers:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
