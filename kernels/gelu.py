@@ -51,17 +51,19 @@ def gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """In closed form: an operator cannot record its own."""
     z = x.to(compute_dtype(x))
     if bias is not None:
         z = z + bias.to(z.dtype)
     dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z, approximate="tanh")
-    _, dbias = _empty(x, bias, with_dbias)
+    _, dbias, y = _empty(x, bias, with_dbias, with_y)
     if with_dbias:
         dbias.copy_(dz.sum_to_size(dbias.shape))
-    return dz.to(x.dtype).contiguous(), dbias
+    if with_y:
+        y.copy_(gelu_reference(x, bias))
+    return dz.to(x.dtype).contiguous(), dbias, y
 
 
 @jit
@@ -103,6 +105,7 @@ def _gelu_backward_kernel(
     bias_ptr,
     dx_ptr,
     partial_ptr,
+    y_ptr,
     M,
     units,
     blocks,
@@ -112,6 +115,7 @@ def _gelu_backward_kernel(
     LOG2_E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WITH_DBIAS: tl.constexpr,
+    WITH_Y: tl.constexpr,
     ALIGN: tl.constexpr,
     R: tl.constexpr,
     WARPS: tl.constexpr,
@@ -134,6 +138,9 @@ def _gelu_backward_kernel(
         # slope first: it is 0 where the cubic grows large.
         dz = dy * (value + (slope * z) * (LINEAR + (3 * CUBIC) * square))
         tl.store(dx_ptr + row * F + offset, dz.to(dx_ptr.dtype.element_ty), mask=mask)
+        if WITH_Y:
+            y = z * value
+            tl.store(y_ptr + row * F + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
         if WITH_DBIAS:
             total += sum_rows(dz, R, WARPS, BLOCK_F)
     if WITH_DBIAS:
@@ -162,11 +169,11 @@ def _launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _launch_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    dx, dbias = _empty(x, bias, with_dbias)
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dbias, y = _empty(x, bias, with_dbias, with_y)
     if not x.numel():
-        return dx, dbias.zero_()
+        return dx, dbias.zero_(), y
     F = x.shape[-1]
     M = x.numel() // F
     dy, x = dy.contiguous(), x.contiguous()
@@ -179,22 +186,24 @@ def _launch_backward(
             x if bias is None else bias.contiguous(),
             dx,
             partial,
+            y,
             LINEAR=LINEAR,
             CUBIC=CUBIC,
             LOG2_E=LOG2_E,
             HAS_BIAS=bias is not None,
             WITH_DBIAS=with_dbias,
+            WITH_Y=with_y,
             **arguments,
         )
         if with_dbias:
             launch_add_strips(partial, dbias)
-    return dx, dbias
+    return dx, dbias, y
 
 
-def gelu_bytes(x: Tensor, bias: Tensor | None, backward: bool) -> int:
+def gelu_bytes(x: Tensor, bias: Tensor | None, backward: bool, with_y: bool = False) -> int:
     """Bytes that the kernels of one pass move, for contiguous tensors and a trained bias.
 
-    Partial sums are written once and read once.
+    Partial sums are written once and read once. `with_y`: the backward pass writes y again.
     """
     F = x.shape[-1]
     vector = 0 if bias is None else bias.numel() * bias.element_size()
@@ -202,12 +211,16 @@ def gelu_bytes(x: Tensor, bias: Tensor | None, backward: bool) -> int:
     if not backward:
         return 2 * data + vector
     partial = 0 if bias is None else 4 * F * strips(x.numel() // max(F, 1), F)
-    return 3 * data + 2 * vector + 2 * partial
+    return (4 if with_y else 3) * data + 2 * vector + 2 * partial
 
 
-def _empty(x: Tensor, bias: Tensor | None, with_dbias: bool) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype if bias is None else bias.dtype
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1:] if with_dbias else (0,), dtype=dtype)
+def _empty(
+    x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(
+        x.shape[-1:] if with_dbias else (0,), dtype=x.dtype if bias is None else bias.dtype
+    )
+    return x.new_empty(x.shape), dbias, x.new_empty(x.shape if with_y else (0,))
 
 
 @torch.library.custom_op("mixflow_fast::gelu", mutates_args=())
@@ -224,16 +237,16 @@ def _(x, bias, impl):
 
 @torch.library.custom_op("mixflow_fast::gelu_backward", mutates_args=())
 def _gelu_backward_op(
-    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, impl: str
-) -> tuple[Tensor, Tensor]:
-    """(dx, dbias); dbias is (0,) where it is not asked for."""
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dbias, y); what is not asked for is (0,)."""
     compute = _launch_backward if impl == "triton" else _backward_reference
-    return compute(dy, x, bias, with_dbias)
+    return compute(dy, x, bias, with_dbias, with_y)
 
 
 @_gelu_backward_op.register_fake
-def _(dy, x, bias, with_dbias, impl):
-    return _empty(x, bias, with_dbias)
+def _(dy, x, bias, with_dbias, with_y, impl):
+    return _empty(x, bias, with_dbias, with_y)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -247,7 +260,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
             'the fused GELU has no second derivatives (create_graph=True): use impl="reference"'
         )
     needs_dx, needs_dbias = ctx.needs_input_grad[:2]
-    dx, dbias = _gelu_backward_op(dy, *ctx.saved_tensors, needs_dbias, ctx.impl)
+    dx, dbias, _ = _gelu_backward_op(dy, *ctx.saved_tensors, needs_dbias, False, ctx.impl)
     return dx if needs_dx else None, dbias if needs_dbias else None, None
 
 
@@ -276,3 +289,19 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
     if impl == "reference":
         return gelu_reference(x, bias)
     return _gelu_op(x, bias, resolve(impl, x, bias))
+
+
+def gelu_again(
+    dy: Tensor, x: Tensor, bias: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `gelu` that also makes its output again, which then need not be kept.
+
+    Args:
+        dy: gradient of the output.
+        x, bias: as given to `gelu`.
+
+    Returns:
+        (dx, dbias, y); nothing here is recorded by autograd.
+    """
+    impl = "reference" if impl == "reference" else resolve(impl, x, bias)
+    return _gelu_backward_op(dy, x, bias, True, True, impl)

@@ -51,17 +51,19 @@ def swiglu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """In closed form: an operator cannot record its own."""
     a, b = _halves(x, bias)
     dy = dy.to(a.dtype)
     da = torch.ops.aten.silu_backward(dy * b, a)
     dz = torch.cat([da, dy * functional.silu(a)], dim=-1)
-    _, dbias = _empty(x, bias, with_dbias)
+    _, dbias, y = _empty(x, bias, with_dbias, with_y)
     if with_dbias:
         dbias.copy_(dz.sum_to_size(dbias.shape))
-    return dz.to(x.dtype).contiguous(), dbias
+    if with_y:
+        y.copy_(swiglu_reference(x, bias))
+    return dz.to(x.dtype).contiguous(), dbias, y
 
 
 @jit
@@ -104,6 +106,7 @@ def _swiglu_backward_kernel(
     bias_ptr,
     dx_ptr,
     partial_ptr,
+    y_ptr,
     M,
     units,
     blocks,
@@ -111,6 +114,7 @@ def _swiglu_backward_kernel(
     LOG2_E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WITH_DBIAS: tl.constexpr,
+    WITH_Y: tl.constexpr,
     ALIGN: tl.constexpr,
     R: tl.constexpr,
     WARPS: tl.constexpr,
@@ -139,6 +143,9 @@ def _swiglu_backward_kernel(
             total_a += sum_rows(da, R, WARPS, BLOCK_F)
         db = dy * (a * value)
         tl.store(dx_ptr + F + wide, db.to(dtype), mask=mask)
+        if WITH_Y:
+            y = a * value * b
+            tl.store(y_ptr + row * F + offset, y.to(dtype), mask=mask)
         if WITH_DBIAS:
             total_b += sum_rows(db, R, WARPS, BLOCK_F)
     if WITH_DBIAS:
@@ -167,11 +174,11 @@ def _launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _launch_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    dx, dbias = _empty(x, bias, with_dbias)
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dbias, y = _empty(x, bias, with_dbias, with_y)
     if not x.numel():
-        return dx, dbias.zero_()
+        return dx, dbias.zero_(), y
     F = x.shape[-1] // 2
     M = x.numel() // (2 * F)
     dy, x = dy.contiguous(), x.contiguous()
@@ -184,20 +191,22 @@ def _launch_backward(
             x if bias is None else bias.contiguous(),
             dx,
             partial,
+            y,
             LOG2_E=LOG2_E,
             HAS_BIAS=bias is not None,
             WITH_DBIAS=with_dbias,
+            WITH_Y=with_y,
             **arguments,
         )
         if with_dbias:
             launch_add_strips(partial, dbias)
-    return dx, dbias
+    return dx, dbias, y
 
 
-def swiglu_bytes(x: Tensor, bias: Tensor | None, backward: bool) -> int:
+def swiglu_bytes(x: Tensor, bias: Tensor | None, backward: bool, with_y: bool = False) -> int:
     """Bytes that the kernels of one pass move, for contiguous tensors and a trained bias.
 
-    Partial sums are written once and read once.
+    Partial sums are written once and read once. `with_y`: the backward pass writes y again.
     """
     F = x.shape[-1] // 2
     vector = 0 if bias is None else bias.numel() * bias.element_size()
@@ -205,16 +214,21 @@ def swiglu_bytes(x: Tensor, bias: Tensor | None, backward: bool) -> int:
     if not backward:
         return data + data // 2 + vector
     partial = 0 if bias is None else 4 * 2 * F * strips(x.numel() // max(2 * F, 1), F)
-    return 2 * data + data // 2 + 2 * vector + 2 * partial
+    y = data // 2 if with_y else 0
+    return 2 * data + data // 2 + y + 2 * vector + 2 * partial
 
 
 def _half_shape(x: Tensor) -> tuple[int, ...]:
     return (*x.shape[:-1], x.shape[-1] // 2)
 
 
-def _empty(x: Tensor, bias: Tensor | None, with_dbias: bool) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype if bias is None else bias.dtype
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1:] if with_dbias else (0,), dtype=dtype)
+def _empty(
+    x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(
+        x.shape[-1:] if with_dbias else (0,), dtype=x.dtype if bias is None else bias.dtype
+    )
+    return x.new_empty(x.shape), dbias, x.new_empty(_half_shape(x) if with_y else (0,))
 
 
 @torch.library.custom_op("mixflow_fast::swiglu", mutates_args=())
@@ -231,16 +245,16 @@ def _(x, bias, impl):
 
 @torch.library.custom_op("mixflow_fast::swiglu_backward", mutates_args=())
 def _swiglu_backward_op(
-    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, impl: str
-) -> tuple[Tensor, Tensor]:
-    """(dx, dbias); dbias is (0,) where it is not asked for."""
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dbias, y); what is not asked for is (0,)."""
     compute = _launch_backward if impl == "triton" else _backward_reference
-    return compute(dy, x, bias, with_dbias)
+    return compute(dy, x, bias, with_dbias, with_y)
 
 
 @_swiglu_backward_op.register_fake
-def _(dy, x, bias, with_dbias, impl):
-    return _empty(x, bias, with_dbias)
+def _(dy, x, bias, with_dbias, with_y, impl):
+    return _empty(x, bias, with_dbias, with_y)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -254,7 +268,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
             'the fused SwiGLU has no second derivatives (create_graph=True): use impl="reference"'
         )
     needs_dx, needs_dbias = ctx.needs_input_grad[:2]
-    dx, dbias = _swiglu_backward_op(dy, *ctx.saved_tensors, needs_dbias, ctx.impl)
+    dx, dbias, _ = _swiglu_backward_op(dy, *ctx.saved_tensors, needs_dbias, False, ctx.impl)
     return dx if needs_dx else None, dbias if needs_dbias else None, None
 
 
@@ -289,3 +303,19 @@ def swiglu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tens
     if impl == "reference":
         return swiglu_reference(x, bias)
     return _swiglu_op(x, bias, resolve(impl, x, bias))
+
+
+def swiglu_again(
+    dy: Tensor, x: Tensor, bias: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `swiglu` that also makes its output again, which then need not be kept.
+
+    Args:
+        dy: gradient of the output.
+        x, bias: as given to `swiglu`.
+
+    Returns:
+        (dx, dbias, y); nothing here is recorded by autograd.
+    """
+    impl = "reference" if impl == "reference" else resolve(impl, x, bias)
+    return _swiglu_backward_op(dy, x, bias, True, True, impl)

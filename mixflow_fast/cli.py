@@ -20,7 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         input, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides before the options or after them, not both.
+    if rest and hasattr(options, "overrides") and not any(a.startswith("-") for a in rest):
+        options.overrides += rest
+    elif rest:
+        flags = [a for a in rest if a.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     try:
         return options.run(options, arguments)
     except (ValueError, OSError, ImportError) as error:

@@ -49,7 +49,7 @@ class ModelConfig:
     init_seed: int = 0  # of the random initial weights
     mode: str = "auto"  # eager | compile | fused; auto = compile on a GPU, eager on a CPU
     attention: str = "auto"  # flash3 | flash2 | cudnn | flash | efficient | math
-    checkpointing: str = "none"  # none | blocks | selective: activations made again, for memory
+    checkpointing: str = "none"  # none | activation | selective | blocks: made again, not kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ class TeacherConfig:
 class OptimConfig:
     """AdamW with EMA; lengths in images seen, so that they do not depend on the batch."""
 
+    name: str = "adamw_ema"  # adamw_ema | apex_fused_adam (needs NVIDIA apex and a GPU)
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999

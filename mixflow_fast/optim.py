@@ -10,16 +10,22 @@ ordinary optimizer state, DeepSpeed's ZeRO shards, saves and restores it with th
 
 Clipping by the global norm is done here, on the device: DeepSpeed's own reads the norm on the host
 every step, which stalls a GPU.
+
+`AdamWEMA` runs anywhere, as foreach calls. `ApexAdamWEMA` leaves all but the EMA to a kernel of
+NVIDIA apex, on a GPU; the state of both is the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mixflow_fast.optional import apex_message, detect_apex
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -114,6 +120,12 @@ class AdamWEMA(torch.optim.Optimizer):
                 state["ema"] = p.detach().to(torch.float32, copy=True)
             state["step"] += 1
         states = [self.state[p] for p in params]
+        self._adamw(group, params, states)
+        weights = [p.float() for p in params]
+        torch._foreach_lerp_([s["ema"] for s in states], weights, 1 - group["ema_decay"])
+
+    def _adamw(self, group: dict, params: list[Tensor], states: list[dict]) -> None:
+        """Moments and weights of parameters of one group; `step` counts this step already."""
         grads = [p.grad.float() for p in params]
         exp_avg = [s["exp_avg"] for s in states]
         exp_avg_sq = [s["exp_avg_sq"] for s in states]
@@ -128,8 +140,79 @@ class AdamWEMA(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         steps = [-lr / (1 - beta1 ** s["step"]) for s in states]
         torch._foreach_addcdiv_(params, exp_avg, denominators, steps)
-        weights = [p.float() for p in params]
-        torch._foreach_lerp_([s["ema"] for s in states], weights, 1 - group["ema_decay"])
+
+
+class ApexAdamWEMA(AdamWEMA):
+    """`AdamWEMA` whose AdamW is NVIDIA apex's FusedAdam: a few launches on a GPU.
+
+    apex is not on PyPI: it is built from source with its CUDA extensions
+    (https://github.com/NVIDIA/apex, `apex/optimizers/fused_adam.py`). State, clipping and EMA are
+    `AdamWEMA`'s, so the `state_dict` of one loads into the other; the weights then agree to
+    rounding, not to the bit.
+
+    Not verified on a GPU: no machine of this project has had NVIDIA's apex. The tests run it on
+    FusedAdam's interface and arithmetic in PyTorch (`tests/apex_stand_in.py`), and on FusedAdam
+    itself where they find it and a GPU.
+
+    Args:
+        params: contiguous float32 parameters or parameter groups; on the GPU by the first step.
+        **settings: those of `AdamWEMA`.
+
+    Attributes:
+        grad_norm: as in `AdamWEMA`.
+
+    Raises:
+        ValueError: a setting outside its range; no NVIDIA apex, or one without CUDA extensions.
+    """
+
+    def __init__(self, params: Iterable, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self._fused = _fused_adam([p for group in self.param_groups for p in group["params"]])
+
+    def _adamw(self, group: dict, params: list[Tensor], states: list[dict]) -> None:
+        # The kernel sees storage only: another layout than the moments' would go unnoticed.
+        for p in params:
+            for name, tensor in (("parameters", p), ("gradients", p.grad)):
+                if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                    raise ValueError(
+                        f"{name} must be contiguous float32 for ApexAdamWEMA, got {tensor.dtype} "
+                        f"of shape {tuple(tensor.shape)} and strides {tensor.stride()}: use "
+                        "AdamWEMA (optim.name=adamw_ema)"
+                    )
+        # FusedAdam has one step count for a group. Parameters that had no gradient in some step,
+        # and the parts of a group that ZeRO 3 updates one after another, need their own.
+        by_step: dict[int, list[Tensor]] = {}
+        for p, state in zip(params, states, strict=True):
+            by_step.setdefault(state["step"], []).append(p)
+        # DeepSpeed and `load_state_dict` replace both: handed over anew each time.
+        self._fused.state = self.state
+        self._fused.param_groups = [
+            {**group, "params": some, "bias_correction": True, "step": step - 1}
+            for step, some in by_step.items()
+        ]
+        # It pairs the groups with those of its first step, and leaves out what has no partner.
+        self._fused.param_groups_master = None
+        self._fused.step()
+
+
+# By `optim.name`.
+OPTIMIZERS: dict[str, type[AdamWEMA]] = {"adamw_ema": AdamWEMA, "apex_fused_adam": ApexAdamWEMA}
+
+
+def _fused_adam(params: list[Tensor]) -> Any:
+    if detect_apex() != "nvidia":
+        raise ValueError(f"ApexAdamWEMA needs NVIDIA apex (AdamWEMA does not): {apex_message()}")
+    try:
+        from apex.optimizers import FusedAdam
+
+        fused = FusedAdam(params, bias_correction=True, adam_w_mode=True)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"NVIDIA apex is installed, but its FusedAdam does not start ({error}): build apex "
+            "with its CUDA extensions for this torch, or use AdamWEMA (optim.name=adamw_ema)"
+        ) from error
+    fused.param_groups = []  # these parameters may be replaced, and their memory is wanted back
+    return fused
 
 
 def learning_rate(

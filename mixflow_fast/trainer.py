@@ -36,7 +36,7 @@ from mixflow_fast.kernels.attention_backends import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics import MetricsFile, Progress
 from mixflow_fast.models import load_into, load_weights, read_model_config, save_weights
-from mixflow_fast.optim import AdamWEMA, learning_rate
+from mixflow_fast.optim import OPTIMIZERS, AdamWEMA, learning_rate
 from mixflow_fast.validation import validate
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
@@ -108,6 +108,8 @@ class Trainer:
         self._lock = self._prepare_folder()
         # DeepSpeed casts and shards the module: these keep what it must start from and export.
         self._initial = {n: p.detach().clone() for n, p in self.model.state_dict().items()}
+        # ZeRO 3 puts its own there, for the whole process.
+        self._linear = torch.nn.functional.linear
         self.engine, self.optimizer = self._build_engine(deepspeed)
         self.quiet = quiet or distributed.rank() > 0
         self._stop_signal: int | None = None
@@ -170,6 +172,7 @@ class Trainer:
                 metrics.close()
             if self._lock is not None:
                 self._lock.close()
+            torch.nn.functional.linear = self._linear
         if self._stop_signal is not None and self.step < total:
             progress.say(f"{self.out}: stopped after step {self.step}; the same command resumes")
         return TrainResult(self.out, self.step, self.images_seen, self.step >= total)
@@ -255,7 +258,7 @@ class Trainer:
         }
         if c.precision == "bf16" and c.zero_stage < 3:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        optimizer = AdamWEMA(
+        optimizer = OPTIMIZERS[p.name](
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=p.lr,
             betas=(p.beta1, p.beta2),

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
+
 from mixflow_fast.config import DATA_FIELDS, Config, DataConfig
 from mixflow_fast.models.execution import BACKENDS, CHECKPOINTING, MODES
+from mixflow_fast.optional import apex_message, detect_apex
 
 
 def validate(config: Config, world_size: int = 1) -> None:
-    """Refuse values and combinations that cannot work. Reads nothing from disk.
+    """Refuse values and combinations that cannot work. Reads nothing of the run from disk.
 
     Raises:
         ValueError: names the field, what came, what is expected.
@@ -24,6 +27,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _choice("train.precision", t.precision, ("bf16", "fp32"))
     _choice("train.zero_stage", t.zero_stage, (0, 1, 2, 3))
     _choice("train.device", t.device, ("auto", "cpu", "cuda"))
+    _check_optimizer(p.name, t.device)
     _choice("optim.schedule", p.schedule, ("constant", "linear", "cosine"))
     for name, value, low in (
         ("train.images", t.images, 1),
@@ -85,6 +89,11 @@ def _check_model(config: Config) -> None:
     _choice("model.mode", m.mode, ("auto", *MODES))
     _choice("model.attention", m.attention, ("auto", *BACKENDS))
     _choice("model.checkpointing", m.checkpointing, CHECKPOINTING)
+    if m.checkpointing == "activation" and m.mode != "fused":
+        raise ValueError(
+            f"model.checkpointing=activation needs model.mode=fused, got {m.mode}: set it, or "
+            "model.checkpointing=selective"
+        )
     if t.zero_stage == 3 and (m.mode not in ("auto", "eager") or m.checkpointing != "none"):
         name = "checkpointing" if m.mode in ("auto", "eager") else "mode"
         raise ValueError(
@@ -114,6 +123,21 @@ def _check_model(config: Config) -> None:
         raise ValueError(
             "model.train_embeddings needs train.precision=fp32: Fourier frequencies of 8 bits "
             "would be another function"
+        )
+
+
+def _check_optimizer(name: str, device: str) -> None:
+    _choice("optim.name", name, ("adamw_ema", "apex_fused_adam"))
+    if name != "apex_fused_adam":
+        return
+    if detect_apex() != "nvidia":
+        raise ValueError(
+            f"optim.name={name} needs NVIDIA apex (adamw_ema does not): {apex_message()}"
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ValueError(
+            f"optim.name={name} needs a GPU, got train.device={device}"
+            f"{'' if device == 'cpu' else ' and torch sees none'}: set optim.name=adamw_ema"
         )
 
 

@@ -24,6 +24,12 @@ def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture
 
     code, out, _ = run("train", "photos", "optim.lr=3e-4", "--dry-run", capsys=capsys)
     assert code == 0 and yaml.safe_load(out)["optim"]["lr"] == 3e-4
+    both_sides = "optim.lr=1e-4", "--dry-run", "optim.lr=3e-4", "optim.beta2=0.95"
+    assert "beta2: 0.95" in run("train", "photos", *both_sides, capsys=capsys)[1]
+    assert run("train", "photos", "--dry-run", "optim.lr=3e-4", capsys=capsys)[1] == out
+    with pytest.raises(SystemExit, match="2"):
+        run("train", "photos", "--dry-run", "optim.lr=3e-4", "--fast", capsys=capsys)
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err
     code, _, err = run("train", "sit-xl2-256", "--dry-run", capsys=capsys)
     assert code == 2 and "must be given" in err
 

@@ -67,6 +67,10 @@ def test_rae_recipes_match_the_published_model(name: str, side: int) -> None:
         (["model.mode=fast"], "model.mode must be one of"),
         (["model.attention=fa2"], "model.attention must be one of"),
         (["model.checkpointing=all"], "model.checkpointing must be one of"),
+        (
+            ["model.checkpointing=activation"],
+            "model.checkpointing=activation needs model.mode=fused",
+        ),
         (["model.mode=fused", "train.zero_stage=3"], r"model.mode=fused .* train.zero_stage=2"),
         (["model.checkpointing=blocks", "train.zero_stage=3"], "model.checkpointing=blocks"),
         (["model.name=DiTDH-S"], "model.learn_sigma has no meaning for DiTDH-S"),
@@ -149,6 +153,10 @@ IMPOSSIBLE = [
     ("model.class_dropout_prob=0", "null class"),
     ("objective.alignment_weight=1", "z_dims"),
     ("optim.schedule=step", "optim.schedule"),
+    (
+        "optim.name=adam",
+        r"optim.name must be one of \('adamw_ema', 'apex_fused_adam'\), got 'adam'",
+    ),
     ("train.device=tpu", "train.device"),
     ("optim.lr=.inf", "optim.lr must be finite"),
     ("optim.final_lr=1", "optim.final_lr"),

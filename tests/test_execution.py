@@ -60,6 +60,7 @@ def run(model: SiT | DiTDH, g: dict[str, Tensor], execution: dict[str, Any]) -> 
         {"mode": "compile", "checkpointing": "selective"},
         {"mode": "fused", "checkpointing": "selective"},
         {"mode": "fused", "checkpointing": "blocks"},
+        {"mode": "fused", "checkpointing": "activation"},
     ],
     ids=lambda e: "-".join(map(str, e.values())),
 )
@@ -125,14 +126,31 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("policy", ["blocks", "selective"])
-@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize(
+    ("mode", "policy"),
+    [
+        *(("eager", "blocks"), ("eager", "selective")),
+        *(("fused", "blocks"), ("fused", "selective"), ("fused", "activation")),
+    ],
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_checkpointing_gives_the_same_bits(name: str, mode: str, policy: str) -> None:
     model, g = golden(name)
     execution = {"mode": mode, "compiled": False}
     plain = run(model, g, execution)
     again = run(model, g, execution | {"checkpointing": policy})
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+def test_selective_refuses_a_linear_that_is_not_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 3's adds the bias in place, and would add it twice."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.linear")
+    model, g = golden("sit_0")
+    monkeypatch.setattr(torch.nn.functional, "linear", zero.zero3_linear_wrap)
+    with pytest.raises(RuntimeError, match='zero3_linear_wrap: use checkpointing="blocks"'):
+        run(model, g, {"mode": "eager", "checkpointing": "selective"})
+    plain = run(model, g, {"mode": "eager"})
+    again = run(model, g, {"mode": "eager", "checkpointing": "blocks"})
     assert all(torch.equal(plain[key], again[key]) for key in plain)
 
 
@@ -271,7 +289,8 @@ def test_attention_is_chosen_once_and_named() -> None:
     [
         ({"mode": "fast"}, "mode must be one of eager, compile, fused, got 'fast'"),
         ({"attention": "flash4"}, "attention must be one of auto, flash3"),
-        ({"checkpointing": "all"}, "checkpointing must be one of none, blocks, selective"),
+        ({"checkpointing": "all"}, "checkpointing must be one of none, activation, selective"),
+        ({"checkpointing": "activation"}, 'use mode="fused"'),
         ({"impl": "cuda"}, "impl must be one of"),
     ],
 )

@@ -23,13 +23,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "models": ("kernels",),
     "data": ("kernels.philox", "kernels.runtime"),
     "images": (),
-    "optim": ("kernels",),
+    "optional": (),
+    "optim": ("kernels", "optional"),
     "distributed": (),
     "checkpoint": (),
     "metrics": (),
-    "optional": (),
     "config": (),
-    "validation": ("config", "models"),
+    "validation": ("config", "models", "optional"),
     "arguments": ("kernels",),
     "objective": ("flow", "kernels", "arguments"),
     "inspection": ("checkpoint", "models"),
@@ -82,7 +82,7 @@ OWNED = {"deepspeed": "trainer", "triton": "kernels.runtime"}
 # ImportError is caught.
 OPTIONAL = {
     *("triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"),
-    "transformers",
+    *("transformers", "apex"),
 }
 
 

@@ -202,7 +202,9 @@ def test_opcheck(impl: str, has_bias: bool) -> None:
     bias = data(80, seed=1, dtype=BF16).requires_grad_() if has_bias else None
     torch.library.opcheck(ops.swiglu, (x, bias, impl))
     plain = [v if v is None else v.detach() for v in (x, bias)]
-    torch.library.opcheck(ops.swiglu_backward, (data(2, 3, 40, seed=2), *plain, has_bias, impl))
+    dy = data(2, 3, 40, seed=2)
+    torch.library.opcheck(ops.swiglu_backward, (dy, *plain, has_bias, False, impl))
+    torch.library.opcheck(ops.swiglu_backward, (dy, *plain, has_bias, True, impl))
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto"])
@@ -225,7 +227,7 @@ def test_compiled_is_eager(impl: str, dynamic: bool) -> None:
 def test_meta_tensors_have_the_right_shapes() -> None:
     x, bias = torch.empty(0, 5, 80, device="meta"), torch.empty(80, device="meta", dtype=BF16)
     y = torch.ops.mixflow_fast.swiglu(x, bias, "reference")
-    dx, dbias = torch.ops.mixflow_fast.swiglu_backward(y, x, bias, True, "reference")
+    dx, dbias, _ = torch.ops.mixflow_fast.swiglu_backward(y, x, bias, True, False, "reference")
     assert y.shape == (0, 5, 40) and dx.shape == x.shape
     assert dbias.shape == (80,) and dbias.dtype == BF16
 

@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -25,7 +25,7 @@ from mixflow_fast.kernels.attention_cores import BACKENDS
 from mixflow_fast.kernels.runtime import IMPLS
 
 MODES = ("eager", "compile", "fused")
-CHECKPOINTING = ("none", "blocks", "selective")
+CHECKPOINTING = ("none", "activation", "selective", "blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,11 @@ class Execution:
         attention: "auto" or a name of `kernels.attention_backends.BACKENDS`. "auto" is PyTorch's
             own choice in the modes eager and compile; in mode fused the fastest backend that
             passes its test.
-        checkpointing: activations that are made again in the backward pass: "none"; "blocks" (all
-            inside of a block: least memory, about a third more time); "selective" (all but the
-            outputs of attention and of the MLP's first product, the two that cost most to make).
+        checkpointing: what is made again in the backward pass instead of kept: "none";
+            "activation" (the MLP's, by the pass that computes its gradient: mode fused only);
+            "selective" (all but the outputs of attention and of the MLP's first product, the two
+            that cost most to make); "blocks" (everything inside a block: least memory, about a
+            third more time).
         compiled: False runs mode "fused" without torch.compile.
         impl: of the fused operators: "auto", "triton" or "reference".
     """
@@ -60,6 +62,11 @@ class Execution:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.checkpointing == "activation" and self.mode != "fused":
+            raise ValueError(
+                f'checkpointing="activation" is the fused operators\', got mode={self.mode!r}: use '
+                'mode="fused", or checkpointing="selective"'
+            )
 
     @property
     def compiles(self) -> bool:
@@ -75,11 +82,13 @@ def runner(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) ->
         saved_widths: columns of the products that "selective" keeps.
     """
     fn = _with_own_code(fn)
-    if execution.checkpointing != "none":
+    if execution.checkpointing in ("selective", "blocks"):
         # Nothing inside draws from torch's generators, so there is no state to restore.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if execution.checkpointing == "selective":
             options["context_fn"] = _contexts_keeping(saved_widths)
+            if not execution.compiles:
+                fn = _with_pytorchs_linear(fn)
         fn = _with_own_code(_checkpointed(fn, options))
     return torch.compile(fn, fullgraph=True) if execution.compiles else fn
 
@@ -97,6 +106,23 @@ def _checkpointed(fn: Callable, options: dict[str, Any]) -> Callable:
         return checkpoint(fn, *args, **options) if torch.is_grad_enabled() else fn(*args)
 
     return checkpointed
+
+
+def _with_pytorchs_linear(fn: Callable) -> Callable:
+    """DeepSpeed's ZeRO 3 replaces F.linear in the whole process by one that adds the bias in
+    place: to a product that is kept it would be added again in the backward pass.
+    """
+
+    def checked(*args: Any) -> Any:
+        if nn.functional.linear is not torch._C._nn.linear:
+            raise RuntimeError(
+                'checkpointing="selective" needs PyTorch\'s own torch.nn.functional.linear, got '
+                f"{nn.functional.linear.__module__}.{nn.functional.linear.__name__}: use "
+                'checkpointing="blocks"'
+            )
+        return fn(*args)
+
+    return checked
 
 
 def _contexts_keeping(saved_widths: tuple[int, ...]) -> Callable[[], Any]:

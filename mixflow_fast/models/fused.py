@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.attention import attention
-from mixflow_fast.kernels.gelu import gelu
+from mixflow_fast.kernels.gelu import gelu, gelu_again
 from mixflow_fast.kernels.junction import junction, modulated_norm
-from mixflow_fast.kernels.swiglu import swiglu
+from mixflow_fast.kernels.swiglu import swiglu, swiglu_again
 from mixflow_fast.models.blocks import (
     Attention,
     Block,
@@ -62,10 +62,32 @@ class _LinearLeadingBias(torch.autograd.Function):
         return dx, rows.t() @ x.flatten(0, -2), dbias
 
 
+class _ActivatedProduct(torch.autograd.Function):
+    """act(x + bias) W^T without keeping the activation: the pass that computes its gradient makes
+    it again, for one more write.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias, weight)
+        ctx.gated, ctx.impl = gated, impl
+        return F.linear((swiglu if gated else gelu)(x, bias, impl=impl), weight)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, weight = ctx.saved_tensors
+        again = swiglu_again if ctx.gated else gelu_again
+        dx, dbias, y = again(dh @ weight, x, bias, impl=ctx.impl)
+        return dx, dbias, dh.flatten(0, -2).t() @ y.flatten(0, -2), None, None
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast would make of a linear's inputs; it does not see into a Function."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # PyTorch has no answer for meta tensors.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
@@ -103,13 +125,19 @@ def _attend(
     return F.linear(out, weight), bias
 
 
-def _feed(layer: Mlp | SwiGLU, y: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """(product of the last linear, its bias)."""
-    if isinstance(layer, SwiGLU):
-        w12, bias12, w3 = layer.weights()
-        return F.linear(swiglu(F.linear(y, w12), bias12, impl=impl), w3), layer.w3.bias
-    inner = gelu(F.linear(y, layer.fc1.weight), layer.fc1.bias, impl=impl)
-    return F.linear(inner, layer.fc2.weight), layer.fc2.bias
+def _feed(layer: Mlp | SwiGLU, y: Tensor, impl: str, again: bool) -> tuple[Tensor, Tensor]:
+    """(product of the last linear, its bias); `again`: its input is not kept."""
+    gated = isinstance(layer, SwiGLU)
+    if gated:
+        (first, bias, last), last_bias = layer.weights(), layer.w3.bias
+    else:
+        first, bias = layer.fc1.weight, layer.fc1.bias
+        last, last_bias = layer.fc2.weight, layer.fc2.bias
+    x = F.linear(y, first)
+    if again:
+        x, last = _autocast(x, last)
+        return _ActivatedProduct.apply(x, bias, last, gated, impl), last_bias
+    return F.linear((swiglu if gated else gelu)(x, bias, impl=impl), last), last_bias
 
 
 def fused_block(
@@ -118,6 +146,7 @@ def fused_block(
     c_silu: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     impl: str = "auto",
+    again: bool = False,
 ) -> Stream:
     """`Block.forward` on a stream.
 
@@ -126,13 +155,14 @@ def fused_block(
         c_silu: SiLU of the condition, (B, D) or (B, N, D): the same for all blocks.
         rope: (cos, sin), each (N, K) float32, or None.
         impl: of the operators.
+        again: the MLP's activation is made again in the backward pass.
     """
     m = modulation_chunks(block.adaLN_modulation[1](c_silu), block.parts)
     x, y = _add_and_norm(stream, block.norm1, m.get("shift_msa"), m["scale_msa"], impl)
     h, bias = _attend(block.attn, y, rope, impl)
     pending = h, bias, m["gate_msa"]
     x, y = _add_and_norm((x, pending), block.norm2, m.get("shift_mlp"), m["scale_mlp"], impl)
-    h, bias = _feed(block.mlp, y, impl)
+    h, bias = _feed(block.mlp, y, impl, again)
     return x, (h, bias, m["gate_mlp"])
 
 

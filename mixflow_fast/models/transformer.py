@@ -32,6 +32,7 @@ def _plain_block(
 def _fused_block(
     block: Block,
     impl: str,
+    again: bool,
     c_silu: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -39,7 +40,7 @@ def _fused_block(
     *pending: Tensor,
 ) -> Stream:
     rope = None if cos is None else (cos, sin)
-    return fused_block(block, (x, pending or None), c_silu, rope, impl)
+    return fused_block(block, (x, pending or None), c_silu, rope, impl, again)
 
 
 class Chain:
@@ -62,10 +63,11 @@ class Chain:
         cos, sin = rope or (None, None)
         if self._fused:
             c, impl = nn.functional.silu(c), self._execution.impl
+            again = self._execution.checkpointing == "activation"
             for number in numbers:
                 x, pending = stream
                 block = self._blocks[number]
-                stream = self._run(block, impl, c, cos, sin, x, *(pending or ()))
+                stream = self._run(block, impl, again, c, cos, sin, x, *(pending or ()))
             return stream
         x = settle(stream)
         for number in numbers:
