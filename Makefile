@@ -65,7 +65,9 @@ test: lint
 TRITON ?= triton==3.6.0
 TRITON_VENV := .venv-$(subst =,,$(TRITON))
 KERNEL_TESTS := tests/test_philox.py tests/test_interpolate.py tests/test_velocity_loss.py \
-    tests/test_kernel_ops.py tests/test_compile_report.py
+    tests/test_kernel_ops.py tests/test_junction.py tests/test_junction_ops.py tests/test_gelu.py \
+    tests/test_swiglu.py tests/test_activation_again.py tests/test_qk_norm_rope.py \
+    tests/test_attention.py tests/test_attention_backends.py tests/test_compile_report.py
 
 $(TRITON_VENV)/.stamp-$(KEY):
 	$(PYTHON) -m venv --clear $(TRITON_VENV)

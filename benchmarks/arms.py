@@ -1,71 +1,184 @@
-"""The four ways to train SiT-XL/2 that `benchmarks.step` times, as steps without arguments.
+"""The ways to train a network that `benchmarks.step` times, as steps without arguments.
 
-| provider     | network and precision          | objective      | optimizer, EMA, host          |
-|--------------|--------------------------------|----------------|-------------------------------|
-| eager_tf32   | eager, float32 with TF32       | plain lines    | AdamW, EMA in a Python loop,  |
-|              |                                |                | `loss.item()` every step      |
-| eager_bf16   | eager, bf16 autocast           | plain lines    | the same                      |
-| compile      | compiled blocks, bf16 autocast | compiled lines | fused AdamW, foreach EMA      |
-| mixflow_fast | the same                       | MixFlow        | the same                      |
+| provider              | network                | attention  | objective      | optimizer, host   |
+|-----------------------|------------------------|------------|----------------|-------------------|
+| eager_tf32            | eager, float32 as TF32 | PyTorch's  | plain lines    | plain, and        |
+| eager_bf16            | eager                  | PyTorch's  | plain lines    | `loss.item()`     |
+| eager_tuned           | eager                  | PyTorch's  | plain lines    | tuned             |
+| compile               | compiled blocks        | PyTorch's  | compiled lines | tuned             |
+| compile_unpadded      | the same, SwiGLU 5461  | PyTorch's  | compiled lines | tuned             |
+| fused_flash           | fused ops, compiled    | "flash"    | compiled lines | tuned             |
+| fused                 | the same               | by test    | compiled lines | tuned             |
+| mixflow_fast          | the same               | by test    | MixFlow        | tuned             |
+| mixflow_fast_adamwema | the same               | by test    | MixFlow        | AdamWEMA          |
+| mixflow_fast_again    | and checkpointing      | by test    | MixFlow        | AdamWEMA          |
+|                       | "activation"           |            |                |                   |
 
-Every arm trains the same float32 weights; bf16 means autocast over them. Blocks are compiled one
-by one with mode "default". The last two differ in the objective alone, so their ratio is its own.
+All but the first have bf16 weights with float32 masters in the optimizer, as the trainer has them
+under DeepSpeed (`benchmarks/optimizers.py`); no autocast. From eager_bf16 downwards each row
+(without compile_unpadded) has one technique more than the row before: `LADDER`. The last is there
+for its peak memory: it moves more bytes. Blocks are compiled one by one with mode "default", static
+shapes, the networks' ends eager, no CUDA graph.
 
-Model FLOPs per image: forward 24 N D^2 + 4 N^2 D + 12 D^2 a block (N tokens, width D) and the ends;
-training three times that, less the gradients of latents and sinusoid, which nobody needs.
+Model FLOPs per image: see `benchmarks/flops.py`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import flops
+from benchmarks.optimizers import KINDS, OptimizerStep, Weights
 from benchmarks.providers import GAMMA, interpolate, prepare, velocity_loss
 from mixflow_fast import MixFlow
-from mixflow_fast.models import SiT
-from mixflow_fast.optim import AdamWEMA
+from mixflow_fast.kernels.attention_backends import choose_backend
+from mixflow_fast.models import DiTDH, SiT, Transformer
+from mixflow_fast.models.blocks import SwiGLU
+from mixflow_fast.models.execution import Execution
 
 XL = dict(input_size=32, patch_size=2, hidden_size=1152, depth=28, num_heads=16, num_classes=1000)
 TOY = dict(input_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
-LR, DECAY = 1e-4, 0.9999
-EAGER = "AdamW, Python EMA, loss.item() every step"
-ARMS = {
-    "eager_tf32": f"eager, float32 with TF32, {EAGER}",
-    "eager_bf16": f"eager, bf16 autocast, {EAGER}",
-    "compile": "blocks and objective compiled (mode default only), the network's ends eager, no "
-    "CUDA graph, bf16 autocast, fused AdamW, foreach EMA",
-    "mixflow_fast": "network and optimizer of compile, MixFlow objective",
+# The clock is the objective's here: it changes no speed, and all arms must have the same loss.
+DITDH_XL = dict(clock="data_at_1")
+DITDH_TOY = dict(
+    clock="data_at_1", input_size=4, in_channels=4, hidden_size=(16, 32), depth=(1, 1),
+    num_heads=(2, 2), num_classes=10,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What an arm is made of.
+
+    Attributes:
+        execution: of the network.
+        objective: "plain", "compiled" (plain lines), or "mixflow".
+        optimizer: of `optimizers.KINDS`.
+        half: bf16 weights and float32 masters, else float32 with TF32.
+        reads_loss: `loss.item()` each step.
+        padded: DiT-DH's SwiGLU runs at a multiple of 64 columns.
+        adds: what it has that the row before in `LADDER` has not.
+    """
+
+    execution: Execution
+    objective: str = "compiled"
+    optimizer: str = "tuned"
+    half: bool = True
+    reads_loss: bool = False
+    padded: bool = True
+    adds: str = ""
+
+    @property
+    def note(self) -> str:
+        mode = "eager" if self.execution.mode == "eager" else f"{self.execution.mode}, blocks"
+        mode += " compiled (mode default only), ends eager" if self.execution.compiles else ""
+        again = self.execution.checkpointing
+        mode += "" if again == "none" else f", checkpointing {again}"
+        precision = "bf16 weights, float32 masters" if self.half else "float32 with TF32"
+        objective = "MixFlow" if self.objective == "mixflow" else f"{self.objective} lines"
+        parts = [mode, precision, f"objective: {objective}", KINDS[self.optimizer]]
+        parts += ["loss.item() every step"] if self.reads_loss else []
+        parts += [] if self.padded else ["SwiGLU not padded"]
+        return ", ".join(parts)
+
+
+_EAGER = dict(execution=Execution(), objective="plain")
+_FUSED = Execution(mode="fused", attention="auto")
+RECIPES = {
+    "eager_tf32": Recipe(**_EAGER, optimizer="plain", half=False, reads_loss=True),
+    "eager_bf16": Recipe(**_EAGER, optimizer="plain", reads_loss=True, adds="bf16, eager"),
+    "eager_tuned": Recipe(**_EAGER, adds="fused AdamW, foreach EMA, no loss.item()"),
+    "compile_unpadded": Recipe(execution=Execution(mode="compile"), padded=False),
+    "compile": Recipe(execution=Execution(mode="compile"), adds="torch.compile"),
+    "fused_flash": Recipe(
+        execution=Execution(mode="fused", attention="flash"), adds="fused operators"
+    ),
+    "fused": Recipe(execution=_FUSED, adds="attention backend by test"),
+    "mixflow_fast": Recipe(execution=_FUSED, objective="mixflow", adds="MixFlow objective"),
+    "mixflow_fast_adamwema": Recipe(
+        execution=_FUSED, objective="mixflow", optimizer="adamwema", adds="the trainer's AdamWEMA"
+    ),
+    "mixflow_fast_again": Recipe(
+        execution=replace(_FUSED, checkpointing="activation"),
+        objective="mixflow",
+        optimizer="adamwema",
+        adds="activations made again (peak memory)",
+    ),
 }
+LADDER = (
+    *("eager_bf16", "eager_tuned", "compile", "fused_flash", "fused"),
+    *("mixflow_fast", "mixflow_fast_adamwema", "mixflow_fast_again"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A network, a batch, and the arms that take turns on it.
+
+    Attributes:
+        seconds: what it takes on an H200, compilation included, by estimate.
+        image_gb: what the passes keep of an image in bf16, GB: 20 A a block (`benchmarks.census`,
+            the eager mode keeps most), and some for what comes and goes.
+        details: the optimizers are measured here, if they are not yet, and launches, if no
+            later workload with details runs.
+    """
+
+    name: str
+    network: type[Transformer]
+    options: dict[str, Any]
+    batch: int
+    arms: tuple[str, ...]
+    seconds: float = 1.0
+    image_gb: float = 0.0
+    details: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"step {self.name} B={self.batch}"
+
+
+def workloads(smoke: bool) -> tuple[Workload, ...]:
+    """The most telling first."""
+    every, two = ("eager_tf32", *LADDER), ("compile", "mixflow_fast")
+    # Its batch fits at once in every arm: here peak memory compares.
+    basis = tuple(name for name in every if name not in ("eager_tuned", "fused_flash"))
+    if smoke:
+        toy = dict(name="toy SiT", network=SiT, options=TOY, batch=4)
+        rae = dict(name="toy DiT-DH", network=DiTDH, options=DITDH_TOY, batch=2)
+        some = ("eager_bf16", "compile_unpadded", "mixflow_fast")
+        return Workload(**toy, arms=every, details=True), Workload(**rae, arms=some)
+    sit = dict(name="SiT-XL/2-256", network=SiT, options=XL)
+    rae = dict(name="DiT-DH-XL-256", network=DiTDH, options=DITDH_XL)
+    large = dict(name="SiT-XL/2-512", network=SiT, options=XL | {"input_size": 64})
+    return (
+        Workload(**sit, batch=256, arms=every, seconds=125, image_gb=0.36, details=True),
+        Workload(**sit, batch=32, arms=basis, seconds=70, image_gb=0.36, details=True),
+        Workload(**rae, batch=64, arms=("compile_unpadded", *two), seconds=100, image_gb=0.5),
+        Workload(**large, batch=32, arms=two, seconds=60, image_gb=1.4),
+    )
+
 
 Draws = tuple[Tensor, Tensor, Tensor]
-# (rows, draws or None) -> mean loss of these rows of the batch; see `losses`.
+# (rows, draws or None) -> mean loss of these rows of the batch; see `make_loss`.
 Loss = Callable[..., Tensor]
 
 
-def train_flops(net: SiT) -> float:
-    """Model FLOPs (two a multiply-add) per image and training step, see the module's docstring."""
-    c = net.config
-    N, D = (c["input_size"] // c["patch_size"]) ** 2, c["hidden_size"]
-    area = c["patch_size"] ** 2
-    mlp = 4 * N * D * int(D * c["mlp_ratio"])
-    block = 8 * N * D * D + mlp + 4 * N * N * D + 12 * D * D
-    embed = 2 * N * area * c["in_channels"] * D
-    final = 2 * N * D * area * net.out_channels + 4 * D * D
-    first_of_times, second_of_times = 2 * 256 * D, 2 * D * D
-    forward = c["depth"] * block + embed + final + first_of_times + second_of_times
-    return 3 * forward - embed - first_of_times
+def train_flops(net: Transformer) -> int:
+    """Model FLOPs (two a multiply-add) per image and training step, see `benchmarks/flops.py`."""
+    return flops.train_flops(net)
 
 
-def network(device: torch.device, toy: bool) -> SiT:
-    """SiT-XL/2 or the toy, no weight of it zero."""
+def network(workload: Workload, device: torch.device) -> Transformer:
+    """The workload's network in float32, no weight of it zero."""
     torch.manual_seed(0)
     with device:
-        net = SiT(**(TOY if toy else XL))
+        net = workload.network(**workload.options)
     with torch.no_grad():
         for p in net.parameters():
             if p.requires_grad:  # adaLN-zero would multiply by zeros
@@ -73,37 +186,32 @@ def network(device: torch.device, toy: bool) -> SiT:
     return net.train()
 
 
-class PlainState:
-    """torch's AdamW and an EMA: in a Python loop as most trainers do it, or tuned.
+def twin(net: Transformer, recipe: Recipe) -> Transformer:
+    """The same parameters and buffers in a network of its own that runs as the recipe says.
 
-    Args:
-        fused: fused AdamW and the EMA as one foreach call.
+    On the CPU nothing is compiled: that takes a minute, and a smoke run times nothing.
     """
-
-    def __init__(self, params: list[Tensor], fused: bool) -> None:
-        self._params = params
-        self._fused = fused
-        self._optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0, fused=fused or None)
-        self.state = self._optimizer.state
-        self.ema = [p.detach().clone() for p in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self._optimizer.step()
-        if self._fused:
-            torch._foreach_lerp_(self.ema, self._params, 1 - DECAY)
-        else:
-            for ema, p in zip(self.ema, self._params, strict=True):
-                ema.mul_(DECAY).add_(p, alpha=1 - DECAY)
-
-    def state_bytes(self) -> int:
-        """Bytes of moments and EMA."""
-        tensors = [v for state in self.state.values() for v in state.values()]
-        return sum(v.nbytes for v in [*tensors, *self.ema] if isinstance(v, Tensor))
+    tensors = [*net.parameters(), *net.buffers()]
+    other = copy.deepcopy(net, {id(tensor): tensor for tensor in tensors})
+    on_cpu = tensors[0].device.type == "cpu"
+    other.set_execution(replace(recipe.execution, compiled=False) if on_cpu else recipe.execution)
+    if not recipe.padded:
+        for module in other.modules():
+            if isinstance(module, SwiGLU):
+                module.padded = False
+    return other
 
 
-def our_optimizer(params: list[Tensor]) -> AdamWEMA:
-    return AdamWEMA(params, lr=LR, ema_decay=DECAY)
+def backends(net: Transformer, batch: int) -> str:
+    """What attention="auto" chose for the network's blocks: "cudnn", "flash2 and efficient"."""
+    tokens = (net.input_size // net.patch_size) ** 2
+    weight = net.blocks[0].attn.qkv.weight
+    heads = [(b.attn.num_heads, b.attn.qkv.in_features // b.attn.num_heads) for b in net.blocks]
+    chosen = [
+        choose_backend(batch, tokens, *sizes, weight.dtype, weight.device).backend
+        for sizes in dict.fromkeys(heads)
+    ]
+    return " and ".join(dict.fromkeys(chosen))
 
 
 @dataclass
@@ -111,18 +219,19 @@ class Arm:
     """One provider's training step.
 
     Attributes:
-        loss: see `losses`.
+        loss: see `make_loss`.
+        net: its twin of the network.
         optimizer: with the EMA; arms may share one.
-        reads_loss: `loss.item()` each step.
         micro: samples that a backward pass takes.
     """
 
     name: str
+    recipe: Recipe
     loss: Loss
-    optimizer: PlainState
-    reads_loss: bool
+    net: Transformer | None
+    optimizer: OptimizerStep | None
+    weights: Weights | None
     micro: int
-    params: list[Tensor]
     batch: int
 
     def _parts(self) -> Iterator[tuple[slice, float]]:
@@ -138,12 +247,17 @@ class Arm:
             (loss * share).backward()
         self.optimizer.step()
         self.drop_gradients()
-        if self.reads_loss:
+        if self.recipe.reads_loss:
             loss.item()
 
     def drop_gradients(self) -> None:
-        for p in self.params:
+        for p in (*self.weights.params, *self.weights.masters):
             p.grad = None
+
+    def resident_bytes(self) -> int:
+        """What a run of this arm alone keeps between steps."""
+        held = self.weights.nbytes(self.recipe.half, ema=not self.optimizer.has_ema)
+        return held + self.optimizer.state_bytes()
 
     def loss_of(self, draws: Draws) -> float:
         """The batch's loss with given noise and times; in the graph that training compiled."""
@@ -154,61 +268,51 @@ class Arm:
         return sum(self.loss(rows, exact=True).item() * share for rows, share in self._parts())
 
 
-def losses(net: SiT, x1: Tensor, y: Tensor, ids: Tensor, impl: str) -> dict[str, Loss]:
-    """Each provider's loss(rows, draws=None), of these rows of the batch.
+_compiled: dict[Any, Any] = {}
 
-    Draws (x0, t, m of the whole batch) take the place of the provider's own. That of mixflow_fast
-    takes `exact=True`: x1 less the noise in its input stands in for the network's prediction.
-    `compile` is left out on the CPU.
+
+def _lines(objective: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """(prepare, loss) as they stand, or compiled once."""
+    functions = prepare, velocity_loss
+    if objective == "compiled":
+        for f in functions:
+            if f not in _compiled:
+                _compiled[f] = torch.compile(f, dynamic=False)
+        return tuple(_compiled[f] for f in functions)
+    return functions
+
+
+def make_loss(
+    recipe: Recipe, net: Transformer, x1: Tensor, y: Tensor, ids: Tensor, impl: str
+) -> Loss:
+    """An arm's loss(rows, draws=None), of these rows of the batch.
+
+    Draws (x0, t, m of the whole batch) take the place of the arm's own. With the objective
+    "mixflow" it takes `exact=True`: x1 less the noise in its input stands in for the prediction.
     """
-    eager_blocks = net.blocks
-    kind = x1.device.type
+    on_cpu = x1.device.type == "cpu"
+    prepare_fn, loss_fn = _lines("plain" if on_cpu else recipe.objective)
+    objective = MixFlow(gamma=GAMMA, clock=net.clock, impl=impl)
 
-    def plain(
-        blocks: nn.ModuleList,
-        half: bool,
-        prepare_fn: Callable[..., Any] = prepare,
-        loss_fn: Callable[..., Tensor] = velocity_loss,
-    ) -> Loss:
-        def loss(rows: slice, draws: Draws | None = None) -> Tensor:
-            data = x1[rows]
-            if draws is None:
-                x, t, _, x0 = prepare_fn(data, GAMMA)
-            else:
-                x0, t, m = (value[rows] for value in draws)
-                x = interpolate(data, x0, m)
-            net.blocks = blocks
-            with torch.autocast(kind, torch.bfloat16) if half else nullcontext():
-                pred = net(x, t, y[rows])
-            return loss_fn(pred, data, x0)
+    def plain(rows: slice, draws: Draws | None = None) -> Tensor:
+        data = x1[rows]
+        if draws is None:
+            x, t, _, x0 = prepare_fn(data, GAMMA)
+        else:
+            x0, t, m = (value[rows] for value in draws)
+            x = interpolate(data, x0, m)
+        return loss_fn(net(x, t, y[rows]), data, x0)
 
-        return loss
+    def ours(rows: slice, draws: Draws | None = None, exact: bool = False) -> Tensor:
+        if draws is None:
+            # Before prepare: the loss draws the same noise again, from this very memory.
+            ids[rows].add_(len(ids))
+            it = objective.prepare(x1[rows], ids=ids[rows])
+        else:
+            x0, t, m = (value[rows] for value in draws)
+            it = objective.prepare(x1[rows], x0=x0, t=t, slowed_t=m)
+        if exact:
+            return objective.loss((x1[rows] - it.x0()).requires_grad_(), it)
+        return objective.loss(net(it.x, it.t, y[rows]), it)
 
-    def ours(blocks: nn.ModuleList) -> Loss:
-        objective = MixFlow(gamma=GAMMA, clock=net.clock, impl=impl)
-
-        def loss(rows: slice, draws: Draws | None = None, exact: bool = False) -> Tensor:
-            if draws is None:
-                # Before prepare: the loss draws the same noise again, from this very memory.
-                ids[rows].add_(len(ids))
-                it = objective.prepare(x1[rows], ids=ids[rows])
-            else:
-                x0, t, m = (value[rows] for value in draws)
-                it = objective.prepare(x1[rows], x0=x0, t=t, slowed_t=m)
-            if exact:
-                return objective.loss((x1[rows] - it.x0()).requires_grad_(), it)
-            net.blocks = blocks
-            with torch.autocast(kind, torch.bfloat16):
-                pred = net(it.x, it.t, y[rows])
-            return objective.loss(pred, it)
-
-        return loss
-
-    made = {"eager_tf32": plain(eager_blocks, False), "eager_bf16": plain(eager_blocks, True)}
-    if kind == "cpu":
-        return made | {"mixflow_fast": ours(eager_blocks)}
-    torch._dynamo.config.recompile_limit = 256
-    compiled_blocks = nn.ModuleList(torch.compile(b, dynamic=False) for b in eager_blocks)
-    functions = (torch.compile(f, dynamic=False) for f in (prepare, velocity_loss))
-    made["compile"] = plain(compiled_blocks, True, *functions)
-    return made | {"mixflow_fast": ours(compiled_blocks)}
+    return ours if recipe.objective == "mixflow" else plain

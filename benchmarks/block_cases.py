@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from mixflow_fast.kernels.gelu import gelu
+from mixflow_fast.kernels.gelu import gelu, gelu_again
 from mixflow_fast.kernels.junction import junction, modulated_norm
+from mixflow_fast.kernels.junction_again import junction_again, junction_forward
 from mixflow_fast.kernels.qk_norm_rope import QkOptions, finish, prepare
-from mixflow_fast.kernels.swiglu import swiglu
+from mixflow_fast.kernels.swiglu import swiglu, swiglu_again
 
 Row = tuple[str, str, Callable[[Callable[[], None]], object], bool]
 
@@ -29,8 +30,12 @@ def _junction(
     has_h_bias: bool = False,
     frozen: bool = False,
     modulation_dtype: torch.dtype | None = None,
+    again: bool = False,
 ) -> None:
-    """Forward and backward; gate, shift and scale are chunks of one tensor, as in the models."""
+    """Forward and backward; gate, shift and scale are chunks of one tensor, as in the models.
+
+    `again`: the backward pass that makes y again.
+    """
     B, N, D = shape
     other = modulation_dtype or dtype
 
@@ -43,8 +48,17 @@ def _junction(
     options = dict(norm=norm, impl="triton", weight=leaf(D) if norm == "rms" else None)
     shift = shift if has_shift else None
     upstream = torch.empty(shape, dtype=dtype)
+    h_bias = leaf(D) if has_h and has_h_bias else None
+    if again:
+        inputs = (h, gate, shift, scale) if has_h else (None, None, shift, scale)
+        needs = [True, has_h, has_h, has_shift, True, has_h_bias, norm == "rms", True]
+        options["h_bias"] = h_bias
+        with torch.no_grad():
+            x_new, _, *statistics = junction_forward(x, *inputs, **options)
+            mark()
+            junction_again(upstream, upstream, x_new, *inputs, *statistics, needs, **options)
+        return
     if has_h:
-        h_bias = leaf(D) if has_h_bias else None
         outputs = junction(x, h, gate, shift, scale, h_bias=h_bias, **options)
     else:
         outputs = (modulated_norm(x, shift, scale, **options),)
@@ -97,7 +111,34 @@ def junction_rows() -> list[Row]:
         row("per token 4096 bf16", 8, 256, 4096, per_token=True),
         row("odd fp16, h_bias", 3, 7, 1023, **bias, **fp16),
         row("odd fp32 rms per token", 3, 7, 33, **token, **fp32),
+        row("sit xl bf16, h_bias, y again", 256, 256, 1152, quick=True, again=True, **bias),
+        row("sit xl fp32, h_bias, y again", 256, 256, 1152, again=True, **bias, **fp32),
+        row(
+            "sit xl fp32, modulation bf16, y again",
+            *(256, 256, 1152),
+            modulation_dtype=torch.bfloat16,
+            again=True,
+            **bias,
+            **fp32,
+        ),
+        row("sit l bf16, h_bias, y again", 256, 256, 1024, again=True, **bias),
+        row("rae encoder bf16 rms, h_bias, y again", 64, 256, 1152, again=True, **rms, **bias),
+        row("rae head bf16 rms per token, y again", 64, 256, 2048, again=True, **token, **bias),
+        row(
+            "rae head fp32 rms per token, no shift, y again",
+            *(64, 256, 2048),
+            has_shift=False,
+            again=True,
+            **token,
+            **bias,
+            **fp32,
+        ),
+        row("per sample 4096 bf16, y again", 8, 256, 4096, again=True, **bias),
+        row("per sample 4096 fp32 rms, y again", 8, 256, 4096, again=True, **rms, **bias, **fp32),
+        row("per token 4096 fp32 rms, y again", 8, 256, 4096, again=True, **token, **bias, **fp32),
+        row("odd fp16, h_bias, y again", 3, 7, 1023, again=True, **bias, **fp16),
         row("sit xl bf16", 256, 256, 1152, quick=True, **alone),
+        row("sit xl bf16, y again", 256, 256, 1152, again=True, **alone),
         row("rae head bf16 rms per token", 64, 256, 2048, **alone, **token),
     ]
 
@@ -110,14 +151,20 @@ def _activation(
     bias_dtype: torch.dtype | None = None,
     has_bias: bool = True,
     frozen: bool = False,
+    again: bool = False,
 ) -> None:
-    """Forward and backward."""
+    """Forward and backward; `again`: the backward pass that makes the output again."""
     x = torch.empty(shape, dtype=dtype, requires_grad=True)
     bias = None
     if has_bias:
         bias = torch.empty(shape[-1], dtype=bias_dtype or dtype, requires_grad=not frozen)
     y = function(x, bias, impl="triton")
-    y.backward(torch.empty(y.shape, dtype=dtype))
+    if again:
+        mark()
+        other = {gelu: gelu_again, swiglu: swiglu_again}[function]
+        other(torch.empty(y.shape, dtype=dtype), x.detach(), bias.detach(), impl="triton")
+    else:
+        y.backward(torch.empty(y.shape, dtype=dtype))
 
 
 def activation_rows() -> list[Row]:
@@ -138,6 +185,11 @@ def activation_rows() -> list[Row]:
             row(op, "widest bf16, frozen bias", *wide, frozen=True),
             row(op, "narrow fp16", *narrow, **fp16),
             row(op, "one sample bf16", 1, *wide[1:]),
+            row(op, "widest bf16, output again", *wide, quick=True, again=True),
+            row(op, "widest fp32, output again", *wide, again=True, **fp32),
+            row(op, "odd bf16, output again", 2, 7, 2 * 1023, again=True),
+            row(op, "odd rows bf16, output again", 257, 257, wide[-1], again=True),
+            row(op, "one row bf16, output again", 1, 1, wide[-1], again=True),
             row(op, "odd bf16", 2, 7, 2 * 1023 if op == "swiglu" else 1023),
         ]
     return [*rows, row("swiglu", "rae 2730 bf16", 32, 256, 2 * 2730)]

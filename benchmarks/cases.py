@@ -8,7 +8,9 @@
 | velocity_loss | backward | the same with an upstream gradient of 0.5 on the device: its price   |
 | objective     | full     | interpolate, then loss and gradient. The prediction is a given       |
 |               |          | tensor: a network stands between the two, so nothing fuses across it |
-| step          | step     | a training step of SiT (`benchmarks/step.py`)                        |
+| step          | step     | a training step of a network (`benchmarks/step.py`)                  |
+
+The ops of a transformer block are in `benchmarks/block_ops.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.block_ops import BLOCK_OPS, BlockCase, block_cases
+
 MODES = {
     "interpolate": ("forward",),
     "velocity_loss": ("full", "forward", "backward"),
     "objective": ("full",),
 }
-KERNEL_OPS = tuple(MODES)
+OBJECTIVE_OPS = tuple(MODES)
+KERNEL_OPS = (*OBJECTIVE_OPS, *BLOCK_OPS)
 OPS = (*KERNEL_OPS, "step")
 
 RAE, SIT = (768, 16, 16), (4, 32, 32)
@@ -52,6 +57,7 @@ class Case:
         shape: (B, C, H, W).
         dtype: of x1 and x_m.
         pred_dtype: of the prediction and its gradient.
+        variant, flops, providers: as `BlockCase`.
     """
 
     op: str
@@ -59,6 +65,9 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pred_dtype: torch.dtype = torch.bfloat16
+    variant = None
+    flops = None
+    providers = ("eager", "compile", "mixflow_fast")
 
     @property
     def elements(self) -> int:
@@ -91,14 +100,22 @@ class Case:
         return per_element * self.elements
 
 
-def kernel_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case]:
-    """The cells of the kernel suite for `ops`, the most telling first.
+def kernel_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case | BlockCase]:
+    """The cells of the kernel suite for `ops`, the most telling first."""
+    main, more = block_cases(ops, smoke)
+    objective = objective_cases(ops, smoke)
+    first = sum(case.shape in MAIN_SHAPES and case.dtype != torch.float32 for case in objective)
+    return [*main, *objective[:first], *more, *objective[first:]]
+
+
+def objective_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case]:
+    """The cells of the objective's ops.
 
     bf16 at every shape in mode "full" ("forward" for interpolate), the other modes at the main
     shapes, and last float32 data there.
     """
     half, single = torch.bfloat16, torch.float32
-    chosen = [op for op in KERNEL_OPS if op in ops]
+    chosen = [op for op in OBJECTIVE_OPS if op in ops]
     if smoke:
         return [
             Case(op=op, mode=mode, shape=shape, dtype=half)

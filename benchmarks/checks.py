@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import block_checks, draws, numerics, replay
 from benchmarks import device as devices
-from benchmarks import draws, numerics, replay
-from benchmarks.cases import KERNEL_OPS
+from benchmarks.block_ops import BLOCK_OPS
+from benchmarks.cases import KERNEL_OPS, OBJECTIVE_OPS
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.numerics import TIMED, Finding
 
@@ -32,6 +33,9 @@ GPU_SHAPE, CPU_SHAPE = (8, 4, 32, 32), (4, 4, 4, 4)
 GPU_TIMED_SHAPES = (GPU_SHAPE, (5, 3, 7, 9), (256, 4, 32, 32), (64, 768, 16, 16))
 CPU_TIMED_SHAPES = (CPU_SHAPE,)
 GPU_BITS_SHAPE, CPU_BITS_SHAPE = (256, 4, 32, 32), (3, 3, 5, 3)
+
+# Two processes check them side by side, each into its own file.
+FAMILIES = {"objective": OBJECTIVE_OPS, "blocks": BLOCK_OPS}
 
 Task = tuple[str, Callable[[], Iterable[Finding]]]
 
@@ -93,8 +97,18 @@ def tasks(
     """The checks of a level, the most telling first. Levels: `numerics.plan`.
 
     Args:
-        ops: of `KERNEL_OPS` or "step"; those other than "interpolate" need both kernels.
+        ops: of `KERNEL_OPS` or "step", which needs all.
     """
+    ops = set(KERNEL_OPS if "step" in ops else ops)
+    yield from block_checks.tasks(device, impl, level, ops & set(BLOCK_OPS))
+    if ops & set(OBJECTIVE_OPS):
+        yield from _objective_tasks(device, impl, level, ops & set(OBJECTIVE_OPS))
+
+
+def _objective_tasks(
+    device: torch.device, impl: str, level: str, ops: Iterable[str]
+) -> Iterator[Task]:
+    """Of `OBJECTIVE_OPS`; those other than "interpolate" need both kernels."""
     on_gpu = device.type == "cuda"
     needed = ("interpolate",) if set(ops) == {"interpolate"} else ("interpolate", "velocity_loss")
     bits_shape = GPU_BITS_SHAPE if on_gpu else CPU_BITS_SHAPE
@@ -194,10 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--op", action="append", choices=KERNEL_OPS, help="repeatable")
+    parser.add_argument("--family", choices=tuple(FAMILIES), help="its ops")
     parser.add_argument("--level", choices=("timed", "smoke", "full"), default="full")
     parser.add_argument("--impl", choices=("triton", "reference"), default="triton")
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write correctness.jsonl there")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the findings there")
     args = parser.parse_args(argv)
     try:
         device, deadline = devices.pick(args.device), Deadline(args.deadline)
@@ -206,11 +221,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     environment = devices.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()), flush=True)
-    chosen = device, args.impl, args.level, args.op or KERNEL_OPS, deadline
+    ops = args.op or FAMILIES.get(args.family, KERNEL_OPS)
+    chosen = device, args.impl, args.level, ops, deadline
     if args.out is None:
         report = run(*chosen)
     else:
-        report = run(*chosen, Log(args.out / "correctness.jsonl", environment).add)
+        name = f"correctness_{args.family}.jsonl" if args.family else "correctness.jsonl"
+        report = run(*chosen, Log(args.out / name, environment).add)
     print(report.table(), flush=True)
     if report.interrupted:
         return 130

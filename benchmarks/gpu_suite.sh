@@ -1,17 +1,47 @@
 #!/usr/bin/env bash
-# Everything on one GPU in under nine minutes: correctness of every kernel, the kernels' speeds, one
-# training step of SiT-XL/2. Needs torch, triton and numpy; matplotlib for the plots. Nothing has to
-# be installed from this checkout.
+# Everything on one GPU in under nine minutes: correctness of every kernel, the kernels' speeds, the
+# training step of SiT-XL/2 and as much of the other networks as fits. Needs torch, triton and numpy;
+# matplotlib for the plots; liger_kernel, flash_attn and apex are measured if they are there. Nothing
+# has to be installed from this checkout.
 #
-#   benchmarks/gpu_suite.sh [FOLDER]       (FOLDER: runs/gpu_suite)
+#   benchmarks/gpu_suite.sh [--smoke] [FOLDER [PART...]]
 #
+# --smoke: the same path on the CPU at toy sizes, in less than a minute. It tests this script and the
+# harness; its times are no speeds.
+# FOLDER: runs/gpu_suite, or runs/gpu_suite_smoke. PART: correctness, kernels, step; all three
+# without any. One part alone has the whole time: "kernels" and "step" reach their last cells then.
+# Rows of several runs add up.
 # PYTHON=python3.12 picks the interpreter (.venv's, or python3), GIT_SHA=... names the commit where
 # there is no .git.
-# FOLDER gets correctness.jsonl, rows.jsonl, environment.json, suite.log and a PNG for each op.
+# FOLDER gets correctness_*.jsonl, rows.jsonl, environment.json, suite.log and a PNG for each op.
 # Exit status: 0, or that of the first part that failed; the other parts run all the same. 2 without
 # a GPU.
 set -uo pipefail
-out=$(mkdir -p "${1:-runs/gpu_suite}" && cd "${1:-runs/gpu_suite}" && pwd) || exit 2
+device=cuda
+folder=runs/gpu_suite
+if [ "${1:-}" = --smoke ]; then
+    device=cpu
+    folder=runs/gpu_suite_smoke
+    # Beside a GPU, too: kernels run in Triton's interpreter only where torch sees none.
+    export CUDA_VISIBLE_DEVICES=
+    shift
+fi
+case ${1:-} in -*)
+    echo "gpu_suite has the option --smoke, before the folder, got $1" >&2
+    exit 2
+    ;;
+esac
+folder=${1:-$folder}
+parts=" ${*:2} "
+[ "$parts" != "  " ] || parts=' correctness kernels step '
+for part in $parts; do
+    case $part in correctness | kernels | step) ;; *)
+        echo "gpu_suite has the parts correctness, kernels and step, got $part" >&2
+        exit 2
+        ;;
+    esac
+done
+out=$(mkdir -p "$folder" && cd "$folder" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
@@ -27,7 +57,23 @@ total=530
 SECONDS=0
 status=0
 
+# wanted NAME: whether it is to be run.
+wanted() {
+    case $parts in *" $1 "*) ;; *) return 1 ;; esac
+}
+
+# alone NAME LIMIT: the seconds it may take: all of them if nothing else is wanted.
+alone() {
+    if [ "$parts" = " $1 " ]; then echo "$total"; else echo "$2"; fi
+}
+
+# keep STATUS: the suite's exit status is that of the first part that failed.
+keep() {
+    [ "$status" -ne 0 ] || status=$1
+}
+
 # part NAME LIMIT ARGUMENTS...: at most LIMIT seconds and what is left; killed if it overruns.
+# Returns its exit status.
 part() {
     local name=$1 limit=$2
     shift 2
@@ -35,17 +81,16 @@ part() {
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 35 ]; then
         echo "== $name: left out, ${SECONDS} s of $total s are gone"
-        [ "$status" -ne 0 ] || status=1
-        return
+        return 1
     fi
     echo "== $name: at most $limit s"
     # Start-up, a last cell that overruns and the plots are outside the deadline that the part
     # keeps itself. The interrupt lets it say what it has; the rows are on disk in any case.
     timeout --signal=INT --kill-after=10 "$limit" \
-        "$python" -m "$@" --deadline $((limit - 25)) --device cuda --out "$out"
+        "$python" -m "$@" --deadline $((limit - 25)) --device "$device" --out "$out"
     local code=$?
     echo "== $name: exit status $code, ${SECONDS} s in all"
-    [ "$status" -ne 0 ] || status=$code
+    return "$code"
 }
 
 # Whether there is a GPU (2), and whether memory can be had in expandable segments (3, or a crash).
@@ -64,7 +109,8 @@ except RuntimeError:
     sys.exit(3)
 '
 
-main() {
+# Asks the probe; 2 without a GPU.
+find_gpu() {
     PYTORCH_CUDA_ALLOC_CONF=$segments "$python" -c "$probe"
     case $? in
     0) ;;
@@ -78,15 +124,40 @@ main() {
         unset PYTORCH_CUDA_ALLOC_CONF
         ;;
     esac
-    part 'correctness' 140 benchmarks.checks
-    part 'kernels' 205 benchmarks.run --suite kernels
-    # Its micro-batches of several sizes share the memory: without this they would fragment it.
-    [ -z "$segments" ] || export PYTORCH_CUDA_ALLOC_CONF=$segments
-    # 185 s less the probe's, and what the others did not need.
-    part 'training step' "$total" benchmarks.run --suite step
+}
+
+main() {
+    local checks=() measure=()
+    if [ "$device" = cuda ]; then
+        find_gpu || return 2
+    else
+        echo "== smoke run on the CPU: a test of the harness, no speeds"
+        checks=(--level timed)
+        measure=(--smoke)
+    fi
+    if wanted correctness; then
+        # Most of it is compilation of kernels, one after another: two processes side by side.
+        part 'correctness of the blocks' 150 benchmarks.checks --family blocks "${checks[@]}" &
+        local blocks=$!
+        part 'correctness of the objective' 150 benchmarks.checks --family objective "${checks[@]}"
+        keep $?
+        wait "$blocks"
+        keep $?
+    fi
+    if wanted kernels; then
+        part 'kernels' "$(alone kernels 155)" benchmarks.run --suite kernels "${measure[@]}"
+        keep $?
+    fi
+    if wanted step; then
+        # Its micro-batches of several sizes share the memory: without this they would fragment it.
+        [ -z "$segments" ] || export PYTORCH_CUDA_ALLOC_CONF=$segments
+        # 225 s less the probe's, and what the others did not need.
+        part 'training step' "$total" benchmarks.run --suite step "${measure[@]}"
+        keep $?
+    fi
     echo "== results in $out"
     return "$status"
 }
 
-main 2>&1 | tee "$out/suite.log"
+main 2>&1 | tee -a "$out/suite.log"
 exit "${PIPESTATUS[0]}"

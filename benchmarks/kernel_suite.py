@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import block_providers, timing
+from benchmarks.block_ops import BlockCase
 from benchmarks.cases import Case
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.device import in_short
-from benchmarks.providers import (
-    PROVIDERS,
-    Call,
-    Compiler,
-    Inputs,
-    make_inputs,
-    mixflow_call,
-    plain_call,
-)
+from benchmarks.providers import Call, Compiler, make_inputs, mixflow_call, plain_call
 from benchmarks.rows import Writer
 from benchmarks.stats import Percentiles, Ratio, paired_ratio, percentiles
 from benchmarks.verify import verify
 
+# Columns of the table; others follow in the same line.
+COLUMNS = ("eager", "compile", "mixflow_fast")
+AnyCase = Case | BlockCase
 NO_COMPILE = "left out in a smoke run: the first C++ compilation takes most of a minute"
 
 
@@ -54,12 +51,12 @@ class KernelSuite:
         self._on_gpu = device.type == "cuda"
         self._timer = timing.CudaTimer() if self._on_gpu else None
         self._compiler = Compiler(self._timer.quick_ms) if self._timer else None
-        self._to_count: list[tuple[Case, str, str]] = []
+        self._to_count: list[tuple[AnyCase, str, str]] = []
         self._copy = timing.copy_bandwidth(self._timer) if self._timer else None
         if self._copy:
             print(f"copy bandwidth {self._copy / 1e9:.0f} GB/s (1 GiB, read plus written)")
 
-    def run(self, cases: list[Case]) -> None:
+    def run(self, cases: list[AnyCase]) -> None:
         """Every case in turn, as far as the deadline goes, then the launches of those timed."""
         self._print_head()
         expectation = Expectation(first=20.0 if self._on_gpu else 1.0, cap=20.0)
@@ -84,29 +81,53 @@ class KernelSuite:
                 except Exception as error:  # the other counts are worth having
                     print(f"{case.label} {provider}: no launches: {in_short(error)}", flush=True)
 
-    def _call(self, provider: str, case: Case, inputs: Inputs) -> tuple[Call, str]:
-        """The provider's call, and a sentence that says how it was set up."""
-        if provider == "compile":
-            return self._compiler.call(case, inputs)
-        if provider == "eager":
-            return plain_call(case, inputs), "plain PyTorch lines"
-        return mixflow_call(case, inputs, self._impl), f"MixFlow(impl={self._impl!r})"
+    def _inputs(self, case: AnyCase) -> Any:
+        make = block_providers.make_inputs if isinstance(case, BlockCase) else make_inputs
+        return make(case, self._device)
 
-    def _cell(self, case: Case) -> None:
+    def _call(self, provider: str, case: AnyCase, inputs: Any) -> tuple[Call, str]:
+        """The provider's call, and a sentence that says how it was set up."""
+        block = isinstance(case, BlockCase)
+        plain = block_providers.plain_call if block else plain_call
+        if provider == "compile":
+            return self._compiler.call(case, inputs, plain)
+        if provider == "eager":
+            return plain(case, inputs), "plain PyTorch lines"
+        if not block:
+            return mixflow_call(case, inputs, self._impl), f"MixFlow(impl={self._impl!r})"
+        if provider == "mixflow_fast":
+            call = block_providers.mixflow_call(case, inputs, self._impl)
+            return call, block_providers.note(case, inputs, self._impl)
+        return block_providers.other_call(provider, case, inputs, self._impl)
+
+    @staticmethod
+    def _wrong(provider: str, case: AnyCase, inputs: Any, made: dict[str, Any]) -> list[str]:
+        if isinstance(case, BlockCase):
+            found = block_providers.verify(case, inputs, made, provider)
+        else:
+            found = verify(case, inputs, made)
+        return [f"{provider}: {line}" for line in found]
+
+    def _cell(self, case: AnyCase) -> None:
         if self._on_gpu:
             torch.cuda.empty_cache()
-        inputs = make_inputs(case, self._device)
+        inputs = self._inputs(case)
         calls: dict[str, Call] = {}
         notes: dict[str, str] = {}
         missing: dict[str, str] = {}
         wrong: list[str] = []
-        for provider in PROVIDERS:
+        for provider in case.providers:
             if provider == "compile" and self._compiler is None:
                 missing[provider] = NO_COMPILE
                 continue
             try:
                 call, notes[provider] = self._call(provider, case, inputs)
-                wrong += [f"{provider}: {line}" for line in verify(case, inputs, call())]
+                found = self._wrong(provider, case, inputs, call())
+                if found and provider not in COLUMNS:  # no reason to leave out the others
+                    raise block_providers.NotThere(f"wrong result: {', '.join(found)}")
+                wrong += found
+            except block_providers.NotThere as error:
+                missing[provider] = str(error)
             except Exception as error:
                 text = in_short(error)
                 if provider == "mixflow_fast":
@@ -122,6 +143,8 @@ class KernelSuite:
             self.refused.append(case.label)
             print(f"{case.label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
             return
+        if isinstance(case, BlockCase):
+            inputs.scratch.clear()
         rounds = 3 if self._smoke else 8
         timed = timing.measure(calls, self._device, self._timer, rounds)
         latency = self._write_times(case, timed, notes)
@@ -133,15 +156,15 @@ class KernelSuite:
                 self._add_value(case, provider, "peak_memory_mib", peak, note=notes[provider])
                 self._to_count.append((case, provider, notes[provider]))
 
-    def _write_launches(self, case: Case, provider: str, note: str) -> None:
-        call, _ = self._call(provider, case, make_inputs(case, self._device))
+    def _write_launches(self, case: AnyCase, provider: str, note: str) -> None:
+        call, _ = self._call(provider, case, self._inputs(case))
         call()
         launches = timing.count_launches(call)
         why = note if launches else f"{note}; the profiler saw no device activity"
         self._add_value(case, provider, "launches", launches, note=why)
 
     def _write_times(
-        self, case: Case, timed: timing.Timing, notes: dict[str, str]
+        self, case: AnyCase, timed: timing.Timing, notes: dict[str, str]
     ) -> dict[str, Percentiles]:
         """The rows of each provider; returns their latencies."""
         latency = {}
@@ -159,10 +182,13 @@ class KernelSuite:
             percent = Percentiles(*(100 * gb * 1e9 / self._copy for gb in rate))
             self._add(case, provider, "gb_per_s", rate, note=note, timing=method)
             self._add(case, provider, "percent_of_copy", percent, note=note, timing=method)
+            if case.flops:
+                tflops = Percentiles(*(case.flops / (ms * 1e9) for ms in p[::-1]))
+                self._add(case, provider, "model_tflops", tflops, note=note, timing=method)
         return latency
 
     def _write_ratios(
-        self, case: Case, timed: timing.Timing, notes: dict[str, str]
+        self, case: AnyCase, timed: timing.Timing, notes: dict[str, str]
     ) -> dict[str, tuple[Ratio, Ratio]]:
         """The rows of ours against each other provider; returns those of latency_ms and call_ms."""
         medians = {
@@ -170,8 +196,8 @@ class KernelSuite:
             for provider, rounds in timed.rounds.items()
         }
         ratios = {}
-        for provider in timed.rounds:
-            if provider == "mixflow_fast":
+        for provider in case.providers:  # the rounds turn their order
+            if provider == "mixflow_fast" or provider not in timed.rounds:
                 continue
             note = f"per round, {len(medians[provider])} rounds; against {notes[provider]}"
             ratios[provider] = tuple(
@@ -184,46 +210,52 @@ class KernelSuite:
         return ratios
 
     @staticmethod
-    def _identity(case: Case, provider: str, metric: str) -> dict[str, object]:
+    def _identity(case: AnyCase, provider: str, metric: str) -> dict[str, object]:
         return {
             "op": case.op,
             "provider": provider,
             "mode": case.mode,
+            "variant": case.variant,
             "metric": metric,
             "shape": list(case.shape),
             "dtype": case.dtype_name,
         }
 
     def _add(
-        self, case: Case, provider: str, metric: str, p: Percentiles | None, **fields: str
+        self, case: AnyCase, provider: str, metric: str, p: Percentiles | None, **fields: str
     ) -> None:
         values = p._asdict() if p else {"p50": None}
         self._writer.add(**self._identity(case, provider, metric), **values, **fields)
 
     def _add_value(
-        self, case: Case, provider: str, metric: str, value: float | None, note: str
+        self, case: AnyCase, provider: str, metric: str, value: float | None, note: str
     ) -> None:
         self._writer.add(**self._identity(case, provider, metric), p50=value, note=note)
 
     def _print_head(self) -> None:
-        heads = "".join(f"{provider:>14}" for provider in PROVIDERS)
+        heads = "".join(f"{provider:>14}" for provider in COLUMNS)
         print(
-            f"\nlatency p50 in ms{'':41}{heads}  of copy  ours against eager, compile: on the "
-            "device [95%] / by the wall clock of a call from Python"
+            f"\nlatency p50 in ms{'':47}{heads}  of copy  ours against eager, compile and others: "
+            "on the device [95%] / by the wall clock of a call from Python"
+            + (" (smoke run at toy sizes: not speeds)" if self._smoke else "")
         )
 
     def _print_line(
-        self, case: Case, latency: dict[str, Percentiles], ratios: dict[str, tuple[Ratio, Ratio]]
+        self,
+        case: AnyCase,
+        latency: dict[str, Percentiles],
+        ratios: dict[str, tuple[Ratio, Ratio]],
     ) -> None:
         times = "".join(
-            f"{latency[p].p50:14.4f}" if p in latency else f"{'-':>14}" for p in PROVIDERS
+            f"{latency[p].p50:14.4f}" if p in latency else f"{'-':>14}" for p in COLUMNS
         )
         percent = ""
         if self._copy:
             seconds = latency["mixflow_fast"].p50 * 1e-3
             percent = f"{100 * case.algorithmic_bytes / seconds / self._copy:.0f}%"
         wins = ", ".join(
-            f"{device.p50:.2f}x [{device.low95:.2f}, {device.high95:.2f}] / {wall.p50:.2f}x"
-            for device, wall in ratios.values()
+            ("" if provider in COLUMNS else f"{provider} {latency[provider].p50:.4f} ms ")
+            + f"{device.p50:.2f}x [{device.low95:.2f}, {device.high95:.2f}] / {wall.p50:.2f}x"
+            for provider, (device, wall) in ratios.items()
         )
-        print(f"{case.label:58}{times}{percent:>9}  {wins}", flush=True)
+        print(f"{case.label:64}{times}{percent:>9}  {wins}", flush=True)

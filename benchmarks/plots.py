@@ -15,8 +15,20 @@ STYLES = {
     "eager": ("#E69F00", "s"),
     "eager_tf32": ("#CC79A7", "v"),
     "eager_bf16": ("#E69F00", "s"),
+    "eager_tuned": ("#D55E00", "s"),
+    "compile_unpadded": ("#56B4E9", "D"),
     "compile": ("#0072B2", "D"),
+    "liger": ("#CC79A7", "^"),
+    "flash3": ("#56B4E9", "<"),
+    "flash2": ("#56B4E9", ">"),
+    "cudnn": ("#D55E00", "<"),
+    "flash": ("#D55E00", ">"),
+    "efficient": ("#7F7F7F", "P"),
+    "fused_flash": ("#56B4E9", "P"),
+    "fused": ("#7F7F7F", "X"),
     "mixflow_fast": ("#009E73", "o"),
+    "mixflow_fast_adamwema": ("#000000", "o"),
+    "mixflow_fast_again": ("#F0E442", "o"),
 }
 OURS = "mixflow_fast"
 
@@ -43,19 +55,21 @@ def draw(path: Path, out: Path, ops: Iterable[str]) -> list[Path]:
 
 
 def _cells(measured: Sequence[Row]) -> list[tuple[Any, ...]]:
-    """The cells in the order measured: (mode, shape, dtype); step arms differ in dtype only."""
+    """The cells in the order measured; arms of the step differ in dtype only."""
     keys = [_cell(row) for row in measured if row["metric"] == "latency_ms"]
     return list(dict.fromkeys(keys))
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    return row["mode"], tuple(row["shape"]), "" if row["op"] == "step" else row["dtype"]
+    dtype = "" if row["op"] == "step" else row["dtype"]
+    return row["mode"], row["variant"] or "", tuple(row["shape"]), dtype
 
 
 def _name(cell: tuple[Any, ...], graphs: set[tuple[Any, ...]]) -> str:
-    mode, shape, dtype = cell
+    mode, variant, shape, dtype = cell
     first = "x".join(map(str, shape)) + (" *" if cell in graphs else "")
-    return first if mode == "step" else f"{first}\n{mode}, {dtype}"
+    second = [variant] if mode == "step" else [mode, variant, dtype]
+    return f"{first}\n{', '.join(part for part in second if part)}"
 
 
 def _graphs(measured: Sequence[Row]) -> set[tuple[Any, ...]]:
@@ -144,7 +158,8 @@ def _points(
 def _speedups(panel: Any, measured: Sequence[Row], cells: list, others: list[str]) -> None:
     """Ours against each other provider: paired ratio and 95% interval, in the other's colour."""
     for place, provider in enumerate(others):
-        chosen = [r for r in measured if r["metric"] == f"speedup_over_{provider}"]
+        metric = f"speedup_over_{provider}"
+        chosen = [r for r in measured if r["provider"] == OURS and r["metric"] == metric]
         y = [cells.index(_cell(r)) + _offset(place, len(others)) for r in chosen]
         color, marker = STYLES[provider]
         spread = [
@@ -159,7 +174,9 @@ def _speedups(panel: Any, measured: Sequence[Row], cells: list, others: list[str
                 text, (row["high95"], height), va="center", fontsize=7.5, color=color, clip_on=False
             )
     panel.axvline(1.0, color="#222222", linewidth=1)
-    highest = [r["high95"] for r in measured if r["metric"].startswith("speedup_over_")]
+    metrics = {f"speedup_over_{provider}" for provider in others}
+    shown = [r for r in measured if r["provider"] == OURS and r["metric"] in metrics]
+    highest = [r["high95"] for r in shown]
     panel.set_xlim(0, 1.2 * max([1.0, *highest]))
     panel.set_xlabel("mixflow_fast, times faster (paired, 95% interval)")
 

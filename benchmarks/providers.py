@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import OBJECTIVE_OPS, Case
 from mixflow_fast import MixFlow
 
-PROVIDERS = ("eager", "compile", "mixflow_fast")
 GAMMA = 0.8
 # Arguments of torch.compile. The last mode compiles neighbours of a choice one at a time, several
 # seconds a kernel: it is tried where memory bounds bf16, the cells that are claims.
@@ -104,10 +104,10 @@ def _loss_and_gradient(loss: Callable[[], Tensor], case: Case, inputs: Inputs) -
 def plain_call(
     case: Case,
     inputs: Inputs,
-    prepare_fn: Callable[..., Any] = prepare,
-    loss_fn: Callable[..., Tensor] = velocity_loss,
+    wrap: Callable[[Any], Any] | None = None,
 ) -> Call:
-    """A call of the plain lines above, or of compiled versions of them."""
+    """A call of the plain lines above, or of what `wrap` (torch.compile) makes of them."""
+    prepare_fn, loss_fn = (f if wrap is None else wrap(f) for f in (prepare, velocity_loss))
 
     def interpolate_call() -> dict[str, Any]:
         return dict(zip(("x", "t", "slowed_t", "x0"), prepare_fn(inputs.x1, GAMMA), strict=True))
@@ -151,21 +151,21 @@ def mixflow_call(case: Case, inputs: Inputs, impl: str = "triton") -> Call:
     }[case.op]
 
 
-def is_small(case: Case) -> bool:
+def is_small(case: Any) -> bool:
     return case.elements < SMALL_ELEMENTS
 
 
-def modes_to_try(case: Case) -> list[str]:
+def modes_to_try(case: Any) -> list[str]:
     """The modes of torch.compile that are timed for the cell's class."""
-    every = not is_small(case) and case.dtype is torch.bfloat16
+    every = case.op in OBJECTIVE_OPS and not is_small(case) and case.dtype is torch.bfloat16
     return [mode for mode in COMPILE_MODES if every or mode != SLOW_TO_COMPILE]
 
 
 class Compiler:
     """torch.compile of the plain lines, in the fastest mode for the op and the size class.
 
-    The modes are timed at the first cell of (op, mode, small or large, dtype); the winner serves
-    the others of that class, which keeps the time spent compiling inside a ten-minute run.
+    Timed at the first cell of (op, mode, variant, small or large, dtype); the winner serves the
+    others of that class, which keeps the time spent compiling inside a ten-minute run.
 
     Args:
         quick_ms: time of a call in milliseconds, a few repetitions.
@@ -174,16 +174,21 @@ class Compiler:
     def __init__(self, quick_ms: Callable[[Call], float]) -> None:
         self._quick_ms = quick_ms
         self._choice: dict[tuple[Any, ...], tuple[str, str]] = {}
-        self._functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        self._functions: dict[tuple[str, Callable[..., Any]], Callable[..., Any]] = {}
         # Static shapes compile afresh for each; the default of 8 would fall back to eager.
         torch._dynamo.config.recompile_limit = 256
 
-    def call(self, case: Case, inputs: Inputs) -> tuple[Call, str]:
-        """The call, and a sentence that says how it was tuned."""
+    def call(
+        self, case: Any, inputs: Any, plain: Callable[..., Call] = plain_call
+    ) -> tuple[Call, str]:
+        """The call, and a sentence that says how it was tuned; `plain`: `plain_call` of the op."""
         size = "small" if is_small(case) else "large"
-        key = (case.op, case.mode, size, case.dtype)
+        key = (case.op, case.mode, case.variant, size, case.dtype)
         if key not in self._choice:
-            calls = {mode: self._build(mode, case, inputs) for mode in modes_to_try(case)}
+            calls = {
+                mode: plain(case, inputs, partial(self._compiled, mode))
+                for mode in modes_to_try(case)
+            }
             times = {mode: self._quick_ms(call) for mode, call in calls.items()}
             best = min(times, key=times.__getitem__)
             text = ", ".join(f"{mode} {ms:.4f} ms" for mode, ms in times.items())
@@ -191,17 +196,16 @@ class Compiler:
             how = f"torch.compile, {best}, chosen at {shape} ({text})"
             self._choice[key] = best, how + self._untried(case)
         mode, how = self._choice[key]
-        return self._build(mode, case, inputs), how
+        return plain(case, inputs, partial(self._compiled, mode)), how
 
     @staticmethod
-    def _untried(case: Case) -> str:
+    def _untried(case: Any) -> str:
         left = [mode for mode in COMPILE_MODES if mode not in modes_to_try(case)]
         return f"; not tried: {', '.join(left)}" if left else ""
 
-    def _build(self, mode: str, case: Case, inputs: Inputs) -> Call:
-        if mode not in self._functions:
-            self._functions[mode] = (
-                torch.compile(prepare, dynamic=False, **COMPILE_MODES[mode]),
-                torch.compile(velocity_loss, dynamic=False, **COMPILE_MODES[mode]),
-            )
-        return plain_call(case, inputs, *self._functions[mode])
+    def _compiled(self, mode: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The mode's version of a module-level function, made once."""
+        key = mode, function
+        if key not in self._functions:
+            self._functions[key] = torch.compile(function, dynamic=False, **COMPILE_MODES[mode])
+        return self._functions[key]

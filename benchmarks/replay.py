@@ -28,7 +28,7 @@ def _step(objective: MixFlow, x1: Tensor, ids: Tensor | None, pred: Tensor) -> d
     return {"x": it.x, "t": it.t, "loss": loss.detach(), "gradient": gradient}
 
 
-def _capture(step: Step, device: torch.device) -> tuple[dict[str, Tensor], Callable[[], None]]:
+def capture(step: Step, device: torch.device) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Static outputs, and a call that fills them again; on the CPU it just runs the step."""
     if device.type == "cpu":
         outputs = {name: value.clone() for name, value in step().items()}
@@ -57,7 +57,7 @@ def graph_replays(device: torch.device, impl: str) -> Iterator[Finding]:
     pred.requires_grad_()
     ids = torch.arange(len(x1), device=device)
     objective = _objective(impl)
-    outputs, replay = _capture(lambda: _step(objective, x1, ids, pred), device)
+    outputs, replay = capture(lambda: _step(objective, x1, ids, pred), device)
     for first in (1000, 1 << 40):
         ids.copy_(torch.arange(len(x1), device=device) + first)
         replay()
@@ -67,7 +67,7 @@ def graph_replays(device: torch.device, impl: str) -> Iterator[Finding]:
             yield Finding(f"graph replay, ids from {first}", tensor, "float32", 1.0 - same, 0.0)
 
     counting = _objective(impl)
-    outputs, replay = _capture(lambda: _step(counting, x1, None, pred), device)
+    outputs, replay = capture(lambda: _step(counting, x1, None, pred), device)
     replay()
     before = outputs["t"].clone()
     replay()

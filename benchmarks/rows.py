@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 KEYS = (
-    *("op", "provider", "mode", "metric", "p50", "p20", "p80", "low95", "high95", "shape", "dtype"),
+    *("op", "provider", "mode", "variant", "metric", "shape", "dtype"),
+    *("p50", "p20", "p80", "low95", "high95"),
     *("device", "torch", "triton", "cuda", "git_sha", "timestamp", "timing", "note"),
 )
 # What makes two rows measurements of the same thing.
-IDENTITY = ("op", "provider", "mode", "metric", "shape", "dtype", "device")
+IDENTITY = ("op", "provider", "mode", "variant", "metric", "shape", "dtype", "device")
 
 Row = dict[str, Any]
 

@@ -1,44 +1,54 @@
-"""One training step of SiT-XL/2 at 256 px, from latents on the device to updated EMA weights.
+"""A training step from latents on the device to updated EMA weights: SiT-XL/2 and DiT-DH-XL.
 
-The arms are those of `benchmarks/arms.py`. All arms of a batch size take turns in one process. A
-batch that does not fit is accumulated from halves, quarters, ... and the row says so. Our own
-optimizer against the tuned one of torch is a row by itself, op "optimizer".
+The arms are those of `benchmarks/arms.py`. All arms of a workload take turns in one process. A
+batch that does not fit is accumulated from halves, quarters, ... of it and the row says so. The
+optimizers against each other are rows by themselves, op "optimizer".
 """
 
 from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.arms import ARMS, Arm, PlainState, losses, network, our_optimizer, train_flops
+from benchmarks.arms import (
+    RECIPES,
+    Arm,
+    Workload,
+    backends,
+    make_loss,
+    network,
+    train_flops,
+    twin,
+    workloads,
+)
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.device import in_short
+from benchmarks.optimizers import KINDS, STATE_BYTES, OptimizerStep, Weights
 from benchmarks.providers import GAMMA
 from benchmarks.rows import Writer
-from benchmarks.stats import Percentiles, paired_ratio, percentiles
+from benchmarks.stats import Percentiles, percentiles
+from benchmarks.step_rows import OPTIMIZER_SECONDS, ROUND_SECONDS, StepRows
+from mixflow_fast.optional import apex_message, detect_apex
 
-BATCHES = (32, 256)
 # Dense bf16 peak of H100 and H200 SXM, TFLOP/s.
 PEAK_TFLOPS = 989.4
-ROUNDS, LEAST_ROUNDS, ROUND_SECONDS = 8, 5, 0.5
-OPTIMIZER_SECONDS = 0.2
+ROUNDS, LEAST_ROUNDS, WARM_ROUNDS = 6, 5, 1
 # Seconds that the rows after the rounds need: memory, launches.
 RESERVE = 25
 # Of a prediction that is exactly right: rounding leaves 1e-14, other noise leaves 2.
 EXACT = 1e-6
-OPTIMIZERS = {
-    "torch": "fused AdamW and foreach EMA",
-    "mixflow_fast": "AdamWEMA, with the gradient norm",
-}
+NO_COMPILE = "compile left out in a smoke run"
+MATMUL = [8192, 8192, 8192]
 
 
 class StepSuite:
-    """Times the training step at each batch size; arguments as `KernelSuite`."""
+    """Times the training step of each workload; arguments as `KernelSuite`."""
 
     def __init__(
         self,
@@ -49,91 +59,129 @@ class StepSuite:
         smoke: bool = False,
     ) -> None:
         self.refused: list[str] = []
-        self._device, self._writer, self._deadline = device, writer, deadline
+        self._device, self._deadline, self._writer = device, deadline, writer
+        self._rows = StepRows(writer, smoke)
         self._impl, self._smoke = impl, smoke
+        self._not_a_speed = " (smoke run at toy sizes: not speeds)" if smoke else ""
         self._on_gpu = device.type == "cuda"
-        self._batches = (4,) if smoke else BATCHES
+        properties = torch.cuda.get_device_properties(device) if self._on_gpu else None
+        self._memory: float = properties.total_memory if properties else math.inf
+        self._matmul: float | None = None
+        self._to_count: tuple[Workload, list[int], dict[str, Arm]] | None = None
+        self._has_optimizers = False
 
     def run(self) -> None:
-        """Every batch size in turn, as far as the deadline goes."""
+        """Every workload in turn, as far as the deadline goes, then the launches of one."""
         if not self._smoke:
+            # The old names, though torch 2.9 and later warn: after the new ones (fp32_precision)
+            # torch.compile fails in those versions.
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
-        expectation = Expectation(first=90.0 if self._on_gpu else 2.0, margin=1.0)
-        for batch in self._batches:
-            label = f"step {'toy SiT' if self._smoke else 'SiT-XL/2-256'} B={batch}"
-            if self._deadline.fits(label, expectation.seconds()):
+        # A step has one shape: another batch compiles anew, and not for every batch.
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 256
+        if self._on_gpu:
+            self._write_matmul()
+        # Of the estimates: compilation takes most of the time, and twice as much on other machines.
+        slowness = Expectation(first=1.0, margin=1.0, last=1, cap=2.0)
+        for workload in workloads(self._smoke):
+            if self._deadline.fits(workload.label, slowness.seconds() * workload.seconds):
                 start = self._deadline.spent()
                 try:
-                    self._cell(batch, label)
-                except Exception as error:  # rows that are written stay; the next batch may run
-                    self.refused.append(f"{label}: {in_short(error)}")
+                    self._cell(workload)
+                except Exception as error:  # rows that are written stay; the next one may run
+                    self.refused.append(f"{workload.label}: {in_short(error)}")
                     print(self.refused[-1], flush=True)
-                expectation.saw(self._deadline.spent() - start)
+                slowness.saw((self._deadline.spent() - start) / workload.seconds)
+        # The profiler slows what is timed after it.
+        if self._on_gpu and self._to_count:
+            self._write_launches(*self._to_count)
 
-    def _cell(self, batch: int, label: str) -> None:
+    def _cell(self, workload: Workload) -> None:
+        if workload.details:  # its arms are as good, and two sets of them take much memory
+            self._to_count = None
         self._clear()
-        net = network(self._device, toy=self._smoke)
-        params = [p for p in net.parameters() if p.requires_grad]
-        side = net.input_size
-        x1 = torch.randn(batch, 4, side, side, device=self._device)
+        net = network(workload, self._device)
+        flops, batch = train_flops(net), workload.batch
+        x1 = torch.randn(batch, net.in_channels, *2 * [net.input_size], device=self._device)
         y = torch.randint(net.num_classes, (batch,), device=self._device)
-        ids = torch.arange(batch, device=self._device)
-        made = losses(net, x1, y, ids, self._impl)
-        plain, tuned = PlainState(params, fused=False), PlainState(params, fused=self._on_gpu)
-        arms: dict[str, Arm] = {}
-        shape = list(x1.shape)
-        for name in ARMS:
-            if name not in made:
-                self._add(name, shape, "latency_ms", None, note="compile left out in a smoke run")
-                continue
-            eager = name.startswith("eager")
-            optimizer = plain if eager else tuned
-            arms[name] = Arm(name, made[name], optimizer, eager, batch, params, batch)
+        weights, shape = Weights(net), list(x1.shape)
+        arms = self._arms(workload, weights, x1, y)
         # Again when all optimizers have their states: a batch that fits must go on fitting.
-        for steps in (2, 1):
-            if not self._warm_all(arms, shape, label, steps):
+        for _ in range(2):
+            if not self._warm_all(workload, arms, shape):
                 return
+        weights.settle()
         wrong = self._compare(arms, x1)
         if wrong:
-            self.refused.append(label)
-            print(f"{label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
+            self.refused.append(workload.label)
+            print(f"{workload.label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
             return
         retries = self._alloc_retries()
         times = self._rounds(arms, ROUND_SECONDS)
         if self._on_gpu:
-            print(f"{label}: allocator retries {retries}, after the rounds {self._alloc_retries()}")
+            after = self._alloc_retries()
+            print(f"{workload.label}: allocator retries {retries}, after the rounds {after}")
         # What an interrupt would hurt most comes first; the profiler slows what follows it.
-        self._report(label, shape, arms, times, train_flops(net))
-        if batch == self._batches[0]:
-            self._time_optimizers(params, tuned)
-        if self._on_gpu and batch == self._batches[-1]:
-            self._write_launches(shape, arms)
+        self._report(workload, shape, arms, times, flops)
+        if workload.details:
+            self._to_count = workload, shape, arms
+            for arm in arms.values():  # most of what they hold, and others need the memory
+                arm.optimizer.forget()
+            if not self._has_optimizers:
+                self._has_optimizers = True
+                self._time_optimizers(weights)
 
-    def _warm_all(self, arms: dict[str, Arm], shape: list[int], label: str, steps: int) -> bool:
+    def _arms(self, workload: Workload, weights: Weights, x1: Tensor, y: Tensor) -> dict[str, Arm]:
+        """Arms of the same recipe for the network share its twin, and what is compiled for it."""
+        ids = torch.arange(len(x1), device=self._device)
+        twins: dict[Any, Any] = {}
+        optimizers: dict[Any, OptimizerStep] = {}
+        arms: dict[str, Arm] = {}
+        for name in workload.arms:
+            recipe = RECIPES[name]
+            if self._device.type == "cpu" and recipe.execution.mode == "compile":
+                self._rows.add(workload, name, list(x1.shape), "latency_ms", None, NO_COMPILE)
+                continue
+            key = recipe.execution, recipe.padded, recipe.half
+            if key not in twins:
+                twins[key] = twin(weights.half if recipe.half else weights.single, recipe)
+            kind = recipe.optimizer, recipe.half
+            if kind not in optimizers:
+                optimizers[kind] = OptimizerStep(recipe.optimizer, weights, recipe.half)
+            loss = make_loss(recipe, twins[key], x1, y, ids, self._impl)
+            parts = twins[key], optimizers[kind], weights
+            arms[name] = Arm(name, recipe, loss, *parts, len(x1), len(x1))
+        left = 0.92 * self._memory - _resident_bytes(weights, list(optimizers))
+        for arm in arms.values():
+            arm.micro = _micro_batch(workload, left, arm.recipe.half)
+        return arms
+
+    def _warm_all(self, workload: Workload, arms: dict[str, Arm], shape: list[int]) -> bool:
         """Warm every arm and drop those that fail; False if ours is one of them."""
         self._clear()
         for name, arm in list(arms.items()):
+            start = self._deadline.spent()
             try:
-                self._warm(arm, steps)
+                self._warm(arm)
             except Exception as error:
                 text = in_short(error)
-                self._add(name, shape, "latency_ms", None, note=text)
-                print(f"{label} {name}: {text}", flush=True)
+                self._rows.add(workload, name, shape, "latency_ms", None, text)
+                print(f"{workload.label} {name}: {text}", flush=True)
                 if name == "mixflow_fast":
-                    self.refused.append(f"{label}: {text}")
+                    self.refused.append(f"{workload.label}: {text}")
                     return False
                 arm.drop_gradients()
                 del arms[name]
+            if self._on_gpu:
+                print(f"  {name}: warm after {self._deadline.spent() - start:.1f} s", flush=True)
         return True
 
-    def _warm(self, arm: Arm, steps: int) -> None:
-        """Some steps; the micro-batch is halved until they fit the device's memory."""
+    def _warm(self, arm: Arm) -> None:
+        """A step; the micro-batch is halved until it fits the device's memory."""
         while True:
             try:
-                for _ in range(steps):
-                    arm.step()
-                return
+                return arm.step()
             except torch.OutOfMemoryError:
                 arm.drop_gradients()
                 if arm.micro == 1:
@@ -171,125 +219,121 @@ class StepSuite:
             steps[name] = 1 if self._smoke else max(1, round(seconds / each))
         names = list(steppers)
         rounds = 3 if self._smoke else ROUNDS
-        for number in range(timing.WARM_ROUNDS + rounds):
-            enough = number >= timing.WARM_ROUNDS + LEAST_ROUNDS
+        for number in range(WARM_ROUNDS + rounds):
+            enough = number >= WARM_ROUNDS + LEAST_ROUNDS
             if enough and self._deadline.left() < RESERVE:
                 break
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 ms = timing.wall_ms(steppers[name].step, steps[name], self._device)
-                if number >= timing.WARM_ROUNDS:
+                if number >= WARM_ROUNDS:
                     times[name].append(ms)
         return times
 
     def _report(
         self,
-        label: str,
+        workload: Workload,
         shape: list[int],
         arms: dict[str, Arm],
         times: dict[str, list[float]],
         flops: float,
     ) -> None:
-        """Times and rates, then the ratios, then what takes another step: memory."""
-        print(f"\n{label}, {flops / 1e9:.1f} GFLOP an image and step")
+        """Times and rates, then the ratios, then what takes another step: memory, idle host."""
+        print(f"\n{workload.label}, {flops / 1e9:.1f} GFLOP an image and step{self._not_a_speed}")
         for name, arm in arms.items():
             note = self._note(arm)
             ms = percentiles(times[name])
             rate = Percentiles(*(arm.batch / (value * 1e-3) for value in ms[::-1]))
-            self._add(name, shape, "latency_ms", ms, note)
-            self._add(name, shape, "images_per_s", rate, note)
-            text = f"  {name:13}{ms.p50:10.2f} ms {rate.p50:9.1f} img/s"
+            self._rows.add(workload, name, shape, "latency_ms", ms, note)
+            self._rows.add(workload, name, shape, "images_per_s", rate, note)
+            text = f"  {name:22}{ms.p50:10.2f} ms {rate.p50:9.1f} img/s"
             if self._on_gpu:
                 tflops = Percentiles(*(value * flops / 1e12 for value in rate))
-                percent = Percentiles(*(100 * value / PEAK_TFLOPS for value in tflops))
-                self._add(name, shape, "model_tflops", tflops, note)
-                self._add(name, shape, "percent_of_989", percent, note)
-                text += f" {tflops.p50:7.1f} TFLOP/s {percent.p50:5.1f}% of 989"
+                self._rows.add(workload, name, shape, "model_tflops", tflops, note)
+                text += f" {tflops.p50:7.1f} TFLOP/s"
+                for metric, whole in (("989", PEAK_TFLOPS), ("matmul", self._matmul)):
+                    if whole:
+                        percent = Percentiles(*(100 * value / whole for value in tflops))
+                        self._rows.add(workload, name, shape, f"percent_of_{metric}", percent, note)
+                        text += f" {percent.p50:5.1f}% of {whole:.0f} ({metric})"
             print(text, flush=True)
-        self._write_ratios("step", shape, times, {name: self._note(a) for name, a in arms.items()})
+        notes = {name: self._note(arm) for name, arm in arms.items()}
+        self._rows.write_ratios(workload, "step", shape, times, notes)
+        self._rows.write_ladder(workload, shape, times, notes)
         if not self._on_gpu:
             return
         for name, arm in arms.items():
-            others = {id(a.optimizer): a.optimizer for a in arms.values()}
-            others.pop(id(arm.optimizer))
-            not_its_own = sum(other.state_bytes() for other in others.values()) / 2**20
-            peak = timing.peak_memory_mib(arm.step, all_of_it=True) - not_its_own
-            self._add_value(name, shape, "peak_memory_mib", peak, self._note(arm))
-            print(f"  {name:13}{peak:10.0f} MiB", flush=True)
+            self._clear()
+            above, reserved, before = timing.peaks_mib(arm.step)
+            resident = arm.resident_bytes() / 2**20
+            peak, reserved = above + resident, reserved - before + resident
+            idle = timing.host_idle_percent(arm.step)
+            for metric, value in (
+                ("peak_memory_mib", peak),
+                ("peak_reserved_mib", reserved),
+                ("host_idle_percent", idle),
+            ):
+                self._rows.add_value(workload, name, shape, metric, value, self._note(arm))
+            text = f"{peak:10.0f} MiB allocated{reserved:10.0f} reserved, host idle {idle:.0f}%"
+            text += f", micro-batches of {arm.micro}" if arm.micro < arm.batch else ""
+            print(f"  {name:22}{text}", flush=True)
 
-    def _write_ratios(
-        self, op: str, shape: list[int], times: dict[str, list[float]], notes: dict[str, str]
-    ) -> None:
-        for name in times:
-            if name != "mixflow_fast":
-                ratio = paired_ratio(times[name], times["mixflow_fast"])
-                fields = self._identity("mixflow_fast", shape, f"speedup_over_{name}", op)
-                fields["note"] = f"per round, {len(times[name])} rounds; {notes[name]}"
-                self._writer.add(**fields, **ratio._asdict(), timing=self._method(op))
-                text = f"{ratio.p50:.3f}x [{ratio.low95:.3f}, {ratio.high95:.3f}]"
-                print(f"  {op}: mixflow_fast over {name}: {text}", flush=True)
-
-    def _write_launches(self, shape: list[int], arms: dict[str, Arm]) -> None:
+    def _write_launches(self, workload: Workload, shape: list[int], arms: dict[str, Arm]) -> None:
         for name, arm in arms.items():
             if self._deadline.left() > 5:
+                arm.step()
                 launches = timing.count_launches(arm.step)
-                self._add_value(name, shape, "launches", launches, self._note(arm))
-                print(f"  {name:13}{launches or '?':>10} launches", flush=True)
+                self._rows.add_value(workload, name, shape, "launches", launches, self._note(arm))
+                print(f"  {name:22}{launches or '?':>10} launches, {workload.label}", flush=True)
 
-    def _time_optimizers(self, params: list[Tensor], tuned: PlainState) -> None:
-        """AdamWEMA's step against the optimizer that the arms share, gradients in place."""
+    def _write_matmul(self) -> None:
+        self._matmul = timing.matmul_tflops(MATMUL[0])
+        print(f"matmul {self._matmul:.0f} TFLOP/s ({MATMUL[0]}^3, bf16), peak {PEAK_TFLOPS}")
+        fields = dict(op="matmul", provider="torch", mode="forward", metric="model_tflops")
+        note = "bf16 product, the denominator of percent_of_matmul"
+        self._writer.add(**fields, p50=self._matmul, shape=MATMUL, dtype="bfloat16", note=note)
+
+    def _time_optimizers(self, weights: Weights) -> None:
+        """The optimizers on the float32 masters alone, gradients in place."""
         self._clear()
-        steppers = {"torch": tuned, "mixflow_fast": our_optimizer(params)}
-        for p in params:
+        kinds = {"torch": "tuned", "mixflow_fast": "adamwema"}
+        steppers = {name: OptimizerStep(kind, weights, False) for name, kind in kinds.items()}
+        more = {"apex": "apex", "mixflow_fast_apex": "apex_adamwema"}
+        print(f"  optimizer apex: {apex_message()}{'' if self._on_gpu else ' (it runs on a GPU)'}")
+        for name, kind in more.items() if self._on_gpu and detect_apex() == "nvidia" else ():
+            try:
+                steppers[name] = OptimizerStep(kind, weights, False)
+            except Exception as error:  # without its CUDA extensions, or of another torch
+                print(f"  optimizer {name}: {in_short(error)}")
+                continue
+            kinds[name] = kind
+        for p in weights.masters:
             p.grad = torch.randn_like(p).mul_(1e-3)
         for stepper in steppers.values():
             stepper.step()
         times = self._rounds(steppers, OPTIMIZER_SECONDS)
-        for p in params:
+        for p in weights.masters:
             p.grad = None
-        shape = [sum(p.numel() for p in params)]
-        for name in steppers:
+        shape = [sum(p.numel() for p in weights.masters)]
+        notes = {name: KINDS[kind] for name, kind in kinds.items()}
+        for name, note in notes.items():
             ms = percentiles(times[name])
-            self._add(name, shape, "latency_ms", ms, OPTIMIZERS[name], op="optimizer")
-            print(f"  optimizer {name:13}{ms.p50:10.2f} ms, {shape[0] / 1e6:.1f} M parameters")
-        self._write_ratios("optimizer", shape, times, OPTIMIZERS)
+            self._rows.add(None, name, shape, "latency_ms", ms, note, op="optimizer")
+            print(f"  optimizer {name:18}{ms.p50:10.2f} ms, {shape[0] / 1e6:.1f} M parameters")
+        self._rows.write_ratios(None, "optimizer", shape, times, notes)
 
-    @staticmethod
-    def _note(arm: Arm) -> str:
-        note = ARMS[arm.name]
+    def _note(self, arm: Arm) -> str:
+        if arm.net is None:
+            return arm.recipe.note
+        execution = arm.net.execution
+        note = replace(arm.recipe, execution=execution).note
+        if execution.mode == "fused":
+            note += f", attention {execution.attention}"
+            if execution.attention == "auto":
+                note += f": {backends(arm.net, arm.micro)}"
         if arm.micro < arm.batch:
             note += f"; does not fit at once, accumulated from micro-batches of {arm.micro}"
         return note
-
-    def _method(self, op: str) -> str:
-        seconds = OPTIMIZER_SECONDS if op == "optimizer" else ROUND_SECONDS
-        length = "single steps" if self._smoke else f"rounds of about {seconds} s"
-        return f"wall time of {length}, waited for; providers take turns"
-
-    def _identity(
-        self, provider: str, shape: list[int], metric: str, op: str = "step"
-    ) -> dict[str, Any]:
-        dtype = "tf32" if provider == "eager_tf32" else "bfloat16"
-        dtype = "float32" if op == "optimizer" else dtype
-        return dict(op=op, provider=provider, mode="step", metric=metric, shape=shape, dtype=dtype)
-
-    def _add(
-        self,
-        provider: str,
-        shape: list[int],
-        metric: str,
-        p: Percentiles | None,
-        note: str,
-        op: str = "step",
-    ) -> None:
-        values = p._asdict() if p else {"p50": None}
-        identity = self._identity(provider, shape, metric, op)
-        self._writer.add(**identity, **values, note=note, timing=self._method(op))
-
-    def _add_value(
-        self, provider: str, shape: list[int], metric: str, value: float | None, note: str
-    ) -> None:
-        self._writer.add(**self._identity(provider, shape, metric), p50=value, note=note)
 
     def _alloc_retries(self) -> int:
         """How often the allocator had to give memory back to the driver to go on."""
@@ -299,3 +343,23 @@ class StepSuite:
         if self._on_gpu:
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _resident_bytes(weights: Weights, optimizers: list[tuple[str, bool]]) -> int:
+    """What the arms of a workload keep between steps, all of them together, and gradients."""
+    params = sum(p.numel() for p in weights.masters)
+    states = sum(STATE_BYTES[kind] for kind, _ in optimizers)
+    # Masters, bf16 weights, EMA; gradients of either.
+    return params * (4 + 2 + 4 + 6 + states)
+
+
+def _micro_batch(workload: Workload, left: float, half: bool) -> int:
+    """The batch, or the largest half, quarter, ... of it whose activations fit what is left.
+
+    By estimate, the same for all arms of a precision: they are to be compared, and a batch that
+    turns out too large has been compiled for nothing.
+    """
+    micro, image = workload.batch, workload.image_gb * 1e9 * (1 if half else 2)
+    while micro > 1 and micro * image > left:
+        micro = (micro + 1) // 2
+    return micro

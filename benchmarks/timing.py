@@ -229,20 +229,52 @@ def _graph_sampler(
     return sample
 
 
-def peak_memory_mib(call: AnyCall, all_of_it: bool = False) -> float:
-    """Device memory that one warm call needs beyond its inputs, its results included.
+def peak_memory_mib(call: AnyCall) -> float:
+    """Device memory that one warm call needs beyond its inputs, its results included."""
+    return peaks_mib(call)[0]
 
-    all_of_it: with the inputs, and with whatever else is allocated.
-    """
+
+def peaks_mib(call: AnyCall) -> tuple[float, float, float]:
+    """Of one warm call: (peak beyond what was allocated, peak reserved, allocated before)."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = 0 if all_of_it else torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     made = call()
     torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     del made
-    return peak
+    return (peak - before) / 2**20, reserved / 2**20, before / 2**20
+
+
+def host_idle_percent(call: AnyCall) -> float:
+    """Share of a warm call's time in which Python has issued it all and waits for the device.
+
+    A lower bound where the launch queue is full: the host then waits inside the call.
+    """
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    end = time.perf_counter()
+    return 100 * (end - issued) / (end - start)
+
+
+def matmul_tflops(size: int) -> float:
+    """TFLOP/s of a square bf16 product: what a network of products could reach."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    pairs = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    # The first ones warm up.
+    samples = sorted(start.elapsed_time(end) for start, end in pairs[5:])
+    return 2 * size**3 / (samples[len(samples) // 2] * 1e9)
 
 
 def count_launches(call: AnyCall) -> int | None:

@@ -14,7 +14,8 @@ numbers of a token, with eps inside of the root (adaLN-Zero: DiT, arXiv 2212.097
 
 dgate, dshift and dscale are summed over the tokens where gate, shift and scale are per sample.
 
-Forward: reads x and h, writes x' and y. Backward: reads dy, dx', x' and h, writes dx and dh. The
+Forward: reads x and h, writes x' and y. Backward: reads dy, dx', x' and h, writes dx and dh, and y
+again where it was not kept: everything that y is made of passes through this kernel anyway. The
 sums over tokens ride along: partial sums in registers go to memory once per program, and small
 kernels add them in a fixed order, without atomics. Two runs give the same bits, and all but
 dh_bias and dweight are the same for a sample alone or in a batch.
@@ -100,6 +101,7 @@ def _junction_backward_op(
     x_new: Tensor,
     h: Tensor | None,
     gate: Tensor | None,
+    shift: Tensor | None,
     scale: Tensor,
     h_bias: Tensor | None,
     weight: Tensor | None,
@@ -112,25 +114,26 @@ def _junction_backward_op(
     h_bias_dtype: torch.dtype,
     norm: str,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dh, dgate, dshift, dscale, dh_bias, dweight), empty where `needs` says no.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dh, dgate, dshift, dscale, dh_bias, dweight, y), empty where `needs` says no.
 
-    h may be missing where dgate is not needed, gate where neither dh nor dh_bias is.
+    h may be missing where dgate is not needed, gate where neither dh nor dh_bias is, and shift
+    where y is not.
     """
-    inputs = dy, dx_new, x_new, h, gate, scale, h_bias, weight, mean, rstd
+    inputs = dy, dx_new, x_new, h, gate, shift, scale, h_bias, weight, mean, rstd
     dtypes = h_dtype, gate_dtype, shift_dtype, h_bias_dtype
-    outputs = _empty_gradients(x_new, scale, weight, needs, *dtypes)
+    outputs = _empty_outputs(x_new, scale, weight, needs, *dtypes)
     if impl == "triton":
         launch_backward(*inputs, outputs, Needs(*needs), norm)
     else:
-        gradients = gradients_reference(*inputs, norm)
-        for output, gradient, needed in zip(outputs, gradients, needs, strict=True):
+        values = gradients_reference(*inputs, norm, Needs(*needs).y)
+        for output, value, needed in zip(outputs, values, needs, strict=True):
             if needed:
-                output.copy_(gradient)
+                output.copy_(value)
     return outputs
 
 
-def _empty_gradients(
+def _empty_outputs(
     x: Tensor,
     scale: Tensor,
     weight: Tensor | None,
@@ -140,9 +143,9 @@ def _empty_gradients(
     shift_dtype: torch.dtype,
     h_bias_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    shapes = (*[x.shape] * 2, *[scale.shape] * 3, *[x.shape[-1:]] * 2)
+    shapes = (*[x.shape] * 2, *[scale.shape] * 3, *[x.shape[-1:]] * 2, x.shape)
     dtypes = (x.dtype, h_dtype, gate_dtype, shift_dtype, scale.dtype, h_bias_dtype)
-    dtypes += ((x if weight is None else weight).dtype,)
+    dtypes += ((x if weight is None else weight).dtype, x.dtype)
     return tuple(
         x.new_empty(shape if needed else (0,), dtype=dtype)
         for shape, needed, dtype in zip(shapes, needs, dtypes, strict=True)
@@ -156,6 +159,7 @@ def _(
     x_new,
     h,
     gate,
+    shift,
     scale,
     h_bias,
     weight,
@@ -170,7 +174,11 @@ def _(
     impl,
 ):
     dtypes = h_dtype, gate_dtype, shift_dtype, h_bias_dtype
-    return _empty_gradients(x_new, scale, weight, needs, *dtypes)
+    return _empty_outputs(x_new, scale, weight, needs, *dtypes)
+
+
+def _dtypes(x: Tensor, *given: Tensor | None) -> list[torch.dtype]:
+    return [(x if v is None else v).dtype for v in given]
 
 
 def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None:
@@ -179,7 +187,7 @@ def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     needs = Needs(*ctx.junction_needs)
-    ctx.dtypes = [(x if v is None else v).dtype for v in (h, gate, shift, h_bias)]
+    ctx.dtypes = _dtypes(x, h, gate, shift, h_bias)
     ctx.norm, ctx.impl = norm, impl
     h, h_bias = (h, h_bias) if needs.dgate else (None, None)
     gate = gate if needs.dh or needs.dh_bias else None
@@ -194,12 +202,11 @@ def _backward(ctx, dx_new: Tensor | None, dy: Tensor | None) -> list[Tensor | No
         raise RuntimeError(
             'the fused junction has no second derivatives (create_graph=True): use impl="reference"'
         )
-    x_new, *rest = ctx.saved_tensors
+    x_new, h, gate, *rest = ctx.saved_tensors
     dy = torch.zeros_like(x_new) if dy is None else dy
-    gradients = _junction_backward_op(
-        dy, dx_new, x_new, *rest, needs, *ctx.dtypes, ctx.norm, ctx.impl
-    )
-    return [v if needed else None for v, needed in zip(gradients, needs, strict=True)]
+    inputs = dy, dx_new, x_new, h, gate, None, *rest
+    outputs = _junction_backward_op(*inputs, [*needs, False], *ctx.dtypes, ctx.norm, ctx.impl)
+    return [v if needed else None for v, needed in zip(outputs, needs, strict=False)]
 
 
 def _setup_junction(ctx, inputs, output) -> None:

@@ -147,6 +147,7 @@ def _junction_backward_kernel(
     x_new_ptr,
     h_ptr,
     gate_ptr,
+    shift_ptr,
     scale_ptr,
     mean_ptr,
     rstd_ptr,
@@ -154,6 +155,7 @@ def _junction_backward_kernel(
     weight_ptr,
     dx_ptr,
     dh_ptr,
+    y_ptr,
     dgate_ptr,
     dshift_ptr,
     dscale_ptr,
@@ -168,6 +170,8 @@ def _junction_backward_kernel(
     h_row_stride,
     gate_sample_stride,
     gate_row_stride,
+    shift_sample_stride,
+    shift_row_stride,
     scale_sample_stride,
     scale_row_stride,
     N,
@@ -176,6 +180,7 @@ def _junction_backward_kernel(
     HAS_DX_NEW: tl.constexpr,
     HAS_H: tl.constexpr,
     HAS_H_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LAYER: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -184,6 +189,7 @@ def _junction_backward_kernel(
     DGATE: tl.constexpr,
     DSHIFT: tl.constexpr,
     DSCALE: tl.constexpr,
+    WITH_Y: tl.constexpr,
     WEIGHT_ROW: tl.constexpr,
     SHIFT_ROW: tl.constexpr,
     GATE_ROW: tl.constexpr,
@@ -194,7 +200,7 @@ def _junction_backward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """DX..DSCALE: what is written row by row. *_ROW: where a sum stands in `partial`, or -1."""
+    """DX..WITH_Y: what is written row by row. *_ROW: where a sum stands in `partial`, or -1."""
     index = tl.program_id(0)
     sample = (index // tiles).to(tl.int64)
     first = (index % tiles) * ROWS
@@ -205,8 +211,10 @@ def _junction_backward_kernel(
     x_new_ptr += sample * x_new_sample_stride
     h_ptr += sample * h_sample_stride
     gate_ptr += sample * gate_sample_stride
+    shift_ptr += sample * shift_sample_stride
     scale_ptr += sample * scale_sample_stride
     gate = tl.zeros((BLOCK_D,), tl.float32)
+    shift = tl.zeros((BLOCK_D,), tl.float32)
     factor = tl.zeros((BLOCK_D,), tl.float32)
     h_bias = tl.zeros((BLOCK_D,), tl.float32)
     weight = tl.full((BLOCK_D,), 1.0, tl.float32)
@@ -218,6 +226,8 @@ def _junction_backward_kernel(
         factor = (1.0 + _load_row(scale_ptr, d, inside)) * weight
         if HAS_H:
             gate = _load_row(gate_ptr, d, inside)
+        if HAS_SHIFT:
+            shift = _load_row(shift_ptr, d, inside)
     weight_sum = tl.zeros((BLOCK_D,), tl.float32)
     shift_sum = tl.zeros((BLOCK_D,), tl.float32)
     gate_sum = tl.zeros((BLOCK_D,), tl.float32)
@@ -240,8 +250,15 @@ def _junction_backward_kernel(
             factor *= weight
             if HAS_H:
                 gate = _load_row(gate_ptr + row * gate_row_stride, d, mask)
+            if HAS_SHIFT:
+                shift = _load_row(shift_ptr + row * shift_row_stride, d, mask)
         elif WEIGHT_ROW >= 0:
             weight_sum += dy * normed
+        if WITH_Y:
+            # The forward pass's operations on the numbers that it stored, in its order: the same
+            # bits. A compiler that contracted them otherwise would change the rounding, and no
+            # more is asked of y here, which only a gradient of weights is made of.
+            _store_row(y_ptr + at, d, normed * factor + shift, mask)
         if SHIFT_ROW >= 0:
             shift_sum += dy
         if DSCALE:

@@ -34,7 +34,7 @@ SUM_BLOCK, SUM_COLUMNS = 64, 64
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients the caller wants, in the order of the backward operator's outputs."""
+    """What the caller wants, in the order of the backward operator's outputs: y is made again."""
 
     dx: bool
     dh: bool
@@ -43,6 +43,7 @@ class Needs:
     dscale: bool
     dh_bias: bool
     dweight: bool
+    y: bool = False
 
     def row_sums(self, per_token: bool) -> dict[str, int]:
         """Where each sum stands in `partial`, -1 where there is no need for it."""
@@ -162,6 +163,7 @@ def launch_backward(
     x_new: Tensor,
     h: Tensor | None,
     gate: Tensor | None,
+    shift: Tensor | None,
     scale: Tensor,
     h_bias: Tensor | None,
     weight: Tensor | None,
@@ -171,16 +173,19 @@ def launch_backward(
     needs: Needs,
     norm: str,
 ) -> None:
-    """Writes the gradients that are needed to `outputs`, which are in the order of `Needs`."""
+    """Writes what is needed to `outputs`, which are in the order of `Needs`."""
     B, N, D = x_new.shape
     if not x_new.numel():
         for output in outputs:
             output.zero_()
         return
     dy, x_new, scale = _with_rows(dy), _with_rows(x_new), _with_rows(scale)
-    dx_new, h, gate = (None if v is None else _with_rows(v) for v in (dx_new, h, gate))
+    shift = shift if needs.y else None
+    dx_new, h, gate, shift = (
+        None if v is None else _with_rows(v) for v in (dx_new, h, gate, shift)
+    )
     h_bias, weight = (None if v is None else v.contiguous() for v in (h_bias, weight))
-    dx, dh, dgate, dshift, dscale, dh_bias, dweight = outputs
+    dx, dh, dgate, dshift, dscale, dh_bias, dweight, y = outputs
     per_token = scale.dim() == 3
     partial_shape, sums_shape = scratch_shapes(B, N, D, needs, per_token)
     partial = x_new.new_empty(partial_shape, dtype=torch.float32)
@@ -195,7 +200,7 @@ def launch_backward(
         PARTIALS=partial_shape[2],
         **runtime.OPTIONS,
     )
-    modulation = (gate, scale) if per_token else ()
+    modulation = (gate, shift, scale) if per_token else ()
     written = dict(dgate_ptr=dgate, dshift_ptr=dshift, dscale_ptr=dscale)
     unwritten = dict.fromkeys(written, partial)
     with runtime.on_device(x_new):
@@ -205,6 +210,7 @@ def launch_backward(
             **_strided("x_new", x_new, dy),
             **_strided("h", h, dy),
             **_strided("gate", gate, dy),
+            **_strided("shift", shift, dy),
             **_strided("scale", scale, dy),
             mean_ptr=mean,
             rstd_ptr=rstd,
@@ -212,10 +218,12 @@ def launch_backward(
             weight_ptr=dy if weight is None else weight,
             dx_ptr=dx,
             dh_ptr=dh,
+            y_ptr=y,
             N=N,
             HAS_DX_NEW=dx_new is not None,
             HAS_H=gate is not None,
             HAS_H_BIAS=h_bias is not None,
+            HAS_SHIFT=shift is not None,
             HAS_WEIGHT=weight is not None,
             LAYER=norm == "layer",
             DX=needs.dx,
@@ -223,6 +231,7 @@ def launch_backward(
             DGATE=needs.dgate and per_token,
             DSHIFT=needs.dshift and per_token,
             DSCALE=needs.dscale and per_token,
+            WITH_Y=needs.y,
             EVEN=N % rows == 0,
             ROWS=rows,
             **_options(D, rows, dy, dx_new, x_new, h, *modulation),
@@ -282,6 +291,7 @@ def junction_bytes(
     has_h_bias: bool = False,
     has_weight: bool = False,
     has_dx_new: bool = True,
+    with_y: bool = False,
     norm: str = "layer",
     dtype: torch.dtype | None = None,
 ) -> int:
@@ -296,6 +306,7 @@ def junction_bytes(
         has_h: `junction`; otherwise `modulated_norm`.
         has_shift, has_h_bias, has_weight: which arguments are given.
         has_dx_new: whether there is an upstream gradient of x', or of y alone.
+        with_y: whether the backward pass makes y again.
         dtype: of gate, shift, scale, h_bias and weight; x's by default.
     """
     B, N, D = x.shape
@@ -312,9 +323,9 @@ def junction_bytes(
     partial, sums = (
         4 * torch.Size(shape).numel() for shape in scratch_shapes(B, N, D, needs, per_token)
     )
-    moved = data * ((5 if has_h else 3) + has_dx_new) + statistics + vectors
-    # scale and gate are read, the gradients of scale, shift and gate written.
-    moved += modulation * (2 + has_shift + 2 * has_h) + vectors
+    moved = data * ((5 if has_h else 3) + has_dx_new + with_y) + statistics + vectors
+    # scale and gate are read, the gradients of scale, shift and gate written; y needs shift.
+    moved += modulation * (2 + has_shift * (1 + with_y) + 2 * has_h) + vectors
     moved += 2 * (partial + sums)
     if not per_token:  # read again by the kernel that adds up
         moved += modulation * (has_weight + has_h_bias) + D * narrow * has_weight

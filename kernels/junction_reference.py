@@ -27,6 +27,15 @@ def _normed(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     return (x if mean is None else x - mean) * rstd
 
 
+def _modulated(
+    normed: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None
+) -> Tensor:
+    dtype = normed.dtype
+    y = normed if weight is None else normed * weight.to(dtype)
+    y = y * (1 + _per_token(scale, dtype))
+    return y if shift is None else y + _per_token(shift, dtype)
+
+
 def modulated_norm_reference(
     x: Tensor,
     shift: Tensor | None,
@@ -40,15 +49,9 @@ def modulated_norm_reference(
 
     Computes in float32, or in float64 for float64 data; returns x's dtype.
     """
-    dtype = compute_dtype(x)
-    y = x.to(dtype)
-    y = _normed(y, *_statistics(y, norm, eps))
-    if weight is not None:
-        y = y * weight.to(dtype)
-    y = y * (1 + _per_token(scale, dtype))
-    if shift is not None:
-        y = y + _per_token(shift, dtype)
-    return y.to(x.dtype)
+    wide = x.to(compute_dtype(x))
+    normed = _normed(wide, *_statistics(wide, norm, eps))
+    return _modulated(normed, shift, scale, weight).to(x.dtype)
 
 
 def junction_reference(
@@ -81,19 +84,22 @@ def gradients_reference(
     x_new: Tensor,
     h: Tensor | None,
     gate: Tensor | None,
+    shift: Tensor | None,
     scale: Tensor,
     h_bias: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     norm: str,
+    with_y: bool,
 ) -> tuple[Tensor | None, ...]:
-    """All gradients in closed form, unrounded, None where an input for one is missing."""
+    """All gradients in closed form and y again, unrounded; None where an input is missing."""
     dtype = compute_dtype(x_new)
     dy, modulated = dy.to(dtype), 1 + _per_token(scale, dtype)
-    weight = torch.ones((), dtype=dtype, device=dy.device) if weight is None else weight.to(dtype)
     mean = mean.unsqueeze(-1) if norm == "layer" else None
     normed = _normed(x_new.to(dtype), mean, rstd.unsqueeze(-1))
+    y = _modulated(normed, shift, scale, weight) if with_y else None
+    weight = torch.ones((), dtype=dtype, device=dy.device) if weight is None else weight.to(dtype)
     g = dy * modulated * weight
     total = g - normed * (g * normed).mean(dim=-1, keepdim=True)
     if norm == "layer":
@@ -109,7 +115,8 @@ def gradients_reference(
     per_sample = dgate, dy, dscale
     if scale.dim() == 2:
         per_sample = (None if v is None else v.sum(dim=1) for v in per_sample)
-    return total, dh, *per_sample, None if dh is None else dh.sum(dim=(0, 1)), dweight
+    dh_bias = None if dh is None else dh.sum(dim=(0, 1))
+    return total, dh, *per_sample, dh_bias, dweight, y
 
 
 def stored_statistics(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:

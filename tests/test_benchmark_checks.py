@@ -121,7 +121,7 @@ def test_replays_are_red_when_nothing_is_drawn_anew(monkeypatch) -> None:
     cpu = torch.device("cpu")
     found = list(replay.graph_replays(cpu, "reference"))
     assert len(found) == 9 and all(finding.passed for finding in found)
-    monkeypatch.setattr(replay, "_capture", lambda step, device: (step(), lambda: None))
+    monkeypatch.setattr(replay, "capture", lambda step, device: (step(), lambda: None))
     assert not any(finding.passed for finding in replay.graph_replays(cpu, "reference"))
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from benchmarks import arms, cases, checks, kernel_suite, run, step, timing
 from benchmarks import device as devices
+from benchmarks.block_ops import TIMED_BACKENDS
 from benchmarks.cases import kernel_cases
 from benchmarks.deadline import Deadline
 from benchmarks.numerics import Finding
@@ -21,7 +20,6 @@ from benchmarks.providers import (
 from benchmarks.rows import KEYS, Writer, read
 from mixflow_fast import MixFlow
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
@@ -209,25 +207,34 @@ def test_step_is_refused_where_the_loss_takes_other_noise(monkeypatch, tmp_path,
     monkeypatch.setattr(MixFlow, "loss", of_others)
     device = torch.device(DEVICE)
     suite = step.StepSuite(device, Writer(tmp_path / "rows.jsonl", ENVIRONMENT), Deadline())
-    net, x1 = arms.network(device, toy=True), torch.randn(2, 4, 8, 8, device=device)
-    made = arms.losses(net, x1, *torch.zeros(2, 2, dtype=torch.int64, device=device), "triton")
-    arm = arms.Arm("mixflow_fast", made["mixflow_fast"], None, False, 1, [], 2)
+    net = arms.network(arms.workloads(smoke=True)[0], device)
+    x1 = torch.randn(2, 4, 8, 8, device=device)
+    recipe = dataclasses.replace(arms.RECIPES["mixflow_fast"], execution=arms.Execution())
+    labels = torch.zeros(2, 2, dtype=torch.int64, device=device)
+    made = arms.make_loss(recipe, net, x1, *labels, "triton")
+    arm = arms.Arm("mixflow_fast", recipe, made, net, None, None, 1, 2)
     wrong = suite._compare({"mixflow_fast": arm}, x1)
     assert ("other noise" in "".join(wrong)) == bool(other), wrong
 
 
 def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     """Stand-ins for the GPU: times, ratios, memory, and launches after all timing."""
-    monkeypatch.setattr(timing, "peak_memory_mib", lambda *_, **__: 1.0)
+    monkeypatch.setattr(timing, "peaks_mib", lambda *_: (1.0, 3.0, 2.0))
+    monkeypatch.setattr(timing, "host_idle_percent", lambda *_: 50.0)
+    monkeypatch.setattr(timing, "matmul_tflops", lambda size: 790.0)
     monkeypatch.setattr(timing, "count_launches", lambda call: 5 if call() is None else 6)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 0})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(kernel_suite.gc, "freeze", lambda: None)
-    monkeypatch.setattr(step, "BATCHES", (2, 3))
     monkeypatch.setattr(step, "ROUNDS", 1)
     monkeypatch.setattr(step, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(step, "OPTIMIZER_SECONDS", 0.0)
-    monkeypatch.setattr(arms, "XL", arms.TOY)
+    sit = dict(name="toy SiT", network=arms.SiT, options=arms.TOY)
+    three = ("eager_bf16", "fused", "mixflow_fast")
+    first = arms.Workload(**sit, batch=2, arms=("eager_tf32", *arms.LADDER))
+    second = arms.Workload(**sit, batch=3, arms=three, details=True)
+    last = arms.Workload(**sit, batch=4, arms=three)
+    monkeypatch.setattr(step, "workloads", lambda smoke: (first, second, last))
     writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
     suite = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
     suite._on_gpu, suite._copy = True, 1e9
@@ -242,10 +249,22 @@ def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     assert len({*kernels}) == 10
     assert {*kernels[kernels.index("launches") :]} == {"launches"}
     assert kernels.count("launches") == kernels.count("peak_memory_mib") == 12
-    steps = [row["metric"] for row in found if row["op"] == "step"]
-    assert {*steps[-3:]} == {"launches"} and steps.count("launches") == 3
-    assert steps.index("speedup_over_eager_bf16") < steps.index("peak_memory_mib")
+    steps = [row for row in found if row["op"] == "step"]
+    metrics = [row["metric"] for row in steps]
+    # Of the middle workload, after the timing of all three.
+    assert {row["shape"][0] for row in steps[-3:]} == {3} and metrics.count("launches") == 3
+    assert {*metrics[-3:]} == {"launches"}
+    assert metrics.index("speedup_over_eager_bf16") < metrics.index("peak_memory_mib")
+    assert {"peak_reserved_mib", "host_idle_percent", "percent_of_matmul"} < set(metrics)
+    matmul = [row for row in found if row["op"] == "matmul"]
+    assert [row["p50"] for row in matmul] == [790.0] and found.index(matmul[0]) < len(kernels) + 1
     assert sum(row["op"] == "optimizer" for row in found) == 3
+    # Each row of the ladder over the one before, where both are there (compile is not, on a CPU).
+    ladder = {r["provider"]: r["metric"] for r in steps if r["metric"].startswith("speedup_over")}
+    assert ladder["eager_tuned"] == "speedup_over_eager_bf16"
+    assert ladder["fused"] == "speedup_over_fused_flash"
+    assert ladder["mixflow_fast_adamwema"] == "speedup_over_mixflow_fast"
+    assert ladder["mixflow_fast_again"] == "speedup_over_mixflow_fast_adamwema"
 
 
 def test_ratios_of_the_step_are_written_before_memory(monkeypatch, tmp_path) -> None:
@@ -255,14 +274,17 @@ def test_ratios_of_the_step_are_written_before_memory(monkeypatch, tmp_path) -> 
     writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
     suite = step.StepSuite(CPU, writer, Deadline())
     suite._on_gpu = True
-    monkeypatch.setattr(timing, "peak_memory_mib", interrupted)
-    monkeypatch.setattr(arms.PlainState, "state_bytes", lambda self: 0)
-    state = arms.PlainState([torch.zeros(1)], fused=False)
-    there = {name: arms.Arm(name, None, state, False, 4, [], 4) for name in arms.ARMS}
+    monkeypatch.setattr(suite, "_clear", lambda: None)
+    monkeypatch.setattr(timing, "peaks_mib", interrupted)
+    there = {
+        name: arms.Arm(name, recipe, None, None, None, None, 4, 4)
+        for name, recipe in arms.RECIPES.items()
+    }
+    workload = arms.workloads(smoke=True)[0]
     with pytest.raises(KeyboardInterrupt):
-        suite._report("label", [4], there, dict.fromkeys(there, [2.0, 3.0]), 1e9)
+        suite._report(workload, [4], there, dict.fromkeys(there, [2.0, 3.0]), 1e9)
     metrics = {row["metric"] for row in read(writer.path)}
-    assert {f"speedup_over_{name}" for name in arms.ARMS if name != "mixflow_fast"} < metrics
+    assert {f"speedup_over_{name}" for name in arms.RECIPES if name != "mixflow_fast"} < metrics
     assert {"latency_ms", "images_per_s", "percent_of_989"} < metrics
 
 
@@ -275,7 +297,10 @@ def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
     assert {row["op"] for row in found} == {*cases.OPS, "optimizer"}
     for row in found:
         assert set(row) == set(KEYS) and row["note"].startswith("smoke: not a speed")
-        assert (row["p50"] is None) <= ("left out" in row["note"] or "saw no" in row["note"])
+        # On a GPU a backend may refuse the toy's shape in other words.
+        there = row["op"] == "attention" and row["provider"] in TIMED_BACKENDS
+        reasons = ("left out", "saw no", "not installed")
+        assert (row["p50"] is None) <= (there or any(reason in row["note"] for reason in reasons))
         if row["p50"] is not None and row["p20"] is not None:
             assert 0 < row["p20"] <= row["p50"] <= row["p80"]
     metrics = {row["metric"] for row in found if row["op"] == "objective"}
@@ -305,39 +330,3 @@ def test_commit_without_git(monkeypatch, tmp_path) -> None:
     assert devices.git_sha() == "unknown"
     monkeypatch.setenv("GIT_SHA", "abc")
     assert devices.git_sha() == "abc"
-
-
-@pytest.mark.parametrize("probe", [0, 3])
-def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, probe) -> None:
-    """The script with a stand-in for Python that notes its arguments and fails the second part."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
-        f"#!/bin/sh\necho $PYTORCH_CUDA_ALLOC_CONF, $@ >> {tmp_path}/calls\n"
-        f'case "$*" in -c*) exit {probe} ;; *kernels*) exit 1 ;; esac\n'
-    )
-    stand_in.chmod(0o755)
-    out = tmp_path / "out"
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    environment = os.environ | {"PYTHON": str(stand_in)}
-    done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    segments = "expandable_segments:True"
-    assert calls.pop(0).startswith(f"{segments}, -c import")  # a GPU, and such segments
-    assert [call.split("--deadline")[0].strip() for call in calls] == [
-        ", -m benchmarks.checks",
-        ", -m benchmarks.run --suite kernels",
-        f"{'' if probe else segments}, -m benchmarks.run --suite step",
-    ]
-    assert all(f"--device cuda --out {out}" in call for call in calls)
-    deadlines = [float(call.split("--deadline ")[1].split()[0]) for call in calls]
-    assert "exit status 1" in (out / "suite.log").read_text()
-    # Each part may overrun by 25 s; the last has what the others leave of 530 s, here all of it.
-    assert deadlines[:2] == [115, 180] and 485 <= deadlines[2] <= 505
-    assert "total=530\n" in (ROOT / "benchmarks" / "gpu_suite.sh").read_text()

@@ -124,7 +124,7 @@ def test_bytes_are_those_of_the_dtypes() -> None:
 
 
 def test_cells_cover_shapes_and_modes_main_ones_first() -> None:
-    chosen = kernel_cases(cases.KERNEL_OPS)
+    chosen = kernel_cases(cases.OBJECTIVE_OPS)
     assert len(chosen) == len(set(chosen))
     for batches, sample in (
         ((32, 256), (4, 32, 32)),
@@ -133,7 +133,7 @@ def test_cells_cover_shapes_and_modes_main_ones_first() -> None:
         ((64, 256), (768, 32, 32)),
         ((64,), (3, 256, 256)),
     ):
-        for batch, op in itertools.product(batches, cases.KERNEL_OPS):
+        for batch, op in itertools.product(batches, cases.OBJECTIVE_OPS):
             assert any(c.shape == (batch, *sample) and c.op == op for c in chosen)
     for op, modes in cases.MODES.items():
         assert {c.mode for c in chosen if c.op == op} == set(modes)
@@ -145,7 +145,7 @@ def test_cells_cover_shapes_and_modes_main_ones_first() -> None:
 
 
 def test_slow_compilation_is_for_large_bf16_cells() -> None:
-    slow = {c for c in kernel_cases(cases.KERNEL_OPS) if SLOW_TO_COMPILE in modes_to_try(c)}
+    slow = {c for c in kernel_cases(cases.OBJECTIVE_OPS) if SLOW_TO_COMPILE in modes_to_try(c)}
     assert {c.dtype for c in slow} == {torch.bfloat16}
     assert (256, *cases.RAE) in {c.shape for c in slow}
     assert (256, *cases.SIT) not in {c.shape for c in slow}
@@ -203,7 +203,7 @@ def _case(op: str = "objective", mode: str = "full") -> Case:
     return Case(op=op, mode=mode, shape=(512, 4, 2, 2), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("op", cases.KERNEL_OPS)
+@pytest.mark.parametrize("op", cases.OBJECTIVE_OPS)
 def test_providers_agree_with_float64(op) -> None:
     for mode in cases.MODES[op]:
         case = _case(op, mode)

@@ -106,9 +106,11 @@ def test_the_kernels_themselves_in_the_interpreter() -> None:
         g = {"x": x, "t": torch.tensor([0.3, 0.7]), "y": torch.tensor([0, 2])}
         g["cotangent"] = torch.randn_like(x)
         truth = run(model, g, {"mode": "eager"})
-        ours = run(model, g, {"mode": "fused", "compiled": False, "impl": "triton"})
-        errors = {key: relative_rms(ours[key].detach(), truth[key].detach()) for key in truth}
-        assert {key: e for key, e in errors.items() if e >= PARITY} == {}
+        execution = {"mode": "fused", "compiled": False, "impl": "triton"}
+        for policy in ("none", "activation"):
+            ours = run(model, g, execution | {"checkpointing": policy})
+            errors = {key: relative_rms(ours[key].detach(), truth[key].detach()) for key in truth}
+            assert {key: e for key, e in errors.items() if e >= PARITY} == {}
 
 
 @pytest.mark.parametrize("name", ["sit_0", "rae_ddt_0"])
@@ -140,6 +142,56 @@ def test_checkpointing_gives_the_same_bits(name: str, mode: str, policy: str) ->
     plain = run(model, g, execution)
     again = run(model, g, execution | {"checkpointing": policy})
     assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "activation"])
+def test_second_derivatives_are_refused(checkpointing: str) -> None:
+    model, g = golden("sit_0")
+    model.set_execution(mode="fused", compiled=False, checkpointing=checkpointing)
+    x = g["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(model(x, g["t"], g["y"]).sum(), x, create_graph=True)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The inputs of every graph that torch.compile hands to its backend, which runs it as it is."""
+    seen: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> object:
+        seen.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return seen
+
+
+SMALL = dict(depth=(3, 2), hidden_size=(16, 32), num_heads=(2, 2), in_channels=4)
+
+
+def small_batch(model: DiTDH, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(batch, 4, model.input_size, model.input_size)
+    return x, torch.rand(batch), torch.zeros(batch, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("mode", ["fused", "compile"])
+def test_one_network_called_in_many_ways(graphs: list[list[Any]], mode: str) -> None:
+    """torch.compile gives up on a piece of code after eight compilations."""
+    model = build("DiTDH-S", input_size=2, **SMALL).set_execution(mode=mode)
+    for mixed in (False, True):
+        for batch in (4, 3, 1):
+            for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                with context(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                    model(*small_batch(model, batch))
+    assert len(graphs) > 8
+
+
+@pytest.mark.parametrize("mode", ["fused", "compile"])
+def test_a_network_learns_no_shapes_from_another(graphs: list[list[Any]], mode: str) -> None:
+    for side, batch in ((2, 4), (4, 3)):
+        model = build("DiTDH-S", input_size=side, **SMALL).set_execution(mode=mode)
+        model(*small_batch(model, batch))
+    assert graphs and not any(isinstance(x, torch.SymInt) for inputs in graphs for x in inputs)
 
 
 def test_selective_refuses_a_linear_that_is_not_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,11 +315,49 @@ def test_names_copies_and_pickles_survive_every_mode() -> None:
 def test_autocast() -> None:
     """float32 weights under bf16 autocast, as benchmarks and many trainers run them."""
     model, g = golden("sit_0")
-    for mode in ("eager", "fused"):
+    found = {}
+    for mode, policy in (("eager", "none"), ("fused", "none"), ("fused", "activation")):
         with torch.autocast("cpu", torch.bfloat16):
-            found = run(model, g, {"mode": mode, "compiled": False})
-        assert relative_rms(found["out"].detach(), g["out"]) < 0.03
-        assert found["grad.blocks.0.attn.qkv.weight"].dtype == torch.float32
+            execution = {"mode": mode, "compiled": False, "checkpointing": policy}
+            found[mode, policy] = run(model, g, execution)
+        assert relative_rms(found[mode, policy]["out"].detach(), g["out"]) < 0.03
+        assert found[mode, policy]["grad.blocks.0.attn.qkv.weight"].dtype == torch.float32
+    kept, again = found["fused", "none"], found["fused", "activation"]
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+
+
+@pytest.mark.parametrize("options", [{"wo_shift": True}, {"use_rmsnorm": False}], ids=str)
+def test_activation_with_frozen_parameters(options: dict[str, bool]) -> None:
+    """Every gradient that is left has the bits that it has without."""
+    _, config = load("rae_ddt_0")
+    torch.manual_seed(0)
+    config |= {"input_size": 2, "in_channels": 4, "hidden_size": [16, 24], "num_heads": 2}
+    config.pop("grad_of", None)
+    model = DiTDH(**config | {"depth": 2} | options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(2, 4, 2, 2)
+    g = {"x": x, "t": torch.tensor([0.3, 0.7]), "y": torch.tensor([0, 2])}
+    g["cotangent"] = torch.randn_like(x)
+    execution = {"mode": "fused", "compiled": False, "checkpointing": "none"}
+    names = [name for name, _ in model.named_parameters()]
+    frozen = (
+        lambda name: False,
+        lambda name: "adaLN" in name or "norm" in name,
+        lambda name: "weight" in name,
+        lambda name: not name.startswith("blocks.2.attn.qkv"),
+    )
+    for rule in frozen:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not rule(name))
+        kept, again = (
+            run(model, g, execution | {"checkpointing": policy})
+            for policy in ("none", "activation")
+        )
+        assert kept.keys() == again.keys() and len(kept) == 2 + sum(not rule(n) for n in names)
+        for key, value in kept.items():
+            assert value is again[key] is None or torch.equal(value, again[key]), key
 
 
 def test_attention_is_chosen_once_and_named() -> None:

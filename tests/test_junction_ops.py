@@ -29,12 +29,12 @@ OPS = torch.ops.mixflow_fast
 def test_unneeded_gradients_are_not_written(per_token: bool) -> None:
     """No memory for them, and no partial sums where nothing is summed."""
     given = leaves(arguments(per_token=per_token), ())
-    names = "gate", "scale", "h_bias", "weight"
+    names = "gate", "shift", "scale", "h_bias", "weight"
     values = [given[name] for name in names]
     x_new, _, mean, rstd = OPS.junction(*given.values(), "layer", 1e-6, "triton")
     upstream = upstreams(SHAPE)
-    for only in range(7):
-        needs = [i == only for i in range(7)]
+    for only in range(8):
+        needs = [i == only for i in range(8)]
         rest = (*(torch.float32,) * 4, "layer", "triton")
         inputs = (upstream[1], upstream[0], x_new, given["h"], *values, mean, rstd)
         outputs = OPS.junction_backward(*inputs, needs, *rest)
@@ -43,7 +43,7 @@ def test_unneeded_gradients_are_not_written(per_token: bool) -> None:
             *SHAPE, junction_launch.Needs(*needs), per_token
         )
         summed = only in ((5, 6) if per_token else (2, 3, 4, 5, 6))
-        assert partial == (2, 1, int(summed), 72) and sums == (2, int(only > 4), 72)
+        assert partial == (2, 1, int(summed), 72) and sums == (2, int(only in (5, 6)), 72)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -58,8 +58,8 @@ def test_opcheck(impl: str, per_token: bool) -> None:
     torch.library.opcheck(OPS.modulated_norm, (*modulated, *options))
     plain = leaves(given, ())
     x_new, y, mean, rstd = OPS.junction(*plain.values(), *options)
-    inputs = (plain[name] for name in ("h", "gate", "scale", "h_bias", "weight"))
-    needs = [True, False, True, True, True, True, True]
+    inputs = (plain[name] for name in ("h", "gate", "shift", "scale", "h_bias", "weight"))
+    needs = [True, False, True, True, True, True, True, True]
     rest = (*(torch.float32,) * 4, "layer", impl)
     torch.library.opcheck(
         OPS.junction_backward, (y, x_new, x_new.clone(), *inputs, mean, rstd, needs, *rest)

@@ -7,6 +7,7 @@ borders anyway.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import (
 from mixflow_fast.kernels.attention_cores import BACKENDS
 from mixflow_fast.kernels.runtime import IMPLS
 
+_NUMBERS = itertools.count()
 MODES = ("eager", "compile", "fused")
 CHECKPOINTING = ("none", "activation", "selective", "blocks")
 
@@ -39,7 +41,8 @@ class Execution:
             own choice in the modes eager and compile; in mode fused the fastest backend that
             passes its test.
         checkpointing: what is made again in the backward pass instead of kept: "none";
-            "activation" (the MLP's, by the pass that computes its gradient: mode fused only);
+            "activation" (mode fused only: the outputs of the norms and of the MLP's activation,
+            by the passes that compute their gradients, which costs no more than their writes);
             "selective" (all but the outputs of attention and of the MLP's first product, the two
             that cost most to make); "blocks" (everything inside a block: least memory, about a
             third more time).
@@ -81,6 +84,42 @@ def runner(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) ->
         fn: a module-level function.
         saved_widths: columns of the products that "selective" keeps.
     """
+    return (
+        _Compiled(fn, execution, saved_widths)
+        if execution.compiles
+        else _plain(fn, execution, saved_widths)
+    )
+
+
+class _Compiled:
+    """A compiled copy of a function for each way of calling it.
+
+    torch.compile compiles anew for other modes of autograd, other shapes and frozen weights, and
+    refuses (`fullgraph`) after eight times for one piece of code: training, validation and
+    sampling in one process would get there.
+    """
+
+    def __init__(self, fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> None:
+        self._make = partial(_plain, fn, execution, saved_widths)
+        self._plain = self._make()
+        self._copies: dict[tuple[Any, ...], Callable] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():  # the whole network, by somebody else
+            return self._plain(*args)
+        way = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cuda"),
+            torch.is_autocast_enabled("cpu"),
+            len(args),
+        )
+        if way not in self._copies:
+            self._copies[way] = torch.compile(self._make(), fullgraph=True)
+        return self._copies[way](*args)
+
+
+def _plain(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> Callable:
     fn = _with_own_code(fn)
     if execution.checkpointing in ("selective", "blocks"):
         # Nothing inside draws from torch's generators, so there is no state to restore.
@@ -90,14 +129,15 @@ def runner(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) ->
             if not execution.compiles:
                 fn = _with_pytorchs_linear(fn)
         fn = _with_own_code(_checkpointed(fn, options))
-    return torch.compile(fn, fullgraph=True) if execution.compiles else fn
+    return fn
 
 
 def _with_own_code(fn: Callable) -> Callable:
     """A copy of a function: torch.compile's cache, and its limit of recompilations, hang on the
-    code object, and networks in one process must not use up each other's.
+    code object, and what it knows of changing shapes on the code's name. Networks in one process
+    must not use up, or learn from, each other's.
     """
-    code = fn.__code__.replace(co_name=fn.__name__)
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_NUMBERS)}")
     return FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
 
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.attention import attention
-from mixflow_fast.kernels.gelu import gelu, gelu_again
+from mixflow_fast.kernels.gelu import gelu
 from mixflow_fast.kernels.junction import junction, modulated_norm
-from mixflow_fast.kernels.swiglu import swiglu, swiglu_again
+from mixflow_fast.kernels.swiglu import swiglu
 from mixflow_fast.models.blocks import (
     Attention,
     Block,
@@ -39,57 +38,15 @@ from mixflow_fast.models.blocks import (
     SwiGLU,
     modulation_chunks,
 )
+from mixflow_fast.models.products import (
+    Pending,
+    activated_product,
+    linear_leading_bias,
+    normed_product,
+)
 
-# x, and (h, h_bias, gate) that are still to be added: None at the start of a chain.
-Stream = tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]
-
-
-class _LinearLeadingBias(torch.autograd.Function):
-    """x W^T with a bias on the first columns only: its gradient sums no other columns."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.leading = bias.shape[0]
-        return F.linear(x, weight, F.pad(bias, (0, weight.shape[0] - bias.shape[0])))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
-        dx = (rows @ weight).view(x.shape)
-        dbias = rows[:, : ctx.leading].sum(0)
-        return dx, rows.t() @ x.flatten(0, -2), dbias
-
-
-class _ActivatedProduct(torch.autograd.Function):
-    """act(x + bias) W^T without keeping the activation: the pass that computes its gradient makes
-    it again, for one more write.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl: str
-    ) -> Tensor:
-        ctx.save_for_backward(x, bias, weight)
-        ctx.gated, ctx.impl = gated, impl
-        return F.linear((swiglu if gated else gelu)(x, bias, impl=impl), weight)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, weight = ctx.saved_tensors
-        again = swiglu_again if ctx.gated else gelu_again
-        dx, dbias, y = again(dh @ weight, x, bias, impl=ctx.impl)
-        return dx, dbias, dh.flatten(0, -2).t() @ y.flatten(0, -2), None, None
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would make of a linear's inputs; it does not see into a Function."""
-    device = tensors[0].device.type
-    # PyTorch has no answer for meta tensors.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+# x, and what is still to be added: None at the start of a chain.
+Stream = tuple[Tensor, Pending | None]
 
 
 def _norm_options(norm: nn.Module) -> dict[str, Any]:
@@ -110,34 +67,49 @@ def _add_and_norm(
     return junction(x, h, gate, shift, scale, h_bias=h_bias, **options)
 
 
-def _attend(
-    layer: Attention, y: Tensor, rope: tuple[Tensor, Tensor] | None, impl: str
+def _normed_product(
+    stream: Stream,
+    norm: nn.Module,
+    modulation: tuple[Tensor | None, Tensor],
+    product: tuple[Tensor, Tensor | None],
+    impl: str,
+    again: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(product of proj, its bias)."""
+    """(x', product of x's modulated norm with a weight and a bias of its first columns or None).
+
+    modulation: (shift, scale). `again`: the norm is not kept.
+    """
+    if again:
+        options = _norm_options(norm) | {"impl": impl}
+        return normed_product(*stream, *modulation, product, **options)
+    x, y = _add_and_norm(stream, norm, *modulation, impl)
+    weight, bias = product
+    return x, F.linear(y, weight) if bias is None else linear_leading_bias(y, weight, bias)
+
+
+def _leading_bias(layer: Attention, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """q's, and k's where it counts."""
     width = layer.proj.in_features
     plain = rope is None and isinstance(layer.k_norm, nn.Identity)
-    leading = width if plain else 2 * width
-    qkv = _LinearLeadingBias.apply(*_autocast(y, layer.qkv.weight, layer.qkv.bias[:leading]))
+    return layer.qkv.bias[: width if plain else 2 * width]
+
+
+def _attend(
+    layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(product of proj, its bias)."""
     packed = qkv.unflatten(-1, (3, layer.num_heads, -1))
     out = attention(packed, **layer.options(rope), backend=layer.backend, impl=impl)
     weight = layer.proj.weight
-    bias = F.linear(layer.qkv.bias[2 * width :], weight, layer.proj.bias)
+    bias = F.linear(layer.qkv.bias[2 * layer.proj.in_features :], weight, layer.proj.bias)
     return F.linear(out, weight), bias
 
 
-def _feed(layer: Mlp | SwiGLU, y: Tensor, impl: str, again: bool) -> tuple[Tensor, Tensor]:
-    """(product of the last linear, its bias); `again`: its input is not kept."""
-    gated = isinstance(layer, SwiGLU)
-    if gated:
-        (first, bias, last), last_bias = layer.weights(), layer.w3.bias
-    else:
-        first, bias = layer.fc1.weight, layer.fc1.bias
-        last, last_bias = layer.fc2.weight, layer.fc2.bias
-    x = F.linear(y, first)
-    if again:
-        x, last = _autocast(x, last)
-        return _ActivatedProduct.apply(x, bias, last, gated, impl), last_bias
-    return F.linear((swiglu if gated else gelu)(x, bias, impl=impl), last), last_bias
+def _mlp_weights(layer: Mlp | SwiGLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight and bias of the first linear, of the last."""
+    if isinstance(layer, SwiGLU):
+        return *layer.weights(), layer.w3.bias
+    return layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias
 
 
 def fused_block(
@@ -155,15 +127,23 @@ def fused_block(
         c_silu: SiLU of the condition, (B, D) or (B, N, D): the same for all blocks.
         rope: (cos, sin), each (N, K) float32, or None.
         impl: of the operators.
-        again: the MLP's activation is made again in the backward pass.
+        again: norms and the MLP's activation are made again in the backward pass.
     """
     m = modulation_chunks(block.adaLN_modulation[1](c_silu), block.parts)
-    x, y = _add_and_norm(stream, block.norm1, m.get("shift_msa"), m["scale_msa"], impl)
-    h, bias = _attend(block.attn, y, rope, impl)
-    pending = h, bias, m["gate_msa"]
-    x, y = _add_and_norm((x, pending), block.norm2, m.get("shift_mlp"), m["scale_mlp"], impl)
-    h, bias = _feed(block.mlp, y, impl, again)
-    return x, (h, bias, m["gate_mlp"])
+    how = {"impl": impl, "again": again}
+    modulation = m.get("shift_msa"), m["scale_msa"]
+    product = block.attn.qkv.weight, _leading_bias(block.attn, rope)
+    x, qkv = _normed_product(stream, block.norm1, modulation, product, **how)
+    pending = *_attend(block.attn, qkv, rope, impl), m["gate_msa"]
+    modulation = m.get("shift_mlp"), m["scale_mlp"]
+    first, bias, last, last_bias = _mlp_weights(block.mlp)
+    x, z = _normed_product((x, pending), block.norm2, modulation, (first, None), **how)
+    gated = isinstance(block.mlp, SwiGLU)
+    if again:
+        h = activated_product(z, bias, last, gated, impl)
+    else:
+        h = F.linear((swiglu if gated else gelu)(z, bias, impl=impl), last)
+    return x, (h, last_bias, m["gate_mlp"])
 
 
 def fused_final(layer: FinalLayer, stream: Stream, c_silu: Tensor, impl: str = "auto") -> Tensor:
