@@ -23,11 +23,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport OMP_NUM_THREADS PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-triton lint demo clean
+.PHONY: help setup test test-kill test-long test-triton lint demo clean
 
 help:
 	@echo 'make test    ruff, then the tests'
+	@echo 'make test-long   the proofs that take minutes'
 	@echo 'make demo    trains, samples, compares, and writes a report (ARGS="..." is passed on)'
+	@echo 'make test-kill   fifty kill -9 of training runs (KILLS=...), and the bits compared'
 	@echo 'make test-triton   the kernel tests on another Triton (TRITON=$(TRITON))'
 	@echo 'make lint    ruff alone'
 	@echo 'make setup   only the installation into $(VENV), which the others do by themselves'
@@ -59,6 +61,15 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q --durations=10
+
+# What takes minutes: every configuration of a proof of which `make test` runs a few.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=10 --long -m long
+
+# Ten minutes on two free cores; `make test` does three kills.
+KILLS ?= 50
+test-kill: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_harness --kills $(KILLS)
 
 # The kernels on the oldest Triton they run on, in an environment of its own. Its interpreter takes
 # no numpy from 2.4 on.

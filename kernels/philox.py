@@ -59,6 +59,7 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 8  # class labels of generated samples
     CROP = 9  # place of a crop
     INIT = 10  # seeds of weight initialisation
+    VALIDATION_NOISE = 11  # x0 of validation losses
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

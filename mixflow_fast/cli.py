@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        the exit code: 0 done, 1 training diverged (inspect: the weights do not fit), 2 refused
-        input, 130 interrupted.
+        the exit code: 0 done, or stopped by a signal with a checkpoint; 1 training diverged
+        (inspect: the weights do not fit); 2 refused input, or a full disk; 130 interrupted. A
+        second signal to a training run ends it with 128 + its number (130, 143).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -46,22 +49,41 @@ def _report(error: Exception, code: int) -> int:
 
 def _train(options: argparse.Namespace, _arguments: list[str]) -> int:
     from mixflow_fast.build import check
+    from mixflow_fast.checkpoint import SaveError
     from mixflow_fast.config import load_config
-    from mixflow_fast.distributed import rank, world_size
+    from mixflow_fast.distributed import RankLost, leave, rank, roll_call, world_size
     from mixflow_fast.trainer import TrainingDiverged, train
 
+    # Of DeepSpeed's own calls, once for each rank.
+    warnings.filterwarnings("ignore", r".*`torch\.distributed.* is deprecated", FutureWarning)
     config = load_config(options.recipe, options.overrides)
     check(config, world_size())
     if options.dry_run:
         print(config.to_yaml(), end="")
         return 0
     try:
-        result = train(config, resume=options.resume)
+        with roll_call():
+            result = train(config, resume=options.resume, recipe=options.recipe)
     except TrainingDiverged as error:
         return _report(error, 1)
+    except SaveError as error:  # all ranks have it
+        return _report(error, 2) if rank() == 0 else 2
+    except RankLost as error:
+        if error.speaks:
+            _report(error, 1)
+        _leave_at_once(1)
+    atexit.register(leave)  # not yet: who calls this function may train again
     if rank() == 0:
-        print(f"{result.weights}: {result.images_seen} images, step {result.step}")
-    return 0 if result.finished else 130
+        made = result.weights if result.weights.exists() else result.out  # train.save_weights
+        print(f"{made}: {result.images_seen} images, step {result.step}")
+    return 0  # also when it was asked to stop: its checkpoint is written
+
+
+def _leave_at_once(code: int) -> None:
+    """End without the clean-up that would wait for ranks that never answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _sample(options: argparse.Namespace, _arguments: list[str]) -> int:
@@ -152,6 +174,59 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _verify_resume(options: argparse.Namespace, _arguments: list[str]) -> int:
+    import tempfile
+
+    from mixflow_fast.config import load_config
+    from mixflow_fast.verify_resume import table, verify_resume
+
+    config = load_config(options.recipe, options.overrides)
+    out = Path(options.out or tempfile.mkdtemp(prefix="verify-resume-"))
+    rows = verify_resume(config, out, options.steps, options.ranks)
+    half, steps = options.steps // 2, options.steps
+    print(
+        f"{options.recipe}, ZeRO {config.train.zero_stage}, {config.train.precision}, "
+        f"{options.ranks} rank{'s' * (options.ranks > 1)}: {steps} steps against {half}, a save, "
+        f"fresh processes and {steps - half} more\n\n{table(rows)}\n"
+    )
+    differing = sum(row.differing for row in rows)
+    print(f"{differing:,} differ" if differing else "the same bits", f"(both runs: {out})")
+    return 1 if differing else 0
+
+
+def _consolidate(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from mixflow_fast.consolidation import consolidate
+
+    metadata = consolidate(Path(options.checkpoint), Path(options.out), options.force)
+    print(f"{options.out}: {metadata['images_seen']} images, step {metadata['steps']}")
+    return 0
+
+
+def _ema(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from mixflow_fast import snapshots
+
+    run = Path(options.folder)
+    if options.sigma_rel is None and options.decay is None:
+        found = snapshots.snapshots(run)
+        print(snapshots.table(found) if found else f"{run} holds no snapshots")
+        return 0
+    if options.out is None:
+        raise ValueError("--out must be given with --sigma-rel and --decay: the .pt to write")
+    out = Path(options.out)
+    if options.decay is not None:
+        step = snapshots.extract(run, options.decay, out, options.force)
+        print(f"{out}: EMA of decay {options.decay:g} after step {step}")
+        return 0
+    made = snapshots.reconstruct(run, options.sigma_rel, out, options.step, options.force)
+    print(
+        f"{out}: EMA of relative width {made.sigma_rel:g} after step {made.step}, made of "
+        f"snapshots whose profile is {made.error:.1%} off"
+    )
+    if made.error > 0.1:
+        print("warning: more snapshots, or a width between the saved ones, come closer")
+    return 0
+
+
 def _inspect(options: argparse.Namespace, _arguments: list[str]) -> int:
     import json
 
@@ -186,6 +261,24 @@ def _export(options: argparse.Namespace, _arguments: list[str]) -> int:
     return 0
 
 
+def _run_report(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from mixflow_fast.run_report import write_run_report
+
+    print(write_run_report(Path(options.run_folder), options.out and Path(options.out)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, _arguments: list[str]) -> int:
+    import json
+
+    from mixflow_fast.doctor import diagnose
+
+    tell = sys.stderr.isatty()
+    found = diagnose(lambda section: print(f"{section} ...", file=sys.stderr) if tell else None)
+    print(json.dumps(found.as_json(), indent=1) if options.json else found.as_text())
+    return 0 if found.healthy else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixflow-fast",
@@ -199,7 +292,9 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train or post-train from a recipe",
         description="Train or post-train. Started again in the same folder, it resumes. Several "
-        "processes: torchrun --nproc-per-node N -m mixflow_fast.cli train ...",
+        "processes: torchrun --nproc-per-node N -m mixflow_fast.cli train ... The train.keep "
+        "newest checkpoints stay, and those of each train.keep_every steps. Ctrl-C, SIGTERM or "
+        "SIGUSR1 saves and ends with exit code 0; a second one ends at once.",
         epilog="example: mixflow-fast train sit-xl2-256 data.path=latents/ "
         "train.init=SiT-XL-2-256.pt objective.gamma=0.8",
     )
@@ -266,6 +361,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_inspect(commands)
     _add_export(commands)
+    _add_doctor(commands)
+    _add_report(commands)
+    _add_verify_resume(commands)
+    _add_consolidate(commands)
+    _add_ema(commands)
     return parser
 
 
@@ -288,6 +388,18 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.add_argument("--json", action="store_true", help="all findings as JSON")
     command.set_defaults(run=_inspect)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this machine has, and whether it computes right",
+        description="Versions, devices, every kernel against its reference on this device, "
+        "attention backends, DeepSpeed, optional packages, disk. Exit code: 0 healthy (warnings "
+        "are allowed), 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="one object instead of text")
+    command.set_defaults(run=_doctor)
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -324,6 +436,69 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.set_defaults(run=_export)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "report",
+        help="a run's curves, previews and settings as one HTML page",
+        description="Reads a run folder, whether the run goes on, was interrupted or is done, and "
+        "writes a page that loads nothing.",
+        epilog="example: mixflow-fast report runs/post",
+    )
+    command.add_argument("run_folder", metavar="RUN", help="run folder (out= of the run)")
+    command.add_argument("--out", metavar="FILE", help="the .html; default: RUN/report.html")
+    command.set_defaults(run=_run_report)
+
+
+def _add_verify_resume(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "verify-resume",
+        help="prove that an interrupted run goes on to the bit",
+        description="Trains N steps, and N/2 + a save + fresh processes + the other half, and "
+        "compares every tensor of the last checkpoints and what each step saw, bit for bit. Exit "
+        "code: 0 the same, 1 something differs, 2 it could not be run.",
+        epilog="example: mixflow-fast verify-resume photos train.zero_stage=3 --ranks 2",
+    )
+    command.add_argument("recipe", help="name of a recipe, or a .yaml file")
+    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+    command.add_argument("--steps", type=int, default=6, help="N (default %(default)s)")
+    command.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
+    command.add_argument("--out", help="empty folder for both runs; default: a temporary one")
+    command.set_defaults(run=_verify_resume)
+
+
+def _add_ema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "ema",
+        help="averages of the weights that a run kept, or of a width chosen afterwards",
+        description="Lists a run's snapshots, or writes a weights file: with --sigma-rel the "
+        "power-function EMA of that width, made of the snapshots (EDM2's post-hoc EMA), with "
+        "--decay the EMA of one of the run's fixed decays.",
+        epilog="example: mixflow-fast ema runs/post --sigma-rel 0.08 --out post-0.08.pt",
+    )
+    command.add_argument("folder", metavar="run", help="run folder")
+    width = command.add_mutually_exclusive_group()
+    width.add_argument("--sigma-rel", type=float, metavar="S", help="relative width, 0.05 to 0.15")
+    width.add_argument("--decay", type=float, metavar="D", help="one of optim.ema_*decay*")
+    command.add_argument("--step", type=int, help="snapshot that it ends at (default: the last)")
+    command.add_argument("--out", help="the .pt to write")
+    command.add_argument("--force", action="store_true", help="replace what is at --out")
+    command.set_defaults(run=_ema)
+
+
+def _add_consolidate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "consolidate",
+        help="make one weights file from a checkpoint's shards",
+        description="Writes the weights.pt that a run with train.save_weights=always writes "
+        "itself. Needs no GPU, no DeepSpeed and no launcher.",
+        epilog="example: mixflow-fast consolidate runs/post --out post.pt",
+    )
+    command.add_argument("checkpoint", help="run folder (its newest), or a checkpoints/step_N")
+    command.add_argument("--out", required=True, help="the .pt to write")
+    command.add_argument("--force", action="store_true", help="replace what is at --out")
+    command.set_defaults(run=_consolidate)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,10 @@ class OptimConfig:
     weight_decay: float = 0.0
     grad_clip: float = 0.0  # global norm; 0 = off
     ema_decay: float = 0.9999  # per step
+    ema_more_decays: tuple[float, ...] = ()  # further EMAs; `mixflow-fast ema --decay`
+    ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function EMAs, [0.05, 0.1] in EDM2
+    snapshot_every: int = 0  # steps; those EMAs go to OUT/ema; 0 = with every checkpoint
+    impl: str = "auto"  # csrc (one pass, built with the package) | foreach; auto = what is there
     schedule: str = "constant"  # constant | linear | cosine
     warmup_images: int = 0
     decay_images: int = 0  # 0 = train.images
@@ -126,9 +130,23 @@ class TrainConfig:
     seed: int = 0
     init: str | None = None  # checkpoint whose EMA weights start model and EMA; null = random
     device: str = "auto"  # auto | cpu | cuda
+    timeout_minutes: float = 30.0  # a rank that hangs so long ends the run; saves must fit in
+    on_nonfinite: str = "stop"  # stop | skip | rollback: where loss or gradient is not finite
+    max_skips: int = 10  # steps in a row; more stop the run
+    max_rollbacks: int = 3  # of the whole run; one more stops it
     log_every: int = 50  # steps
     save_every: int = 5000  # steps; 0 = only at the end
     keep: int = 2  # newest resumable checkpoints that stay on disk
+    keep_every: int = 0  # steps, a multiple of save_every; those checkpoints stay for good
+    save_weights: str = "always"  # always | end | never: weights.pt in each checkpoint, in the last
+    # one, in none (`mixflow-fast consolidate` makes it from the shards)
+    mirrors: tuple[str, ...] = ()  # of metrics.jsonl: tensorboard, wandb (offline by default)
+    preview_every: int = 0  # steps; OUT/previews/step_N.png from the EMA; 0 = none
+    previews: int = 16  # pictures in each
+    preview_steps: int = 50  # Euler steps
+    preview_cfg: float = 1.0  # guidance scale; 1 = none
+    validate_every: int = 0  # steps; losses at fixed times and noise; 0 = none
+    validate_examples: int = 128  # held-out where the data kind has such, else training examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +261,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         return None
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            item = typing.get_args(option)[0]
+            if all(isinstance(v, item) and not isinstance(v, bool) for v in value):
                 return tuple(value)
         elif option is float and isinstance(value, (int, float, str)):
             # YAML reads 1e-4 as text: it wants 1.0e-4.

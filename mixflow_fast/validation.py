@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
+from mixflow_fast import extension
+from mixflow_fast.adamw import IMPLS
 from mixflow_fast.config import DATA_FIELDS, Config, DataConfig
+from mixflow_fast.ema import LARGEST_SIGMA_REL
+from mixflow_fast.mirrors import check_mirrors
 from mixflow_fast.models.execution import BACKENDS, CHECKPOINTING, MODES
 from mixflow_fast.optional import apex_message, detect_apex
 
@@ -27,15 +31,42 @@ def validate(config: Config, world_size: int = 1) -> None:
     _choice("train.precision", t.precision, ("bf16", "fp32"))
     _choice("train.zero_stage", t.zero_stage, (0, 1, 2, 3))
     _choice("train.device", t.device, ("auto", "cpu", "cuda"))
+    _choice("train.save_weights", t.save_weights, ("always", "end", "never"))
+    _choice("train.on_nonfinite", t.on_nonfinite, ("stop", "skip", "rollback"))
     _check_optimizer(p.name, t.device)
+    _choice("optim.impl", p.impl, IMPLS)
+    if p.impl == "csrc" and extension.load().state == "absent":
+        raise ValueError(
+            f"optim.impl=csrc needs the library of csrc/ ({extension.load().reason}): build it "
+            f"with `{extension.COMMAND}`, or set optim.impl=auto"
+        )
+    if not all(0 < width <= LARGEST_SIGMA_REL for width in p.ema_sigma_rel):
+        raise ValueError(
+            f"optim.ema_sigma_rel must be in (0, {LARGEST_SIGMA_REL:.4f}], got "
+            f"{list(p.ema_sigma_rel)}: EDM2 uses [0.05, 0.1]"
+        )
+    if p.snapshot_every and not p.ema_sigma_rel:
+        raise ValueError(
+            f"optim.snapshot_every = {p.snapshot_every} has no meaning without optim.ema_sigma_rel:"
+            " add optim.ema_sigma_rel=[0.05,0.1]"
+        )
     _choice("optim.schedule", p.schedule, ("constant", "linear", "cosine"))
     for name, value, low in (
         ("train.images", t.images, 1),
         ("train.global_batch_size", t.global_batch_size, 1),
         ("train.microbatch_size", t.microbatch_size, 1),
+        ("train.timeout_minutes", t.timeout_minutes, 0.1),
+        ("train.max_skips", t.max_skips, 0),
+        ("train.max_rollbacks", t.max_rollbacks, 0),
         ("train.log_every", t.log_every, 1),
         ("train.save_every", t.save_every, 0),
         ("train.keep", t.keep, 1),
+        ("train.keep_every", t.keep_every, 0),
+        ("train.preview_every", t.preview_every, 0),
+        ("train.previews", t.previews, 1),
+        ("train.preview_steps", t.preview_steps, 1),
+        ("train.validate_every", t.validate_every, 0),
+        ("train.validate_examples", t.validate_examples, 1),
         ("train.seed", t.seed, 0),
         ("data.workers", d.workers, 0),
         ("optim.grad_clip", p.grad_clip, 0),
@@ -47,6 +78,11 @@ def validate(config: Config, world_size: int = 1) -> None:
     ):
         if not value >= low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
+    if t.keep_every and (not t.save_every or t.keep_every % t.save_every):
+        raise ValueError(
+            f"train.keep_every must be a multiple of train.save_every = {t.save_every}, or no "
+            f"checkpoint falls on it, got {t.keep_every}"
+        )
     if t.precision == "bf16" and t.zero_stage == 0:
         raise ValueError(
             "train.precision=bf16 needs train.zero_stage >= 1: DeepSpeed's bf16 optimizer without "
@@ -63,6 +99,7 @@ def validate(config: Config, world_size: int = 1) -> None:
         ("optim.beta1", p.beta1),
         ("optim.beta2", p.beta2),
         ("optim.ema_decay", p.ema_decay),
+        *(("optim.ema_more_decays", decay) for decay in p.ema_more_decays),
     ):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
@@ -77,6 +114,7 @@ def validate(config: Config, world_size: int = 1) -> None:
             "model.class_dropout_prob > 0, or train.label_dropout=0"
         )
     _check_alignment(config)
+    _check_watching(config)
     if p.schedule != "constant" and 0 < p.decay_images <= p.warmup_images:
         raise ValueError(
             f"optim.decay_images = {p.decay_images} must be larger than optim.warmup_images = "
@@ -123,6 +161,21 @@ def _check_model(config: Config) -> None:
         raise ValueError(
             "model.train_embeddings needs train.precision=fp32: Fourier frequencies of 8 bits "
             "would be another function"
+        )
+
+
+def _check_watching(config: Config) -> None:
+    t = config.train
+    check_mirrors(t.mirrors)
+    if t.preview_every and config.objective.prediction != "velocity":
+        raise ValueError(
+            f"train.preview_every = {t.preview_every} needs objective.prediction=velocity, got "
+            f"{config.objective.prediction}: the samplers integrate velocities; set it to 0"
+        )
+    if t.preview_cfg != 1 and not config.model.class_dropout_prob:
+        raise ValueError(
+            f"train.preview_cfg = {t.preview_cfg} needs a null class: set "
+            "model.class_dropout_prob > 0, or train.preview_cfg=1"
         )
 
 

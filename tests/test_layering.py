@@ -24,12 +24,20 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "data": ("kernels.philox", "kernels.runtime"),
     "images": (),
     "optional": (),
-    "optim": ("kernels", "optional"),
+    "extension": (),
+    "ema": (),
+    "adamw": ("extension", "ema"),
+    "optim": ("kernels", "optional", "adamw"),
+    "skipping": ("adamw",),
     "distributed": (),
-    "checkpoint": (),
+    "agreement": (),
+    "manifest": (),
+    "checkpoint": ("agreement", "manifest"),
     "metrics": (),
+    "mirrors": ("metrics",),
+    "flops": ("models",),
     "config": (),
-    "validation": ("config", "models", "optional"),
+    "validation": ("config", "models", "optional", "mirrors", "extension", "adamw", "ema"),
     "arguments": ("kernels",),
     "objective": ("flow", "kernels", "arguments"),
     "inspection": ("checkpoint", "models"),
@@ -39,9 +47,38 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "evaluation": ("sampling", "images", "kernels"),
     "build": ("kernels", "flow", "models", "data", "config", "objective", "validation"),
     "alignment": ("models", "data", "config", "objective", "build"),
+    "consolidation": ("checkpoint", "manifest", "models"),
+    "engine": (
+        *("models", "config", "optim", "skipping", "distributed", "consolidation", "checkpoint"),
+    ),
+    "doctor_kernels": ("kernels", "objective", "adamw"),
+    "doctor": ("kernels", "doctor_kernels", "engine", "extension", "optional"),
+    "previews": ("config", "images", "models", "sampling"),
+    "monitoring": (
+        *("kernels", "flow", "models", "data", "config", "objective", "agreement", "build"),
+        *("engine", "flops", "metrics", "mirrors", "previews"),
+    ),
+    "snapshots": (
+        *("checkpoint", "manifest", "agreement", "config", "consolidation", "ema", "engine"),
+        "models",
+    ),
+    "run_plots": ("evaluation",),
+    "run_record": ("config", "metrics"),
+    "run_report": ("config", "evaluation", "images", "previews", "run_plots", "run_record"),
+    "nonfinite": (
+        *("checkpoint", "manifest", "agreement", "config", "data", "engine", "objective"),
+    ),
+    "safety": ("distributed", "nonfinite", "agreement", "config", "data", "engine", "objective"),
+    "stopping": (),
+    "resuming": ("config", "checkpoint", "consolidation"),
     "trainer": (
         *("kernels", "flow", "models", "data", "optim", "distributed", "checkpoint", "metrics"),
-        *("config", "objective", "build", "alignment", "validation"),
+        *("config", "objective", "build", "alignment", "validation", "engine", "stopping"),
+        *("resuming", "consolidation", "agreement", "manifest", "monitoring"),
+        *("safety", "nonfinite", "snapshots"),
+    ),
+    "verify_resume": (
+        *("checkpoint", "manifest", "build", "config", "consolidation", "distributed", "trainer"),
     ),
     "__init__": ("kernels", "flow", "models", "optim", "objective", "sampling"),
     "demo": (
@@ -73,16 +110,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "inspection",
         "inspection_text",
         "export",
+        "consolidation",
+        "verify_resume",
+        "doctor",
+        "extension",
+        "snapshots",
+        "run_report",
     ),
     "__main__": ("cli",),
 }
 # A distribution that only one row may import.
-OWNED = {"deepspeed": "trainer", "triton": "kernels.runtime"}
+OWNED = {"deepspeed": "engine", "triton": "kernels.runtime"}
 # They belong to extras, so a module must import without them: only inside functions, or where an
 # ImportError is caught.
 OPTIONAL = {
     *("triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"),
-    *("transformers", "apex"),
+    *("transformers", "apex", "tensorboard", "wandb"),
 }
 
 
@@ -229,7 +272,7 @@ PLANTED = {
     "deepspeed elsewhere": (
         "mixflow_fast/optim.py",
         "def f():\n    import deepspeed.comm",
-        "only trainer may",
+        "only engine may",
     ),
     "optional at the top": (
         "mixflow_fast/evaluation/report.py",
@@ -264,7 +307,8 @@ def test_checker_permits_what_the_table_permits(tmp_path):
             "if TYPE_CHECKING:\n    from ..objective import MixFlow"
         ),
         "mixflow_fast/data/order.py": "from mixflow_fast.kernels.philox import Stream",
-        "mixflow_fast/trainer.py": "def f():\n    import deepspeed\n    from . import objective",
+        "mixflow_fast/engine.py": "def f():\n    import deepspeed\n    from . import optim",
+        "mixflow_fast/trainer.py": "def f():\n    from . import objective",
         "kernels/runtime.py": "try:\n    import triton\nexcept ImportError:\n    triton = None",
         "mixflow_fast/cli.py": "import mixflow_fast\nfrom mixflow_fast import MixFlow, demo",
     }

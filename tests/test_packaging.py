@@ -1,4 +1,7 @@
-"""What gets installed, in every way of installing it, and that a foreign `kernels` survives it."""
+"""What gets installed, in every way of installing it, and that a foreign `kernels` survives it.
+
+The library of `csrc/` is left out here (MIXFLOW_BUILD=0): `tests/test_csrc_build.py` installs it.
+"""
 
 import ast
 import email
@@ -16,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCES = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "tests", "docs")
+NO_LIBRARY = {"MIXFLOW_BUILD": "0"}
 BASE_DEPENDENCIES = {"torch", "numpy", "pyyaml", "tqdm", "safetensors", "pillow"}
 FOREIGN = "MARKER = 'the public distribution of that name'\n"
 IMPORT_BOTH = """
@@ -32,7 +36,13 @@ def _python(*arguments: str, cwd: Path, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env},
+        env={
+            **inherited,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **NO_LIBRARY,
+            **env,
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -59,7 +69,8 @@ def _installed_names() -> set[str]:
     kernels = {f"mixflow_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     package = ROOT / "mixflow_fast"
     files = [*package.rglob("*.py"), *package.rglob("*.yaml")]
-    return kernels | {p.relative_to(ROOT).as_posix() for p in files}
+    csrc = {f"mixflow_fast/csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
+    return kernels | csrc | {p.relative_to(ROOT).as_posix() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +180,9 @@ def test_source_distribution_is_complete(sources, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     names = {n.partition("/")[2] for n in tarfile.open(archive).getnames()}
     kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    package = {n for n in _installed_names() if not n.startswith("mixflow_fast/kernels/")}
+    elsewhere = ("mixflow_fast/kernels/", "mixflow_fast/csrc/")
+    package = {n for n in _installed_names() if not n.startswith(elsewhere)}
+    package |= {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     assert kernels | package | {"LICENSE", "pyproject.toml", "setup.py"} <= names
     assert not any(n.startswith(("tests/", "docs/", "runs/", ".venv")) for n in names)
 

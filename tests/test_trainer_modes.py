@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixflow_fast import manifest
 from mixflow_fast.config import Config, load_config
 from mixflow_fast.metrics import read_metrics
 from mixflow_fast.models import DiTDH, load_model, load_weights
@@ -75,12 +76,26 @@ def test_fused_resume_keeps_bits_and_backend(tmp_path: Path) -> None:
 def test_the_recorded_backend_wins_over_the_fastest(tmp_path: Path) -> None:
     train(configured(tmp_path, ["model.mode=fused", "train.images=16"]), quiet=True)
     (folder,) = (tmp_path / "checkpoints").glob("step_*")
-    file = folder / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention": ["math"]}))
+
+    def record(name: str) -> None:
+        file = folder / "state.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"attention": [name]}))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        names = [str(path.relative_to(folder)) for path in files]
+        entries = {n: manifest.entry(folder / n) for n in names if n != "manifest.json"}
+        manifest.write(folder, entries)
+
+    record("math")
     resumed = Trainer(configured(tmp_path, ["model.mode=fused"]), quiet=True)
     assert [choice.backend for choice in resumed.attention] == ["math"]
     assert "attention math (ok" in resumed._network_in_words()
     resumed._lock.close()
+    # What this machine does not have gives way, and the run says so.
+    record("flash3")
+    elsewhere = Trainer(configured(tmp_path, ["model.mode=fused"]), quiet=True)
+    assert [choice.backend for choice in elsewhere.attention] == ["flash"]
+    assert "not flash3 as before, which does not pass here" in elsewhere._network_in_words()
+    elsewhere._lock.close()
     named = ["model.mode=fused", "model.attention=flash"]
     assert Trainer(configured(tmp_path, named), quiet=True).attention[0].backend == "flash"
 
@@ -91,7 +106,7 @@ def test_frozen_tensors_of_ditdh_keep_their_digits_under_bf16(tmp_path: Path) ->
         tmp_path, DITDH, "train.precision=bf16", "train.zero_stage=2", "model.mode=fused"
     )
     trainer = Trainer(config, quiet=True)
-    before = {name: tensor.clone() for name, tensor in trainer._initial.items()}
+    before = {name: tensor.clone() for name, tensor in trainer.engine.initial.items()}
     assert trainer.model.t_embedder.W.dtype == torch.float32
     trainer.run()
     for key in ("model", "ema"):

@@ -1,0 +1,248 @@
+// torch.ops.mixflow_fast.adamw_ema_: what it takes, what it refuses, and who computes it.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "adamw_ema_cpu.h"
+
+#ifdef MIXFLOW_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "adamw_ema_table.h"
+#endif
+
+// Written by the build (mixflow_fast/extension.py).
+#if __has_include("mixflow_build_key.h")
+#include "mixflow_build_key.h"
+#else
+#define MIXFLOW_BUILD_KEY "unknown"
+#endif
+
+// Found in the file's bytes before the library is loaded: another PyTorch's would not fit.
+extern "C" __attribute__((used, visibility("default"))) const char mixflow_fast_build_key[] =
+    "mixflow_fast-build-key:" MIXFLOW_BUILD_KEY ";";
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+// Elements that are worth another thread.
+constexpr int64_t kGrain = 32 * mixflow::kCpuBlock;
+
+struct Arguments {
+  TensorList params, grads, exp_avgs, exp_avg_sqs, emas, copies;
+  const std::optional<Tensor>& grad_scale;
+  std::vector<float> ema_weights;
+  mixflow::AdamW adamw;
+
+  int64_t count() const { return static_cast<int64_t>(params.size()); }
+  int emas_each() const { return static_cast<int>(ema_weights.size()); }
+  bool bfloat16_gradients() const { return grads[0].scalar_type() == at::kBFloat16; }
+};
+
+void check_list(const char* name, TensorList list, size_t expected, const char* meaning) {
+  TORCH_CHECK_VALUE(list.size() == expected, "adamw_ema_: ", name, " must hold ", expected,
+                    " tensors (", meaning, "), got ", list.size());
+}
+
+void check_tensor(const char* name, size_t index, const Tensor& tensor, at::ScalarType dtype,
+                  const Tensor& like) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, "adamw_ema_: ", name, "[", index, "] must be ",
+                    dtype, ", got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), "adamw_ema_: ", name, "[", index,
+                    "] must be on ", like.device(), " like the parameters, got ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), "adamw_ema_: ", name, "[", index,
+                    "] must have its parameter's shape ", like.sizes(), ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "adamw_ema_: ", name, "[", index,
+                    "] must be contiguous, got shape ", tensor.sizes(), " with strides ",
+                    tensor.strides(), ": call .contiguous() on it");
+}
+
+void check_number(const char* name, double value, double low, double high) {
+  TORCH_CHECK_VALUE(low <= value && value < high, "adamw_ema_: ", name, " must be in [", low, ", ",
+                    high, "), got ", value);
+}
+
+// Two roles of one element in the same memory would be computed from each other.
+void check_apart(size_t index, const std::vector<const Tensor*>& roles) {
+  if (roles[0]->numel() == 0 || roles[0]->is_meta()) return;
+  for (size_t a = 0; a < roles.size(); ++a) {
+    for (size_t b = 0; b < a; ++b) {
+      TORCH_CHECK_VALUE(roles[a]->const_data_ptr() != roles[b]->const_data_ptr(),
+                        "adamw_ema_: parameter ", index, ", its gradient, moments, averages and ",
+                        "copy must have memory of their own, but two of them start at the same ",
+                        "address");
+    }
+  }
+}
+
+Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+                TensorList emas, TensorList copies, const std::optional<Tensor>& grad_scale,
+                int64_t step, double lr, double beta1, double beta2, double eps,
+                double weight_decay, at::ArrayRef<double> ema_decays) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const size_t count = params.size();
+  const size_t each = ema_decays.size();
+  TORCH_CHECK_VALUE(each <= mixflow::kMaxEmas, "adamw_ema_: ema_decays must hold at most ",
+                    mixflow::kMaxEmas, " decays, got ", each);
+  check_list("grads", grads, count, "one for each parameter");
+  check_list("exp_avgs", exp_avgs, count, "one for each parameter");
+  check_list("exp_avg_sqs", exp_avg_sqs, count, "one for each parameter");
+  check_list("emas", emas, each * count,
+             "for each of ema_decays one for each parameter, all of the first decay first");
+  if (!copies.empty()) check_list("copies", copies, count, "none, or one for each parameter");
+  TORCH_CHECK_VALUE(step >= 1, "adamw_ema_: step must be 1 or more, got ", step);
+  check_number("lr", lr, 0.0, infinity);
+  check_number("beta1", beta1, 0.0, 1.0);
+  check_number("beta2", beta2, 0.0, 1.0);
+  check_number("eps", eps, 0.0, infinity);
+  check_number("weight_decay", weight_decay, 0.0, infinity);
+  for (const double decay : ema_decays) check_number("each of ema_decays", decay, 0.0, 1.0);
+
+  std::vector<const Tensor*> roles;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& like = params[i];
+    TORCH_CHECK_VALUE(like.device() == params[0].device(), "adamw_ema_: params[", i,
+                      "] must be on ", params[0].device(), " like the first, got ", like.device(),
+                      ": one call for each device");
+    const at::ScalarType gradient = grads[0].scalar_type();
+    TORCH_CHECK_VALUE(gradient == at::kFloat || gradient == at::kBFloat16,
+                      "adamw_ema_: grads must be all Float or all BFloat16, got ", gradient);
+    check_tensor("params", i, like, at::kFloat, like);
+    check_tensor("grads", i, grads[i], gradient, like);
+    check_tensor("exp_avgs", i, exp_avgs[i], at::kFloat, like);
+    check_tensor("exp_avg_sqs", i, exp_avg_sqs[i], at::kFloat, like);
+    roles = {&like, &grads[i], &exp_avgs[i], &exp_avg_sqs[i]};
+    for (size_t k = 0; k < each; ++k) {
+      check_tensor("emas", k * count + i, emas[k * count + i], at::kFloat, like);
+      roles.push_back(&emas[k * count + i]);
+    }
+    if (!copies.empty()) {
+      check_tensor("copies", i, copies[i], at::kBFloat16, like);
+      roles.push_back(&copies[i]);
+    }
+    check_apart(i, roles);
+  }
+  if (grad_scale.has_value() && count > 0) {
+    TORCH_CHECK_VALUE(grad_scale->scalar_type() == at::kFloat && grad_scale->numel() == 1 &&
+                          grad_scale->device() == params[0].device(),
+                      "adamw_ema_: grad_scale must be one Float on ", params[0].device(),
+                      ", got ", grad_scale->numel(), " of ", grad_scale->scalar_type(), " on ",
+                      grad_scale->device());
+  }
+  Arguments all{params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, {},
+                mixflow::make_adamw(lr, beta1, beta2, eps, weight_decay, step)};
+  for (const double decay : ema_decays) {
+    all.ema_weights.push_back(static_cast<float>(1.0 - decay));
+  }
+  return all;
+}
+
+// Autograd counts writes to find saved tensors that are no longer what they were.
+void count_writes(const Arguments& all) {
+  for (const TensorList list :
+       {all.params, all.exp_avgs, all.exp_avg_sqs, all.emas, all.copies}) {
+    for (const Tensor& tensor : list) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+void run_cpu(const Arguments& all) {
+  const float factor =
+      all.grad_scale.has_value() ? *all.grad_scale->const_data_ptr<float>() : 1.0f;
+  std::vector<float*> emas(all.ema_weights.size());
+  for (int64_t i = 0; i < all.count(); ++i) {
+    for (int k = 0; k < all.emas_each(); ++k) {
+      emas[k] = all.emas[k * all.count() + i].mutable_data_ptr<float>();
+    }
+    const mixflow::Run run{
+        all.params[i].mutable_data_ptr<float>(),
+        all.grads[i].const_data_ptr(),
+        all.exp_avgs[i].mutable_data_ptr<float>(),
+        all.exp_avg_sqs[i].mutable_data_ptr<float>(),
+        all.copies.empty() ? nullptr : static_cast<uint16_t*>(all.copies[i].mutable_data_ptr()),
+        emas.data(),
+        all.ema_weights.data(),
+        all.emas_each(),
+        all.bfloat16_gradients()};
+    at::parallel_for(0, all.params[i].numel(), kGrain, [&](int64_t begin, int64_t end) {
+      mixflow::update_cpu(run, begin, end, all.adamw, factor);
+    });
+  }
+}
+
+#ifdef MIXFLOW_WITH_CUDA
+void run_cuda(const Arguments& all) {
+  const at::cuda::OptionalCUDAGuard guard(all.params[0].device());
+  void* const stream = at::cuda::getCurrentCUDAStream().stream();
+  std::vector<int64_t> sizes;
+  std::vector<void*> pointers[6];
+  const TensorList lists[] = {all.params, all.grads,  all.exp_avgs,
+                              all.exp_avg_sqs, all.emas, all.copies};
+  for (const Tensor& tensor : all.params) sizes.push_back(tensor.numel());
+  for (int role = 0; role < 6; ++role) {
+    for (const Tensor& tensor : lists[role]) {
+      pointers[role].push_back(const_cast<void*>(tensor.const_data_ptr()));
+    }
+  }
+  const mixflow::Tensors tensors{all.count(),
+                                 sizes.data(),
+                                 pointers[0].data(),
+                                 pointers[1].data(),
+                                 pointers[2].data(),
+                                 pointers[3].data(),
+                                 pointers[4].data(),
+                                 all.copies.empty() ? nullptr : pointers[5].data(),
+                                 all.emas_each(),
+                                 all.ema_weights.data(),
+                                 all.bfloat16_gradients()};
+  const float* const factor =
+      all.grad_scale.has_value() ? all.grad_scale->const_data_ptr<float>() : nullptr;
+  mixflow::for_each_table(tensors, all.adamw, factor, [&](const mixflow::Table& table) {
+    const char* const error =
+        mixflow_adamw_ema_cuda(&table, all.bfloat16_gradients(), stream);
+    TORCH_CHECK(error == nullptr, "adamw_ema_: the CUDA launch failed: ", error);
+  });
+}
+#endif
+
+void run_meta(const Arguments&) {}
+
+template <void (*run)(const Arguments&)>
+void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+                TensorList emas, TensorList copies, const std::optional<Tensor>& grad_scale,
+                int64_t step, double lr, double beta1, double beta2, double eps,
+                double weight_decay, at::ArrayRef<double> ema_decays) {
+  const Arguments all = check(params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, step,
+                              lr, beta1, beta2, eps, weight_decay, ema_decays);
+  if (all.count() == 0) return;
+  count_writes(all);
+  run(all);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mixflow_fast, library) {
+  library.def(
+      "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor? grad_scale, *, "
+      "int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "float[] ema_decays) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(mixflow_fast, CPU, library) { library.impl("adamw_ema_", adamw_ema_<run_cpu>); }
+
+TORCH_LIBRARY_IMPL(mixflow_fast, Meta, library) {
+  library.impl("adamw_ema_", adamw_ema_<run_meta>);
+}
+
+#ifdef MIXFLOW_WITH_CUDA
+TORCH_LIBRARY_IMPL(mixflow_fast, CUDA, library) {
+  library.impl("adamw_ema_", adamw_ema_<run_cuda>);
+}
+#endif

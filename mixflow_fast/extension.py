@@ -1,0 +1,278 @@
+"""The C++/CUDA operators of `csrc/`: found, built, loaded. Nothing needs them; they are faster.
+
+`setup.py` builds them where it finds PyTorch, ninja and a compiler. Where it did not, or for
+another PyTorch than that of the installation,
+
+    python -m mixflow_fast.extension build
+
+builds them into PyTorch's extension cache, where later runs find them; with MIXFLOW_BUILD=1 in its
+environment, a run does so by itself. The library's file says which PyTorch and which sources it was
+made of, and is left alone where either is not this one. `setup.py` builds nothing under
+MIXFLOW_BUILD=0.
+
+The CUDA part is built where PyTorch is a CUDA build and nvcc is of the same major version.
+Imports without PyTorch: `setup.py` runs this file by its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = "_csrc.so"
+NAME = "mixflow_fast_csrc"
+COMMAND = "python -m mixflow_fast.extension build"
+CPU_SOURCES = ("binding.cpp", "adamw_ema_cpu.cpp")
+CUDA_SOURCES = ("adamw_ema_cuda.cu",)
+# Without contraction CPU, GPU and every width of vector round alike. The other two let gcc
+# vectorise roots and conditions, and change no result.
+CXX_FLAGS = (
+    *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0"),
+)
+NVCC_FLAGS = ("-O3", "-fmad=false")
+# Compiled for where no GPU is there to ask and TORCH_CUDA_ARCH_LIST does not say.
+GPU_ARCHITECTURES = ("80", "90", "100")
+_KEY = re.compile(rb"mixflow_fast-build-key:torch=([^ ;]+) cuda=([^ ;]+) sources=([^ ;]+);")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `load` found: "built" (with the package), "jit" (on request) or "absent", and why."""
+
+    state: str
+    reason: str
+    path: Path | None = None
+    cuda: bool = False
+
+    def serves(self, device_type: str) -> bool:
+        """Whether the operators run on tensors of this device type."""
+        return self.state != "absent" and (
+            device_type == "cpu" or self.cuda and device_type == "cuda"
+        )
+
+
+def sources_folder() -> Path:
+    """`csrc/`: inside the package in a wheel, beside it in a checkout."""
+    inside = HERE / "csrc"
+    return inside if inside.is_dir() else HERE.parent / "csrc"
+
+
+def sources_hash() -> str:
+    """Of all that the library is made of, flags and all."""
+    digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
+    folder = sources_folder()
+    for path in sorted(p for p in folder.glob("*") if p.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """PyTorch's extension cache, or what TORCH_EXTENSIONS_DIR puts in its place."""
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(own) if own else Path(home) / "torch_extensions"
+
+
+def cuda_toolkit() -> tuple[str | None, str]:
+    """(version of nvcc if it fits PyTorch, else None; what was found, in words)."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return None, "PyTorch is a CPU build"
+    nvcc = Path(CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
+    if not nvcc.is_file():
+        return None, f"no nvcc (CUDA_HOME is {CUDA_HOME})"
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    version = ".".join(match.groups()) if match else "unknown"
+    if version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return None, f"nvcc is of CUDA {version}, PyTorch of {torch.version.cuda}"
+    return version, f"nvcc of CUDA {version}"
+
+
+def _architecture_flags() -> list[str]:
+    """Empty where PyTorch's own choice is to be made: by the variable, or by the GPUs it sees."""
+    import torch
+
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count():
+        return []
+    known = [a for a in GPU_ARCHITECTURES if f"sm_{a}" in torch.cuda.get_arch_list()] or ["80"]
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in known]
+    return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock of a process that is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "flock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """The `ninja` of this environment, which need not have been activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def compile_library(folder: Path, verbose: bool = False) -> Path:
+    """Compiles into `folder` and loads the result: what does not load is no library.
+
+    Raises:
+        RuntimeError, OSError: no ninja or no compiler, or it failed; what it said is in the text.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    folder = folder.resolve()
+    cuda, _ = cuda_toolkit()
+    names = [*CPU_SOURCES, *(CUDA_SOURCES if cuda else ())]
+    key = f"torch={torch.__version__} cuda={cuda or 'none'} sources={sources_hash()}"
+    with _locked(folder), _ninja_on_path():
+        # PyTorch's own lock is a file that a killed build leaves behind, for all to wait on. Who
+        # holds ours knows that nobody is at work here.
+        (folder / "lock").unlink(missing_ok=True)
+        (folder / "mixflow_build_key.h").write_text(f'#define MIXFLOW_BUILD_KEY "{key}"\n')
+        cpp_extension.load(
+            name=NAME,
+            sources=[str(sources_folder() / name) for name in names],
+            extra_cflags=[*CXX_FLAGS, *(["-DMIXFLOW_WITH_CUDA"] if cuda else [])],
+            extra_cuda_cflags=[*NVCC_FLAGS, *_architecture_flags()] if cuda else None,
+            extra_ldflags=["-fopenmp", "-Wl,--as-needed", "-s"],
+            extra_include_paths=[str(folder)],
+            build_directory=str(folder),
+            with_cuda=bool(cuda),
+            is_python_module=False,
+            verbose=verbose,
+        )
+    return folder / f"{NAME}.so"
+
+
+def build(verbose: bool = False) -> Path:
+    """Builds into the extension cache, unless a build of the same is there. Returns its path.
+
+    Raises:
+        RuntimeError, OSError: as `compile_library`.
+    """
+    import torch
+
+    cuda, _ = cuda_toolkit()
+    key = f"{torch.__version__}-{cuda or 'cpu'}-{sources_hash()}"
+    folder = cache_root() / f"{NAME}-{key}"
+    library = folder / LIBRARY
+    with _locked(folder):
+        if not library.is_file():
+            built = compile_library(folder / "build", verbose)
+            # A name of its own, which is there only with all of its content.
+            os.replace(built, library)
+            shutil.rmtree(folder / "build", ignore_errors=True)
+    return library
+
+
+def _problem(path: Path) -> tuple[str | None, bool]:
+    """(why the library cannot be used here, or None; whether it has the CUDA part)."""
+    import torch
+
+    found = _KEY.search(path.read_bytes())
+    if found is None:
+        return "does not say what it was built of", False
+    built_for, cuda, sources = (part.decode() for part in found.groups())
+    if built_for != torch.__version__:
+        return f"was built for PyTorch {built_for}, this is {torch.__version__}", False
+    if sources != sources_hash():
+        return "was built of other sources than those in csrc/", False
+    return None, cuda != "none"
+
+
+def _registered() -> bool:
+    import torch
+
+    return hasattr(torch.ops.mixflow_fast, "adamw_ema_")
+
+
+def _try(state: str, path: Path) -> Status:
+    """Loads one library; "absent" with the reason where that does not work."""
+    import torch
+
+    problem, cuda = _problem(path)
+    if problem is None and not _registered():
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            problem = f"does not load ({error})"
+    if problem is not None:
+        return Status("absent", f"{path} {problem}")
+    parts = "CPU and CUDA" if cuda else "CPU"
+    words = {"built": "built with the package", "jit": "built on request"}[state]
+    return Status(state, f"{words}: {parts}", path, cuda)
+
+
+def _candidates() -> list[tuple[str, Path]]:
+    """(state, path) of every library that may fit, the best first."""
+    found = [("built", HERE / LIBRARY)]
+    found += [("jit", path) for path in sorted(cache_root().glob(f"{NAME}-*/{LIBRARY}"))]
+    found = [(state, path) for state, path in found if path.is_file()]
+    # One with the CUDA part before one without; what has a problem last.
+    return sorted(found, key=lambda c: (_problem(c[1])[0] is not None, not _problem(c[1])[1]))
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> Status:
+    """Makes `torch.ops.mixflow_fast.adamw_ema_` available if it can; says what became of it.
+
+    Never raises and, unless MIXFLOW_BUILD=1, never compiles. The answer of the first call stays.
+    """
+    reasons = []
+    for state, path in _candidates():
+        status = _try(state, path)
+        if status.state != "absent":
+            return status
+        # Libraries of other environments in the common cache are none of this one's business.
+        if state == "built":
+            reasons.append(status.reason)
+    if os.environ.get("MIXFLOW_BUILD") == "1":
+        try:
+            return _try("jit", build())
+        except Exception as error:
+            reasons.append(f"MIXFLOW_BUILD=1, but the build failed: {error}")
+    return Status("absent", "; ".join(reasons) or "it has not been built for this PyTorch")
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m mixflow_fast.extension build | status`."""
+    if arguments not in (["build"], ["status"]):
+        print("usage: python -m mixflow_fast.extension build | status", file=sys.stderr)
+        return 2
+    if arguments == ["build"]:
+        try:
+            path = build(verbose=True)
+        except (RuntimeError, OSError) as error:
+            print(f"mixflow_fast.extension: the build failed: {error}", file=sys.stderr)
+            return 1
+        print(f"{path} (CUDA part: {'yes' if _problem(path)[1] else 'no, ' + cuda_toolkit()[1]})")
+        return 0
+    status = load()
+    print(f"{status.state}: {status.reason}" + (f" ({status.path})" if status.path else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""`manifest.json`: what a checkpoint's files must be, so that a damaged one is never loaded.
+
+It is the last file to be written: size and CRC-32 of all others, and a CRC-32 of that list. CRC-32
+finds damage, not forgery; at 2 to 4 GB/s it costs a small part of what `torch.save` does, which
+SHA-256 would not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+_FORMAT = 1
+_BLOCK = 1 << 20
+
+
+def entry(path: Path) -> dict[str, int]:
+    """Size and checksum of a file as it is now."""
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+
+
+def write(folder: Path, files: dict[str, dict[str, int]]) -> None:
+    """Write a folder's manifest, the last file in it.
+
+    Args:
+        folder: of the checkpoint.
+        files: `entry` by name below the folder, with slashes.
+    """
+    content = {"format": _FORMAT, "crc32": _crc32_of_json(files), "files": files}
+    write_text(folder / NAME, json.dumps(content, indent=1))
+
+
+def damage(checkpoint: Path, checksums: tuple[int, int] | None = None) -> str | None:
+    """Why a checkpoint cannot be used, with the file's name; None if it can.
+
+    Args:
+        checkpoint: its folder.
+        checksums: (i, n) also reads every n-th file, from the i-th on; None reads only sizes.
+    """
+    try:
+        content = json.loads((checkpoint / NAME).read_text())
+        files = content["files"]
+        if content["crc32"] != _crc32_of_json(files) or content["format"] != _FORMAT:
+            return f"{NAME} is not valid"
+        if reason := other_size(checkpoint, files):
+            return reason
+        if checksums is not None:
+            for name in sorted(files)[checksums[0] :: checksums[1]]:
+                if _crc32(checkpoint / name) != files[name]["crc32"]:
+                    return f"{name} has another checksum than when it was written"
+    except FileNotFoundError:
+        return f"{NAME} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{NAME} is not valid"
+    return None
+
+
+def other_size(folder: Path, files: dict[str, dict[str, int]]) -> str | None:
+    """The first file that is missing or has another size than its entry says."""
+    for name, entry in sorted(files.items()):
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that an interruption leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(path: Path) -> int:
+    value, block = 0, memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            value = zlib.crc32(block[:count], value)
+    return value
+
+
+def _crc32_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())

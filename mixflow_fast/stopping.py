@@ -1,0 +1,105 @@
+"""How a run is asked to stop: signals, and ranks that agree on the step.
+
+The first SIGINT, SIGTERM or SIGUSR1 (what Slurm sends before its time limit, if asked) ends the run
+after the step with a checkpoint. A second one ends the process at once, whatever it waits for, with
+128 + the signal's number as exit code (130, 143, 138); the checkpoint from before counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Slurm and some launchers send one request to the ranks and to the launcher, which sends it on:
+# what comes this soon after the first is the same request.
+SAME_REQUEST_S = 2.0
+
+
+class StopRequest:
+    """Whether to stop; the same answer on every rank at the same step.
+
+    Args:
+        ranks: how many processes there are. Several vote on the host, over gloo.
+        timeout: after which a vote fails that a rank does not join; None: 30 minutes.
+    """
+
+    def __init__(self, ranks: int, timeout: timedelta | None = None) -> None:
+        self._signal: int | None = None
+        self._same_request_s = SAME_REQUEST_S if ranks > 1 else 0.0
+        self._votes = dist.new_group(backend="gloo", timeout=timeout) if ranks > 1 else None
+        self._vote: tuple[Any, Tensor] | None = None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that this process got, or None."""
+        return self._signal
+
+    def asked(self) -> bool:
+        """Every rank must call it once a step; waits for no device."""
+        asked = self._signal is not None
+        if self._votes is None:
+            return asked
+        # Each step starts a vote and reads the one that the step before started.
+        before, value = self._vote, torch.tensor(float(asked))
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._votes, async_op=True)
+        self._vote = work, value
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1])
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals are requests while this is open; the handlers from before come back after."""
+        if threading.current_thread() is not threading.main_thread():  # gets no signals
+            yield
+            return
+
+        def handle(number: int, _frame: object) -> None:
+            self._signal = self._signal or number
+
+        # Python's handlers run between two bytecodes of the main thread, which may be far apart (a
+        # write, a rank that does not answer). The pipe is written when the signal comes, so the
+        # thread can end the process at the second one.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        thread = threading.Thread(target=self._end_at_the_second, args=(reader,), daemon=True)
+        thread.start()
+        old = {number: signal.signal(number, handle) for number in SIGNALS}
+        old_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old_writer)
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            os.write(writer, b"\0")
+            thread.join()
+            os.close(reader)
+            os.close(writer)
+
+    def _end_at_the_second(self, reader: int) -> None:
+        first = None
+        while number := os.read(reader, 1)[0]:
+            now = time.monotonic()
+            if number not in SIGNALS:
+                continue
+            if first is None:
+                first = now
+            elif now - first >= self._same_request_s:
+                name = signal.Signals(number).name
+                text = f"mixflow-fast: second signal ({name}): stopped at once, without saving\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, text.encode())
+                os._exit(128 + number)
