@@ -94,7 +94,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "__init__",
         ),
     ),
+    "cli_arguments": ("__init__",),
     "cli": (
+        "cli_arguments",
         *("kernels", "flow", "models", "data", "images", "optim", "distributed", "checkpoint"),
         *(
             "metrics",
