@@ -8,6 +8,8 @@ TORCH_FLAGS ?=
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run side by side in as many processes.
+JOBS ?= 2
 
 # The name holds what cannot be seen in a file's age: another torch, a checkout that was moved.
 KEY := $(shell printf '%s' '$(TORCH) $(CURDIR)' | cksum | cut -d ' ' -f 1)
@@ -26,7 +28,7 @@ unexport OMP_NUM_THREADS PYTHONPATH PYTHONHOME
 .PHONY: help setup test test-kill test-long test-triton lint demo clean
 
 help:
-	@echo 'make test    ruff, then the tests'
+	@echo 'make test    ruff, then the tests, $(JOBS) at a time (JOBS=...)'
 	@echo 'make test-long   the proofs that take minutes'
 	@echo 'make demo    trains, samples, compares, and writes a report (ARGS="..." is passed on)'
 	@echo 'make test-kill   fifty kill -9 of training runs (KILLS=...), and the bits compared'
@@ -39,7 +41,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py Makefile
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }
 	@if [ -e $(UNFINISHED) ]; then echo 'set-up was cut off, starting again'; rm -rf $(VENV); fi
@@ -60,7 +62,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -n $(JOBS) --dist worksteal
 
 # What takes minutes: every configuration of a proof of which `make test` runs a few.
 test-long: $(STAMP)

@@ -20,7 +20,9 @@ if not torch.cuda.is_available():
 # What cuBLAS asks for under `poisoned_memory`, before it is loaded.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-torch.set_num_threads(2)
+# Shapes are tiny, and tests run side by side: more threads would wait for each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs with Ctrl-C ignored; tests of Ctrl-C need Python's handler.

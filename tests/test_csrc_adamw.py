@@ -14,7 +14,6 @@ from mixflow_fast import adamw, trainer
 from mixflow_fast.adamw import AdamWEMA
 from mixflow_fast.config import load_config
 from mixflow_fast.ema import power_decay, sigma_rel_to_gamma
-from mixflow_fast.optim import OPTIMIZERS
 from tests.csrc_library import require_library
 from tests.train_ranks import TINY
 
@@ -263,19 +262,13 @@ def test_bad_settings(settings: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 1), ("bf16", 2)])
-def test_inside_deepspeed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, stage: int
-) -> None:
+def test_inside_deepspeed(tmp_path: Path, precision: str, stage: int) -> None:
     """Whole runs on the operator alone: resumed to the same bits, and close to foreach's."""
     common = [*TINY, f"train.precision={precision}", f"train.zero_stage={stage}"]
     common += ["train.device=cpu", "optim.lr=0.001", "optim.grad_clip=0.5", "optim.ema_decay=0.9"]
 
     def weights(out: str, impl: str, images: int = 32) -> dict[str, dict[str, Tensor]]:
-        def optimizer(params: list, **settings) -> AdamWEMA:
-            return AdamWEMA(params, impl=impl, **settings)
-
-        monkeypatch.setitem(OPTIMIZERS, "adamw_ema", optimizer)
-        given = [*common, f"train.images={images}", f"out={tmp_path / out}"]
+        given = [*common, f"optim.impl={impl}", f"train.images={images}", f"out={tmp_path / out}"]
         result = trainer.train(load_config("photos", given), quiet=True)
         return torch.load(result.weights, weights_only=True)
 

@@ -190,13 +190,15 @@ def test_without_it_one_warning_and_foreach(
             optimizer.step()
         return p.detach()
 
+    # Another test may have left a process group, which would say the rank.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setenv("RANK", "1")
     steps("auto")
     monkeypatch.setenv("RANK", "0")
     steps("foreach")
-    assert not recwarn
+    assert not [str(w.message) for w in recwarn if "AdamWEMA" in str(w.message)]
     found = steps("auto")
     assert torch.equal(found, steps("auto")) and torch.equal(found, steps("foreach"))
-    (warning,) = recwarn
+    (warning,) = (w for w in recwarn if "AdamWEMA" in str(w.message))
     assert f"`{extension.COMMAND}`" in str(warning.message)
     assert "has not been built" in str(warning.message)

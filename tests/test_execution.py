@@ -179,7 +179,7 @@ def test_one_network_called_in_many_ways(graphs: list[list[Any]], mode: str) -> 
     """torch.compile gives up on a piece of code after eight compilations."""
     model = build("DiTDH-S", input_size=2, **SMALL).set_execution(mode=mode)
     for mixed in (False, True):
-        for batch in (4, 3, 1):
+        for batch in (4, 1):
             for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
                 with context(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                     model(*small_batch(model, batch))
