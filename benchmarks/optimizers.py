@@ -7,7 +7,8 @@ copies of the gradients, updates float32 masters and their EMA, and casts them b
 |---------------|------------------------------------------------------------------------|
 | plain         | torch's AdamW as it comes, casts and EMA in a Python loop              |
 | tuned         | fused AdamW; casts and EMA as foreach calls                            |
-| adamwema      | `mixflow_fast.optim.AdamWEMA` with the gradient norm; casts as foreach |
+| adamwema      | `mixflow_fast.optim.AdamWEMA` with the gradient norm; casts as foreach;|
+|               | one pass of `csrc/` where it was built, foreach calls elsewhere        |
 | apex          | NVIDIA apex's FusedAdam, EMA as a foreach call                         |
 | apex_adamwema | `mixflow_fast.optim.ApexAdamWEMA`: adamwema by apex's FusedAdam        |
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixflow_fast import extension
 from mixflow_fast.models import Transformer
 from mixflow_fast.optim import OPTIMIZERS
 
@@ -31,6 +33,8 @@ KINDS = {
     "apex": "apex FusedAdam, foreach EMA",
     "apex_adamwema": "ApexAdamWEMA: apex FusedAdam, with the gradient norm and EMA",
 }
+# What nobody can avoid moving for a parameter, all float32: gradient, weight, moments, EMA.
+STEP_BYTES = 4 + 4 * 8
 # Bytes a parameter between steps, float32: two moments, gradients of bf16 weights, an own EMA.
 STATE_BYTES = {"plain": 8, "tuned": 12, "adamwema": 16, "apex": 12, "apex_adamwema": 16}
 # Those of the package, with an EMA of their own, by `optim.name`.
@@ -123,6 +127,14 @@ class OptimizerStep:
         """Bytes of moments, of float32 gradients that are kept, and of an EMA of its own."""
         states = [v for state in self._inner.state.values() for v in state.values()]
         return sum(v.nbytes for v in (*states, *self._gradients) if isinstance(v, Tensor))
+
+
+def adamwema_in_words(device_type: str) -> str:
+    """Which of its implementations `AdamWEMA` takes here."""
+    status = extension.load()
+    if status.serves(device_type):
+        return f"one pass of csrc ({status.state})"
+    return f"foreach calls: csrc is not there for {device_type} ({status.reason})"
 
 
 def _inner(kind: str, masters: list[nn.Parameter]) -> Any:

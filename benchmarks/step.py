@@ -29,7 +29,14 @@ from benchmarks.arms import (
 )
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.device import in_short
-from benchmarks.optimizers import KINDS, STATE_BYTES, OptimizerStep, Weights
+from benchmarks.optimizers import (
+    KINDS,
+    STATE_BYTES,
+    STEP_BYTES,
+    OptimizerStep,
+    Weights,
+    adamwema_in_words,
+)
 from benchmarks.providers import GAMMA
 from benchmarks.rows import Writer
 from benchmarks.stats import Percentiles, percentiles
@@ -316,10 +323,16 @@ class StepSuite:
             p.grad = None
         shape = [sum(p.numel() for p in weights.masters)]
         notes = {name: KINDS[kind] for name, kind in kinds.items()}
+        notes["mixflow_fast"] += f"; {adamwema_in_words(weights.masters[0].device.type)}"
         for name, note in notes.items():
             ms = percentiles(times[name])
             self._rows.add(None, name, shape, "latency_ms", ms, note, op="optimizer")
-            print(f"  optimizer {name:18}{ms.p50:10.2f} ms, {shape[0] / 1e6:.1f} M parameters")
+            rate = Percentiles(*(STEP_BYTES * shape[0] / value / 1e6 for value in ms[::-1]))
+            self._rows.add(None, name, shape, "gb_per_s", rate, note, op="optimizer")
+            print(
+                f"  optimizer {name:18}{ms.p50:10.2f} ms, {rate.p50:.0f} GB/s, "
+                f"{shape[0] / 1e6:.1f} M parameters; {note}"
+            )
         self._rows.write_ratios(None, "optimizer", shape, times, notes)
 
     def _note(self, arm: Arm) -> str:
