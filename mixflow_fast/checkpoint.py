@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -51,10 +52,18 @@ def newest_checkpoint(out: Path) -> Path | None:
     return next((c for c in reversed(_folders(out)) if manifest.damage(c) is None), None)
 
 
-def choose_checkpoint(out: Path, agreement: Agreement) -> tuple[Path | None, list[str]]:
+def choose_checkpoint(
+    out: Path, agreement: Agreement, set_aside: bool = False
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in which every byte is what was written: the same one on all ranks.
 
     The ranks share the reading. Every rank must call it.
+
+    Args:
+        out: run folder.
+        agreement: of the ranks.
+        set_aside: damaged ones get names that nothing takes for a checkpoint. The run's lock must
+            be held.
 
     Returns:
         it, or None where there are no checkpoints; a line on each newer one that is damaged.
@@ -62,14 +71,22 @@ def choose_checkpoint(out: Path, agreement: Agreement) -> tuple[Path | None, lis
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    passed_over = []
+    passed_over: list[str] = []
+    damaged: list[Path] = []
     names = agreement.share([path.name for path in reversed(_folders(out))])[0]
     for name in names:
         path = out / "checkpoints" / name
         found = agreement.share(manifest.damage(path, checksums=(agreement.rank, agreement.ranks)))
         reason = next((reason for reason in found if reason is not None), None)
         if reason is None:
+            if set_aside and agreement.rank == 0:
+                for bad in damaged:
+                    with contextlib.suppress(OSError):
+                        aside = bad.with_name(f".damaged_{bad.name}")
+                        shutil.rmtree(aside, ignore_errors=True)
+                        os.rename(bad, aside)
             return path, passed_over
+        damaged.append(path)
         passed_over.append(f"{path} is damaged ({reason}): passed over")
     if passed_over:
         raise ValueError(
@@ -89,7 +106,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def clean_unfinished(out: Path) -> None:
-    """Delete what killed runs left half written or half deleted. One rank only, before any save."""
+    """Delete what killed runs left half written or half deleted. One rank only, before any save.
+
+    What is whole under such a name, and has no other, was between two renames: it gets its own.
+    """
+    for path in _folders(out, ".writing_") + _folders(out, ".deleting_"):
+        final = path.with_name(path.name.partition("_")[2])
+        if not final.exists() and manifest.damage(path, checksums=(0, 1)) is None:
+            os.rename(path, final)
+            manifest.sync(path.parent)
     for pattern in (".writing_*", ".deleting_*"):
         for path in (out / "checkpoints").glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -166,8 +191,8 @@ class Writing:
             who = f"rank {min(failed)}: " if self._agreement.ranks > 1 else ""
             raise SaveError(
                 f"checkpoint of step {self._step} could not be written to {self._out}: "
-                f"{who}{failed[min(failed)]}; the checkpoints from before stay. Make room, and the "
-                "same command resumes"
+                f"{who}{failed[min(failed)]}; the checkpoints from before stay. With that put "
+                "right, the same command resumes"
             )
         return self._out / "checkpoints" / checkpoint_name(self._step)
 
@@ -214,19 +239,34 @@ def commit(
             files[name] = manifest.entry(path)
     manifest.write(temporary, files)
     aside = final.with_name(f".deleting_{final.name}")
-    if final.exists():  # damaged: a run continues from its newest whole one
+    if final.exists():  # written again, by a run that resumed from it in another layout
+        shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
     manifest.sync(folder)
     shutil.rmtree(aside, ignore_errors=True)
-    publish(final, out)
-    _prune(out, keep, keep_every)
+    _prune(out, step, keep, keep_every)
+    try:
+        publish(final, out)
+    except OSError as error:
+        warnings.warn(
+            f"{final} is complete, but {out / 'weights.pt'} is still an older one: {error}",
+            stacklevel=2,
+        )
     return final
 
 
-def _prune(out: Path, keep: int, keep_every: int) -> None:
-    """Delete older checkpoints than the `keep` newest whole ones; not multiples of keep_every."""
-    whole = [path for path in _folders(out) if manifest.damage(path) is None]
+def _prune(out: Path, step: int, keep: int, keep_every: int) -> None:
+    """Delete older checkpoints than the `keep` newest whole ones up to `step`, which was just
+    written; not multiples of keep_every. Later ones are damaged: the run did not begin with them.
+    """
+    up_to = [path for path in _folders(out) if _step(path) <= step]
+    whole = [path for path in up_to if manifest.damage(path) is None]
     oldest = _step(whole[-keep:][0])
     for path in _folders(out):
         if _step(path) < oldest and not (keep_every and _step(path) % keep_every == 0):
@@ -300,14 +340,15 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _folders(out: Path) -> list[Path]:
-    """Everything named like a checkpoint, by steps."""
-    found = (out / "checkpoints").glob("step_*")
-    return sorted((p for p in found if _NAME.fullmatch(p.name) and p.is_dir()), key=_step)
+def _folders(out: Path, prefix: str = "") -> list[Path]:
+    """Everything named like a checkpoint, by steps; `prefix` stands before such a name."""
+    found = (out / "checkpoints").glob(f"{prefix}step_*")
+    named = (p for p in found if _NAME.fullmatch(p.name.removeprefix(prefix)) and p.is_dir())
+    return sorted(named, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+    return int(checkpoint.name.rpartition("_")[2])
 
 
 def _root(error: BaseException) -> BaseException:

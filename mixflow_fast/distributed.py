@@ -30,6 +30,7 @@ _PEER_FAILURE = re.compile(
 _CAUSES = " (killed, out of memory, hanging, or the machine or its network is gone)"
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=30)
+_ours = False
 
 
 class RankLost(RuntimeError):
@@ -60,7 +61,7 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
         ValueError: "cuda" without a usable GPU, more ranks than GPUs, an incomplete environment, or
             ranks that did not come or cannot reach each other.
     """
-    global _store, _timeout
+    global _store, _timeout, _ours
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -76,9 +77,9 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
                 f"number {chosen.index}: start as many processes per machine as it has GPUs"
             )
         torch.cuda.set_device(chosen)
+    _timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        backend = "nccl" if on_gpu else "gloo"
-        _timeout = timedelta(seconds=timeout_s)
+        backend, _ours = "nccl" if on_gpu else "gloo", True
         _store = _meet() if "RANK" in os.environ else dist.HashStore()
         try:
             dist.init_process_group(
@@ -101,6 +102,8 @@ def timeout() -> timedelta:
 
 def same_timeout() -> None:
     """Give that of the process group to all groups there are: DeepSpeed makes its own."""
+    if not _ours:  # made by the caller, with groups and timeouts of its own
+        return
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(_timeout, group)
 
@@ -172,7 +175,8 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
         word = "rank" if len(missing) == 1 else "ranks"
         listed = ", ".join(map(str, missing))
         reasons.insert(0, f"no answer from {word} {listed} of {ranks}{_CAUSES}")
-    found = "; ".join(reasons) or f"the ranks lost touch ({_line(error)})"
+    found = "; ".join(reasons) or "the ranks lost touch"
+    found += f" ({_line(error)[:160]})"
     speaks = me == min(r for r, (host, _) in answers.items() if host == here)
     return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
 

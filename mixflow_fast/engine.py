@@ -85,7 +85,7 @@ class Engine:
             ema_sigma_rel=p.ema_sigma_rel,
             **({"impl": p.impl} if p.name == "adamw_ema" else {}),
             grad_clip=0.0 if c.zero_stage == 3 else p.grad_clip,
-            sharded=c.zero_stage > 0,
+            sharded=c.zero_stage in (1, 2),
         )
         # ZeRO 3 puts its own there, for the whole process.
         self._linear = torch.nn.functional.linear
@@ -161,6 +161,8 @@ class Engine:
             "bf16": {"enabled": c.precision == "bf16", "check_grad_overflow": False},
             "gradient_clipping": self._config.optim.grad_clip if c.zero_stage == 3 else 0.0,
             "steps_per_print": sys.maxsize,
+            # It waits for the device twice in each micro-batch.
+            "timers": {"throughput": {"enabled": False}},
         }
         if c.precision == "bf16" and c.zero_stage < 3:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -41,7 +41,7 @@ CXX_FLAGS = (
     *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0"),
 )
 NVCC_FLAGS = ("-O3", "-fmad=false")
-# Compiled for where no GPU is there to ask and TORCH_CUDA_ARCH_LIST does not say.
+# Compiled for, besides the GPUs that are seen, where TORCH_CUDA_ARCH_LIST does not say.
 GPU_ARCHITECTURES = ("80", "90", "100")
 _KEY = re.compile(rb"mixflow_fast-build-key:torch=([^ ;]+) cuda=([^ ;]+) sources=([^ ;]+);")
 
@@ -103,12 +103,17 @@ def cuda_toolkit() -> tuple[str | None, str]:
 
 
 def _architecture_flags() -> list[str]:
-    """Empty where PyTorch's own choice is to be made: by the variable, or by the GPUs it sees."""
+    """Empty where TORCH_CUDA_ARCH_LIST says. More than the GPU that is seen here: a home or an
+    environment may be shared with machines that have others.
+    """
     import torch
 
-    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count():
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
-    known = [a for a in GPU_ARCHITECTURES if f"sm_{a}" in torch.cuda.get_arch_list()] or ["80"]
+    known = [a for a in GPU_ARCHITECTURES if f"sm_{a}" in torch.cuda.get_arch_list()]
+    here = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    known += [f"{major}{minor}" for major, minor in here]
+    known = sorted(set(known), key=int) or ["80"]
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in known]
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
@@ -175,7 +180,8 @@ def build(verbose: bool = False) -> Path:
     import torch
 
     cuda, _ = cuda_toolkit()
-    key = f"{torch.__version__}-{cuda or 'cpu'}-{sources_hash()}"
+    asked = re.sub(r"\W+", "_", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if cuda else ""
+    key = f"{torch.__version__}-{cuda or 'cpu'}-{sources_hash()}{asked and '-' + asked}"
     folder = cache_root() / f"{NAME}-{key}"
     library = folder / LIBRARY
     with _locked(folder):

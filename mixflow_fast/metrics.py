@@ -23,7 +23,7 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
-from mixflow_fast import __version__
+from mixflow_fast import __version__, manifest
 
 TRAINING = "training"  # the kind of rows that name none
 
@@ -51,9 +51,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0, mirror: Mirror | None = None) -> None:
         self._mirror = mirror
         rows = [row for row in read_metrics(path, kind=None) if row["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        manifest.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -125,7 +125,13 @@ def report(
     damaged = damaged_weights(engine.module)
     if not untouched and any(agreement.share(bool(damaged))):
         weights = _replace_weights(engine, config, agreement) or f"of step {now}, not finite"
-    found, tensors = _examine(bad, config, source, mix, engine, forward, agreement, device)
+    try:
+        found, tensors = _examine(bad, config, source, mix, engine, forward, agreement, device)
+    except Exception as error:  # no memory left, on this rank perhaps: the run's own way goes on
+        if config.train.zero_stage == 3:  # whose forward pass the other ranks wait in
+            raise
+        found, tensors = _recorded(bad, config, agreement), {"loss": bad.each}
+        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     found |= {"weights_not_finite": damaged}
     ranks = agreement.share(found)
     path = None
@@ -237,6 +243,19 @@ def _examine(
     return found, tensors
 
 
+def _recorded(bad: BadStep, config: Config, agreement: Agreement) -> dict[str, Any]:
+    """What `_examine` finds, of what was noted during the step alone."""
+    size, start = bad.each.shape[1], (bad.step - 1) * config.train.global_batch_size
+    wrong = (~bad.each.isfinite()).nonzero().tolist()
+    places = [start + (part * agreement.ranks + agreement.rank) * size + i for part, i in wrong]
+    return {
+        "rank": agreement.rank,
+        "loss_of_micro_batches": bad.losses.tolist(),
+        "samples_not_finite": len(wrong),
+        "samples": [{"position": place} for place in places[:NAMED]],
+    }
+
+
 def _write(
     folder: Path, step: int, content: dict, tensors: dict[str, Tensor], agreement: Agreement
 ) -> Path | None:
@@ -282,10 +301,17 @@ def _sentences(
         text += f" Not finite: {listed}{f' and {count - 4} more' if count > 4 else ''}."
     else:
         text += " Every sample's loss was finite: the gradient alone was not."
+    text += "".join(
+        f" Rank {rank['rank']} could not make it again ({rank['error']})."
+        for rank in ranks
+        if "error" in rank
+    )
     return text + (f" See {path}." if path is not None else "")
 
 
 def _sample(sample: dict[str, Any]) -> str:
+    if "index" not in sample:
+        return f"the sample at position {sample['position']}"
     what = f"sample {sample['index']} of the data"
     what += f" ({sample['file']})" if "file" in sample else ""
     bad = sample["data_not_finite"]

@@ -1,4 +1,4 @@
-"""Whether a run folder's checkpoint continues under a configuration."""
+"""What a run begins with: a checkpoint that continues under its configuration, or weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from mixflow_fast import checkpoint
 from mixflow_fast.config import Config, load_config
 from mixflow_fast.consolidation import read_layout
+from mixflow_fast.models import Transformer, load_into, load_weights, read_model_config
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
 # train.images does where the learning rate descends towards it).
@@ -53,6 +54,23 @@ def other_layout(config: Config, newest: Path, ranks: int) -> str:
     if layout.stage == stage and (layout.ranks == ranks or stage == 0):
         return ""
     return f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, ZeRO {layout.stage}"
+
+
+def start_from(model: Transformer, path: Path) -> None:
+    """Start a network (and so its EMA) from the EMA weights of a checkpoint.
+
+    Raises:
+        ValueError: they do not fit, or were trained with another clock, head count or depth of
+            REPA's encoder, which shapes do not show and which would train without an error.
+    """
+    load_into(model, load_weights(path, key="ema"))
+    recorded, own = read_model_config(path), model.config | {"clock": model.clock}
+    for name in ("clock", "num_heads", "encoder_depth"):
+        if name in recorded and recorded[name] != own[name]:
+            raise ValueError(
+                f"train.init={path} was trained with {name}={recorded[name]!r}, this model has "
+                f"{own[name]!r}: set model.{name}"
+            )
 
 
 def _descends_to_the_end(config: Config) -> bool:

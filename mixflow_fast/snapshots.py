@@ -231,6 +231,8 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
     newest = checkpoint.newest_checkpoint(run) if run.is_dir() else None
     if newest is None:
         raise ValueError(f"{run} holds no checkpoint: give the folder of a run")
+    if reason := manifest.damage(newest, checksums=(0, 1)):
+        raise ValueError(f"{newest} is damaged ({reason}): take a copy of the run from before")
     metadata = checkpoint.read_state(newest)["metadata"]
     options = json.loads(metadata["config"])["optim"]
     decays = [options["ema_decay"], *options.get("ema_more_decays", ())]

@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention_backends import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics import Progress
-from mixflow_fast.models import load_into, load_weights, read_model_config, save_weights
+from mixflow_fast.models import save_weights
 from mixflow_fast.monitoring import Monitor
 from mixflow_fast.nonfinite import Forward
 from mixflow_fast.optim import learning_rate
-from mixflow_fast.resuming import check_resume, other_layout
+from mixflow_fast.resuming import check_resume, other_layout, start_from
 from mixflow_fast.safety import RollBack, Safety, TrainingDiverged
 from mixflow_fast.snapshots import SnapshotWriter, averages_in_words
 from mixflow_fast.stopping import StopRequest
@@ -85,7 +85,19 @@ class Trainer:
             config.train.device, 60 * config.train.timeout_minutes
         )
         self._agreement = Agreement(distributed.timeout())
-        chosen = checkpoint.choose_checkpoint(self.out, self._agreement)
+        self._lock: IO[str] | None = None
+        try:
+            self._prepare(config, resume, quiet, recipe, ranks)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(
+        self, config: Config, resume: str, quiet: bool, recipe: str | None, ranks: int
+    ) -> None:
+        if (self.out / "checkpoints").is_dir():
+            self._take_lock()  # another run may be writing its last checkpoint
+        chosen = checkpoint.choose_checkpoint(self.out, self._agreement, set_aside=True)
         self._resume_from, self._passed_over = chosen
         self.step = 0
         self._other_layout = ""
@@ -109,7 +121,7 @@ class Trainer:
                 f"out= (train.init={self.out} starts from those weights), or delete it"
             )
         elif config.train.init is not None:
-            self._load_init(checkpoint.weights_file(config.train.init))
+            start_from(self.model, checkpoint.weights_file(config.train.init))
         self.alignment = Alignment(config, self.mix, self.device)
         fused = runtime.use_kernels(self.mix.impl, self.device)
         self.objective = "Triton kernels" if fused else "PyTorch reference"
@@ -119,7 +131,7 @@ class Trainer:
         self.monitor = Monitor(config, self.model, self.device, self._agreement)
         self.snapshots = SnapshotWriter(config, self._agreement)
         self._recipe = recipe
-        self._lock = self._prepare_folder()
+        self._prepare_folder()
         self.engine.start(self._resume_from, other_layout=bool(self._other_layout))
         run = config, self.mix, self.source, self.engine, self._forward
         self.safety = Safety(*run, self._agreement, self.device, state.get("safety"))
@@ -144,8 +156,7 @@ class Trainer:
                 while not self._train(said):
                     said = [self._go_back()]
         finally:
-            if self._lock is not None:
-                self._lock.close()
+            self._unlock()
             self.engine.close()
         return TrainResult(self.out, self.step, self.images_seen, self.step >= self.config.steps)
 
@@ -343,30 +354,29 @@ class Trainer:
             "config": json.dumps(self.config.to_dict()),
         }
 
-    def _load_init(self, path: Path) -> None:
-        """Start model (and so the EMA) from a checkpoint's EMA weights."""
-        load_into(self.model, load_weights(path, key="ema"))
-        recorded, own = read_model_config(path), self.model.config | {"clock": self.model.clock}
-        # What the shapes cannot show; a wrong clock or head count would train without an error.
-        for name in ("clock", "num_heads", "encoder_depth"):
-            if name in recorded and recorded[name] != own[name]:
-                raise ValueError(
-                    f"train.init={path} was trained with {name}={recorded[name]!r}, this model has "
-                    f"{own[name]!r}: set model.{name}"
-                )
-
-    def _prepare_folder(self) -> Any:
-        """Make the run's folder; returns the open lock file that keeps other runs out of it."""
-        lock = None
+    def _prepare_folder(self) -> None:
+        """Make the run's folder."""
+        if self._resume_from is None:
+            with self._agreement.together():
+                if self._is_writer:
+                    (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._take_lock()
         with self._agreement.together():
             if self._is_writer:
-                (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-                lock = checkpoint.lock(self.out)
-                checkpoint.clean_unfinished(self.out)
                 if self._resume_from is not None:
                     checkpoint.publish(self._resume_from, self.out)
                 manifest.write_text(self.out / "config.yaml", self.config.to_yaml())
-        return lock
+
+    def _take_lock(self) -> None:
+        """Keep other runs out of the folder, and put what killed ones left in order."""
+        with self._agreement.together():
+            if self._is_writer and self._lock is None:
+                self._lock = checkpoint.lock(self.out)
+                checkpoint.clean_unfinished(self.out)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _metrics_row(self, window: _Window) -> dict[str, Any]:
         losses = self.safety.row()

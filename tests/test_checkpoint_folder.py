@@ -139,6 +139,59 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == [kept[2], kept[3], "step_00000010"]
 
 
+def test_what_was_passed_over_neither_counts_nor_hides(
+    tmp_path: Path, agreement: Agreement
+) -> None:
+    """A run that went back writes older steps than the damaged ones that it passed over."""
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step, keep=2, keep_every=10)
+    for step in (20, 30):
+        flipped(tmp_path / "checkpoints" / f"step_{step:08d}")
+    assert choose_checkpoint(tmp_path, agreement)[0].name == "step_00000010"
+    new = write_checkpoint(tmp_path, 15, keep=1)
+    assert new.is_dir() and choose_checkpoint(tmp_path, agreement, set_aside=True)[0] == new
+    damaged = [f".damaged_step_{step:08d}" for step in (20, 30)]
+    assert names(tmp_path) == [*damaged, new.name]
+    assert newest_checkpoint(tmp_path) == new
+
+
+@pytest.mark.parametrize("killed_at", [".writing_", "step_"])
+def test_a_kill_between_two_renames(
+    tmp_path: Path, agreement: Agreement, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    """The same step is written again, by a run that resumed from it in another layout."""
+    folder, rename = write_checkpoint(tmp_path, 20), os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(killed_at):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 20)
+    monkeypatch.undo()
+    clean_unfinished(tmp_path)
+    assert names(tmp_path) == [folder.name]
+    assert choose_checkpoint(tmp_path, agreement) == (folder, [])
+
+
+def test_a_rename_that_fails_leaves_the_one_from_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = write_checkpoint(tmp_path, 20), os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(".writing_"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_checkpoint(tmp_path, 20)
+    assert manifest.damage(folder, checksums=(0, 1)) is None
+
+
 def test_nothing_is_deleted_before_the_new_one_is_complete(tmp_path: Path) -> None:
     older = write_checkpoint(tmp_path, 1, keep=1)
     temporary = tmp_path / "checkpoints" / temporary_name(2)

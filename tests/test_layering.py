@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "agreement": (),
     "manifest": (),
     "checkpoint": ("agreement", "manifest"),
-    "metrics": (),
+    "metrics": ("manifest",),
     "mirrors": ("metrics",),
     "flops": ("models",),
     "config": (),
@@ -70,7 +70,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "safety": ("distributed", "nonfinite", "agreement", "config", "data", "engine", "objective"),
     "stopping": (),
-    "resuming": ("config", "checkpoint", "consolidation"),
+    "resuming": ("config", "checkpoint", "consolidation", "models"),
     "trainer": (
         *("kernels", "flow", "models", "data", "optim", "distributed", "checkpoint", "metrics"),
         *("config", "objective", "build", "alignment", "validation", "engine", "stopping"),

@@ -332,3 +332,23 @@ def test_refused_settings(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(configured(tmp_path, "x", 1, wrong), quiet=True)
+
+
+def test_an_examination_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU may be too full for a second backward pass."""
+
+    def hungry(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    latents(tmp_path, (2,))
+    monkeypatch.setattr(torch.autograd, "grad", hungry)
+    result = train(configured(tmp_path, "skip", 4, "train.on_nonfinite=skip"), quiet=True)
+    assert result.finished
+    report = json.loads((result.out / "nonfinite" / "step_00000002" / "report.json").read_text())
+    (rank,) = report["ranks"]
+    assert rank["error"] == "OutOfMemoryError: out of memory"
+    assert [sample["position"] for sample in rank["samples"]] == [BATCH + 2]
+    with pytest.raises(TrainingDiverged, match=rf"position {BATCH + 2}.*could not make it again"):
+        train(configured(tmp_path, "stop", 4), quiet=True)

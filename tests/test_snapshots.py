@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixflow_fast.cli import main
 from mixflow_fast.models import load_model, load_weights
-from mixflow_fast.snapshots import averages_in_words, reconstruct, snapshots
+from mixflow_fast.snapshots import averages_in_words, extract, reconstruct, snapshots
 from mixflow_fast.trainer import train
 from tests.test_trainer import tiny
 
@@ -126,6 +126,18 @@ def test_further_fixed_decays(run: Path, tmp_path: Path) -> None:
     assert 0 < away[0] < away[1] < away[2]
     ema = load_weights(run / "weights.pt", "ema")
     assert all(torch.equal(v, ema[k]) for k, v in load_weights(out, "ema").items())
+
+
+def test_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    shard = next(newest.glob("*model_states.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 64
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged .*another checksum"):
+        extract(tmp_path / "run", 0.5, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_damaged_snapshot(run: Path, tmp_path: Path) -> None:
