@@ -175,8 +175,10 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
         word = "rank" if len(missing) == 1 else "ranks"
         listed = ", ".join(map(str, missing))
         reasons.insert(0, f"no answer from {word} {listed} of {ranks}{_CAUSES}")
+    told = any(reason for _, reason in answers.values())
     found = "; ".join(reasons) or "the ranks lost touch"
-    found += f" ({_line(error)[:160]})"
+    if not told:  # this rank's own error may be the cause
+        found += f" ({_line(error)[:160]})"
     speaks = me == min(r for r, (host, _) in answers.items() if host == here)
     return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
 

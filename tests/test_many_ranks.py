@@ -142,17 +142,15 @@ def test_a_killed_rank_ends_the_run_which_then_resumes(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, step + 6))
 
 
-def test_the_groups_of_deepspeed_have_the_timeout_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_groups_of_deepspeed_have_the_timeout_too(tmp_path: Path) -> None:
     distributed.init_process_group("cpu")
-    monkeypatch.setattr(distributed, "_timeout", timedelta(seconds=77))
-    config = load_config("photos", [*RUN[2:], "train.images=8", f"out={tmp_path}"])
+    overrides = [*RUN[2:], "train.images=8", "train.timeout_minutes=2", f"out={tmp_path}"]
+    config = load_config("photos", overrides)
     assert Trainer(config, quiet=True).run().finished
     found = [
         g._get_backend(torch.device("cpu")).options._timeout for g in distributed_c10d._world.pg_map
     ]
-    assert len(found) > 1 and set(found) == {timedelta(seconds=77)}
+    assert len(found) > 1 and set(found) == {timedelta(minutes=2)}
 
 
 GROUP = """
