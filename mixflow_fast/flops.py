@@ -25,8 +25,8 @@ from mixflow_fast.models.blocks import PAD_TO, Block, SwiGLU
 # the name that the driver gives. The first that fits counts.
 _PEAKS = (
     (("H100", "PCIe"), 756.0),
-    (("H100", "NVL"), 835.0),
-    (("H200", "NVL"), 836.0),
+    (("H100", "NVL"), 835.5),
+    (("H200", "NVL"), 835.5),
     (("A100",), 312.0),
     (("H100",), 989.4),
     (("H200",), 989.4),

@@ -266,6 +266,8 @@ class Monitor:
         self._take(engine.gathered("ema", stepped=step > 0))
         if preview and self._metrics is not None:
             self._preview(step)
+        if preview:  # the others wait here, on the host, and not inside the next step's collective
+            self._agreement.share(None)
         if validate:
             found = {"ema": self._validation(self._net)}
             self._take(engine.gathered("model", stepped=step > 0))

@@ -268,6 +268,24 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path: Path, capsys) -> No
     assert "FileExistsError" in said
 
 
+def test_ranks_wait_for_a_preview_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host: rank 0 samples while no other rank is inside a step's collective."""
+    trainer = Trainer(tiny(tmp_path, "train.images=16", "train.preview_every=1"), quiet=True)
+    order = []
+    monkeypatch.setattr(trainer.monitor, "_preview", lambda step: order.append(f"preview {step}"))
+    share, step = trainer.monitor._agreement.share, trainer._step
+    monkeypatch.setattr(
+        trainer.monitor._agreement, "share", lambda mine: order.append("wait") or share(mine)
+    )
+    monkeypatch.setattr(trainer, "_step", lambda loader: order.append("step") or step(loader))
+    trainer.run()
+    for at in [place for place, what in enumerate(order) if what.startswith("preview")]:
+        assert order[at + 1] == "wait"
+    assert order.count("step") == 2 and "preview 1" in order
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_two_ranks_do_not_notice_being_watched(tmp_path: Path, stage: int) -> None:
