@@ -71,16 +71,13 @@ test-long: $(STAMP)
 # Ten minutes on two free cores; `make test` does three kills.
 KILLS ?= 50
 test-kill: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_harness --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.kill_harness --kills $(KILLS)
 
 # The kernels on the oldest Triton they run on, in an environment of its own. Its interpreter takes
 # no numpy from 2.4 on.
 TRITON ?= triton==3.6.0
 TRITON_VENV := .venv-$(subst =,,$(TRITON))
-KERNEL_TESTS := tests/test_philox.py tests/test_interpolate.py tests/test_velocity_loss.py \
-    tests/test_kernel_ops.py tests/test_junction.py tests/test_junction_ops.py tests/test_gelu.py \
-    tests/test_swiglu.py tests/test_activation_again.py tests/test_qk_norm_rope.py \
-    tests/test_attention.py tests/test_attention_backends.py tests/test_compile_report.py
+KERNEL_TESTS := tests/kernels tests/benchmarks/test_compile_report.py
 
 $(TRITON_VENV)/.stamp-$(KEY):
 	$(PYTHON) -m venv --clear $(TRITON_VENV)

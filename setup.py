@@ -77,6 +77,7 @@ setup(
     packages=[
         *find_packages(include=["mixflow_fast", "mixflow_fast.*"]),
         *("mixflow_fast.kernels", "mixflow_fast.csrc"),
+        *(f"mixflow_fast.kernels.{op}" for op in find_packages("kernels")),
     ],
     package_dir={
         "mixflow_fast": "mixflow_fast",

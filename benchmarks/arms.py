@@ -37,7 +37,7 @@ from benchmarks import flops
 from benchmarks.optimizers import KINDS, OptimizerStep, Weights
 from benchmarks.providers import GAMMA, interpolate, prepare, velocity_loss
 from mixflow_fast import MixFlow
-from mixflow_fast.kernels.attention_backends import choose_backend
+from mixflow_fast.kernels.attention.choice import choose_backend
 from mixflow_fast.models import DiTDH, SiT, Transformer
 from mixflow_fast.models.blocks import SwiGLU
 from mixflow_fast.models.execution import Execution

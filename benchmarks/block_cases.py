@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-from mixflow_fast.kernels.gelu import gelu, gelu_again
-from mixflow_fast.kernels.junction import junction, modulated_norm
-from mixflow_fast.kernels.junction_again import junction_again, junction_forward
-from mixflow_fast.kernels.qk_norm_rope import QkOptions, finish, prepare
-from mixflow_fast.kernels.swiglu import swiglu, swiglu_again
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_again
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again
+from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepare
+from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
+from mixflow_fast.kernels.residual_norm.recompute import junction_again, junction_forward
 
 Row = tuple[str, str, Callable[[Callable[[], None]], object], bool]
 

@@ -28,11 +28,11 @@ from benchmarks.block_providers import (
 from benchmarks.draws import nan_filled_buffers
 from benchmarks.numerics import FLOORS, Finding
 from benchmarks.verify import relative_rms
-from mixflow_fast.kernels import attention_backends
-from mixflow_fast.kernels.attention import attention
-from mixflow_fast.kernels.gelu import gelu
-from mixflow_fast.kernels.junction import junction, modulated_norm
-from mixflow_fast.kernels.swiglu import swiglu
+from mixflow_fast.kernels.activations.gelu import gelu
+from mixflow_fast.kernels.activations.swiglu import swiglu
+from mixflow_fast.kernels.attention import choice
+from mixflow_fast.kernels.attention.op import attention
+from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
 
 Task = tuple[str, Callable[[], Iterable[Finding]]]
 HALVES = (torch.bfloat16, torch.float16)
@@ -143,7 +143,7 @@ def errors(case: BlockCase, device: torch.device, impl: str) -> Iterator[Finding
 def _finding(
     case: BlockCase, where: str, tensor: str, ours: Tensor, eager: Tensor, truth: Tensor
 ) -> Finding:
-    floors = attention_backends.FLOORS if case.op == "attention" else FLOORS
+    floors = choice.FLOORS if case.op == "attention" else FLOORS
     eager_error = relative_rms(eager, truth)
     wrong_form = ours.shape != truth.shape or ours.dtype != case.dtype
     error = float("inf") if wrong_form else relative_rms(ours, truth)

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 
 import benchmarks.device  # noqa: F401 (chooses Triton's interpreter, before Triton is imported)
-from mixflow_fast.kernels.attention_cores import BACKENDS
-from mixflow_fast.kernels.gelu import gelu_bytes
-from mixflow_fast.kernels.junction_launch import junction_bytes
-from mixflow_fast.kernels.swiglu import swiglu_bytes
+from mixflow_fast.kernels.activations.gelu import gelu_bytes
+from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
+from mixflow_fast.kernels.attention.backends import BACKENDS
+from mixflow_fast.kernels.residual_norm.launch import junction_bytes
 
 BLOCK_OPS = ("junction", "modulated_norm", "gelu", "swiglu", "qk_norm_rope", "attention")
 # (norm, whether the modulation is per token); (norm of q and k, whether they are rotated).

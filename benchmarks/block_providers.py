@@ -27,17 +27,17 @@ from torch import Tensor
 from benchmarks.block_ops import BlockCase
 from benchmarks.block_providers_plain import AGAIN, EPS, PLAIN, BiasOfProduct
 from benchmarks.verify import STORED, relative_rms
-from mixflow_fast.kernels.attention import attention, attention_reference
-from mixflow_fast.kernels.attention_backends import choose_backend
-from mixflow_fast.kernels.gelu import gelu, gelu_again, gelu_reference
-from mixflow_fast.kernels.junction import (
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_again, gelu_reference
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again, swiglu_reference
+from mixflow_fast.kernels.attention.choice import choose_backend
+from mixflow_fast.kernels.attention.op import attention, attention_reference
+from mixflow_fast.kernels.attention.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from mixflow_fast.kernels.residual_norm.op import (
     junction,
     junction_reference,
     modulated_norm,
     modulated_norm_reference,
 )
-from mixflow_fast.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from mixflow_fast.kernels.swiglu import swiglu, swiglu_again, swiglu_reference
 from mixflow_fast.models.embedders import rope_tables
 
 OUTPUTS = {"junction": ("x'", "y"), "qk_norm_rope": ("q", "k")}

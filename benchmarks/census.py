@@ -31,11 +31,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import on_meta
-from mixflow_fast.kernels.attention import attention_bytes
-from mixflow_fast.kernels.attention_cores import REGISTRY
-from mixflow_fast.kernels.gelu import gelu_bytes
-from mixflow_fast.kernels.junction_launch import Needs, junction_bytes, scratch_shapes
-from mixflow_fast.kernels.swiglu import swiglu_bytes
+from mixflow_fast.kernels.activations.gelu import gelu_bytes
+from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
+from mixflow_fast.kernels.attention.backends import REGISTRY
+from mixflow_fast.kernels.attention.op import attention_bytes
+from mixflow_fast.kernels.residual_norm.launch import Needs, junction_bytes, scratch_shapes
 from mixflow_fast.models import Transformer
 
 aten = torch.ops.aten

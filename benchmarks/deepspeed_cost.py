@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.optimizers import OptimizerStep, Weights, adamwema_in_words
 from benchmarks.stats import paired_ratio, percentiles
-from mixflow_fast import distributed
-from mixflow_fast.build import build_execution, build_model, build_objective
-from mixflow_fast.config import Config, load_config
-from mixflow_fast.engine import Engine
+from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.distributed import process_group
+from mixflow_fast.training.build import build_execution, build_model, build_objective
+from mixflow_fast.training.engine import Engine
 
 WARM_UP = 3
 
@@ -75,7 +75,7 @@ def measure(config: Config, rounds: int, each: int) -> dict[str, object]:
         rounds: in which each has its turn.
         each: steps of a turn.
     """
-    device = distributed.init_process_group(config.train.device)
+    device = process_group.init_process_group(config.train.device)
     arms = steps(config, device)
     for _ in range(WARM_UP):
         for step in arms.values():

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from mixflow_fast.flops import Flops, count, train_flops
 from mixflow_fast.models import Transformer, build
+from mixflow_fast.models.flops import Flops, count, train_flops
 
 # Measured with a product of 8192^3 on an H200, and the dense bf16 peak of H100 and H200 SXM.
 MEASURED_TFLOPS, PEAK_TFLOPS = 790.0, 989.4

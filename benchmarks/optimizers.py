@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mixflow_fast import extension
 from mixflow_fast.models import Transformer
-from mixflow_fast.optim import OPTIMIZERS
+from mixflow_fast.optim.apex import OPTIMIZERS
 
 LR, DECAY = 1e-4, 0.9999
 KINDS = {

@@ -41,7 +41,7 @@ from benchmarks.providers import GAMMA
 from benchmarks.rows import Writer
 from benchmarks.stats import Percentiles, percentiles
 from benchmarks.step_rows import OPTIMIZER_SECONDS, ROUND_SECONDS, StepRows
-from mixflow_fast.optional import apex_message, detect_apex
+from mixflow_fast.environment import apex_message, detect_apex
 
 # Dense bf16 peak of H100 and H200 SXM, TFLOP/s.
 PEAK_TFLOPS = 989.4

@@ -23,7 +23,7 @@ from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.layout import Layout, address, get_layout, tile_start
 from mixflow_fast.kernels.philox import Stream, normal_tile
 from mixflow_fast.kernels.runtime import jit, tl
-from mixflow_fast.kernels.times import draw_times, path_coefficients, schedule_arguments
+from mixflow_fast.kernels.schedule import draw_times, path_coefficients, schedule_arguments
 
 
 class Moments(NamedTuple):

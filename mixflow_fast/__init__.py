@@ -9,6 +9,6 @@ if not (Path(__file__).parent / "kernels").is_dir():
 __version__ = "0.1.0"
 
 from mixflow_fast.kernels.interpolate import Moments
-from mixflow_fast.objective import Interpolation, MixFlow, mixflow_loss
+from mixflow_fast.objective.mixflow import Interpolation, MixFlow, mixflow_loss
 
 __all__ = ["Interpolation", "MixFlow", "Moments", "mixflow_loss", "__version__"]

@@ -25,21 +25,15 @@ import torch
 from torch import Tensor
 
 from mixflow_fast import __version__
-from mixflow_fast.build import check
-from mixflow_fast.config import Config, load_config
+from mixflow_fast.config.schema import Config, load_config
 from mixflow_fast.data import build_source, sample_index
-from mixflow_fast.evaluation import (
-    FEATURES,
-    evidence_markdown,
-    frechet_distance,
-    moments,
-    render_demo_report,
-    write_json,
-)
-from mixflow_fast.images import save_grid, save_side_by_side, write_bytes
-from mixflow_fast.metrics import read_metrics
+from mixflow_fast.evaluation import FEATURES, frechet_distance, moments
+from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
-from mixflow_fast.sampling import sample
+from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report, write_json
+from mixflow_fast.reports.images import save_grid, save_side_by_side, write_bytes
+from mixflow_fast.sampling.samples import sample
+from mixflow_fast.training.build import check
 
 METRIC_OF_FEATURE = {"pooled_pixels": "frechet", "random_conv": "frechet_random_conv"}
 GRID_STEPS = 10  # Euler steps behind the pictures in the report
@@ -176,7 +170,7 @@ def run_demo(
     Raises:
         ValueError: no seeds; a folder that holds another demo; a missing extra.
     """
-    from mixflow_fast.trainer import train
+    from mixflow_fast.training.trainer import train
 
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")

@@ -64,9 +64,13 @@ def _pip(*arguments: str, cwd: Path) -> None:
     _python("-m", "pip", "-q", "--disable-pip-version-check", "--no-input", *arguments, cwd=cwd)
 
 
+def _kernel_sources() -> set[str]:
+    return {p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+
+
 def _installed_names() -> set[str]:
     """Every file that a user must get, by its place in the wheel."""
-    kernels = {f"mixflow_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    kernels = {f"mixflow_fast/{name}" for name in _kernel_sources()}
     package = ROOT / "mixflow_fast"
     files = [*package.rglob("*.py"), *package.rglob("*.yaml")]
     csrc = {f"mixflow_fast/csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
@@ -179,7 +183,7 @@ def test_source_distribution_is_complete(sources, tmp_path):
     _python("-c", build, cwd=sources)
     (archive,) = tmp_path.glob("*.tar.gz")
     names = {n.partition("/")[2] for n in tarfile.open(archive).getnames()}
-    kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    kernels = _kernel_sources()
     elsewhere = ("mixflow_fast/kernels/", "mixflow_fast/csrc/")
     package = {n for n in _installed_names() if not n.startswith(elsewhere)}
     package |= {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}

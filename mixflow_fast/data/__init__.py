@@ -1,9 +1,9 @@
 """Training data: order of the samples, sources, and the loader of one rank's micro-batches."""
 
-from mixflow_fast.data.files import ImageFolder, Latents, adm_center_crop
+from mixflow_fast.data.embedded import Batch, Digits, Photos, Source, build_source
+from mixflow_fast.data.latents import ImageFolder, Latents, adm_center_crop
 from mixflow_fast.data.loader import BatchLoader
 from mixflow_fast.data.order import sample_index
-from mixflow_fast.data.sources import Batch, Digits, Photos, Source, build_source
 
 __all__ = [
     "Batch",

@@ -19,8 +19,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mixflow_fast.data.embedded import Batch, Source
 from mixflow_fast.data.order import sample_index
-from mixflow_fast.data.sources import Batch, Source
 
 _ORDER_BLOCK = 8192  # positions whose indices are computed at once: the cost is per call
 

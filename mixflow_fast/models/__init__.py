@@ -1,13 +1,13 @@
 """Networks with the official parameter names, and readers and writers of their official files."""
 
-from mixflow_fast.models.checkpoints import load_into, load_model, read_model_config
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.execution import Execution
-from mixflow_fast.models.layouts import export_official_sit, infer_kwargs, infer_sit_kwargs
 from mixflow_fast.models.registry import DITDH_SIZES, MODELS, SIT_SIZES, build
 from mixflow_fast.models.sit import SiT, repa_alignment_loss
 from mixflow_fast.models.transformer import Transformer
-from mixflow_fast.models.weights_files import load_weights, save_weights
+from mixflow_fast.models.weights.files import load_weights, save_weights
+from mixflow_fast.models.weights.loading import load_into, load_model, read_model_config
+from mixflow_fast.models.weights.naming import export_official_sit, infer_kwargs, infer_sit_kwargs
 
 __all__ = [
     "DITDH_SIZES",

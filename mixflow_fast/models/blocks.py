@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixflow_fast.kernels.attention import attention
+from mixflow_fast.kernels.attention.op import attention
 
 # What a matrix product of the padded width may count on; 5461 becomes 5504 = 43 * 128.
 PAD_TO = 64

@@ -24,7 +24,7 @@ from mixflow_fast.models.embedders import (
     RotaryEmbedding,
     sincos_position_embedding,
 )
-from mixflow_fast.models.fused import settle
+from mixflow_fast.models.fused.block import settle
 from mixflow_fast.models.transformer import (
     CLOCKS,
     Transformer,

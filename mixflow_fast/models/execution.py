@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mixflow_fast.kernels.attention_cores import BACKENDS
+from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.kernels.runtime import IMPLS
 
 _NUMBERS = itertools.count()

@@ -22,7 +22,7 @@ from mixflow_fast.models.embedders import (
     TimestepEmbedder,
     sincos_position_embedding,
 )
-from mixflow_fast.models.fused import settle
+from mixflow_fast.models.fused.block import settle
 from mixflow_fast.models.transformer import (
     CLOCKS,
     Transformer,

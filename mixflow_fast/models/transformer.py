@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.kernels.attention_backends import AttentionChoice, choose_backend
+from mixflow_fast.kernels.attention.choice import AttentionChoice, choose_backend
 from mixflow_fast.models.blocks import Block, FinalLayer, SwiGLU
 from mixflow_fast.models.execution import BACKENDS, Execution, runner
-from mixflow_fast.models.fused import Stream, fused_block, fused_final, settle
+from mixflow_fast.models.fused.block import Stream, fused_block, fused_final, settle
 
 CLOCKS = ("data_at_1", "noise_at_1")
 

@@ -1,0 +1,1 @@
+"""Activations together with the bias before them."""

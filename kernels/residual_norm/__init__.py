@@ -1,0 +1,1 @@
+"""Residual, norm and modulation of adaLN blocks in one pass."""

@@ -1,0 +1,359 @@
+"""The device side of the loss: one kernel for loss and gradient, one that adds up, one that scales.
+
+Formulas stand in `velocity_loss.py`; `launch` is what its operators call on a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.flow.clock import NOISE_AT_1
+from mixflow_fast.kernels import runtime
+from mixflow_fast.kernels.interpolate import data_arguments, load_data
+from mixflow_fast.kernels.layout import address, get_layout, tile_start
+from mixflow_fast.kernels.philox import normal_tile
+from mixflow_fast.kernels.runtime import jit, tl, triton
+from mixflow_fast.kernels.schedule import loss_weight, path_coefficients, path_derivatives
+
+
+@jit
+def _velocity_loss_kernel(
+    pred_ptr,
+    x1_ptr,
+    std_ptr,
+    x0_ptr,
+    seed_ptr,
+    ids_ptr,
+    times_ptr,
+    weight_ptr,
+    upstream_ptr,
+    partial_ptr,
+    gradient_ptr,
+    pred_stride,
+    x1_stride,
+    std_stride,
+    x0_stride,
+    weight_sample_stride,
+    weight_channel_stride,
+    weight_place_stride,
+    weight_places,
+    upstream_stride,
+    gradient_stride,
+    programs,
+    S,
+    scale,
+    gradient_scale,
+    NOISE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_X0: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    LOSS_WEIGHT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    PATH: tl.constexpr,
+    NOISE_AT_1: tl.constexpr,
+    LEARN_SIGMA: tl.constexpr,
+    LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    PRED_C: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    PATCH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    LOOPS: tl.constexpr,
+):
+    index = tl.program_id(0)
+    sample = (index // programs).to(tl.int64)
+    program = index % programs
+    seed = tl.load(seed_ptr)
+    position = sample
+    if HAS_IDS:
+        position = tl.load(ids_ptr + sample)
+    time = tl.load(times_ptr + sample)
+    alpha, sigma = path_coefficients(time, PATH, NOISE_AT_1)
+    d_alpha, d_sigma = path_derivatives(time, alpha, sigma, PATH, NOISE_AT_1)
+    weight = 1.0
+    if LOSS_WEIGHT != "none":
+        weight = loss_weight(alpha, sigma, d_alpha, d_sigma, LOSS_WEIGHT)
+    if NOISE_AT_1:  # the caller's clock runs against the path's
+        d_alpha = -d_alpha
+        d_sigma = -d_sigma
+    if WEIGHT == "sample":
+        weight = weight * tl.load(weight_ptr + sample * weight_sample_stride)
+    slope = 2.0 * gradient_scale
+    if PREDICTION == "score":
+        slope = slope * sigma
+    if UPSTREAM:
+        slope = slope * tl.load(upstream_ptr + sample * upstream_stride)
+    first_c, first_s = tile_start(program, S, BLOCK_C, BLOCK_S, LOOPS)
+    c = first_c + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for i in range(LOOPS):
+        start = first_s + i * BLOCK_S
+        s = start + tl.arange(0, BLOCK_S)
+        mask = (c < C)[:, None] & (s < S)[None, :]
+        offset = c[:, None] * S + s[None, :]
+        place = address(c, s, S, W, PRED_C, PATCH)
+        error = tl.load(pred_ptr + sample * pred_stride + place, mask=mask, other=0.0)
+        error = error.to(tl.float32)
+        if PREDICTION == "score":
+            error = error * sigma
+        if PREDICTION == "velocity" or PREDICTION == "data":
+            x1 = load_data(
+                x1_ptr + sample * x1_stride,
+                std_ptr + sample * std_stride,
+                offset,
+                mask,
+                (first_c, start),
+                seed,
+                position,
+                scale,
+                S,
+                POSTERIOR,
+                MOMENTS,
+                BLOCK_C,
+                BLOCK_S,
+                VECTOR,
+            )
+            if PREDICTION == "data":
+                error = error - x1
+            else:
+                error = error - d_alpha * x1
+        if PREDICTION != "data":
+            if HAS_X0:
+                x0 = tl.load(x0_ptr + sample * x0_stride + offset, mask=mask, other=0.0)
+                x0 = x0.to(tl.float32)
+            else:
+                x0 = normal_tile(seed, NOISE, position, first_c, start, S, BLOCK_C, BLOCK_S, VECTOR)
+            if PREDICTION == "velocity":
+                error = error - d_sigma * x0
+            elif PREDICTION == "noise":
+                error = error - x0
+            else:
+                error = error + x0
+        weighted = weight * error
+        if WEIGHT == "element":
+            at = (offset // weight_places) * weight_channel_stride
+            at += (offset % weight_places) * weight_place_stride
+            at += sample * weight_sample_stride
+            weighted = weighted * tl.load(weight_ptr + at, mask=mask, other=0.0)
+        if LOSS:
+            total += tl.where(mask, weighted * error, 0.0)
+        if GRADIENT:
+            out = gradient_ptr + sample * gradient_stride + place
+            dtype: tl.constexpr = gradient_ptr.dtype.element_ty
+            tl.store(out, (slope * weighted).to(dtype), mask=mask)
+            if LEARN_SIGMA:
+                zero = tl.zeros((BLOCK_C, BLOCK_S), tl.float32).to(dtype)
+                # The other channels of the token, or the other half of the image.
+                half = S
+                if PATCH > 0:
+                    half = C
+                tl.store(out + half, zero, mask=mask)
+    if LOSS:
+        tl.store(partial_ptr + index, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+@jit
+def _reduce_rows(
+    partial_ptr, row, B, programs, numel, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    total = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        column = start + tl.arange(0, BLOCK_P)
+        mask = (row < B)[:, None] & (column < programs)[None, :]
+        offset = row.to(tl.int64)[:, None] * programs + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
+    return tl.div_rn(tl.sum(total, axis=1), numel)
+
+
+@jit
+def _reduce_kernel(
+    partial_ptr,
+    out_ptr,
+    B,
+    programs,
+    numel,
+    divisor,
+    PER_SAMPLE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Sums of partials in a fixed order: per sample, or of all samples in one program."""
+    rows = tl.arange(0, BLOCK_B)
+    if PER_SAMPLE:
+        row = tl.program_id(0) * BLOCK_B + rows
+        losses = _reduce_rows(partial_ptr, row, B, programs, numel, BLOCK_B, BLOCK_P)
+        tl.store(out_ptr + row, losses, mask=row < B)
+    else:
+        total = tl.zeros((BLOCK_B,), tl.float32)
+        for first in range(0, B, BLOCK_B):
+            total += _reduce_rows(partial_ptr, first + rows, B, programs, numel, BLOCK_B, BLOCK_P)
+        tl.store(out_ptr, tl.div_rn(tl.sum(total, axis=0), divisor))
+
+
+@jit
+def _scale_gradient_kernel(
+    gradient_ptr, upstream_ptr, upstream_stride, numel, programs, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0)
+    sample = (index // programs).to(tl.int64)
+    upstream = tl.load(upstream_ptr + sample * upstream_stride)
+    if upstream != 1.0:
+        element = (index % programs) * BLOCK + tl.arange(0, BLOCK)
+        at = gradient_ptr + sample * numel + element
+        value = tl.load(at, mask=element < numel, other=0.0).to(tl.float32) * upstream
+        tl.store(at, value.to(gradient_ptr.dtype.element_ty), mask=element < numel)
+
+
+def _weight_arguments(weight: Tensor | None, x1: Tensor) -> dict[str, object]:
+    if weight is None:
+        return {
+            "weight_ptr": x1,
+            "weight_sample_stride": 0,
+            "weight_channel_stride": 0,
+            "weight_place_stride": 0,
+            "weight_places": 1,
+            "WEIGHT": "none",
+        }
+    if weight.dim() < 2:
+        weight, kind, places = weight.expand(len(x1)), "sample", 1
+        strides = weight.stride(0), 0, 0
+    else:
+        # As (B, C, places), each side its own or 1: one stride each, 0 where it is broadcast.
+        rest = x1.shape[2:] if x1.dim() > 2 else x1.shape[1:]
+        kind, places = "element", rest.numel()
+        weight = weight if x1.dim() > 2 else weight.unsqueeze(1)
+        if weight.shape[2:].numel() != 1:
+            weight = weight.expand(*weight.shape[:2], *rest)
+        weight = weight.reshape(*weight.shape[:2], weight.shape[2:].numel())
+        strides = tuple(
+            step if size > 1 else 0
+            for step, size in zip(weight.stride(), weight.shape, strict=True)
+        )
+    return {
+        "weight_ptr": weight,
+        "weight_sample_stride": strides[0],
+        "weight_channel_stride": strides[1],
+        "weight_place_stride": strides[2],
+        "weight_places": places,
+        "WEIGHT": kind,
+    }
+
+
+def launch(
+    pred: Tensor,
+    x1: Tensor,
+    std: Tensor | None,
+    scale: float,
+    seed: Tensor,
+    ids: Tensor | None,
+    x0: Tensor | None,
+    times: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    *,
+    clock: str,
+    path: str,
+    prediction: str,
+    loss_weight: str,
+    reduction: str,
+    learn_sigma: bool,
+    patch_size: int,
+    loss: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both kernels: (loss, gradient), each empty where it is not asked for."""
+    layout = get_layout(x1.shape[1:], patch_size)
+    B, programs = len(x1), layout.programs
+    out = pred.new_empty(loss_shape(x1, reduction) if loss else (0,), dtype=torch.float32)
+    grad = pred.new_empty(pred.shape if gradient else (0,))
+    if not x1.numel():
+        return out.zero_(), grad.zero_()
+    partial = pred.new_empty(B * programs if loss else 0, dtype=torch.float32)
+    pred, x1 = runtime.with_unit_rows(pred), runtime.with_unit_rows(x1)
+    std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (std, x0))
+    ids = None if ids is None else ids.contiguous()
+    times = times.contiguous()
+    grid = (runtime.check_grid(B * programs, B),)
+    with runtime.on_device(pred):
+        _velocity_loss_kernel[grid](
+            pred_ptr=pred,
+            times_ptr=times,
+            upstream_ptr=times if upstream is None else upstream,
+            partial_ptr=partial,
+            gradient_ptr=grad,
+            pred_stride=pred.stride(0),
+            upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+            gradient_stride=pred.shape[1:].numel(),
+            gradient_scale=gradient_scale(x1, reduction),
+            PREDICTION=prediction,
+            LOSS_WEIGHT=loss_weight,
+            PATH=path,
+            NOISE_AT_1=clock == NOISE_AT_1,
+            LEARN_SIGMA=learn_sigma,
+            PRED_C=layout.channels * (2 if learn_sigma else 1),
+            LOSS=loss,
+            GRADIENT=gradient,
+            UPSTREAM=upstream is not None,
+            **_weight_arguments(weight, x1),
+            **data_arguments(x1, std, x0, seed, ids, scale, layout, pred.element_size()),
+        )
+        if loss:
+            _launch_reduction(partial, out, B, programs, layout.numel, reduction)
+    return out, grad
+
+
+def loss_shape(x1: Tensor, reduction: str) -> tuple[int, ...]:
+    return (x1.shape[0],) if reduction == "none" else ()
+
+
+def _launch_reduction(
+    partial: Tensor, out: Tensor, B: int, programs: int, numel: int, reduction: str
+) -> None:
+    block_p = min(triton.next_power_of_2(programs), 64)
+    block_b = 2048 // block_p
+    per_sample = reduction == "none"
+    _reduce_kernel[(triton.cdiv(B, block_b) if per_sample else 1,)](
+        partial,
+        out,
+        B,
+        programs,
+        float(numel),
+        float(B if reduction == "mean" else 1),
+        PER_SAMPLE=per_sample,
+        BLOCK_B=block_b,
+        BLOCK_P=block_p,
+        num_warps=8,
+        **runtime.OPTIONS,
+    )
+
+
+def launch_scale(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream, () or (B,), in place."""
+    if gradient.numel():
+        numel, block = gradient.shape[1:].numel(), 2048
+        programs = triton.cdiv(numel, block)
+        stride = upstream.stride(0) if upstream.dim() else 0
+        grid = (runtime.check_grid(len(gradient) * programs, len(gradient)),)
+        with runtime.on_device(gradient):
+            _scale_gradient_kernel[grid](
+                gradient,
+                upstream,
+                stride,
+                numel,
+                programs,
+                BLOCK=block,
+                num_warps=4,
+                **runtime.OPTIONS,
+            )
+
+
+def gradient_scale(x1: Tensor, reduction: str) -> float:
+    count = x1.shape[1:].numel() * (len(x1) if reduction == "mean" else 1)
+    return 1.0 / max(count, 1)

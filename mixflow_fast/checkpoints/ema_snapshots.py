@@ -1,0 +1,278 @@
+"""Saved power-function EMAs along a run, and the average of any width that is made of them.
+
+    OUT/ema/step_N.safetensors    one EMA for each of optim.ema_sigma_rel, float32, and what is
+                                  not trained; the header says steps, widths, model and clock
+
+A snapshot is written before the checkpoint of its step. After an interruption the run writes the
+later ones again, to the same bits.
+
+Source: EDM2, arXiv 2312.02696, section 3.2 (post-hoc EMA).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from mixflow_fast.checkpoints import manifest, run_folder
+from mixflow_fast.checkpoints.shards import full_states
+from mixflow_fast.config.schema import Config
+from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.models import save_weights
+from mixflow_fast.optim.power_ema import (
+    posthoc_error,
+    posthoc_weights,
+    sigma_rel_to_gamma,
+    window_steps,
+)
+
+if TYPE_CHECKING:
+    from mixflow_fast.training.engine import Engine
+
+_NAME = re.compile(r"step_(\d+)\.safetensors")
+
+
+class SnapshotWriter:
+    """Writes a run's snapshots.
+
+    Args:
+        config: of the run.
+        agreement: the ranks'.
+    """
+
+    def __init__(self, config: Config, agreement: Agreement) -> None:
+        self._config = config
+        self._agreement = agreement
+        self._every = config.optim.snapshot_every or config.train.save_every
+
+    def look(
+        self,
+        engine: Engine,
+        step: int,
+        metadata: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write the snapshot of this step where it is time to; every rank must call it.
+
+        Args:
+            engine: holds the EMAs.
+            step: optimizer steps done.
+            metadata: of a weights file at this step.
+            check: raises where the EMAs must not be written; called just before.
+
+        Raises:
+            OSError: it could not be written (a full disk); on all ranks.
+        """
+        widths, last = self._config.optim.ema_sigma_rel, step == self._config.steps
+        if not widths or not step or not (last or (self._every and step % self._every == 0)):
+            return
+        check()
+        tensors = {}
+        writer = self._agreement.rank == 0
+        for number in range(len(widths)):
+            for name, value in engine.gathered(f"ema_power_{number}", stepped=True):
+                if writer:
+                    tensors[f"{number}/{name}"] = value.cpu().contiguous()
+        with self._agreement.together():
+            if writer:
+                trained = {name.partition("/")[2] for name in tensors}
+                frozen = {n: t for n, t in engine.initial.items() if n not in trained}
+                tensors |= {f"frozen/{name}": tensor for name, tensor in frozen.items()}
+                path = Path(self._config.out) / "ema" / f"step_{step:08d}.safetensors"
+                header = {name: str(value) for name, value in metadata.items()}
+                _write(path, tensors, header | {"sigma_rel": json.dumps(widths)})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, str(temporary), header)
+        manifest.sync(temporary)
+        os.replace(temporary, path)
+        manifest.sync(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        # safetensors has an error of its own for a full disk.
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One file: where it is, its step, the widths in it."""
+
+    path: Path
+    step: int
+    sigma_rel: tuple[float, ...]
+    metadata: Mapping[str, str]
+
+
+def snapshots(run: Path) -> list[Snapshot]:
+    """A run's snapshots in the order of their steps.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    for path in (run / "ema").glob("step_*.safetensors"):
+        match = _NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+            widths = tuple(json.loads(header["sigma_rel"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): move it away") from None
+        found.append(Snapshot(path, int(match[1]), widths, header))
+    return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` made: its step and width, and how far its profile is from the wanted one
+    (relative, in the sense of the square integral)."""
+
+    step: int
+    sigma_rel: float
+    error: float
+
+
+def reconstruct(
+    run: Path, sigma_rel: float, out: Path, step: int | None = None, force: bool = False
+) -> Reconstruction:
+    """Write a weights file whose "model" and "ema" are both an average made afterwards.
+
+    Args:
+        run: folder of a run with optim.ema_sigma_rel.
+        sigma_rel: relative width of the average.
+        out: the .pt to write.
+        step: of the run at which the average ends; None = the last snapshot's.
+        force: replace what is at `out`.
+
+    Raises:
+        ValueError: no snapshots, none that late, a width outside its range, or `out` exists.
+    """
+    _check_free(out, force)
+    gamma = sigma_rel_to_gamma(sigma_rel)
+    every = snapshots(run)
+    if not every:
+        raise ValueError(
+            f"{run} holds no snapshots (ema/step_*.safetensors): a run writes them with "
+            "optim.ema_sigma_rel=[0.05,0.1]; from a run without them no other width can be made"
+        )
+    step = every[-1].step if step is None else step
+    # Later ones say nothing about weights up to this step that those before and at it do not.
+    used = [snapshot for snapshot in every if snapshot.step <= step]
+    if not used or used[-1].step != step:
+        steps = ", ".join(str(snapshot.step) for snapshot in every)
+        raise ValueError(f"step must be one of the snapshots' ({steps}), got {step}")
+    columns = [(s, number) for s in used for number in range(len(s.sigma_rel))]
+    steps = [float(s.step) for s, _ in columns]
+    gammas = [sigma_rel_to_gamma(s.sigma_rel[number]) for s, number in columns]
+    weights = posthoc_weights(steps, gammas, float(step), gamma)
+    state = _sum(columns, weights)
+    metadata = _typed(used[-1].metadata) | {"ema_sigma_rel": sigma_rel}
+    save_weights(out, state, state, metadata)
+    return Reconstruction(step, sigma_rel, posthoc_error(weights, steps, gammas, step, gamma))
+
+
+def _sum(columns: Sequence[tuple[Snapshot, int]], weights: np.ndarray) -> dict[str, Tensor]:
+    """Sum of the columns, in float64: coefficients of either sign cancel."""
+    from safetensors import safe_open
+
+    total: dict[str, Tensor] = {}
+    for (snapshot, number), weight in zip(columns, weights.tolist(), strict=True):
+        with safe_open(snapshot.path, "pt") as file:
+            for name, tensor in _of(file, f"{number}/"):
+                if name in total:
+                    total[name].add_(tensor, alpha=weight)
+                else:
+                    total[name] = tensor.double().mul_(weight)
+    state = {name: tensor.float() for name, tensor in total.items()}
+    with safe_open(columns[-1][0].path, "pt") as file:
+        return state | dict(_of(file, "frozen/"))
+
+
+def _of(file: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for key in file.keys():
+        if key.startswith(prefix):
+            yield key.removeprefix(prefix), file.get_tensor(key)
+
+
+def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
+    """Write a weights file with the EMA of one of the run's fixed decays; its newest checkpoint's.
+
+    Args:
+        run: folder of a run.
+        decay: optim.ema_decay or one of optim.ema_more_decays.
+        out: the .pt to write; "model" has the live weights.
+        force: replace what is at `out`.
+
+    Returns:
+        the checkpoint's step.
+
+    Raises:
+        ValueError: no checkpoint, a decay that the run did not track, or `out` exists.
+    """
+    _check_free(out, force)
+    newest = run_folder.newest_checkpoint(run) if run.is_dir() else None
+    if newest is None:
+        raise ValueError(f"{run} holds no checkpoint: give the folder of a run")
+    if reason := manifest.damage(newest, checksums=(0, 1)):
+        raise ValueError(f"{newest} is damaged ({reason}): take a copy of the run from before")
+    metadata = run_folder.read_state(newest)["metadata"]
+    options = json.loads(metadata["config"])["optim"]
+    decays = [options["ema_decay"], *options.get("ema_more_decays", ())]
+    if decay not in decays:
+        raise ValueError(f"decay must be one of the run's ({decays}), got {decay}")
+    number = decays.index(decay)
+    name = f"ema_{number}" if number else "ema"
+    found = full_states(newest)
+    model = {key: values["weight"] for key, values in found.items()}
+    ema = {key: values.get(name, values["weight"]) for key, values in found.items()}
+    save_weights(out, model, ema, metadata)
+    return metadata["steps"]
+
+
+def _typed(header: Mapping[str, str]) -> dict[str, Any]:
+    numbers = ("steps", "images_seen")
+    kept = {name: value for name, value in header.items() if name != "sigma_rel"}
+    return kept | {name: int(kept[name]) for name in numbers if name in kept}
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists: choose another file, or replace it with --force")
+
+
+def averages_in_words(config: Config) -> str:
+    """The averages that a run keeps, for its log, with what is wrong with them."""
+    words = []
+    for decay in (config.optim.ema_decay, *config.optim.ema_more_decays):
+        window = window_steps(decay)
+        text = f"decay {decay:g} (window {window:,.0f} steps)"
+        if window > config.steps:
+            text += f", longer than the run's {config.steps:,}: it is mostly the start"
+        words.append(text)
+    widths = ", ".join(f"{width:g}" for width in config.optim.ema_sigma_rel)
+    return "; ".join([*words, *([f"power functions of width {widths}"] if widths else [])])
+
+
+def table(found: Sequence[Snapshot]) -> str:
+    """The snapshots, a line each."""
+    lines = ["step          sigma_rel"]
+    lines += [f"{s.step:<13,} {', '.join(f'{w:g}' for w in s.sigma_rel)}" for s in found]
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""The findings of `inspection` in words, for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from itertools import groupby
+
+from mixflow_fast.checkpoints.inspect import Inspection
+
+_WIDTH = 92
+# Of what our own files record.
+_SAID_ABOVE = ("format", "class", "model", "name", "clock", "prediction", "steps")
+
+
+def as_text(found: Inspection) -> str:
+    """The findings for a terminal of 80 to 100 columns."""
+    out = [
+        _line("checkpoint", f"{found.path}, {size_text(found.size_bytes)}, {found.format}"),
+        _line("layout", found.layout),
+        _line("model", found.model if found.kind != "unknown" else "unknown"),
+    ]
+    own = found.kwargs
+    if found.class_name is not None:
+        side, channels = own["input_size"], own["in_channels"]
+        null = " and the null class" if own.get("class_dropout_prob", 0.1) > 0 else ""
+        out += [
+            _line("", f"latents {channels}x{side}x{side}, patch {own['patch_size']}, "
+                  f"{found.tokens} tokens, {own['num_classes']} classes{null}"),
+            _line("head", "velocity and sigma channels (learn_sigma)" if own.get("learn_sigma")
+                  else "velocity channels"),
+            _line("clock", f"{found.clock}, {found.clock_from}"),
+            _line("prediction", found.prediction or ""),
+        ]  # fmt: skip
+    trains = "" if found.trainable is None else f"; the network trains {found.trainable:,}"
+    values = f"{found.parameters:,} in the file, {', '.join(found.dtypes)}{trains}"
+    out.append(_line("parameters", values))
+    progress = [f"{n} {v:,}" for n in ("steps", "epoch") if (v := getattr(found, n))]
+    out += [_line("progress", ", ".join(progress))] if progress else []
+    known = _SAID_ABOVE if found.layout.startswith("mixflow-fast") else ()
+    shown = {n: v for n, v in found.args.items() if n not in known and not str(v).startswith('{"')}
+    if shown:
+        out.append(_line("recorded", ", ".join(f"{name}={value}" for name, value in shown.items())))
+    out += ["", "contents", *_table(found)]
+    if found.non_finite or found.damaged:
+        out += ["", "values that are wrong"]
+        out += [f"  ! not finite    {name}" for name in _first(found.non_finite)]
+        out += [f"  ! bad checksum  {found.damaged}"] if found.damaged else []
+    if diff := _diff(found):
+        out += ["", f"against {found.against}", *diff]
+    if found.notes:
+        out += ["", "notes", *(_line("  -", note, indent=4) for note in found.notes)]
+    verdict = f"fits {found.against}: every name and shape, all values finite"
+    if not found.fits:
+        verdict = "does not fit" + (f" {found.against}" if found.against else " any known network")
+    return "\n".join([*out, "", verdict])
+
+
+def _line(label: str, text: str, indent: int = 12) -> str:
+    lines = textwrap.wrap(
+        text, _WIDTH - indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+    return f"{label:<{indent}}" + f"\n{' ' * indent}".join(lines)
+
+
+def size_text(count: float) -> str:
+    """Bytes with a decimal unit, such as 2.70 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _table(found: Inspection) -> list[str]:
+    lines = []
+    for row in found.contents:
+        if row["kind"] == "state dict":
+            text = f"{row['tensors']:>6} tensors {row['values']:>15,} values  "
+            text += ", ".join(row["dtypes"])
+            text += "  <- read" if row["name"] == found.weights else ""
+        elif row["kind"] == "optimizer":
+            text = f"{row['parameters']:>6} parameters with state, not read"
+        elif row["kind"] == "settings":
+            text = f"{row['entries']:>6} " + ("entry" if row["entries"] == 1 else "entries")
+        else:
+            text = " " * 7 + str(row["value"])[:50]
+        lines.append(f"  {row['name'] or '(bare)':<14} {row['kind']:<11} {text}")
+    return lines
+
+
+def _diff(found: Inspection) -> list[str]:
+    """Missing, unexpected and mis-shaped names, runs of whole blocks on one line."""
+    lines = [f"  - missing     {text}" for text in _grouped(found.missing)]
+    lines += [f"  + unexpected  {text}" for text in _grouped(found.unexpected)]
+    return lines + [f"  ~ shape       {text}" for text in _first(_changed(found.misshaped))]
+
+
+def _changed(misshaped: dict[str, list[tuple[int, ...]]]) -> list[str]:
+    """One line for a tensor that differs in the same way in several blocks."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for name, (have, want) in misshaped.items():
+        head, _, rest = name.partition(".")
+        number, _, below = rest.partition(".")
+        block = head == "blocks" and number.isdigit()
+        key = (below if block else name, f"{list(have)}, expected {list(want)}")
+        places.setdefault(key, []).append(number if block else "")
+    return [
+        (f"blocks.{'-'.join(dict.fromkeys((n[0], n[-1])))}.{name}" if n[0] else name) + f": {text}"
+        for (name, text), n in places.items()
+    ]
+
+
+def _first(lines: list[str], count: int = 12) -> list[str]:
+    rest = len(lines) - count
+    return lines if rest <= 1 else [*lines[:count], f"... and {rest} more, all in --json"]
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """["pos_embed", "blocks.12 to 27: 10 tensors each"]: blocks that lack the same are one line."""
+    blocks: dict[int, list[str]] = {}
+    lines = []
+    for name in names:
+        head, _, rest = name.partition(".")
+        number, _, rest = rest.partition(".")
+        if head == "blocks" and number.isdigit():
+            blocks.setdefault(int(number), []).append(rest)
+        else:
+            lines.append(name)
+    runs = groupby(sorted(blocks), key=lambda number: sorted(blocks[number]))
+    for rests, numbers in runs:
+        numbers = list(numbers)
+        which = f"blocks.{numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
+        what = rests[0] if len(rests) == 1 else f"{len(rests)} tensors ({rests[0]}, ...)"
+        lines.append(f"{which}: {what}" + (" each" if len(numbers) > 1 else ""))
+    return _first(lines)

@@ -1,0 +1,5 @@
+"""The configuration of a run: sections, recipes, overrides, and what is refused."""
+
+from mixflow_fast.config.schema import Config, from_dict, load_config, recipe_names
+
+__all__ = ["Config", "from_dict", "load_config", "recipe_names"]

@@ -1,0 +1,240 @@
+"""Where samples come from: the interface, the two embedded sets of real images, `build_source`.
+
+A source is random access and has no state: `get` is a pure function of the indices (which samples),
+of the positions (which random numbers) and of the seed. The embedded sets need only scikit-learn,
+download nothing and hold real pixels; they carry the demo and the tests.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.kernels.philox import Stream, uniform
+
+SPLITS = ("train", "heldout", "all")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the CPU as a source gives it.
+
+    Attributes:
+        x: (B, C, H, W) float32 data x1 as the network sees it; images in [-1, 1].
+        y: (B,) int64 class labels.
+        positions: (B,) int64 global sample positions, the `ids` of every random draw.
+        features: (B, T, z) float32 features of a frozen encoder, or None.
+        images: (B, 3, H, H) uint8 images of the latents, or None.
+    """
+
+    x: Tensor
+    y: Tensor
+    positions: Tensor
+    features: Tensor | None = None
+    images: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on a device. From pinned memory: a copy from pageable memory would wait for it."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            value = value.pin_memory() if device.type == "cuda" else value
+            return value.to(device, non_blocking=True)
+
+        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
+
+
+class Source(Protocol):
+    """What a loader needs. `shape` is (C, H, W) of x1; `name` is short and safe in file names."""
+
+    num_classes: int
+    shape: tuple[int, int, int]
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """Samples `indices` (B,) int64 in [0, len), drawing its randomness at `positions` (B,)."""
+        ...
+
+
+def check_indices(indices: Tensor, positions: Tensor, size: int) -> None:
+    """Raises ValueError unless both are (B,) int64 and indices lie in [0, size)."""
+    for label, value in (("indices", indices), ("positions", positions)):
+        if value.dim() != 1 or value.dtype != torch.int64:
+            raise ValueError(
+                f"{label} must be a 1-D int64 tensor, got shape {tuple(value.shape)} "
+                f"and dtype {value.dtype}"
+            )
+    if len(indices) != len(positions):
+        raise ValueError(
+            f"indices and positions must have one length, got {len(indices)} and {len(positions)}"
+        )
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        raise ValueError(
+            f"indices must lie in [0, {size}), got {int(indices.min())} to {int(indices.max())}"
+        )
+
+
+def random_flip(x: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """Mirrors each image left-right with probability 1/2, a function of (seed, position) alone."""
+    mirrored = uniform(seed, Stream.FLIP, positions)[:, 0] < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def _sklearn_datasets() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ValueError(
+            "the embedded image sets need scikit-learn: pip install 'mixflow_fast[data]'"
+        ) from error
+    return datasets
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+
+
+class Photos:
+    """Every window of the two photographs that scikit-learn ships, each halved by 2x2 box average.
+
+    Class 0 is `china.jpg`, class 1 `flower.jpg`, each 213 x 320 after halving (the last odd row is
+    dropped). Of every 53 columns the first 33 are for training and the last 20 are held out; a
+    window never leaves its band, so the two splits share no pixel. The bands are narrow because
+    the photographs are uneven: with 80 columns the Frechet distance between the splits is 5, here
+    0.6 (pixels pooled to 8x8). `split="all"` is every window of
+    the whole photograph, bands ignored. Windows are cut on demand, none is stored.
+
+    Args:
+        split: "train", "heldout" or "all".
+        size: window side in pixels, at most 20 for "heldout", 33 for "train".
+        flip: random left-right mirror.
+
+    Raises:
+        ValueError: unknown split, size that fits no band, scikit-learn is missing.
+    """
+
+    period = 53
+    bands = {"train": (0, 33), "heldout": (33, 53)}
+    files = ("china.jpg", "flower.jpg")
+    num_classes = 2
+
+    def __init__(self, split: str = "train", size: int = 16, flip: bool = False) -> None:
+        _check_split(split)
+        datasets = _sklearn_datasets()
+        photos = [torch.tensor(datasets.load_sample_image(file)) for file in self.files]
+        pixels = torch.stack(photos).permute(0, 3, 1, 2).to(torch.float32)
+        halved = torch.nn.functional.avg_pool2d(pixels, 2)  # sums of four bytes: exact in float32
+        height, width = halved.shape[2:]
+        self._first, band_end = self.bands.get(split, (0, width))
+        period = self.period if split in self.bands else width
+        if not isinstance(size, int) or not 1 <= size <= min(band_end - self._first, height):
+            raise ValueError(
+                f"size must be in [1, {min(band_end - self._first, height)}] for the {split!r} "
+                f"photo windows, got {size!r}"
+            )
+        # A view: (photo, channel, top row, left column, row, column).
+        self._windows = (halved / 127.5 - 1.0).unfold(2, size, 1).unfold(3, size, 1)
+        self._period = period
+        self._starts = band_end - self._first - size + 1
+        self._rows = height - size + 1
+        self._columns = width // period * self._starts
+        self._flip = flip
+        self.shape = (3, size, size)
+        self.name = f"photos-{size}-{split}"
+
+    def __len__(self) -> int:
+        return len(self.files) * self._rows * self._columns
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(photo, top row, left column) of each window in the halved photographs, (B,) int64."""
+        window, column = indices // self._columns, indices % self._columns
+        band, start = column // self._starts, column % self._starts
+        return window // self._rows, window % self._rows, band * self._period + self._first + start
+
+    def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """As `Source.get`: x (B, 3, size, size)."""
+        check_indices(indices, positions, len(self))
+        photo, row, column = self.locate(indices)
+        x = self._windows[photo, :, row, column].contiguous()
+        if self._flip:
+            x = random_flip(x, positions, seed)
+        return Batch(x, photo, positions)
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, mapped to [-1, 1].
+
+    Args:
+        size: 8, or 16 or 32 by nearest upsampling (each pixel becomes a 2x2 or 4x4 block).
+        split: "heldout" is every fifth image (index % 5 == 4), "train" the others, or "all".
+
+    Raises:
+        ValueError: another size, unknown split.
+    """
+
+    num_classes = 10
+
+    def __init__(self, size: int = 8, split: str = "train") -> None:
+        _check_split(split)
+        if size not in (8, 16, 32):
+            raise ValueError(f"size must be 8, 16 or 32 for the digits, got {size!r}")
+        digits = _sklearn_datasets().load_digits()
+        heldout = torch.arange(len(digits.target)) % 5 == 4
+        keep = {"train": ~heldout, "heldout": heldout, "all": torch.ones_like(heldout)}[split]
+        self._x = (torch.tensor(digits.images, dtype=torch.float32) / 8.0 - 1.0)[keep][:, None]
+        self._y = torch.tensor(digits.target, dtype=torch.int64)[keep]
+        self._factor = size // 8
+        self.shape = (1, size, size)
+        self.name = f"digits-{size}-{split}"
+
+    def __len__(self) -> int:
+        return len(self._y)
+
+    def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """As `Source.get`: x (B, 1, size, size); nothing here is random."""
+        check_indices(indices, positions, len(self))
+        x = self._x[indices].repeat_interleave(self._factor, -1)
+        return Batch(x.repeat_interleave(self._factor, -2), self._y[indices], positions)
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    close = get_close_matches(str(word), valid, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"
+
+
+def build_source(kind: str, **kwargs: Any) -> Source:
+    """A source from its name in a recipe.
+
+    Args:
+        kind: "photos" (`Photos`), "digits" (`Digits`), "folder" (`ImageFolder`), "latents"
+            (`Latents`).
+        kwargs: arguments of that class.
+
+    Raises:
+        ValueError: unknown kind, unknown or missing argument, whatever the class refuses.
+    """
+    from mixflow_fast.data.latents import ImageFolder, Latents
+
+    kinds = {"photos": Photos, "digits": Digits, "folder": ImageFolder, "latents": Latents}
+    if kind not in kinds:
+        raise ValueError(f"unknown data kind {kind!r}: {_nearest(kind, list(kinds))}")
+    parameters = inspect.signature(kinds[kind]).parameters
+    for key in kwargs:
+        if key not in parameters:
+            raise ValueError(
+                f"unknown argument {key!r} of data {kind!r}: {_nearest(key, list(parameters))}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in kwargs:
+            raise ValueError(f"data {kind!r} needs the argument {key!r}")
+    return kinds[kind](**kwargs)

@@ -1,0 +1,359 @@
+"""Data sets on disk: a folder of images by class, and latents that an autoencoder computed before.
+
+Sources: ADM's centre crop (openai/guided-diffusion, used by SiT and RAE) and the latent folder of
+REPA's preprocessing, float32 [8, h, w] = mean | std per image beside a dataset.json.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.data.embedded import Batch, check_indices, random_flip
+from mixflow_fast.data.npy_files import load_arrays, load_npy, read_dataset_json
+from mixflow_fast.data.paired_images import PairedImages, numbered
+from mixflow_fast.kernels.philox import Stream, normal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to (size, size).
+
+    While the short side is at least 2 * size both sides are halved (integer division) with a box
+    filter; then bicubic to a short side of `size` (long side rounded), then the centre is cut out
+    at offsets floor((side - size) / 2).
+    """
+    from PIL import Image as pil
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), pil.Resampling.BOX)
+    scale = size / min(image.size)
+    resized = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(resized, pil.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class ImageFolder:
+    """Images in class folders, `path/<class>/**/<image>`, classes in alphabetical order.
+
+    Each image becomes RGB, ADM's centre crop of side `size`, x / 127.5 - 1. Files are listed once,
+    sorted; hidden files and folders are skipped.
+
+    Args:
+        path: folder of class folders.
+        size: side in pixels.
+        flip: random left-right mirror with probability 1/2, a function of (seed, position).
+
+    Raises:
+        ValueError: missing path, no class, a class without images, a bad size; in `get`, an image
+            that cannot be read (with its name).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], size: int, flip: bool = True) -> None:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"size must be an integer >= 1 (pixels), got {size!r}")
+        root = Path(path)
+        if not root.is_dir():
+            raise ValueError(f"path must be a folder of class folders, got {str(path)!r}")
+        self.classes = sorted(
+            entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
+        )
+        if not self.classes:
+            raise ValueError(f"no class folder in {str(path)!r}: expected path/<class>/<image>")
+        self.files: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            found = _list_images(root / name)
+            if not found:
+                raise ValueError(
+                    f"class folder {name!r} in {str(path)!r} holds no image "
+                    f"({', '.join(IMAGE_SUFFIXES)}): remove it or fill it"
+                )
+            self.files += found
+            labels += [label] * len(found)
+        self._y = torch.tensor(labels, dtype=torch.int64)
+        self._size, self._flip = size, flip
+        self.num_classes = len(self.classes)
+        self.shape = (3, size, size)
+        self.name = f"folder-{root.resolve().name}-{size}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """As `Source.get`: x (B, 3, size, size)."""
+        check_indices(indices, positions, len(self))
+        pixels = torch.empty(len(indices), self._size, self._size, 3, dtype=torch.uint8)
+        for row, index in enumerate(indices.tolist()):
+            pixels[row] = _decode(self.files[index], self._size)
+        x = (pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0).contiguous()
+        if self._flip:
+            x = random_flip(x, positions, seed)
+        return Batch(x, self._y[indices], positions)
+
+
+def _list_images(folder: Path) -> list[str]:
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in files:
+            if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES):
+                found.append(os.path.join(parent, name))
+    return sorted(found)
+
+
+def _decode(file: str, size: int) -> Tensor:
+    """(size, size, 3) uint8."""
+    import numpy as np
+    from PIL import Image as pil
+
+    try:
+        with pil.open(file) as image:
+            return torch.from_numpy(np.array(adm_center_crop(image.convert("RGB"), size)))
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {file!r}: {error}") from error
+
+
+class Latents:
+    """Precomputed latents, in one of three layouts.
+
+    * `set.npz`: arrays `latents` or `x` (or `moments`), `labels` or `y`, and maybe `features`; held
+      in memory.
+    * `set.npy`, memory-mapped, beside `set_labels.npy` or `labels.npy`, and maybe
+      `set_features.npy` or `features.npy`; or a folder that holds `latents.npy`, `x.npy` or
+      `moments.npy` with these names beside it.
+    * a folder with REPA's `dataset.json` ({"labels": [[file, label], ...]}), one .npy a sample,
+      taken in the order of the sorted file names.
+
+    Latents are (N, C, H, W), features (N, T, z), float16 or float32, given out as float32; labels
+    are (N,) integers >= 0. With `moments` the channels are mean | std (std, not the log-variance)
+    and each position draws its own sample of the posterior:
+
+        x = scale * (mean + std * normal(seed, Stream.POSTERIOR, position))
+
+    Args:
+        path: one of the layouts above.
+        scale: multiplies the latents (0.18215 for Stable Diffusion's autoencoder).
+        moments: the stored channels are mean | std; x then has half of them.
+        features: None takes features that lie with the latents, False ignores them, a path is
+            another .npy of (N, T, z).
+        images: the images of the latents for a teacher, uint8, as `PairedImages`; paired by the
+            number in the latents' file names, or by row.
+        num_classes: classes of the model; None is the largest label + 1.
+
+    Raises:
+        ValueError: missing or pickled arrays, another shape, dtype or count, labels out of range,
+            an odd number of channels with `moments`; in `get`, a negative std or a bad file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        scale: float = 1.0,
+        moments: bool = False,
+        features: str | os.PathLike[str] | bool | None = None,
+        images: str | os.PathLike[str] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
+        if features is True:
+            raise ValueError("features must be None, False or the path of a .npy, got True")
+        root = Path(path)
+        self._x: np.ndarray | _FilePerSample
+        if (root / "dataset.json").is_file():
+            self._x, labels, stored = *_open_dataset_json(root, moments), None
+        elif root.suffix == ".npz" and root.is_file():
+            self._x, labels, stored = _open_npz(root, moments, features is None)
+        elif root.is_dir() or (root.suffix == ".npy" and root.is_file()):
+            self._x, labels, stored = _open_npy(root, moments, features is None)
+        else:
+            raise ValueError(
+                f"path must be a .npz, a .npy or a folder of latents, got {str(path)!r}"
+            )
+        if features:
+            stored = load_npy(Path(features))
+        self._features = stored
+
+        _check_array("latents", self._x, "(N, C, H, W)", root)
+        count, channels, height, width = self._x.shape
+        if not count:
+            raise ValueError(f"latents must hold at least one sample, got none in {str(path)!r}")
+        if moments and channels % 2:
+            raise ValueError(
+                f"moments=True needs an even number of channels (mean | std), got {channels} in "
+                f"{str(path)!r}; pass moments=False if they are plain latents"
+            )
+        if stored is not None:
+            _check_array("features", stored, "(N, T, z)", root)
+            if len(stored) != count:
+                raise ValueError(
+                    f"features must have one row per latent, {count}, got {len(stored)}"
+                )
+        self._y = _check_labels(labels, count, num_classes)
+        self._images: PairedImages | None = None
+        if images is not None:
+            rows = not isinstance(self._x, _FilePerSample)
+            numbers = list(range(count)) if rows else self._x.numbers(str(root / "dataset.json"))
+            self._images = PairedImages(images, numbers, self._y, rows)
+        self._scale, self._moments = float(scale), moments
+        self.num_classes = int(self._y.max()) + 1 if num_classes is None else num_classes
+        self.shape = (channels // 2 if moments else channels, height, width)
+        self.name = f"latents-{root.resolve().stem}"
+
+    def __len__(self) -> int:
+        return len(self._y)
+
+    def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """As `Source.get`: x (B, C, H, W); features (B, T, z) and images uint8, or None."""
+        check_indices(indices, positions, len(self))
+        rows = indices.numpy()
+        x = _to_float32(self._x[rows])
+        if self._moments:
+            mean, std = x.chunk(2, dim=1)
+            if (std < 0).any():
+                bad = int(indices[(std < 0).flatten(1).any(1)][0])
+                raise ValueError(
+                    f"std channels must be >= 0, got one < 0 in sample {bad} of {self.name}: "
+                    "is it the log-variance? Store exp(logvar / 2)"
+                )
+            noise = normal(seed, Stream.POSTERIOR, positions, math.prod(self.shape))
+            x = mean + std * noise.view_as(mean)
+        features = None if self._features is None else _to_float32(self._features[rows])
+        images = None if self._images is None else self._images.get(indices.tolist())
+        return Batch(x * self._scale, self._y[indices], positions, features, images)
+
+
+class _FilePerSample:
+    """One .npy a sample, with the part of ndarray's interface that `Latents` uses."""
+
+    def __init__(self, files: list[Path]) -> None:
+        first = load_npy(files[0])
+        self._files, self._sample_shape, self.dtype = files, first.shape, first.dtype
+        self.shape = (len(files), *first.shape)
+        self.ndim = len(self.shape)
+
+    def numbers(self, where: str) -> list[int]:
+        """The number in each file's name; ValueError if two are the same."""
+        return list(numbered(map(str, self._files), where))
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        samples = [load_npy(self._files[row]) for row in rows.tolist()]
+        for row, sample in zip(rows.tolist(), samples, strict=True):
+            if sample.shape != self._sample_shape or sample.dtype != self.dtype:
+                raise ValueError(
+                    f"{str(self._files[row])!r} must be {self._sample_shape} {self.dtype} like the "
+                    f"first sample, got {sample.shape} {sample.dtype}"
+                )
+        return np.stack(samples) if samples else np.empty((0, *self._sample_shape), self.dtype)
+
+
+def _to_float32(array: np.ndarray) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: never the mapped file
+
+
+def _check_array(label: str, array: Any, layout: str, path: Path) -> None:
+    if array.ndim != layout.count(",") + 1:
+        raise ValueError(f"{label} of {str(path)!r} must be {layout}, got shape {array.shape}")
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
+        raise ValueError(
+            f"{label} of {str(path)!r} must be float16 or float32, got {array.dtype}; "
+            "convert them with array.astype('float32')"
+        )
+
+
+def _check_labels(labels: np.ndarray, count: int, num_classes: int | None) -> Tensor:
+    import numpy as np
+
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"labels must be (N,) integers >= 0, got shape {labels.shape} and dtype {labels.dtype}"
+        )
+    if len(labels) != count:
+        raise ValueError(f"labels must have one entry per latent, {count}, got {len(labels)}")
+    low, high = int(labels.min()), int(labels.max())
+    limit = 1 << 31 if num_classes is None else num_classes
+    if low < 0 or high >= limit:
+        raise ValueError(f"labels must lie in [0, {limit}), got {low} to {high}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _choose(found: list[str], moments: bool, path: Path) -> str:
+    """The one name of the latents among those present."""
+    usable = [name for name in found if moments or name != "moments"]
+    if moments and "moments" in usable:
+        return "moments"
+    if len(usable) == 1:
+        return usable[0]
+    if found == ["moments"]:
+        raise ValueError(f"{str(path)!r} holds 'moments' (mean | std): pass moments=True")
+    problem = f"both {' and '.join(usable)}" if usable else "none of them"
+    raise ValueError(f"{str(path)!r} must hold one of latents, x, moments, got {problem}")
+
+
+def _open_npz(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any, Any]:
+    with load_arrays(path) as archive:
+        found = [name for name in ("latents", "x", "moments") if name in archive.files]
+        name = _choose(found, moments, path)
+        label_names = [key for key in ("labels", "y") if key in archive.files]
+        if len(label_names) != 1:
+            got = " and ".join(label_names) or f"only {', '.join(archive.files)}"
+            raise ValueError(f"{str(path)!r} must hold one of labels, y, got {got}")
+        wanted = [name, label_names[0]]
+        if with_features and "features" in archive.files:
+            wanted.append("features")
+        try:
+            arrays = [archive[key] for key in wanted]
+        except (ValueError, OSError, EOFError, BadZipFile) as error:
+            raise ValueError(f"cannot read the arrays of {str(path)!r}: {error}") from error
+    return arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None
+
+
+def _open_npy(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any, Any]:
+    if path.is_dir():
+        names = ("latents", "x", "moments")
+        found = [name for name in names if (path / f"{name}.npy").is_file()]
+        path = path / f"{_choose(found, moments, path)}.npy"
+    elif path.stem == "moments":
+        _choose(["moments"], moments, path)
+
+    def sibling(kind: str) -> Path | None:
+        options = (path.with_name(f"{path.stem}_{kind}.npy"), path.with_name(f"{kind}.npy"))
+        return next((option for option in options if option.is_file()), None)
+
+    labels, features = sibling("labels"), sibling("features") if with_features else None
+    if labels is None:
+        raise ValueError(
+            f"no labels beside {str(path)!r}: add {path.stem}_labels.npy or labels.npy"
+        )
+    return load_npy(path), load_npy(labels), load_npy(features) if features else None
+
+
+def _open_dataset_json(root: Path, moments: bool) -> tuple[_FilePerSample, np.ndarray]:
+    import numpy as np
+
+    labels = read_dataset_json(root)
+    index = root / "dataset.json"
+    names = sorted(labels)
+    for name in names:
+        if not name.endswith(".npy"):
+            raise ValueError(f"{str(index)!r} must list .npy latents, got {name!r}")
+    if not moments and "mean-std" in names[0]:
+        raise ValueError(f"{str(root)!r} holds mean | std per image: pass moments=True")
+    return _FilePerSample([root / name for name in names]), np.array([labels[n] for n in names])

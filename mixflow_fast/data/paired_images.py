@@ -1,0 +1,175 @@
+"""The images of precomputed latents, for a teacher that looks at pixels while the model does not.
+
+REPA's preprocessing writes images/00000/img00000012.png beside vae-sd/00000/img-mean-std-00000012
+.npy. A latent and its image are paired by this number, never by their order in two lists: one file
+that is missing in one of them would shift all that follow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.data.npy_files import load_arrays, load_npy, read_dataset_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def numbered(names: Iterable[str], where: str) -> dict[int, str]:
+    """{number: name}; the number of a file is the last group of digits in its name.
+
+    Raises:
+        ValueError: a name without digits, or two names with one number.
+    """
+    found: dict[int, str] = {}
+    for name in names:
+        digits = re.findall(r"\d+", Path(name).stem)
+        if not digits:
+            raise ValueError(
+                f"{where} lists {name!r}, whose name has no number: latents and images are paired "
+                "by it (img-mean-std-00000012.npy, img00000012.png)"
+            )
+        number = int(digits[-1])
+        if found.setdefault(number, name) != name:
+            raise ValueError(
+                f"{where} lists two files with the number {number}: {found[number]!r} and {name!r}"
+            )
+    return found
+
+
+class PairedImages:
+    """One square RGB image per latent.
+
+    * a folder with REPA's `dataset.json` ({"labels": [[file, label], ...]}): the image with the
+      latent's number. Images without a latent are never read.
+    * `set.npy` (memory-mapped) or `set.npz` (its array `images`, or its only one; held in memory),
+      uint8 (N, 3, H, H) or (N, H, H, 3): row n is the image of latent number n.
+
+    Args:
+        path: one of the layouts above.
+        numbers: of the latents, in their order: digits of the file names, or row numbers.
+        labels: (N,) of the latents; a label of `dataset.json` that differs shows a wrong folder.
+        rows: the latents are one array, of which row n is number n: an array of images must then
+            have as many rows.
+
+    Raises:
+        ValueError: a latent without an image, another label, shape or dtype; in `get`, an image
+            that cannot be read or has another size than the first.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], numbers: list[int], labels: Tensor, rows: bool
+    ) -> None:
+        root = Path(path)
+        self._name = str(path)
+        self._array: np.ndarray | None = None
+        if (root / "dataset.json").is_file():
+            self._files = _pair_files(root, numbers, labels)
+            self.size = _decode_rgb(self._files[0]).shape[0]
+        elif root.suffix in (".npy", ".npz") and root.is_file():
+            self._array, self._last = _open_array(root)
+            count, self._numbers = len(self._array), numbers
+            if rows and count != len(numbers):
+                raise ValueError(
+                    f"images of {self._name!r} must have one row per latent, {len(numbers)}, got "
+                    f"{count}"
+                )
+            if max(numbers) >= count:
+                raise ValueError(
+                    f"the latent with the number {max(numbers)} has no image: {self._name!r} has "
+                    f"the rows 0 to {count - 1}"
+                )
+            self.size = self._array.shape[2]
+        else:
+            raise ValueError(
+                "images must be a folder with dataset.json, a .npy or a .npz of uint8, got "
+                f"{self._name!r}"
+            )
+
+    def get(self, rows: list[int]) -> Tensor:
+        """(B, 3, H, H) uint8 images of the latents at `rows`."""
+        import numpy as np
+
+        if self._array is not None:
+            picked = torch.from_numpy(np.array(self._array[[self._numbers[row] for row in rows]]))
+            return picked.permute(0, 3, 1, 2).contiguous() if self._last else picked
+        out = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
+        for place, row in enumerate(rows):
+            image = _decode_rgb(self._files[row])
+            if image.shape != out.shape[1:]:
+                raise ValueError(
+                    f"{self._files[row]!r} must be {self.size} x {self.size} pixels like the first "
+                    f"image, got {image.shape[1]} x {image.shape[0]}"
+                )
+            out[place] = image
+        return out.permute(0, 3, 1, 2).contiguous()
+
+
+def _pair_files(root: Path, numbers: list[int], labels: Tensor) -> list[str]:
+    listed = read_dataset_json(root)
+    index = str(root / "dataset.json")
+    by_number = numbered(listed, index)
+    missing = [number for number in numbers if number not in by_number]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(numbers)} latents have no image in {index!r}, the first is "
+            f"number {missing[0]}: latents and images must come from one data set"
+        )
+    files = []
+    for number, label in zip(numbers, labels.tolist(), strict=True):
+        name = by_number[number]
+        if listed[name] != label:
+            raise ValueError(
+                f"{index!r} gives {name!r} the label {listed[name]!r}, its latent has {label}: "
+                "latents and images must come from one data set"
+            )
+        files.append(os.path.join(root, name))
+    return files
+
+
+def _open_array(path: Path) -> tuple[Any, bool]:
+    """(N, 3, H, H) or (N, H, H, 3) uint8, and whether the channels are last."""
+    if path.suffix == ".npy":
+        array = load_npy(path)
+    else:
+        with load_arrays(path) as archive:
+            names = archive.files
+            if "images" not in names and len(names) != 1:
+                raise ValueError(
+                    f"{str(path)!r} must hold the array images, got only {', '.join(names)}"
+                )
+            array = archive["images" if "images" in names else names[0]]
+    shape = array.shape
+    first, last = shape[1:2] == (3,), shape[3:] == (3,)
+    square = len(shape) == 4 and (shape[2] == shape[3] if first else shape[1] == shape[2])
+    if not square or not (first or last) or array.dtype.name != "uint8" or not shape[0]:
+        raise ValueError(
+            f"images of {str(path)!r} must be uint8 (N, 3, H, H) or (N, H, H, 3) with N >= 1, got "
+            f"{array.dtype} {shape}"
+        )
+    return array, not first
+
+
+def _decode_rgb(file: str) -> Tensor:
+    """(H, H, 3) uint8."""
+    import numpy as np
+    from PIL import Image as pil
+
+    try:
+        with pil.open(file) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {file!r}: {error}") from error
+    if pixels.shape[0] != pixels.shape[1]:
+        raise ValueError(
+            f"{file!r} must be square, as it was cropped for its latent, got {pixels.shape[1]} x "
+            f"{pixels.shape[0]} pixels"
+        )
+    return pixels

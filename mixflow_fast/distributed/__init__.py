@@ -1,0 +1,1 @@
+"""Process groups, lost ranks, agreement between hosts, and graceful stops."""

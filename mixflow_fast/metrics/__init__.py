@@ -1,0 +1,1 @@
+"""Numbers of a run: metrics.jsonl, the progress line, throughput, loggers."""

@@ -1,0 +1,1 @@
+"""A transformer block in fused operators."""

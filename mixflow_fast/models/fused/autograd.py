@@ -1,0 +1,175 @@
+"""Products of the fused block whose gradients cost less than autograd's own.
+
+`linear_leading_bias` sums fewer columns. The others keep less between the passes: what they
+multiply is made again by the pass that computes its gradient anyway, for one more write.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_again
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again
+from mixflow_fast.kernels.residual_norm.recompute import junction_again, junction_forward
+
+# (h, h_bias, gate) of gate (h + h_bias), which is still to be added to the residual stream.
+Pending = tuple[Tensor, Tensor, Tensor]
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast would make of a linear's inputs; it does not see into a Function."""
+    device = tensors[0].device.type
+    # PyTorch has no answer for meta tensors.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T with a bias on the first columns only."""
+    if bias is not None:
+        bias = F.pad(bias, (0, weight.shape[0] - bias.shape[0]))
+    return F.linear(x, weight, bias)
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'checkpointing="activation" has no second derivatives (create_graph=True): use '
+            'checkpointing="none", impl="reference"'
+        )
+
+
+class _LinearLeadingBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.leading = bias.shape[0]
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        dx = (rows @ weight).view(x.shape)
+        dbias = rows[:, : ctx.leading].sum(0)
+        return dx, rows.t() @ x.flatten(0, -2), dbias
+
+
+class _ActivatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias, weight)
+        ctx.gated, ctx.impl = gated, impl
+        return F.linear((swiglu if gated else gelu)(x, bias, impl=impl), weight)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        x, bias, weight = ctx.saved_tensors
+        again = swiglu_again if ctx.gated else gelu_again
+        dx, dbias, y = again(dh @ weight, x, bias, impl=ctx.impl)
+        return dx, dbias, dh.flatten(0, -2).t() @ y.flatten(0, -2), None, None
+
+
+class _NormedProduct(torch.autograd.Function):
+    """(x', y W^T), or y W^T alone without h. The first seven inputs and the weight stand in the
+    order of `junction_again`'s results, where the weight's gradient asks for y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor,
+        h_bias: Tensor | None,
+        norm_weight: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: str,
+        eps: float,
+        impl: str,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        ctx.options = {"norm": norm, "impl": impl}
+        ctx.leading = 0 if bias is None else bias.shape[0]
+        options = {"h_bias": h_bias, "weight": norm_weight, "eps": eps} | ctx.options
+        inputs = h, gate, shift, scale
+        x_new, y, *statistics = junction_forward(x, *inputs, **options)
+        ctx.save_for_backward(x_new, *inputs, *statistics, h_bias, norm_weight, weight)
+        product = _linear(y.to(weight.dtype), weight, bias)
+        return product if h is None else (x_new, product)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        *inputs, h_bias, norm_weight, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx_new, dz = (None, *upstream)[-2:]
+        rows = dz.flatten(0, -2)
+        dy = (rows @ weight).view(inputs[0].shape)
+        options = {"h_bias": h_bias, "weight": norm_weight} | ctx.options
+        *gradients, y = junction_again(dy, dx_new, *inputs, needs[:8], **options)
+        dweight = None if y is None else rows.t() @ y.flatten(0, -2).to(rows.dtype)
+        dbias = rows[:, : ctx.leading].sum(0) if needs[8] else None
+        return *gradients, dweight, dbias, None, None, None
+
+
+def linear_leading_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T with a bias on the first columns only: its gradient sums no other columns.
+
+    Args:
+        x: (B, N, D).
+        weight: (F, D).
+        bias: (leading,), leading <= F.
+    """
+    return _LinearLeadingBias.apply(*_autocast(x, weight, bias))
+
+
+def activated_product(x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl: str) -> Tensor:
+    """act(x + bias) W^T without keeping the activation.
+
+    Args:
+        x: (B, N, F), the product before the activation; 2 F columns where `gated`.
+        bias: of x's columns.
+        weight: (D, F).
+        gated: SwiGLU instead of GELU.
+        impl: of the operators.
+    """
+    x, weight = _autocast(x, weight)
+    return _ActivatedProduct.apply(x, bias, weight, gated, impl)
+
+
+def normed_product(
+    x: Tensor,
+    pending: Pending | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    product: tuple[Tensor, Tensor | None],
+    *,
+    weight: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(x', y W^T) of a junction's (x', y) without keeping y; x' is x where nothing is pending.
+
+    Args:
+        x: (B, N, D).
+        pending: see `Pending`.
+        shift, scale, weight, norm, eps, impl: as for `kernels.junction.junction`.
+        product: W (F, D), and a bias of its first columns as in `linear_leading_bias` or None.
+    """
+    h, h_bias, gate = pending or (None, None, None)
+    vectors = shift, scale, h_bias, weight
+    out = _NormedProduct.apply(x, h, gate, *vectors, *_autocast(*product), norm, eps, impl)
+    return (x, out) if h is None else out

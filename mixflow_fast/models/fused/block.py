@@ -1,0 +1,163 @@
+"""The block of `blocks.py` as a chain of fused operators: mode "fused".
+
+The residual stream is carried as a pair, x and what is still to be added to it:
+
+    x + gate (h + h_bias)
+
+so that each addition shares one pass over memory with the norm that follows it, in the next half of
+the block or in the next block (`kernels.junction`). Biases go where a kernel touches the tokens
+anyway, because their gradients are sums over all tokens:
+
+* of `attn.proj` and the MLP's last product: into the junction;
+* of the MLP's first product: into the activation;
+* of v: attention weights add up to 1, so attention(v + b_v) = attention(v) + b_v, and W_proj b_v
+  joins proj's own bias;
+* of k: q (k + b_k) adds the same number to all logits of a query, which softmax does not see. Its
+  gradient is exactly zero (eager's is rounding noise). Only without RoPE and without a norm of k.
+
+What is left is a sum over dq: a third of the pass that `nn.Linear` makes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixflow_fast.kernels.activations.gelu import gelu
+from mixflow_fast.kernels.activations.swiglu import swiglu
+from mixflow_fast.kernels.attention.op import attention
+from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
+from mixflow_fast.models.blocks import (
+    Attention,
+    Block,
+    FinalLayer,
+    Mlp,
+    RMSNorm,
+    SwiGLU,
+    modulation_chunks,
+)
+from mixflow_fast.models.fused.autograd import (
+    Pending,
+    activated_product,
+    linear_leading_bias,
+    normed_product,
+)
+
+# x, and what is still to be added: None at the start of a chain.
+Stream = tuple[Tensor, Pending | None]
+
+
+def _norm_options(norm: nn.Module) -> dict[str, Any]:
+    if isinstance(norm, RMSNorm):
+        return {"norm": "rms", "weight": norm.weight, "eps": norm.eps}
+    return {"norm": "layer", "eps": norm.eps}
+
+
+def _add_and_norm(
+    stream: Stream, norm: nn.Module, shift: Tensor | None, scale: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(x', modulated norm of x') where x' is the stream with what was still to be added."""
+    x, pending = stream
+    options = _norm_options(norm) | {"impl": impl}
+    if pending is None:
+        return x, modulated_norm(x, shift, scale, **options)
+    h, h_bias, gate = pending
+    return junction(x, h, gate, shift, scale, h_bias=h_bias, **options)
+
+
+def _normed_product(
+    stream: Stream,
+    norm: nn.Module,
+    modulation: tuple[Tensor | None, Tensor],
+    product: tuple[Tensor, Tensor | None],
+    impl: str,
+    again: bool,
+) -> tuple[Tensor, Tensor]:
+    """(x', product of x's modulated norm with a weight and a bias of its first columns or None).
+
+    modulation: (shift, scale). `again`: the norm is not kept.
+    """
+    if again:
+        options = _norm_options(norm) | {"impl": impl}
+        return normed_product(*stream, *modulation, product, **options)
+    x, y = _add_and_norm(stream, norm, *modulation, impl)
+    weight, bias = product
+    return x, F.linear(y, weight) if bias is None else linear_leading_bias(y, weight, bias)
+
+
+def _leading_bias(layer: Attention, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """q's, and k's where it counts."""
+    width = layer.proj.in_features
+    plain = rope is None and isinstance(layer.k_norm, nn.Identity)
+    return layer.qkv.bias[: width if plain else 2 * width]
+
+
+def _attend(
+    layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(product of proj, its bias)."""
+    packed = qkv.unflatten(-1, (3, layer.num_heads, -1))
+    out = attention(packed, **layer.options(rope), backend=layer.backend, impl=impl)
+    weight = layer.proj.weight
+    bias = F.linear(layer.qkv.bias[2 * layer.proj.in_features :], weight, layer.proj.bias)
+    return F.linear(out, weight), bias
+
+
+def _mlp_weights(layer: Mlp | SwiGLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight and bias of the first linear, of the last."""
+    if isinstance(layer, SwiGLU):
+        return *layer.weights(), layer.w3.bias
+    return layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias
+
+
+def fused_block(
+    block: Block,
+    stream: Stream,
+    c_silu: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    impl: str = "auto",
+    again: bool = False,
+) -> Stream:
+    """`Block.forward` on a stream.
+
+    Args:
+        stream: see `Stream`; h (B, N, D), h_bias (D,), gate like c.
+        c_silu: SiLU of the condition, (B, D) or (B, N, D): the same for all blocks.
+        rope: (cos, sin), each (N, K) float32, or None.
+        impl: of the operators.
+        again: norms and the MLP's activation are made again in the backward pass.
+    """
+    m = modulation_chunks(block.adaLN_modulation[1](c_silu), block.parts)
+    how = {"impl": impl, "again": again}
+    modulation = m.get("shift_msa"), m["scale_msa"]
+    product = block.attn.qkv.weight, _leading_bias(block.attn, rope)
+    x, qkv = _normed_product(stream, block.norm1, modulation, product, **how)
+    pending = *_attend(block.attn, qkv, rope, impl), m["gate_msa"]
+    modulation = m.get("shift_mlp"), m["scale_mlp"]
+    first, bias, last, last_bias = _mlp_weights(block.mlp)
+    x, z = _normed_product((x, pending), block.norm2, modulation, (first, None), **how)
+    gated = isinstance(block.mlp, SwiGLU)
+    if again:
+        h = activated_product(z, bias, last, gated, impl)
+    else:
+        h = F.linear((swiglu if gated else gelu)(z, bias, impl=impl), last)
+    return x, (h, last_bias, m["gate_mlp"])
+
+
+def fused_final(layer: FinalLayer, stream: Stream, c_silu: Tensor, impl: str = "auto") -> Tensor:
+    """`FinalLayer.forward` on a stream."""
+    m = modulation_chunks(layer.adaLN_modulation[1](c_silu), "shift scale")
+    _, y = _add_and_norm(stream, layer.norm_final, m["shift"], m["scale"], impl)
+    return layer.linear(y)
+
+
+def settle(stream: Stream) -> Tensor:
+    """The residual stream itself, where something other than a norm needs it."""
+    x, pending = stream
+    if pending is None:
+        return x
+    h, h_bias, gate = pending
+    gate = gate.unsqueeze(1) if gate.dim() == 2 else gate
+    return x + gate * (h + h_bias)

@@ -1,0 +1,1 @@
+"""Weights in files: read without executing anything, recognised, loaded, written."""

@@ -1,0 +1,334 @@
+"""Weight files, read safely and written whole or not at all.
+
+A file of ours holds {"model", "ema", "args", "steps"} with float32 CPU tensors, no wrapper prefixes
+and no pickled classes, so SiT's, REPA's and RAE's samplers find the `ema` they look for, and
+`torch.load(weights_only=True)` reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.models.weights.naming import few, rename_legacy_repa
+from mixflow_fast.models.weights.safe_unpickling import harmless_globals, plain
+
+_WRAPPERS = ("module.", "_orig_mod.")
+_CONTAINER_KEYS = ("ema", "model", "state_dict")
+
+
+def load_weights(
+    path: str | os.PathLike[str], key: str = "ema", encoder_depth: int | None = None
+) -> dict[str, Tensor]:
+    """Read one state dict from an official .pt or .safetensors file, on the CPU.
+
+    Nothing in the file is executed: see `read_content`.
+
+    Args:
+        path: a training checkpoint (`model`, `ema`, ...) or a bare state dict.
+        key: which weights of a training checkpoint to take. If "ema" is not there, `model` or
+            `state_dict` is taken with a warning; any other missing key is an error. A bare state
+            dict is returned whatever the key.
+        encoder_depth: block number at which the legacy REPA names `decoder_blocks.{j}` start;
+            None counts the `blocks` in the file.
+
+    Returns:
+        name -> tensor in storage dtype, without `module.` and `_orig_mod.` prefixes.
+
+    Raises:
+        ValueError: missing, unreadable or unsafe file; no weights in it.
+    """
+    state = state_of(read_content(path), key, path, encoder_depth)
+    # The clone detaches the tensors from the mapped file and from storages larger than they are.
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def read_content(path: str | os.PathLike[str]) -> Any:
+    """What a .pt or .safetensors file holds, tensors on the CPU and mapped from the file.
+
+    Nothing in the file is executed: pickles go through `weights_only=True` with the names of
+    `safe_unpickling` allowed; namespaces and the like come back as plain dicts.
+
+    Raises:
+        ValueError: missing, damaged, foreign or unsafe file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights file not found: {path}: check the path or download the file")
+    try:
+        if is_safetensors(path):
+            from safetensors.torch import load_file
+
+            return load_file(path, device="cpu")
+        with harmless_globals():
+            mapped = zipfile.is_zipfile(path)  # only this layout of torch.save can be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return plain(content)
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(f"cannot read weights from {path}: {_why(path, error)}") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is in the safetensors format, by its name or its first bytes."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        head = file.read(9)
+    # A length that fits in the file, then a JSON object.
+    return len(head) == 9 and head[8:] == b"{" and 0 < int.from_bytes(head[:8], "little") < 2**32
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings in a .safetensors file's header; empty for other files.
+
+    Raises:
+        ValueError: the header cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file() or not is_safetensors(path):
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"cannot read weights from {path}: {_why(path, error)}") from error
+
+
+def _why(path: Path, error: Exception) -> str:
+    """One line: what kind of file this is instead, or the reader's own words; what to do."""
+    with open(path, "rb") as file:
+        head = file.read(256).lstrip()
+    if not head:
+        return "the file is empty: download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if head[:1] == b"<":
+        return "it is a web page, not weights: the download was answered with HTML, repeat it"
+    text = str(error).strip()
+    for mark in ("Unsupported global: GLOBAL ", "unsupported GLOBAL "):
+        if mark in text:
+            name = text.split(mark, 1)[1].split()[0]
+            return (
+                f"it holds {name}, which is not safe to load: an unknown file with such content "
+                "can run programs. If it is your own, re-save its weights alone where they were "
+                'made: torch.save({"ema": ema.state_dict()}, PATH)'
+            )
+    first = (text.splitlines() or [""])[0][:200]
+    return (
+        f"{type(error).__name__}: {first}: the file is damaged, not a weights file, or holds "
+        "classes that are not safe to load; download it again, or re-save its state dict alone "
+        "with torch.save"
+    )
+
+
+def state_of(
+    content: Any, key: str, path: str | os.PathLike[str], encoder_depth: int | None = None
+) -> dict[str, Tensor]:
+    """The state dict under `key` of what `read_content` returned; see `load_weights`."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a dict, got {type(content).__name__}")
+    state = _select(content, key, path)
+    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        what = f"not tensors: {few(map(str, wrong))}" if wrong else "no entries at all"
+        raise ValueError(f"{path} must hold a state dict of tensors, got {what}")
+    return rename_legacy_repa(_unwrap(state, str(path)), encoder_depth, path)
+
+
+def weights_keys(content: Mapping[str, Any]) -> list[str]:
+    """The containers of weights in a training checkpoint; empty for a bare state dict."""
+    return [name for name in _CONTAINER_KEYS if isinstance(content.get(name), Mapping)]
+
+
+def _select(
+    content: Mapping[str, Any], key: str, path: str | os.PathLike[str]
+) -> Mapping[str, Any]:
+    found = weights_keys(content)
+    if isinstance(content.get(key), Mapping):
+        return content[key]
+    if not found:
+        return content
+    fallback = [name for name in found if name != "ema"]
+    if key != "ema" or not fallback:
+        raise ValueError(f"{path} has no weights under {key!r}, got {found}: choose one of these")
+    warn(f"{path} has no 'ema' weights: took {fallback[0]!r}", stacklevel=4)
+    return content[fallback[0]]
+
+
+def _unwrap(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = str(name)
+        while name.startswith(_WRAPPERS):
+            name = name.split(".", 1)[1]
+        if name in out:
+            raise ValueError(f"{source} holds {name} twice, with and without a wrapper prefix")
+        out[name] = tensor
+    return out
+
+
+def portable(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Contiguous float32 copies on the CPU (integers as they are), without wrapper prefixes.
+
+    Raises:
+        ValueError: a tensor without values, or the same name twice.
+    """
+    out = {}
+    for name, tensor in _unwrap(state, what).items():
+        if tensor.is_meta:
+            raise ValueError(f"{what} holds {name} on the meta device, without values: load it")
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        # A copy even where nothing changes: torch.save would write the whole storage of a view.
+        copy = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        out[name] = copy
+    return out
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    model_state: Mapping[str, Tensor],
+    ema_state: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write {"model", "ema", "args", "steps"} so that an interruption leaves the old file or none.
+
+    The file is written beside `path`, flushed to the disk and renamed over it.
+
+    Args:
+        path: the .pt file; its folder is created.
+        model_state, ema_state: full state dicts of the same names and shapes; stored as contiguous
+            float32 on the CPU (integers as they are) without wrapper prefixes.
+        metadata: str, int, float, bool or None by name, stored under `args`; its "steps" (default
+            0) is stored under `steps`.
+
+    Raises:
+        ValueError: states that differ in names or shapes, meta tensors, metadata of other types.
+    """
+    args = dict(metadata)
+    steps = args.pop("steps", 0)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f'metadata["steps"] must be an int >= 0, got {steps!r}')
+    for name, value in args.items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
+            raise ValueError(
+                f"metadata must map str to str, int, float, bool or None, got {name!r}: "
+                f"{type(value).__name__}: turn it into a string, for instance as JSON"
+            )
+    model, ema = portable(model_state, "model_state"), portable(ema_state, "ema_state")
+    odd = [n for n in model.keys() | ema.keys() if n not in model or n not in ema]
+    odd += [n for n in model.keys() & ema.keys() if model[n].shape != ema[n].shape]
+    if odd or not model:
+        what = f"a difference in {few(sorted(odd))}" if odd else "no tensors"
+        raise ValueError(
+            f"model_state and ema_state must hold the same names and shapes, got {what}: pass two "
+            "full state dicts of one model"
+        )
+    write_pt(path, {"model": model, "ema": ema, "args": args, "steps": steps})
+
+
+def write_pt(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """`torch.save` through `replacing`."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        torch.save(content, file)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """A .safetensors file with the metadata in its header, through `replacing`."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as partial:
+        save_file(dict(state), partial, metadata=dict(metadata))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under; renamed to `path` at the end.
+
+    What was written is flushed to the disk first. If anything fails it is removed, and `path` is
+    what it was. A folder that is in the way is moved aside and removed after the rename.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        for written in (*partial.rglob("*"), partial) if partial.is_dir() else (partial,):
+            if written.is_file():
+                _usual_mode(written)
+            _sync(written)
+        if partial.is_dir() and path.is_dir():
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+                os.replace(path, Path(aside, "old"))
+                try:
+                    os.replace(partial, path)
+                except OSError:
+                    os.replace(Path(aside, "old"), path)
+                    raise
+        else:
+            os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+    _sync(path.parent)  # makes the rename itself durable
+
+
+def _usual_mode(path: Path) -> None:
+    """Permissions as `open` would have given; safetensors makes its files private."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def first_damaged(path: str | os.PathLike[str]) -> str | None:
+    """The first member of a zip-layout .pt file whose checksum is wrong; None if there is none.
+
+    `torch.load` does not look at the checksums. Reads the whole file.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; one pass over memory unless the sum overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

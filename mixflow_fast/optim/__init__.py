@@ -1,0 +1,1 @@
+"""AdamW with averages of the weights, and its learning rate."""

@@ -1,0 +1,74 @@
+"""REPA's alignment term of a training run: the network's tokens against a frozen teacher's.
+
+    L_align = - mean over samples and tokens of cos(projection, teacher)
+
+The projection is that of the training forward, of x_m at the label t, which costs nothing more; or,
+with `objective.alignment_input: label`, that of x_t with the same noise, from a second pass through
+the first `encoder_depth` blocks. The features come from a file or from the teacher itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixflow_fast.config.schema import Config
+from mixflow_fast.data import Batch
+from mixflow_fast.models import repa_alignment_loss
+from mixflow_fast.objective.mixflow import Interpolation, MixFlow
+from mixflow_fast.training.build import build_teacher
+
+
+class Alignment:
+    """The term of one run; zero where the configuration has none.
+
+    Args:
+        config: the run's configuration, validated.
+        mix: its objective, which prepares x_t for `alignment_input: label`.
+        device: where the teacher stays and the batches come.
+
+    Attributes:
+        weight: what the trainer multiplies the term by.
+        teacher: the encoder that is run at each step, or None.
+
+    Raises:
+        ValueError: a teacher that is not there or does not fit the model.
+    """
+
+    def __init__(self, config: Config, mix: MixFlow, device: torch.device) -> None:
+        self.weight = config.objective.alignment_weight
+        self.teacher = build_teacher(config, device) if self.weight else None
+        self._mix, self._device = mix, device
+        self._at_label = config.objective.alignment_input == "label"
+
+    def __call__(
+        self, net: nn.Module, zs: list[Tensor] | None, batch: Batch, it: Interpolation, y: Tensor
+    ) -> Tensor:
+        """The term of a micro-batch, not yet weighted.
+
+        Args:
+            net: the network itself, not DeepSpeed's engine around it.
+            zs: the projections of the training forward, (B, N, z_dim) each; None without any.
+            batch: with features, or with what the teacher looks at: its images, else x.
+            it: what the training forward was fed.
+            y: (B,) labels as the training forward saw them.
+
+        Returns:
+            float32 scalar on the device, in [-1, 1].
+        """
+        if not self.weight:
+            if zs is None:
+                return torch.zeros((), device=self._device)
+            # The projectors stay out of the loss; a zero keeps their gradients defined.
+            return 0.0 * torch.stack([z.float().sum() for z in zs]).sum()
+        if self._at_label:
+            # The same ids draw the same noise.
+            at_label = self._mix.prepare(batch.x, ids=batch.positions, t=it.t, slowed_t=it.t)
+            zs = net.projections(at_label.x, at_label.t, y)
+        return repa_alignment_loss(zs, [self._features(batch)])
+
+    def _features(self, batch: Batch) -> Tensor:
+        if self.teacher is None:
+            return batch.features
+        # A model of pixels trains on what the teacher has to see, flips and all.
+        return self.teacher(batch.x if batch.images is None else batch.images)

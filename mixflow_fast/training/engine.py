@@ -1,0 +1,345 @@
+"""DeepSpeed around a network: settings, float32 master weights, state in and out.
+
+The only file that imports deepspeed. Our `AdamWEMA` is the optimizer inside of ZeRO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.checkpoints.run_folder import Writing
+from mixflow_fast.checkpoints.shards import (
+    Fragment,
+    Layout,
+    Piece,
+    frozen_file,
+    is_flat,
+    layout_file,
+    pieces,
+    read_layout,
+)
+from mixflow_fast.config.schema import Config
+from mixflow_fast.distributed import process_group
+from mixflow_fast.models import Transformer
+from mixflow_fast.optim.apex import OPTIMIZERS
+from mixflow_fast.optim.skip_nonfinite import skipping
+
+
+class Engine:
+    """A network under DeepSpeed, from its weights at this moment or from a checkpoint.
+
+    Args:
+        config: of the run.
+        model: on the CPU; DeepSpeed casts, moves and shards it.
+        device: this rank's.
+
+    Attributes:
+        module: the network as DeepSpeed runs it.
+        optimizer: `AdamWEMA`, or apex's.
+        initial: the state dict before DeepSpeed touched it, float32, for what it rounds or empties.
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, config: Config, model: Transformer, device: torch.device) -> None:
+        self._deepspeed = _import_deepspeed()
+        self._config = config
+        self._model = model
+        self._device = device
+        self.initial = {n: p.detach().clone() for n, p in model.state_dict().items()}
+
+    def start(self, resume_from: Path | None, other_layout: bool = False) -> None:
+        """Hand the network to DeepSpeed.
+
+        Args:
+            resume_from: checkpoint folder, or None for the weights as they are.
+            other_layout: its shards are those of another number of ranks or ZeRO stage: the network
+                has its weights already, the optimizer's state is put together here.
+
+        Raises:
+            ValueError: the checkpoint could not be loaded.
+        """
+        c, p = self._config.train, self._config.optim
+        optimizer = OPTIMIZERS[p.name]
+        if c.on_nonfinite == "skip" and c.zero_stage < 3:  # DeepSpeed's own always skips
+            optimizer = skipping(optimizer)
+        self.optimizer = optimizer(
+            [parameter for parameter in self._model.parameters() if parameter.requires_grad],
+            lr=p.lr,
+            betas=(p.beta1, p.beta2),
+            eps=p.eps,
+            weight_decay=p.weight_decay,
+            ema_decay=(p.ema_decay, *p.ema_more_decays) if p.ema_more_decays else p.ema_decay,
+            ema_sigma_rel=p.ema_sigma_rel,
+            **({"impl": p.impl} if p.name == "adamw_ema" else {}),
+            grad_clip=0.0 if c.zero_stage == 3 else p.grad_clip,
+            sharded=c.zero_stage in (1, 2),
+        )
+        # ZeRO 3 puts its own there, for the whole process.
+        self._linear = torch.nn.functional.linear
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, _, _, _ = self._deepspeed.initialize(
+                model=self._model, optimizer=self.optimizer, config=self._settings()
+            )
+        process_group.same_timeout()
+        self.module = self._engine.module
+        for name in self._model.float32_names:  # DeepSpeed casts every parameter
+            parameter = self._model.get_parameter(name)
+            parameter.data = self.initial[name].to(parameter.device)
+        if c.zero_stage == 3:
+            self._clear_padding()
+        if resume_from is None or other_layout:
+            self._set_master_weights()
+            if resume_from is not None:
+                self._set_optimizer_state(pieces(resume_from))
+        else:
+            self._load(resume_from)
+
+    def load(self, checkpoint: Path) -> bool:
+        """Go back to a checkpoint of this run, after steps too; every rank must call it.
+
+        Returns:
+            whether it did: not where the shards were cut for other ranks or another stage.
+
+        Raises:
+            ValueError: the checkpoint could not be loaded.
+        """
+        layout, stage = read_layout(checkpoint), self._config.train.zero_stage
+        ranks = process_group.world_size()
+        if layout.stage != stage or (stage and layout.ranks != ranks):
+            return False
+        self._load(checkpoint)
+        # ZeRO 1 and 2 looked at the state of before, once.
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            if any(self.optimizer.state.values()):
+                link()
+        return True
+
+    def _load(self, checkpoint: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise ValueError(f"checkpoint {checkpoint} could not be loaded")
+
+    def _clear_padding(self) -> None:
+        """ZeRO 3 leaves as the memory was what rounds a rank's share up: other bits in each run."""
+        zero = self._engine.optimizer
+        for parameter in self.module.parameters():
+            size = parameter.ds_tensor.numel()
+            own = min(size, max(0, parameter.ds_numel - process_group.rank() * size))
+            parameter.ds_tensor.data.view(-1)[own:].zero_()
+            if parameter.requires_grad:
+                partition, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                self._partitions()[partition].data[offset + own : offset + size].zero_()
+
+    def _settings(self) -> dict[str, Any]:
+        c, ranks = self._config.train, process_group.world_size()
+        micro = self._config.microbatch(ranks)
+        zero: dict[str, Any] = {"stage": c.zero_stage}
+        if c.zero_stage == 2 or (c.zero_stage == 1 and c.precision == "fp32"):
+            zero["compute_grad_norm"] = False  # read on the host each step; AdamWEMA has its own
+        settings: dict[str, Any] = {
+            "train_batch_size": c.global_batch_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": c.global_batch_size // (micro * ranks),
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            # Its overflow check reads a flag on the host each step; bf16 has float32's range.
+            "bf16": {"enabled": c.precision == "bf16", "check_grad_overflow": False},
+            "gradient_clipping": self._config.optim.grad_clip if c.zero_stage == 3 else 0.0,
+            "steps_per_print": sys.maxsize,
+            # It waits for the device twice in each micro-batch.
+            "timers": {"throughput": {"enabled": False}},
+        }
+        if c.precision == "bf16" and c.zero_stage < 3:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        return settings
+
+    def _set_master_weights(self) -> None:
+        """Give bf16's float32 master weights the digits that the cast of the module took away."""
+        if self._config.train.precision == "bf16":
+            partitions = self._partitions()
+            for name, partition, offset, start, numel in self._fragments():
+                values = self.initial[name].view(-1)[start : start + numel]
+                partitions[partition].data.view(-1)[offset : offset + numel].copy_(values)
+
+    def _set_optimizer_state(self, saved: Iterable[Piece]) -> None:
+        """Fill this rank's part of the optimizer's state from another layout's pieces."""
+        partitions = self._partitions()
+        own: dict[str, list[Fragment]] = {}
+        for fragment in self._fragments():
+            own.setdefault(fragment.name, []).append(fragment)
+        for piece in saved:
+            end = piece.start + piece.values["weight"].numel()
+            for _, partition, offset, start, numel in own.get(piece.name, []):
+                first, last = max(start, piece.start), min(start + numel, end)
+                state = self.optimizer.state[partitions[partition]]
+                for key, value in piece.values.items():
+                    if key == "weight" or first >= last:
+                        continue
+                    if not is_flat(value):  # parameters of one partition count their steps together
+                        state[key] = max(state.get(key, value), value)
+                        continue
+                    if key not in state:
+                        state[key] = torch.zeros_like(partitions[partition], dtype=value.dtype)
+                    place = slice(offset + first - start, offset + last - start)
+                    part = value[first - piece.start : last - piece.start]
+                    state[key].view(-1)[place].copy_(part)
+        # ZeRO 1 and 2 look at the state once, after the first step: here it is there before.
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None and any(self.optimizer.state.values()):
+            link()
+
+    def _partitions(self) -> list[Tensor]:
+        """The float32 tensors that the optimizer updates, in its state_dict's order."""
+        if self._config.train.zero_stage == 3:
+            return self._engine.optimizer.fp32_partitioned_groups_flat
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """Where the trained parameters stand in this rank's partitions."""
+        zero, stage = self._engine.optimizer, self._config.train.zero_stage
+        trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        for place, (name, parameter) in enumerate(trained):
+            numel = self.initial[name].numel()
+            if stage == 0:
+                yield Fragment(name, place, 0, 0, numel)
+            elif stage == 3:
+                partition, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                start = min(process_group.rank() * size, numel)
+                yield Fragment(name, partition, offset, start, min(size, numel - start))
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                ours, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+                group = mapping.param_group_index
+                yield Fragment(name, group, ours.start, whole.start, whole.numel)
+
+    def __call__(self, *args: Any) -> Any:
+        """The network's forward pass."""
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, reduced over the ranks."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """The optimizer's step, where the micro-batch was the last of its batch."""
+        self._engine.step()
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def grad_norm(self) -> Tensor | float | None:
+        """Global gradient norm of the last step before clipping; None before the first."""
+        if getattr(self._engine.optimizer, "overflow", False):
+            return math.inf  # bf16 at ZeRO 1, and ZeRO 3: DeepSpeed looked, and made no step
+        norm = self.optimizer.grad_norm
+        if norm is None or self._config.train.zero_stage == 3:
+            norm = self._engine.get_global_grad_norm()
+        return norm
+
+    def save(self, writing: Writing) -> None:
+        """DeepSpeed's sharded state, and what `consolidation` needs; every rank must call it."""
+        engine, folder = self._engine, writing.folder
+        # Errors are kept for the end: raised in here they would leave the other ranks in a barrier.
+        engine.checkpoint_engine.save = writing.write
+        engine._copy_recovery_script = lambda _: None  # knows no EMA; `consolidate` does
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        stage, rank = self._config.train.zero_stage, process_group.rank()
+        if stage or rank == 0:
+            shapes = {name: tuple(tensor.shape) for name, tensor in self.initial.items()}
+            fragments = tuple(fragment for fragment in self._fragments() if fragment.numel)
+            layout = Layout(stage, process_group.world_size(), shapes, fragments)
+            writing.write(layout.to_dict(), layout_file(folder, rank))
+        if rank == 0:
+            trained = {n for n, p in self.module.named_parameters() if p.requires_grad}
+            frozen = {n: t for n, t in self.initial.items() if n not in trained}
+            writing.write(frozen, frozen_file(folder))
+
+    def full_states(self, stepped: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Master weights and EMA by official name, gathered from the shards, on the CPU.
+
+        Args:
+            stepped: a step was made, so that there is an EMA.
+        """
+        model_state, ema_state = dict(self.initial), dict(self.initial)
+        for state, which in ((model_state, "model"), (ema_state, "ema")):
+            for name, value in self.gathered(which, stepped):
+                state[name] = value.cpu()
+        return model_state, ema_state
+
+    def gathered(self, which: str, stepped: bool) -> Iterator[tuple[str, Tensor]]:
+        """Whole trained tensors by official name, float32 on the device, one after the other.
+
+        Every rank must go through all of them: they are put together from the ranks' shards.
+
+        Args:
+            which: "model" (master weights), or an EMA's key in the optimizer's state.
+            stepped: a step was made, so that there is an EMA; without one it is the weights.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        # DeepSpeed may have left out the first step, as bad.
+        averaged = which != "model" and stepped and any(self.optimizer.state.values())
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+                if averaged:
+                    value = safe_get_full_optimizer_state(parameter, which)
+                else:
+                    value = safe_get_full_fp32_param(parameter)
+            else:
+                value = parameter.detach()
+                if averaged:
+                    value = self.optimizer.state[parameter].get(which, value)
+            # ZeRO 3 empties the parameter itself, so the shape is not its own.
+            yield name, value.view(self.initial[name].shape).float()
+
+    def close(self) -> None:
+        """Take back what DeepSpeed changed for the whole process."""
+        torch.nn.functional.linear = self._linear
+
+
+def deepspeed_state() -> tuple[str, dict[str, bool]]:
+    """DeepSpeed's version, and which of its compiled operators it could build; we need none.
+
+    Raises:
+        ValueError: it is not installed, or its import fails.
+    """
+    deepspeed = _import_deepspeed()
+    return deepspeed.__version__, dict(getattr(deepspeed.ops, "__compatible_ops__", {}))
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its chatter; on the CPU, without compiling anything."""
+    try:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f'training needs DeepSpeed ({error}): pip install "mixflow_fast[train]"'
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On the CPU DeepSpeed would compile its shared-memory collectives inside the first run; a build
+    # that is killed leaves a lock that hangs every later run. Without them it uses gloo.
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False
+    return deepspeed

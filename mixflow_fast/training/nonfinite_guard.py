@@ -1,0 +1,293 @@
+"""Loss and gradient of every step are looked at on the device; what to do where one is not finite.
+
+A record of the steps since the last look stays on the device: the loss of every sample, of every
+micro-batch, and the global gradient norm. It is read where metrics are written and before each
+save, so no step waits. A loss that is not finite makes its gradient NaN, which the reduction over
+the ranks carries to all of them: the norm alone decides, and all ranks decide alike.
+
+    train.on_nonfinite: stop      the run ends with an error that names the samples
+                        skip      the step leaves weights, moments and EMAs as they were
+                        rollback  the run goes on from its newest checkpoint without that step
+
+In each case `OUT/nonfinite/step_N` (`mixflow_fast.nonfinite`) says which samples it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixflow_fast.config.schema import Config
+from mixflow_fast.data import Source
+from mixflow_fast.distributed import process_group
+from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.objective.mixflow import Interpolation, MixFlow
+from mixflow_fast.training import nonfinite_report
+from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.nonfinite_report import BadStep, Forward
+
+# Equal parts of [0, 1], of the label time t that the network is told, in its own clock.
+T_BUCKETS = 8
+# Folders that one run writes; later steps are only counted.
+MAX_DUMPS = 10
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient became infinite or not a number."""
+
+
+class RollBack(Exception):
+    """The run is to go on from its newest checkpoint; `Safety.left_out` has the bad step."""
+
+
+class Record:
+    """What the steps since the last look were, on the device.
+
+    Args:
+        device: of the run.
+        steps: that may pass between two looks.
+        microsteps: micro-batches of a step on this rank.
+        microbatch: samples in one.
+    """
+
+    def __init__(self, device: torch.device, steps: int, microsteps: int, microbatch: int) -> None:
+        self._each = torch.zeros(steps, microsteps, microbatch, device=device)
+        self._losses = torch.zeros(steps, microsteps, device=device)
+        self._norms = torch.zeros(steps, device=device)
+        self._numbers: list[int] = []
+        self._t: list[Tensor] = []
+        self._edges = torch.arange(T_BUCKETS, device=device)
+        self.clear_means()
+
+    def clear_means(self) -> None:
+        """Start the means anew."""
+        device = self._norms.device
+        # Steps, loss, alignment; then by t: sums of the loss, counts.
+        self._sums = torch.zeros(3, device=device)
+        self._by_t = torch.zeros(2, T_BUCKETS, dtype=torch.float64, device=device)
+
+    def micro_batch(self, loss: Tensor, mix: MixFlow, pred: Tensor, it: Interpolation) -> Tensor:
+        """Note a micro-batch; returns the loss to go back from, which has the same bits.
+
+        Args:
+            loss: its whole loss.
+            mix, pred, it: of which the loss of each sample is made, without a gradient.
+        """
+        slot, part = len(self._numbers) % len(self._norms), len(self._t)
+        with torch.no_grad():
+            self._each[slot, part] = mix.loss(pred.detach(), it, reduction="none")
+            self._losses[slot, part] = loss.detach()
+        self._t.append(it.t)
+        # Times 1, or NaN where the loss is infinite or NaN: its gradient alone might be finite.
+        return loss * (1 + 0 * loss.detach())
+
+    def end_step(self, number: int, means: Tensor, norm: Tensor | float) -> None:
+        """Note the end of optimizer step `number` with its (loss, alignment) and gradient norm."""
+        slot = len(self._numbers) % len(self._norms)
+        self._norms[slot] = norm
+        good = torch.isfinite(self._norms[slot])
+        self._sums += torch.where(good, torch.cat([torch.ones_like(means[:1]), means]), 0.0)
+        t = torch.cat(self._t).float()
+        bucket = (t * T_BUCKETS).long().clamp(0, T_BUCKETS - 1)
+        inside = (bucket[:, None] == self._edges) & good
+        each = self._each[slot].reshape(-1, 1).double()
+        # Not index_add_, whose order of summation differs from run to run on a GPU.
+        self._by_t += torch.stack([torch.where(inside, each, 0.0).sum(0), inside.double().sum(0)])
+        self._numbers.append(number)
+        self._t = []
+
+    def look(self) -> list[tuple[int, BadStep | None]]:
+        """Every step since the last look, with its record if it was bad. Waits for the device."""
+        count = min(len(self._numbers), len(self._norms))
+        first = len(self._numbers) - count
+        norms = self._norms.tolist()
+        seen: list[tuple[int, BadStep | None]] = []
+        for place in range(first, first + count):
+            slot, number = place % len(self._norms), self._numbers[place]
+            bad = None
+            if not math.isfinite(norms[slot]):
+                bad = BadStep(number, norms[slot], self._losses[slot].cpu(), self._each[slot].cpu())
+            seen.append((number, bad))
+        self._numbers = []
+        self.last_norm = norms[slot] if seen else None
+        return seen
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """((steps, loss, alignment), (2, T_BUCKETS)) summed over the ranks."""
+        # Divided first: what is added over the ranks are the ranks' means.
+        steps = self._sums[0]
+        own = torch.cat([steps[None], self._sums[1:] / steps.clamp(min=1)])
+        whole = torch.cat([own.double(), self._by_t.flatten()])
+        dist.all_reduce(whole)
+        whole = whole.cpu()
+        return whole[:3] / dist.get_world_size(), whole[3:].view(2, T_BUCKETS)
+
+
+class Safety:
+    """The rules of one run, and its `Record`.
+
+    Args:
+        config: of the run.
+        mix, source, engine: of the run, the engine started.
+        forward: what a training step does with a micro-batch, up to its losses.
+        agreement: of the ranks.
+        device: of this rank.
+        state: what `state` returned when the checkpoint was written; None for a new run.
+
+    Attributes:
+        record: what the steps note in.
+        left_out: optimizer steps that the run passes over, after going back before them.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mix: MixFlow,
+        source: Source,
+        engine: Engine,
+        forward: Callable[[Any, Any], Forward],
+        agreement: Agreement,
+        device: torch.device,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._config, self._mix, self._source = config, mix, source
+        self._engine, self._forward, self._agreement = engine, forward, agreement
+        self._device, self.mode = device, config.train.on_nonfinite
+        state = state or {}
+        self.left_out: list[int] = list(state.get("left_out", ()))
+        self._skipped: int = state.get("skipped", 0)
+        self._in_a_row: int = state.get("in_a_row", 0)
+        self._rollbacks: int = state.get("rollbacks", 0)
+        self.say: Callable[[str], None] = lambda _: None
+        self._dumps = 0
+        self._last_norm: float | None = None
+        self.forget()
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on from this checkpoint needs; for state.json."""
+        return {
+            "left_out": self.left_out,
+            "skipped": self._skipped,
+            "in_a_row": self._in_a_row,
+            "rollbacks": self._rollbacks,
+        }
+
+    def forget(self) -> None:
+        """Begin the record anew: the steps in it are not the run's any more."""
+        micro = self._config.microbatch(process_group.world_size())
+        share = self._config.train.global_batch_size // process_group.world_size()
+        steps = min(self._config.train.log_every, self._config.steps)
+        self.record = Record(self._device, steps, share // micro, micro)
+
+    def check(self) -> None:
+        """Look at the steps since the last look. Every rank must call it; waits for the device.
+
+        Raises:
+            TrainingDiverged: a bad step, or more than the configuration allows.
+            RollBack: as configured.
+        """
+        seen = self.record.look()
+        if not seen:
+            return
+        self._last_norm = self.record.last_norm
+        bad = [step for _, step in seen if step is not None]
+        longest = 0
+        for _, step in seen:
+            self._in_a_row = 0 if step is None else self._in_a_row + 1
+            longest = max(longest, self._in_a_row)
+        if not bad:
+            return
+        c = self._config.train
+        too_many = longest > c.max_skips
+        text = ""
+        if self.mode != "skip" or too_many or self._dumps < MAX_DUMPS:
+            text = self._report(bad[0], seen[-1][0])
+        if self.mode == "skip":
+            self._skipped += len(bad)
+            if too_many:
+                raise TrainingDiverged(
+                    f"{text} Steps skipped in a row: {longest}, more than train.max_skips = "
+                    f"{c.max_skips}. {self._saved()} {_ADVICE}"
+                )
+            steps = ", ".join(str(step.step) for step in bad)
+            self.say(f"{self._config.out}: skipped step {steps}. {text}".rstrip())
+        elif self.mode == "rollback":
+            if self._rollbacks >= c.max_rollbacks:
+                raise TrainingDiverged(
+                    f"{text} The run went back {self._rollbacks} times already, train.max_rollbacks"
+                    f" = {c.max_rollbacks}. {self._saved()} {_ADVICE}"
+                )
+            self._rollbacks += 1
+            self.left_out = [*self.left_out, bad[0].step]
+            self.forget()
+            raise RollBack(text)
+        else:
+            raise TrainingDiverged(f"{text} {self._saved()} {_ADVICE}")
+
+    def row(self) -> dict[str, Any]:
+        """Of the steps since the last call, over the ranks; every rank must call it. Checks first.
+
+        Returns:
+            "loss" and "alignment": means over the steps that were not skipped, None without any;
+            "grad_norm": of the last step before clipping, None if it is not finite; "loss_by_t":
+            mean loss (without alignment) of the samples by label t, in `T_BUCKETS` equal parts of
+            [0, 1] in the network's clock, None where there was none; "count_by_t": their number;
+            "skipped" steps and "rollbacks" of the run so far, where the configuration allows any.
+
+        Raises:
+            TrainingDiverged, RollBack: as `check`.
+        """
+        self.check()
+        (steps, loss, alignment), (sums, counts) = (x.tolist() for x in self.record.means())
+        self.record.clear_means()
+        norm = self._last_norm
+        row = {"loss": loss if steps else None}
+        if self._config.objective.alignment_weight:
+            row["alignment"] = alignment if steps else None
+        row["grad_norm"] = norm if norm is not None and math.isfinite(norm) else None
+        row["loss_by_t"] = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
+        row["count_by_t"] = [int(n) for n in counts]
+        if self.mode != "stop" or self._skipped or self.left_out:
+            row["skipped"] = self._skipped + len(self.left_out)
+        if self.mode == "rollback" or self._rollbacks:
+            row["rollbacks"] = self._rollbacks
+        return row
+
+    def _report(self, bad: BadStep, now: int) -> str:
+        """One sentence or three on a bad step; the folder with the rest is written."""
+        folder = None
+        if self._dumps < MAX_DUMPS:
+            self._dumps += 1
+            folder = Path(self._config.out) / "nonfinite"
+        return nonfinite_report.report(
+            bad,
+            now,
+            folder,
+            config=self._config,
+            source=self._source,
+            mix=self._mix,
+            engine=self._engine,
+            forward=self._forward,
+            agreement=self._agreement,
+            device=self._device,
+            untouched=self.mode == "skip",
+        )
+
+    def _saved(self) -> str:
+        out = self._config.out
+        if self.mode == "skip":
+            return f"Nothing of them is in the checkpoints in {out}."
+        return f"Nothing of it was saved: the newest checkpoint in {out}, if any, is from before."
+
+
+_ADVICE = (
+    "Mend or remove samples whose data are not finite; lower optim.lr or set optim.grad_clip; or "
+    "resume with train.on_nonfinite=skip"
+)

@@ -1,0 +1,322 @@
+"""What is looked at beside training: validation losses, previews, and what training costs.
+
+Everything here reads a copy of the network, so that training's bits do not depend on whether, or
+how often, it is looked at. The copy is made once, in eager mode and in training's own precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.config.schema import Config
+from mixflow_fast.data import Batch, Source, build_source
+from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.flow.clock import DATA_AT_1
+from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.metrics.loggers import Mirrors
+from mixflow_fast.metrics.metrics_file import MetricsFile, Stopwatch, environment, peak_memory_mib
+from mixflow_fast.models import Transformer
+from mixflow_fast.models.flops import peak_tflops, train_flops
+from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.reports.previews import caption, preview_file, write_preview
+from mixflow_fast.training.build import build_data, build_objective
+from mixflow_fast.training.engine import Engine
+
+# Of noise, posterior samples and labels: the same for every run, so that runs can be compared.
+SEED = 0
+TIMES = 16
+GRID = 8
+# Data kinds with a held-out set of their own.
+_HELD_OUT = ("photos", "digits")
+
+
+def middles(count: int) -> list[float]:
+    """The middles of `count` equal parts of [0, 1]."""
+    return [(i + 0.5) / count for i in range(count)]
+
+
+def validation_data(config: Config) -> tuple[Source, str]:
+    """The examples to validate on, and what they are, in words.
+
+    A set that training does not see where the data kind has one; else training data, without
+    flips.
+    """
+    d = config.data
+    if d.kind in _HELD_OUT:
+        size = d.size or config.model.input_size
+        try:
+            return build_source(d.kind, size=size, split="heldout"), "held-out examples"
+        except ValueError:  # windows larger than the held-out bands
+            pass
+    return build_data(config.replace(**{"data.flip": False})), "training examples"
+
+
+class ValidationLoss:
+    """Losses of a network at fixed times, on fixed examples with fixed noise.
+
+    With times of the engine's clock (0 = noise, 1 = data), means over K examples that are spread
+    evenly over the data:
+
+        at TIMES labels t:              E | net(x_t, t) - u(x_t, t) |^2       no slowing, m = t
+        at a grid of labels t, m <= t:  E | net(x_m, t) - u*(x_m, m) |^2      what MixFlow trains
+
+    The loss is the objective's own; labels are never dropped. With interval "full" the grid has
+    m > t too.
+
+    Args:
+        config: of the run.
+        mix: its objective.
+        device: where the network is.
+        rank, ranks: the ranks share the work. The numbers do not depend on their number but for
+            rounding.
+        share: exchanges values between the ranks, as `Agreement.share`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mix: MixFlow,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        share: Callable[[Any], list[Any]] = lambda mine: [mine],
+    ) -> None:
+        self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
+        self._share = share
+        source, self.data = validation_data(config)
+        self.examples = min(config.train.validate_examples, len(source))
+        index = torch.arange(self.examples) * len(source) // self.examples
+        size = min(self.examples, config.train.microbatch_size)
+        positions = torch.arange(self.examples)
+        self._chunks = [source.get(index[place], place, SEED) for place in positions.split(size)]
+        self._held: tuple[int, Batch, Tensor] | None = None
+        full = config.objective.interval == "full"
+        self._grid = [
+            (row, column) for row in range(GRID) for column in range(GRID) if full or row <= column
+        ]
+        g = middles(GRID)
+        self._points = [(t, t) for t in middles(TIMES)]
+        self._points += [(g[column], g[row]) for row, column in self._grid]
+
+    @torch.no_grad()
+    def __call__(self, net: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """The losses of one set of weights; every rank must call it.
+
+        Returns:
+            "loss": mean over the times; "loss_by_t": at `middles(TIMES)`; "grid": rows m, columns
+            t at `middles(GRID)`, None where m > t is not trained. Means over the examples.
+        """
+        tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(self._points))]
+        mine = [(c, p, self._losses(net, c, p)) for c, p in tasks[self._rank :: self._ranks]]
+        sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
+        parts = [(c, p, total) for (c, p, _), total in zip(mine, sums, strict=True)]
+        found = {(c, p): total for part in self._share(parts) for c, p, total in part}
+        means = [
+            sum(found[c, p] for c in range(len(self._chunks))) / self.examples
+            for p in range(len(self._points))
+        ]
+        grid: list[list[float | None]] = [[None] * GRID for _ in range(GRID)]
+        for (row, column), value in zip(self._grid, means[TIMES:], strict=True):
+            grid[row][column] = value
+        at_times = means[:TIMES]
+        self._held = None
+        return {"loss": sum(at_times) / TIMES, "loss_by_t": at_times, "grid": grid}
+
+    def _losses(self, net: Callable[..., Any], chunk: int, point: int) -> Tensor:
+        """Sum of a chunk's losses at one pair of times, float64 on the device."""
+        batch, noise = self._on_device(chunk)
+        t, m = (
+            torch.full((len(noise),), value, device=self._device)
+            for value in (self._own(time) for time in self._points[point])
+        )
+        it = self._mix.prepare(batch.x, ids=batch.positions, x0=noise, t=t, slowed_t=m)
+        output = net(it.x, it.t, batch.y)
+        prediction = output[0] if isinstance(output, tuple) else output
+        return self._mix.loss(prediction, it, reduction="none").double().sum()
+
+    def _on_device(self, chunk: int) -> tuple[Batch, Tensor]:
+        """A chunk and its noise; kept until another chunk is asked for."""
+        if self._held is None or self._held[0] != chunk:
+            batch = self._chunks[chunk].to(self._device)
+            numel = batch.x[0].numel()
+            noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, numel)
+            self._held = chunk, batch, noise.view(batch.x.shape).to(batch.x.dtype)
+        return self._held[1:]
+
+    def _own(self, time: float) -> float:
+        return time if self._mix.clock == DATA_AT_1 else 1.0 - time
+
+
+class Monitor:
+    """Looks at a run while it goes: costs in each metrics row, previews, validation, mirrors.
+
+    Args:
+        config: of the run.
+        model: the network before DeepSpeed has it, with its starting weights.
+        device: this rank's.
+        agreement: of the ranks.
+
+    Attributes:
+        waiting: runs while the loop waits for data.
+
+    Raises:
+        ValueError: no data to validate on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Transformer,
+        device: torch.device,
+        agreement: Agreement,
+    ) -> None:
+        c = config.train
+        self._config, self._device, self._agreement = config, device, agreement
+        self._out = Path(config.out)
+        self._flops = train_flops(model)
+        self._clock = model.clock
+        on_gpu = device.type == "cuda" and c.precision == "bf16"
+        self._peak = peak_tflops(torch.cuda.get_device_name(device)) if on_gpu else None
+        self.waiting = Stopwatch()
+        self._validation = self._net = None
+        if c.validate_every:
+            mix = build_objective(config, model.clock)
+            ranks = agreement.rank, agreement.ranks, agreement.share
+            self._validation = ValidationLoss(config, mix, device, *ranks)
+        if c.validate_every or (c.preview_every and agreement.rank == 0):
+            self._net = _eager_copy(model, c.precision, device)
+        self._seen = -1  # step of the last look
+        self._metrics: MetricsFile | None = None
+        self._say: Callable[[str], None] = lambda _: None
+
+    def open(self, step: int, say: Callable[[str], None], **facts: Any) -> MetricsFile | None:
+        """Start the record of this part of the run; None on ranks that do not write it.
+
+        Args:
+            step: steps done.
+            say: prints a line.
+            facts: what else the row of kind "start" is to tell.
+        """
+        self._say = say
+        self._seen = step or -1  # a resumed run has looked at that step already
+        if self._agreement.rank:
+            return None
+        c = self._config.train
+        mirrors = None
+        if c.mirrors:
+            mirrors = Mirrors(c.mirrors, self._out, self._config.to_dict(), step, say)
+        self._metrics = MetricsFile(self._out / "metrics.jsonl", step, mirrors)
+        row = {
+            "ranks": self._agreement.ranks,
+            "clock": self._clock,
+            "train_gflops_per_image": self._flops / 1e9,
+        }
+        self._write("start", step, **row, **facts, environment=environment(self._device))
+        if c.preview_every:
+            say(f"previews: {self._out / 'previews'}: {caption(self._config)}")
+        return self._metrics
+
+    def cost(self, images: int, seconds: float) -> dict[str, Any]:
+        """What a window of training took, for its metrics row; every rank must call it.
+
+        Returns:
+            "seconds"; "images_per_s" over all ranks; "model_tflops" a device: FLOPs of the formula,
+            nothing that is computed twice; "peak_tflops": dense bf16 of the device where that is
+            known and what training uses; "data_wait_s" and "peak_memory_mib" (tensors of the GPU;
+            on a CPU the process) of the rank that has most.
+        """
+        mine = self.waiting.take(), peak_memory_mib(self._device)
+        waited, memory = (max(values) for values in zip(*self._agreement.share(mine), strict=True))
+        rate = images / seconds
+        return {
+            "images_per_s": rate,
+            "seconds": seconds,
+            "model_tflops": rate * self._flops / 1e12 / self._agreement.ranks,
+            "peak_tflops": self._peak,
+            "data_wait_s": waited,
+            "peak_memory_mib": memory,
+            "time": time.time(),
+        }
+
+    def look(self, engine: Engine, step: int) -> float:
+        """Preview and validate where it is time to; every rank must call it after each step.
+
+        Returns:
+            seconds that it took.
+        """
+        c = self._config.train
+        preview, validate = (
+            bool(every) and step != self._seen and (step % every == 0 or step == self._config.steps)
+            for every in (c.preview_every, c.validate_every)
+        )
+        if not (preview or validate):
+            return 0.0
+        if self._device.type == "cuda":  # steps that are still queued are training's time
+            torch.cuda.synchronize(self._device)
+        started = time.perf_counter()
+        self._seen = step
+        self._take(engine.gathered("ema", stepped=step > 0))
+        if preview and self._metrics is not None:
+            self._preview(step)
+        if preview:  # the others wait here, on the host, and not inside the next step's collective
+            self._agreement.share(None)
+        if validate:
+            found = {"ema": self._validation(self._net)}
+            self._take(engine.gathered("model", stepped=step > 0))
+            found["model"] = self._validation(self._net)
+            self._tell(step, found)
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def _take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the copy; ranks without one go through the weights all the same."""
+        own = {} if self._net is None else dict(self._net.named_parameters())
+        for name, value in weights:
+            if name in own:
+                own[name].copy_(value)
+
+    def _preview(self, step: int) -> None:
+        path = preview_file(self._out, step)
+        try:
+            write_preview(self._net, self._config, path)
+            self._metrics.picture(path, step)
+        # A full disk, samples that are not finite, no room on the GPU: training does not need them.
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            line = " ".join(str(error).split())[:200]
+            self._say(f"warning: no preview of step {step} ({type(error).__name__}: {line})")
+
+    def _tell(self, step: int, found: dict[str, Any]) -> None:
+        if self._metrics is None:
+            return
+        data = {"examples": self._validation.examples, "data": self._validation.data}
+        self._write("validation", step, **data, t=middles(TIMES), grid_t=middles(GRID), **found)
+        losses = ", ".join(f"{name} {loss['loss']:.4f}" for name, loss in found.items())
+        what = f"{self._validation.examples} {self._validation.data}"
+        self._say(f"{self._out.name}: step {step} validation loss {losses} ({what})")
+
+    def _write(self, kind: str, step: int, **values: Any) -> None:
+        images = step * self._config.train.global_batch_size
+        now = time.time()
+        self._metrics.write(
+            {"kind": kind, "step": step, "images_seen": images, "time": now, **values}
+        )
+
+
+def _eager_copy(model: Transformer, precision: str, device: torch.device) -> Transformer:
+    """The network once more, as training computes it, but eager and without gradients."""
+    net = copy.deepcopy(model).set_execution(mode="eager").eval().requires_grad_(False)
+    kept = {name: net.get_parameter(name).data.clone() for name in net.float32_names}
+    net = net.to(device)
+    if precision == "bf16":
+        net = net.to(torch.bfloat16)
+    for name, value in kept.items():
+        net.get_parameter(name).data = value.to(device)
+    return net

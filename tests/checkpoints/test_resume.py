@@ -1,0 +1,145 @@
+"""A run goes on with another number of ranks or another ZeRO stage: nothing is lost on the way."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixflow_fast.checkpoints.resume import other_layout
+from mixflow_fast.checkpoints.run_folder import newest_checkpoint, weights_file
+from mixflow_fast.checkpoints.shards import full_states, read_layout
+from mixflow_fast.config.schema import Config
+from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.training.trainer import Trainer, train
+from tests.support.resume_ranks import recording
+from tests.training.test_trainer import ROOT, settings, tiny
+
+FEW = [("fp32", 3), ("bf16", 2)]
+OTHERS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 3)]
+# Two micro-batches a step on one rank, one on two: the sums are made otherwise.
+COMMON = ["train.microbatch_size=4", "optim.grad_clip=0.5", "optim.ema_decay=0.75"]
+
+
+def configured(out: Path, precision: str, stage: int, images: int) -> Config:
+    return tiny(out, *COMMON, *settings(precision, stage), f"train.images={images}")
+
+
+def assert_same_states(first: Path, second: Path) -> None:
+    """Weights, moments, EMAs and step counts of all parameters, bit for bit."""
+    a, b = full_states(first), full_states(second)
+    assert list(a) == list(b)
+    for name, values in a.items():
+        assert values.keys() == b[name].keys(), name
+        for key, value in values.items():
+            other = b[name][key]
+            same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+            assert same, (name, key)
+
+
+@pytest.mark.parametrize("layouts", [FEW, pytest.param(OTHERS, marks=pytest.mark.long)], ids=len)
+def test_one_rank_two_ranks_one_rank(tmp_path: Path, layouts: list[tuple[str, int]]) -> None:
+    """2 + 2 + 2 steps on 1, 2, 1 ranks: state moves to the bit, losses agree to rounding."""
+    recipes = []
+    for precision, stage in layouts:
+        out = tmp_path / f"{precision}_{stage}"
+        train(configured(out, precision, stage, 16), quiet=True)
+        shutil.copytree(newest_checkpoint(out), f"{out}.one")
+        recipes.append(tmp_path / f"{out.name}.yaml")
+        recipes[-1].write_text(configured(out, precision, stage, 32).to_yaml())
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + ["-m", "tests.support.resume_ranks", *map(str, recipes)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for precision, stage in layouts:
+        out = tmp_path / f"{precision}_{stage}"
+        taken_up = Path(f"{out}.taken_up")
+        assert read_layout(taken_up).ranks == 2
+        assert_same_states(Path(f"{out}.one"), taken_up)
+        two = newest_checkpoint(out)
+        shutil.copytree(two, f"{out}.two")
+        config = configured(out, precision, stage, 48)
+        assert other_layout(config, two, 1) == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
+        trainer = Trainer(config, quiet=True)
+        assert_same_states(Path(f"{out}.two"), trainer.save())
+        last = recording(trainer)
+        trainer.run()
+        parts = [torch.load(f"{out}.seen_{rank}", weights_only=True) for rank in (0, 1)]
+        for part, first in zip(parts, (16, 20), strict=True):
+            assert sorted(part) == [*range(first, first + 4), *range(first + 8, first + 12)]
+        whole = tmp_path / f"{out.name}.whole"
+        trainer = Trainer(configured(whole, precision, stage, 48), quiet=True)
+        seen = recording(trainer)
+        trainer.run()
+        assert parts[0] | parts[1] | last == {i: row for i, row in seen.items() if i >= 16}
+        tolerance = 1e-5 if precision == "fp32" else 1e-3
+        losses = [[row["loss"] for row in read_metrics(r / "metrics.jsonl")] for r in (out, whole)]
+        assert len(losses[0]) == 6
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance), (precision, stage)
+        if precision == "fp32":
+            ours, theirs = (
+                full_states(newest_checkpoint(out)),
+                full_states(newest_checkpoint(whole)),
+            )
+            for name, values in theirs.items():
+                torch.testing.assert_close(
+                    ours[name]["weight"], values["weight"], rtol=1e-4, atol=2e-6
+                )
+                assert ours[name].get("step") == values.get("step")
+
+
+def test_another_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The state moves to the bit from every stage to another; the run goes on as it would have."""
+    out = tmp_path / "run"
+    train(configured(out, "fp32", 0, 16), quiet=True)
+    for number, stage in enumerate((3, 1, 2, 0)):
+        before = shutil.copytree(newest_checkpoint(out), tmp_path / f"before_{number}")
+        trainer = Trainer(configured(out, "fp32", stage, 24), quiet=True)
+        assert_same_states(before, trainer.save())
+        trainer._lock.close()
+        trainer.engine.close()
+    train(configured(out, "fp32", 0, 24))
+    assert "its checkpoint is of" not in capsys.readouterr().err
+    train(configured(tmp_path / "whole", "fp32", 0, 24), quiet=True)
+    assert_same_states(newest_checkpoint(tmp_path / "whole"), newest_checkpoint(out))
+    train(configured(out, "fp32", 2, 32))
+    said = capsys.readouterr().err
+    assert "its checkpoint is of 1 rank, ZeRO 0: the same examples and noise" in said
+
+
+def test_saved_before_the_first_step(tmp_path: Path) -> None:
+    trainer = Trainer(configured(tmp_path, "fp32", 1, 16), quiet=True)
+    first = trainer.save()
+    trainer._lock.close()
+    assert {tuple(values) for values in full_states(first).values()} == {("weight",)}
+    assert train(configured(tmp_path, "fp32", 2, 16), quiet=True).step == 2
+
+
+def test_weights_are_saved_when_asked(tmp_path: Path) -> None:
+    for wanted, there in (("always", [1, 2]), ("end", [2]), ("never", [])):
+        out = tmp_path / wanted
+        options = {"train.save_weights": wanted, "train.save_every": 1}
+        result = train(configured(out, "fp32", 1, 16).replace(**options), quiet=True)
+        found = [int(p.parent.name[-1]) for p in sorted(out.glob("checkpoints/*/weights.pt"))]
+        assert found == there and result.weights.exists() == bool(there)
+    with pytest.raises(ValueError, match="mixflow-fast consolidate"):
+        weights_file(out)
+    # Neither is needed to go on.
+    last = train(
+        configured(out, "fp32", 1, 24).replace(**{"train.save_weights": "end"}), quiet=True
+    )
+    train(configured(tmp_path / "whole", "fp32", 1, 24), quiet=True)
+    ours, theirs = (torch.load(p / "weights.pt") for p in (last.out, tmp_path / "whole"))
+    for name, weight in theirs["ema"].items():
+        assert torch.equal(ours["ema"][name], weight)
+    with pytest.raises(ValueError, match="train.save_weights"):
+        train(configured(out, "fp32", 1, 24).replace(**{"train.save_weights": "no"}), quiet=True)

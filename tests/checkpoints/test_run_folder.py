@@ -1,0 +1,451 @@
+"""Checkpoints that survive: damage, what is kept, full disks, signals, kill -9."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mixflow_fast.checkpoints import manifest
+from mixflow_fast.checkpoints.run_folder import (
+    choose_checkpoint,
+    clean_unfinished,
+    commit,
+    newest_checkpoint,
+    temporary_name,
+)
+from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.distributed import process_group
+from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.training.trainer import train
+from tests.support.train_ranks import TINY
+from tests.training.test_trainer import assert_same_bits
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def agreement() -> Agreement:
+    process_group.init_process_group("cpu")
+    return Agreement()
+
+
+def write_checkpoint(out: Path, step: int, keep: int = 2, keep_every: int = 0) -> Path:
+    temporary = out / "checkpoints" / temporary_name(step)
+    (temporary / "part").mkdir(parents=True)
+    for name in ("weights.pt", "rank_0.pt", "part/rank_1.pt"):
+        (temporary / name).write_bytes(f"{step} {name}".encode() * 1000)
+    return commit(out, step, {"step": step}, keep, keep_every)
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def test_the_manifest_has_every_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 3)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    del there["manifest.json"]
+    assert (
+        files.keys()
+        == there.keys()
+        == {"weights.pt", "rank_0.pt", "part/rank_1.pt"} | {"state.json"}
+    )
+    for name, path in there.items():
+        content = path.read_bytes()
+        assert files[name] == {"bytes": len(content), "crc32": zlib.crc32(content)}
+    assert names(tmp_path) == ["step_00000003"]
+    assert (tmp_path / "weights.pt").samefile(folder / "weights.pt")
+
+
+def truncated(folder: Path) -> None:
+    os.truncate(folder / "rank_0.pt", 100)
+
+
+def missing(folder: Path) -> None:
+    (folder / "part" / "rank_1.pt").unlink()
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / "rank_0.pt").read_bytes())
+    content[-1] ^= 1
+    (folder / "rank_0.pt").write_bytes(content)
+
+
+def without_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", 90)
+
+
+def other_manifest(folder: Path) -> None:
+    """One digit of a checksum: as if the file were the damaged one, but it is the list."""
+    text = (folder / "manifest.json").read_text()
+    content = json.loads(text)
+    content["files"]["rank_0.pt"]["bytes"] += 1
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def not_a_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[1, 2]")
+
+
+DAMAGES = [
+    (truncated, "rank_0.pt has 100 bytes instead of 11000"),
+    (missing, "part/rank_1.pt is missing"),
+    (flipped, "rank_0.pt has another checksum"),
+    (without_manifest, "manifest.json is missing"),
+    (cut_manifest, "manifest.json is not valid"),
+    (other_manifest, "manifest.json is not valid"),
+    (not_a_manifest, "manifest.json is not valid"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, agreement: Agreement, damage: Callable[[Path], None], reason: str
+) -> None:
+    older, newer = (write_checkpoint(tmp_path, step) for step in (1, 2))
+    assert choose_checkpoint(tmp_path, agreement) == (newer, [])
+    damage(newer)
+    chosen, lines = choose_checkpoint(tmp_path, agreement)
+    assert chosen == older
+    assert len(lines) == 1 and str(newer) in lines[0] and reason in lines[0]
+    # Without reading the contents, sizes are all that is seen.
+    assert newest_checkpoint(tmp_path) == (newer if damage is flipped else older)
+    damage(older)
+    with pytest.raises(ValueError, match="no checkpoint that can be resumed"):
+        choose_checkpoint(tmp_path, agreement)
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        write_checkpoint(tmp_path, step, keep=2, keep_every=3)
+    kept = [f"step_{step:08d}" for step in (3, 6, 8, 9)]
+    assert names(tmp_path) == kept
+    truncated(tmp_path / "checkpoints" / kept[3])
+    write_checkpoint(tmp_path, 10, keep=2)  # a damaged one is not one of the two
+    assert names(tmp_path) == [kept[2], kept[3], "step_00000010"]
+
+
+def test_what_was_passed_over_neither_counts_nor_hides(
+    tmp_path: Path, agreement: Agreement
+) -> None:
+    """A run that went back writes older steps than the damaged ones that it passed over."""
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step, keep=2, keep_every=10)
+    for step in (20, 30):
+        flipped(tmp_path / "checkpoints" / f"step_{step:08d}")
+    assert choose_checkpoint(tmp_path, agreement)[0].name == "step_00000010"
+    new = write_checkpoint(tmp_path, 15, keep=1)
+    assert new.is_dir() and choose_checkpoint(tmp_path, agreement, set_aside=True)[0] == new
+    damaged = [f".damaged_step_{step:08d}" for step in (20, 30)]
+    assert names(tmp_path) == [*damaged, new.name]
+    assert newest_checkpoint(tmp_path) == new
+
+
+@pytest.mark.parametrize("killed_at", [".writing_", "step_"])
+def test_a_kill_between_two_renames(
+    tmp_path: Path, agreement: Agreement, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    """The same step is written again, by a run that resumed from it in another layout."""
+    folder, rename = write_checkpoint(tmp_path, 20), os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(killed_at):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 20)
+    monkeypatch.undo()
+    clean_unfinished(tmp_path)
+    assert names(tmp_path) == [folder.name]
+    assert choose_checkpoint(tmp_path, agreement) == (folder, [])
+
+
+def test_a_rename_that_fails_leaves_the_one_from_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = write_checkpoint(tmp_path, 20), os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(".writing_"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_checkpoint(tmp_path, 20)
+    assert manifest.damage(folder, checksums=(0, 1)) is None
+
+
+def test_nothing_is_deleted_before_the_new_one_is_complete(tmp_path: Path) -> None:
+    older = write_checkpoint(tmp_path, 1, keep=1)
+    temporary = tmp_path / "checkpoints" / temporary_name(2)
+    temporary.mkdir()
+    listed = {"rank_1.pt": {"bytes": 5, "crc32": 0}}
+    with pytest.raises(OSError, match="rank_1.pt is missing as rank 0 sees.*machines share"):
+        commit(tmp_path, 2, {"step": 2}, keep=1, files=listed)
+    assert manifest.damage(older, checksums=(0, 1)) is None
+    assert not (temporary / "manifest.json").exists()
+    (tmp_path / "checkpoints" / ".deleting_step_00000000").mkdir()
+    clean_unfinished(tmp_path)
+    assert names(tmp_path) == [older.name]
+
+
+def test_a_damaged_one_is_replaced_by_its_own_step(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    flipped(write_checkpoint(tmp_path, 2))
+    folder = write_checkpoint(tmp_path, 2)
+    assert manifest.damage(folder, checksums=(0, 1)) is None
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def tiny(out: Path, *overrides: str) -> Config:
+    own = ["train.zero_stage=1", "train.images=32", f"out={out}"]
+    return load_config("photos", [*TINY, *own, *overrides])
+
+
+def test_a_run_goes_on_from_the_one_before_the_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(tmp_path / "whole", "train.keep=1"), quiet=True)
+    train(tiny(tmp_path / "run", "train.images=24", "train.save_every=1"), quiet=True)
+    (shard,) = (tmp_path / "run" / "checkpoints" / "step_00000003").glob("zero_*.pt")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    capsys.readouterr()
+    train(tiny(tmp_path / "run", "train.keep=1"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1 and f"{shard.name} has another checksum" in said[0]
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("save_every", "keep_every"), [(0, 10), (4, 6)])
+def test_a_keep_every_that_no_checkpoint_falls_on_is_refused(
+    tmp_path: Path, save_every: int, keep_every: int
+) -> None:
+    with pytest.raises(ValueError, match="train.keep_every must be a multiple"):
+        train(tiny(tmp_path, f"train.save_every={save_every}", f"train.keep_every={keep_every}"))
+
+
+def arguments(out: Path, *overrides: str) -> list[str]:
+    own = [f"out={out}", "train.zero_stage=1", "train.images=100000", "train.save_every=1"]
+    return ["train", "photos", *TINY, *own, *overrides]
+
+
+def check_after_a_full_disk(out: Path) -> None:
+    folders = sorted((out / "checkpoints").iterdir())
+    assert folders and not [f for f in folders if f.name.startswith(".")]
+    for folder in folders:
+        assert manifest.damage(folder, checksums=(0, 1)) is None
+
+
+def can_mount() -> bool:
+    mount = "mount -t tmpfs none /tmp"
+    return bool(shutil.which("unshare")) and not subprocess.call(
+        ["unshare", "-rm", "sh", "-c", mount], stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="a user may not mount a tmpfs here")
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
+    """A real full file system: the third checkpoint of about 1 MB does not fit into 2.5 MB."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    script = (
+        'mount -t tmpfs -o size=2500k none "$1"; "$@"; code=$?; cp -a "$1/run" "$0"; exit $code'
+    )
+    script = script.replace('"$@"', 'disk=$1; shift; "$@"').replace('"$1/run"', '"$disk/run"')
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, str(kept), str(disk)]
+        + [sys.executable, "-m", "mixflow_fast.cli", *arguments(disk / "run", "train.keep=3")],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stderr[-3000:]
+    (line,) = (line for line in result.stderr.splitlines() if "error" in line)
+    assert "checkpoint of step 3 could not be written" in line
+    assert "No space left on device" in line and "MiB free" in line
+    check_after_a_full_disk(kept)
+    assert names(kept) == ["step_00000001", "step_00000002"]
+
+
+LIMITED = """
+import os, resource, sys
+from mixflow_fast import checkpoint, cli
+
+plain = checkpoint.Writing.commit
+
+def commit(self, *args, **kwargs):
+    path = plain(self, *args, **kwargs)
+    if os.environ["RANK"] == "1":  # from the second checkpoint on, this rank's disk is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return path
+
+checkpoint.Writing.commit = commit
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start_ranks(ranks: int, *command: str) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_full_disk_of_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    overrides = ["train.microbatch_size=4", "train.keep=3"]
+    process = start_ranks(2, str(script), *arguments(tmp_path / "run", *overrides))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = (line for line in errors.splitlines() if "mixflow-fast: error" in line)
+    assert "checkpoint of step 2 could not be written" in line
+    assert "rank 1: [Errno 27] File too large" in line
+    assert "exitcode  : 2" in errors, errors[-3000:]  # in torchrun's report
+    check_after_a_full_disk(tmp_path / "run")
+    assert names(tmp_path / "run") == ["step_00000001"]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[1][-3000:])
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path: Path) -> None:
+    overrides = ["train.microbatch_size=4", "train.save_every=0"]
+    command = ["-m", "mixflow_fast.cli", *arguments(tmp_path / "run", *overrides)]
+    process = start_ranks(2, *command)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "the same command resumes" in errors, errors[-3000:]
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None and names(tmp_path / "run") == [newest.name]
+
+
+CHOOSING = """
+import sys
+from pathlib import Path
+from mixflow_fast import distributed
+from mixflow_fast.agreement import Agreement
+from mixflow_fast.checkpoint import choose_checkpoint
+
+distributed.init_process_group("cpu")
+agreement = Agreement()
+chosen, lines = choose_checkpoint(Path(sys.argv[1]), agreement)
+print(chosen.name, *lines)
+try:
+    with agreement.together():
+        if agreement.rank == 1:
+            raise OSError("rank 1 alone")
+except OSError as error:
+    print(error)
+distributed.leave()
+"""
+
+
+def test_ranks_share_the_reading_and_take_the_same(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    newer = write_checkpoint(tmp_path, 2)
+    listed = sorted(json.loads((newer / "manifest.json").read_text())["files"])
+    assert listed.index("rank_0.pt") % 2 == 1  # only rank 1 of 2 reads it
+    flipped(newer)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHOOSING, str(tmp_path)],
+            env=common | {"RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert said[0] == said[1]
+    assert said[0].startswith("step_00000001") and "rank_0.pt has another checksum" in said[0]
+    assert said[0].endswith("rank 1 alone\n")
+
+
+STOPPING = """
+import hashlib
+from mixflow_fast.stopping import StopRequest
+
+request = StopRequest(1)
+with request.listening():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # no bytecode of the main thread runs
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGUSR1, signal.SIGTERM, 143)],
+)
+def test_a_second_signal_ends_the_process_at_once(first: int, second: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPING],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(first)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(second)
+    assert process.wait(timeout=10) == code
+    assert process.stderr is not None and "without saving" in process.stderr.readline()
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_three_kills_lose_nothing() -> None:
+    """`make test-kill` does fifty, on two ranks too."""
+    options = ["--kills", "3", "--steps", "24", "--one-rank"]
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.support.kill_harness", *options],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "3 kills" in result.stdout and "no example lost or twice" in result.stdout

@@ -1,0 +1,192 @@
+"""`mixflow-fast doctor`: what it finds, what it lets pass, and that one check stops no other."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixflow_fast import environment
+from mixflow_fast.cli.main import main
+from mixflow_fast.diagnostics import doctor, kernel_checks
+from mixflow_fast.diagnostics.doctor import Check, Diagnosis, diagnose, stale_locks
+from mixflow_fast.kernels import runtime
+from mixflow_fast.training import engine
+from tests.support.kernels import DEVICE
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = re.compile(r"^@jit\ndef (\w+_kernel)\(", re.MULTILINE)
+
+
+def statuses(found: Diagnosis, section: str) -> dict[str, str]:
+    return {check.name: check.status for check in found.sections[section]}
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch):
+    """Leaves those sections alone in the diagnosis."""
+
+    def keep(*names: str) -> None:
+        monkeypatch.setattr(doctor, "SECTIONS", {name: doctor.SECTIONS[name] for name in names})
+
+    return keep
+
+
+@pytest.mark.skipif(not runtime.interpreting(), reason="launches are recorded in the interpreter")
+def test_every_kernel_is_launched_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    launched = set()
+    call = GridExecutor.__call__
+
+    def recording(self, *args, **kwargs):
+        launched.add(self.fn.__name__)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", recording)
+    findings = kernel_checks.check_kernels(DEVICE)
+    assert [f for f in findings if not f.passed] == []
+    assert {f.dtype for f in findings} == {"bf16", "fp32"}
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    assert launched == {name for source in sources for name in KERNELS.findall(source)}
+
+
+def test_a_wrong_kernel_is_found_and_the_others_are_still_checked(
+    monkeypatch: pytest.MonkeyPatch, only, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gelu, modulated_norm = kernel_checks.gelu, kernel_checks.modulated_norm
+
+    def off(x, bias, impl):
+        return gelu(x, bias, impl=impl) * 1.02
+
+    def off_in_one_gradient(x, shift, scale, impl):
+        return modulated_norm(x, shift, scale * 0.9 + scale.detach() * 0.1, impl=impl)
+
+    def broken(x, bias, impl):
+        raise RuntimeError("out of resources: shared memory")
+
+    def nan(x, bias, impl):
+        return gelu(x, bias, impl=impl) + torch.nan
+
+    monkeypatch.setattr(kernel_checks, "gelu", off)
+    monkeypatch.setattr(kernel_checks, "modulated_norm", off_in_one_gradient)
+    monkeypatch.setattr(kernel_checks, "swiglu", broken)
+    every = kernel_checks._cases
+    ops = ("gelu", "modulated_norm", "swiglu", "attention")
+    some = [case for case in every(DEVICE) if case.op in ops]
+    monkeypatch.setattr(kernel_checks, "_cases", lambda device: some)
+    only("versions", "kernels against float64")
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["healthy"]
+    checks = {check["name"]: check for check in found["sections"]["kernels against float64"]}
+    assert {n for n, c in checks.items() if c["status"] == "fail"} == {
+        "gelu",
+        "modulated_norm",
+        "swiglu",
+    }
+    assert "(y)" in checks["gelu"]["found"] and "(dscale)" in checks["modulated_norm"]["found"]
+    assert "out of resources" in checks["swiglu"]["found"]
+    assert checks["attention"]["status"] == "ok" and "impl=reference" in checks["gelu"]["do"]
+
+    monkeypatch.setattr(kernel_checks, "gelu", nan)
+    some = [case for case in every(DEVICE) if case.op == "gelu"]
+    results = {f.op: f.passed for f in kernel_checks.check_kernels(DEVICE)}
+    assert results == {"normal": True, "gelu": False}
+
+
+def test_the_command_on_a_plain_cpu() -> None:
+    """As a user calls it: one object on stdout, nothing else, exit code 0, in less than 30 s."""
+    hidden = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "mixflow_fast.cli", "doctor", "--json"],
+        cwd=ROOT,
+        env=os.environ | hidden | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(result.stdout)
+    assert result.returncode == 0 and found["healthy"], result.stdout
+    assert result.stderr == ""
+    assert found["seconds"] < 30 and time.monotonic() - started < 90
+    assert list(found["sections"]) == list(doctor.SECTIONS)
+    triton, *kernels = found["sections"]["kernels against float64"]
+    assert "on a CPU its kernels are not used" in triton["found"]
+    assert len(kernels) > 8 and {check["status"] for check in kernels} == {"ok"}
+    names = {check["name"] for check in found["sections"]["attention backends"]}
+    assert {"bf16", "fp32", "  math"} <= names
+    assert {"name", "status", "found", "do"} == kernels[0].keys()
+
+
+def test_a_check_that_ends_badly_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising() -> Iterator[Check]:
+        print("chatter of a library")
+        yield Check("first", "ok", "fine")
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    def leaving() -> Iterator[Check]:
+        raise SystemExit(3)
+        yield
+
+    sections = {"a": raising, "b": leaving, "c": lambda: iter([Check("last", "warn", "low", "do")])}
+    monkeypatch.setattr(doctor, "SECTIONS", sections)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "chatter" not in out
+    assert "  ok    first  fine\n" in out
+    assert "  FAIL  a      the check itself ended with OSError: libcuda.so.1" in out
+    assert "  FAIL  b  the check itself ended with SystemExit: 3" in out
+    assert "  warn  last  low  -> do\n" in out
+    assert "NOT healthy: 2 failures, 1 warning (" in out
+
+
+def test_warnings_leave_it_healthy(
+    monkeypatch: pytest.MonkeyPatch, only, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "detect_apex", lambda: "unrelated")
+    only("optional packages", "room")
+    monkeypatch.setattr(doctor, "LOW_SHM_GIB", 1e9)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    apex = next(line for line in out.splitlines() if line.startswith("  warn  apex"))
+    assert "is not NVIDIA's" in apex and "-> pip uninstall apex" in apex
+    assert re.search(r"warn  shared memory  .*/dev/shm  -> .*--shm-size", out)
+    assert "\nhealthy, 2 warnings (" in out
+
+
+def test_without_deepspeed_it_is_not_healthy(monkeypatch: pytest.MonkeyPatch, only) -> None:
+    def absent() -> None:
+        raise ValueError("training needs DeepSpeed (No module named 'deepspeed')")
+
+    monkeypatch.setattr(engine, "deepspeed_state", absent)
+    only("DeepSpeed")
+    found = diagnose()
+    assert not found.healthy and statuses(found, "DeepSpeed")["deepspeed"] == "fail"
+
+
+def test_a_lock_that_a_killed_build_left_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only
+) -> None:
+    """PyTorch's lock is a file; a build that is going on is younger."""
+    for name, age_s in (("py311_cpu/shm_comm", 3600), ("fused", 7200), ("young", 60)):
+        lock = tmp_path / name / "lock"
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age_s,) * 2)
+    assert [lock.parent.name for lock, _ in stale_locks(tmp_path)] == ["fused", "shm_comm"]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    only("DeepSpeed")
+    found = diagnose()
+    locks = [check for check in found.sections["DeepSpeed"] if check.name == "build lock"]
+    assert [check.status for check in locks] == ["warn", "warn"] and found.healthy
+    assert f"rm {tmp_path / 'fused' / 'lock'}" in locks[0].do and "120 minutes" in locks[0].found

@@ -1,0 +1,151 @@
+"""Paths and time laws against the official implementations' tensors and closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1, PATHS, TimeLaw, get_path, shift_time, slow_time
+from mixflow_fast.flow.path import LOSS_WEIGHTS
+from tests.support.golden import load
+
+UNIFORM = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_derivatives_against_autograd(name: str) -> None:
+    path = get_path(name)
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
+    c = path.coefficients(t)
+    (d_alpha,) = torch.autograd.grad(c.alpha.sum(), t, retain_graph=True)
+    (d_sigma,) = torch.autograd.grad(c.sigma.sum(), t, retain_graph=True)
+    (d_log_alpha,) = torch.autograd.grad(c.alpha.log().sum(), t)
+    torch.testing.assert_close(c.d_alpha, d_alpha, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(c.d_sigma, d_sigma, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(c.d_log_alpha, d_log_alpha, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_path_ends(name: str) -> None:
+    c = get_path(name).coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    noise_end = {"vp": math.exp(-(20 - 0.1) / 4 - 0.05)}.get(name, 0.0)
+    assert c.alpha.tolist() == pytest.approx([noise_end, 1.0], abs=1e-15)
+    assert c.sigma.tolist() == pytest.approx([math.sqrt(1 - noise_end**2), 0.0], abs=1e-15)
+    if name != "linear":  # variance preserving
+        t = torch.linspace(0, 1, 11, dtype=torch.float64)
+        c = get_path(name).coefficients(t)
+        torch.testing.assert_close(c.alpha**2 + c.sigma**2, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("prediction", ["noise", "score", "data"])
+def test_to_velocity(name: str, prediction: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x1, x0 = torch.randn(2, 5, 3, 4, 4, generator=g, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.95], dtype=torch.float64)
+    path = get_path(name)
+    sigma = path.coefficients(t).sigma.view(-1, 1, 1, 1)
+    exact = {"noise": x0, "data": x1, "score": -x0 / sigma}[prediction]
+    v = path.to_velocity(exact, path.interpolate(x1, x0, t), t, prediction)
+    torch.testing.assert_close(v, path.velocity(x1, x0, t))
+
+
+@pytest.mark.parametrize("weight", [w for w in LOSS_WEIGHTS if w])
+def test_velocity_weight_turns_noise_error_into_velocity_error(weight: str) -> None:
+    """On the linear path a noise error e is a velocity error e / t."""
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    w = get_path("linear").loss_weight(weight, t)
+    expected = {"velocity": 1 / t**2, "likelihood": 1 / (t * (1 - t))}[weight]
+    torch.testing.assert_close(w, expected)
+
+
+def test_unknown_path() -> None:
+    with pytest.raises(ValueError, match="linear.*got 'cosine'"):
+        get_path("cosine")
+
+
+@pytest.mark.parametrize(
+    ("text", "density"),
+    [
+        ("uniform", lambda t: torch.ones_like(t)),
+        ("beta21", lambda t: 2 * t),
+        (
+            "logit-normal(0.5, 1.2)",
+            lambda t: (
+                torch.exp(-0.5 * ((torch.logit(t) - 0.5) / 1.2) ** 2)
+                / (1.2 * math.sqrt(2 * math.pi) * t * (1 - t))
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.001, 0.9)])
+def test_law_density(text: str, density, low: float, high: float) -> None:
+    """Quantiles of equally spaced u fill bins as the (truncated) density says."""
+    t = TimeLaw.parse(text, low=low, high=high).quantile(UNIFORM)
+    edges = torch.linspace(low, high, 41, dtype=torch.float64)
+    counts = torch.histogram(t, edges)[0] / len(t)
+    fine = torch.linspace(low, high, 40 * 400 + 1, dtype=torch.float64)
+    middle = (fine[1:] + fine[:-1]) / 2
+    mass = density(middle).view(40, 400).sum(1)
+    torch.testing.assert_close(counts, mass / mass.sum(), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("k", [1.0, math.sqrt(48)])
+@pytest.mark.parametrize("clock", [DATA_AT_1, NOISE_AT_1])
+def test_shifted_beta21_density(k: float, clock: str) -> None:
+    """Label density after RAE's shift, paper clock: p(t) = 2 k^2 t / (1 + (k-1) t)^3."""
+    t = TimeLaw.parse("beta21").quantile(UNIFORM)
+    label = shift_time(t if clock == DATA_AT_1 else 1 - t, k, clock)
+    label = label if clock == DATA_AT_1 else 1 - label
+    edges = torch.linspace(0, 1, 31, dtype=torch.float64)
+    counts = torch.histogram(label, edges)[0] / len(t)
+
+    def cdf(x: torch.Tensor) -> torch.Tensor:  # integral of the density: P(raw <= k x / (1+(k-1)x))
+        return (k * x / (1 + (k - 1) * x)) ** 2
+
+    torch.testing.assert_close(counts, cdf(edges).diff(), rtol=0, atol=2e-5)
+    middle = (edges[1:] + edges[:-1]) / 2
+    h = 1e-5
+    slope = (cdf(middle + h) - cdf(middle - h)) / (2 * h)
+    torch.testing.assert_close(slope, 2 * k**2 * middle / (1 + (k - 1) * middle) ** 3)
+
+
+def test_shift_values_of_the_spec() -> None:
+    half = torch.tensor([0.5], dtype=torch.float64)
+    assert shift_time(half, math.sqrt(48), NOISE_AT_1).item() == pytest.approx(0.87387, abs=1e-5)
+    assert shift_time(half, math.sqrt(192), NOISE_AT_1).item() == pytest.approx(0.93269, abs=1e-5)
+
+
+def test_slowing_law_and_mirror() -> None:
+    t = torch.full((100_000,), 0.6, dtype=torch.float64)
+    v = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    m = slow_time(t, v, 0.8, DATA_AT_1)
+    assert m.min().item() == pytest.approx(0.2 * 0.6, abs=1e-5)
+    assert m.max().item() == pytest.approx(0.6, abs=1e-5)
+    assert m.mean().item() == pytest.approx((0.12 + 0.6) / 2, abs=1e-9)
+    torch.testing.assert_close(slow_time(1 - t, v, 0.8, NOISE_AT_1), 1 - m, rtol=0, atol=1e-15)
+    assert torch.equal(slow_time(t, v, 0.0, DATA_AT_1), t)
+    assert torch.equal(slow_time(t, v, 0.0, NOISE_AT_1), t)
+
+
+def test_rae_mixflow_times() -> None:
+    """The published RAE patch, step by step in float64: Beta, shift, slowing in shifted time."""
+    golden, config = load("rae_mixflow_times")
+    u = config["t0"] + (config["t1"] - config["t0"]) * golden["u"]
+    s = shift_time(1 - TimeLaw.parse("beta21").quantile(u), config["shift"], NOISE_AT_1)
+    torch.testing.assert_close(s, golden["t_rae"], rtol=0, atol=1e-14)
+    m = slow_time(s, golden["u2"], config["gamma"], NOISE_AT_1)
+    torch.testing.assert_close(m, golden["m_rae"], rtol=0, atol=1e-14)
+
+
+def test_raes_spelling_of_the_logit_normal_law() -> None:
+    assert TimeLaw.parse("logit-normal_0_1") == TimeLaw.parse("logit-normal")
+    assert TimeLaw.parse("logit-normal_-0.5_2") == TimeLaw.parse("logit-normal(-0.5, 2)")
+
+
+@pytest.mark.parametrize(
+    "text", ["beta", "logit-normal_0", "logit-normal(0)", "logit-normal(0,-1)", "", None]
+)
+def test_bad_law(text: str | None) -> None:
+    with pytest.raises(ValueError, match="logit-normal"):
+        TimeLaw.parse(text)

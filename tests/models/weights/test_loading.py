@@ -1,0 +1,385 @@
+"""Weight files in the official layouts, read and written."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mixflow_fast.models import (
+    DITDH_SIZES,
+    DiTDH,
+    SiT,
+    build,
+    export_official_sit,
+    infer_kwargs,
+    infer_sit_kwargs,
+    load_into,
+    load_model,
+    load_weights,
+    save_weights,
+)
+from tests.support.golden import FOLDER, load
+
+HEAD = "final_layer.linear.weight"
+
+
+def golden(name: str = "sit_0") -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    tensors, config = load(name)
+    config.pop("grad_of", None)
+    return {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}, tensors, config
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+
+
+def shifted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+def test_reads_an_official_training_checkpoint(tmp_path: Path) -> None:
+    state, _, _ = golden()
+    raw = {f"module._orig_mod.{name}": tensor for name, tensor in shifted(state).items()}
+    official = {
+        "model": raw,
+        "ema": state,
+        "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]},
+        "args": argparse.Namespace(model="SiT-XL/2", image_size=256, ckpt=None),
+    }
+    path = tmp_path / "0400000.pt"
+    torch.save(official, path)
+    assert same(load_weights(path), state)
+    assert same(load_weights(path, key="model"), shifted(state))
+    with pytest.raises(ValueError, match="no weights under 'online', got .*'ema', 'model'"):
+        load_weights(path, key="online")
+    del official["ema"]
+    torch.save(official, path)
+    with pytest.warns(UserWarning, match="no 'ema' weights: took 'model'"):
+        assert same(load_weights(path), shifted(state))
+
+
+def test_reads_bare_dicts_in_every_layout(tmp_path: Path) -> None:
+    state, _, _ = golden()
+    torch.save(state, tmp_path / "zip.pt")
+    torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "a.safetensors")
+    for name in ("zip.pt", "legacy.pt", "a.safetensors"):
+        read = load_weights(tmp_path / name)
+        assert same(read, state)
+        (tmp_path / name).write_bytes(b"")  # what was read does not hang on the file
+        assert same(read, state)
+
+
+def test_renames_legacy_repa_blocks(tmp_path: Path) -> None:
+    state, _, config = golden("repa_0")
+    depth = config["encoder_depth"]
+    legacy = {
+        (f"decoder_blocks.{int(n.split('.')[1]) - depth}.{n.split('.', 2)[2]}"
+         if n.startswith("blocks.") and int(n.split(".")[1]) >= depth else n): tensor
+        for n, tensor in state.items()
+    }  # fmt: skip
+    assert sum(name.startswith("decoder_blocks.0.") for name in legacy) == 10
+    path = tmp_path / "last.pt"
+    torch.save({"ema": legacy}, path)
+    for given in (None, depth):
+        load_into(SiT(**config), load_weights(path, encoder_depth=given))
+        assert same(load_weights(path, encoder_depth=given), state)
+    with pytest.raises(ValueError, match="encoder_depth must be .* = 2, got 1"):
+        load_weights(path, encoder_depth=1)
+
+
+def test_head_conversion_keeps_the_official_output() -> None:
+    state, g, config = golden()
+    short = export_official_sit(state)
+    assert short[HEAD].shape == (16, 96) and short["final_layer.linear.bias"].shape == (16,)
+    kept = [r for r in range(32) if r % 8 < 4]
+    assert torch.equal(short[HEAD], state[HEAD][kept])
+    assert same(export_official_sit(short), short)
+    for source in (state, short):
+        for learn_sigma in (True, False):
+            model = SiT(**config | {"learn_sigma": learn_sigma})
+            load_into(model, source)
+            error = (model(g["x"], g["t"], g["y"]) - g["out"]).norm() / g["out"].norm()
+            assert error < 1e-5
+    grown = SiT(**config)
+    load_into(grown, short)
+    dropped = [r for r in range(32) if r % 8 >= 4]
+    assert not grown.state_dict()[HEAD][dropped].any()
+    assert torch.equal(grown.state_dict()[HEAD][kept], short[HEAD])
+
+
+def test_load_into_reports_everything_once_and_changes_nothing() -> None:
+    state, _, config = golden()
+    model = SiT(**config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bad = dict(state)
+    for name in [n for n in state if n.startswith("blocks.2.")]:
+        del bad[name]
+    bad["projectors.0.0.bias"] = torch.zeros(8)
+    bad["pos_embed"] = torch.zeros(1, 64, 96)
+    with pytest.raises(ValueError) as caught:
+        load_into(model, bad)
+    message = str(caught.value)
+    assert "10 missing: blocks.2.attn.qkv.weight" in message and "... (10 in all)" in message
+    assert "1 unexpected: projectors.0.0.bias" in message
+    assert "1 mis-shaped: pos_embed (1, 64, 96) instead of (1, 16, 96)" in message
+    with pytest.raises(ValueError, match="mis-shaped"):
+        load_into(model, bad, strict=False)
+    assert same(model.state_dict(), before)
+
+
+def test_not_strict_starts_repa_from_sit_weights() -> None:
+    state, _, config = golden()
+    model = SiT(**config, z_dims=[8], encoder_depth=1, projector_dim=16)
+    missing, unexpected = load_into(model, state, strict=False)
+    assert len(missing) == 6 and all(name.startswith("projectors.0.") for name in missing)
+    assert unexpected == []
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+    with pytest.raises(ValueError, match="6 missing: .*strict=False"):
+        load_into(model, state)
+
+
+def test_meta_model_gets_its_own_storage() -> None:
+    state, g, config = golden()
+    with torch.device("meta"):
+        first, second = SiT(**config), SiT(**config)
+    load_into(first, state)
+    load_into(second, state)
+    with torch.no_grad():
+        for p in second.parameters():
+            p.zero_()
+    assert not first.pos_embed.requires_grad
+    assert (first(g["x"], g["t"], g["y"]) - g["out"]).norm() / g["out"].norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sit_0", "repa_0"])
+def test_kwargs_from_shapes(name: str) -> None:
+    state, _, config = golden(name)
+    found = infer_sit_kwargs(state, num_heads=4, encoder_depth=2)
+    for ours in ("path_type", "decoder_hidden_size", "use_cfg", "fused_attn"):
+        config.pop(ours, None)
+    assert config.items() <= found.items()
+    assert found["learn_sigma"] == (name == "sit_0")
+    model = SiT(**found)
+    model.load_state_dict(state, strict=True)
+    assert model.clock == ("data_at_1" if name == "sit_0" else "noise_at_1")
+    with pytest.raises(ValueError, match="num_heads cannot be read .* width 96"):
+        infer_sit_kwargs(state)
+
+
+def test_kwargs_of_published_widths_and_qk_norm() -> None:
+    with torch.device("meta"):
+        xl = SiT(input_size=64, depth=2, patch_size=4, mlp_ratio=2.0, num_classes=7)
+        normed = SiT(hidden_size=96, depth=1, num_heads=3, qk_norm=True)
+    found = infer_sit_kwargs(xl.state_dict())
+    assert found.items() <= xl.config.items()
+    assert (found["num_heads"], found["patch_size"], found["input_size"]) == (16, 4, 64)
+    found = infer_sit_kwargs(normed.state_dict())
+    assert (found["num_heads"], found["qk_norm"]) == (3, True)
+
+
+def test_kwargs_of_something_else() -> None:
+    state, _, _ = golden()
+    with pytest.raises(ValueError, match="SiT, got one with no pos_embed"):
+        infer_sit_kwargs({n: t for n, t in state.items() if n != "pos_embed"}, num_heads=4)
+    with pytest.raises(ValueError, match="s_embedder of a DiT-DH"):
+        infer_sit_kwargs(state | {"s_embedder.proj.weight": torch.zeros(1)}, num_heads=4)
+    with pytest.raises(ValueError, match="must have 16 or, with sigma channels, 32 rows .* got 20"):
+        infer_sit_kwargs(state | {HEAD: torch.zeros(20, 96)}, num_heads=4)
+    with pytest.raises(ValueError, match="square number of tokens, got 15"):
+        infer_sit_kwargs(state | {"pos_embed": torch.zeros(1, 15, 96)}, num_heads=4)
+
+
+def test_written_file_is_what_the_official_samplers_read(tmp_path: Path) -> None:
+    state, _, config = golden()
+    model = SiT(**config)
+    load_into(model, state)
+    path = tmp_path / "new" / "0000100.pt"
+    wrapped = {f"module.{n}": t for n, t in model.to(torch.bfloat16).state_dict().items()}
+    save_weights(path, wrapped, state, {"steps": 100, "clock": model.clock, "gamma": 0.8})
+    content = torch.load(path, weights_only=True)  # no class allowed at all
+    assert list(content) == ["model", "ema", "args", "steps"]
+    assert content["args"] == {"clock": "data_at_1", "gamma": 0.8} and content["steps"] == 100
+    assert all(tensor.dtype == torch.float32 for tensor in content["model"].values())
+    SiT(**config).load_state_dict(content["model"], strict=True)
+    assert same(load_weights(path), state)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in state.items()}
+    assert same(load_weights(path, key="model"), rounded)
+
+
+def test_views_do_not_drag_their_storage_along(tmp_path: Path) -> None:
+    flat = torch.arange(1_000_000, dtype=torch.float32)
+    state = {"a": flat[10:20], "b": flat[:12].view(3, 4).T}
+    save_weights(tmp_path / "a.pt", state, state, {})
+    assert (tmp_path / "a.pt").stat().st_size < 20_000
+    assert same(load_weights(tmp_path / "a.pt"), state)
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"a": torch.ones(3)}
+    path = tmp_path / "a.pt"
+    save_weights(path, state, state, {})
+    old = path.read_bytes()
+
+    def fail(_content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(path, shifted(state), state, {})
+    assert path.read_bytes() == old
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    ("model", "ema", "metadata", "message"),
+    [
+        ({"a": (2,)}, {"a": (2,), "b": (1,)}, {}, "same names and shapes, got a difference in b"),
+        ({"a": (2,)}, {"a": (3,)}, {}, "same names and shapes, got a difference in a"),
+        ({}, {}, {}, "same names and shapes, got no tensors"),
+        ({"a": (2,)}, {"a": (2,)}, {"z": [1]}, "metadata must map .* got 'z': list"),
+        ({"a": (2,)}, {"a": (2,)}, {"steps": 1.5}, "steps.* must be an int >= 0, got 1.5"),
+    ],
+)
+def test_bad_saves(
+    tmp_path: Path, model: dict, ema: dict, metadata: dict[str, Any], message: str
+) -> None:
+    states = [{n: torch.zeros(shape) for n, shape in s.items()} for s in (model, ema)]
+    with pytest.raises(ValueError, match=message):
+        save_weights(tmp_path / "a.pt", *states, metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_meta_tensors_cannot_be_saved(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(2, device="meta")}
+    with pytest.raises(ValueError, match="model_state holds a on the meta device"):
+        save_weights(tmp_path / "a.pt", state, state, {})
+
+
+OFFICIAL = {
+    "SiT": lambda state: {
+        **{"model": shifted(state), "ema": state, "opt": {"state": {}, "param_groups": []}},
+        "args": argparse.Namespace(model="SiT-XL/2", prediction="velocity"),
+    },
+    "REPA": lambda state: {
+        **{"model": shifted(state), "ema": state, "opt": {"state": {}, "param_groups": []}},
+        "args": argparse.Namespace(model="SiT-XL/2", prediction="v", encoder_depth=2),
+        "steps": 400000,
+    },
+    "RAE": lambda state: {
+        **{"step": 5, "epoch": 3, "model": shifted(state), "ema": state},
+        **{"optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}},
+    },
+    "RAE first release": lambda state: {
+        **{"model": shifted(state), "ema": state, "opt": {"state": {}}, "scheduler": {}},
+        **{"train_steps": 7, "config_path": "xl.yaml", "training_cfg": {"epochs": 80}},
+        "cli_overrides": {"data_path": "/data", "global_seed": 0},
+    },
+    "under ema": lambda state: {"ema": state},
+    "bare": lambda state: state,
+    "wrapped": lambda state: {"model": {f"module._orig_mod.{n}": t for n, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("layout", OFFICIAL)
+@pytest.mark.parametrize("name", ["sit_0", "repa_0", "rae_ddt_0"])
+@pytest.mark.filterwarnings("ignore:.*has no 'ema' weights")
+def test_every_layout_gives_the_official_network(name: str, layout: str, tmp_path: Path) -> None:
+    state, g, config = golden(name)
+    torch.save(OFFICIAL[layout](state), tmp_path / "a.pt")
+    heads = config["num_heads"]
+    model = load_model(
+        tmp_path / "a.pt",
+        num_heads=tuple(heads) if isinstance(heads, list) else heads,
+        encoder_depth=2 if name == "repa_0" else None,
+    )
+    assert type(model) is (DiTDH if name == "rae_ddt_0" else SiT)
+    assert model.clock == ("data_at_1" if name == "sit_0" else "noise_at_1")
+    assert model.prediction == "velocity" and not model.training
+    assert same(model.state_dict(), state)
+    (tmp_path / "a.pt").write_bytes(b"")  # nothing hangs on the file
+    out = model.velocity(g["x"], g["t"], g["y"])
+    assert (out - g["out"]).norm() / g["out"].norm() < 1e-5
+
+
+def test_official_args_say_what_shapes_do_not(tmp_path: Path) -> None:
+    state, _, _ = golden("repa_0")
+    torch.save(OFFICIAL["REPA"](state), tmp_path / "repa.pt")
+    assert load_model(tmp_path / "repa.pt", num_heads=4).encoder_depth == 2
+    sit, _, _ = golden()
+    content = OFFICIAL["SiT"](sit)
+    content["args"].prediction = "noise"
+    torch.save(content, tmp_path / "sit.pt")
+    assert load_model(tmp_path / "sit.pt", num_heads=4).prediction == "noise"
+
+
+@pytest.mark.parametrize(
+    ("listed", "name", "more"),
+    [
+        ("sit:SiT-XL/2:256", "SiT-XL/2", {}),
+        ("sit:SiT-XL/2:512", "SiT-XL/2", {"input_size": 64}),
+        ("repa:SiT-XL/2:256", "SiT-XL/2", {"z_dims": [768]}),
+        ("rae:DiTDH-XL:256", "DiTDH-XL", {}),
+        ("rae:DiTDH-XL:512", "DiTDH-XL", {"input_size": 32}),
+    ],
+)
+def test_published_networks_are_read_off_their_shapes(listed: str, name: str, more: dict) -> None:
+    shapes = json.loads((FOLDER / "state_dict_shapes.json").read_text())[listed]
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+        class_name, kwargs = infer_kwargs(state)
+        model = {"SiT": SiT, "DiTDH": DiTDH}[class_name](**kwargs)
+        published = build(name, **more)
+    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == {
+        n: tuple(shape) for n, shape in shapes.items()
+    }
+    assert model.config == published.config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rope": False, "hidden_size": [384, 768], "num_heads": [6, 12]},
+        {"use_rope": False, "use_qknorm": True},
+        {"use_pos_embed": False, "patch_size": 2},
+        {"use_swiglu": False, "use_rmsnorm": False, "mlp_ratio": 2.0},
+        {"wo_shift": True, "depth": [3, 1], "mlp_ratio": 3.0},
+    ],
+)
+def test_ditdh_options_are_read_off_the_shapes(changes: dict[str, Any]) -> None:
+    _, _, config = golden("rae_ddt_0")
+    with torch.device("meta"):
+        model = DiTDH(**config | changes)
+        class_name, kwargs = infer_kwargs(model.state_dict())
+        assert class_name == "DiTDH" and DiTDH(**kwargs).config == model.config
+
+
+def test_ditdh_with_one_width() -> None:
+    _, _, config = golden("rae_ddt_0")
+    with torch.device("meta"):
+        state = DiTDH(**config | {"hidden_size": [64, 64], "depth": [3, 1]}).state_dict()
+    with pytest.warns(UserWarning, match="took the published 2 head blocks"):
+        assert infer_kwargs(state)[1]["depth"] == [2, 2]
+    assert infer_kwargs(state, encoder_depth=3)[1]["depth"] == [3, 1]
+    with pytest.raises(ValueError, match="4 encoder blocks of 4"):
+        infer_kwargs(state, encoder_depth=4)
+    assert set(DITDH_SIZES) == {"S", "B", "L", "XL"}
+
+
+def test_ditdh_that_cannot_be_read() -> None:
+    state, _, config = golden("rae_ddt_0")
+    bare = {n: t for n, t in state.items() if n != "pos_embed" and "rope" not in n}
+    with pytest.raises(ValueError, match="input_size cannot be read"):
+        infer_kwargs(bare)
+    with pytest.raises(ValueError, match="num_heads cannot be read .* width 64"):
+        infer_kwargs(bare | {"pos_embed": state["pos_embed"]})
+    with pytest.raises(ValueError, match="DiT-DH, got one with no y_embedder"):
+        infer_kwargs({n: t for n, t in state.items() if "y_emb" not in n})

@@ -1,0 +1,271 @@
+"""The report: parsed as HTML, every number in it, nothing loaded from outside, all text escaped."""
+
+import base64
+import copy
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report, write_json
+from mixflow_fast.reports.images import save_grid
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+NASTY = 'a<b> & "c" <script>alert(1)</script> | $x_1$'
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects text, attributes, tables and pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.bold: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if "b" in self.open and "td" in self.open:
+            self.bold.append(data)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = {}
+    for index, name in enumerate(("real", "plain", "slowed")):
+        paths[name] = str(folder / f"{name}.png")
+        save_grid(paths[name], torch.full((2, 3, 4, 4), index / 2 - 0.5), columns=2)
+    return paths
+
+
+def make_result(pictures: dict[str, str], spread: bool) -> dict[str, Any]:
+    def cell(mean: float, std: float) -> Any:
+        return {"mean": mean, "std": std} if spread else mean
+
+    return {
+        "title": "Demo",
+        "seeds": [3, 5] if spread else [3],
+        "seconds": 431.2,
+        "steps": [5, 10],
+        "arms": {
+            "plain": {
+                "label": "plain flow matching",
+                "gamma": 0.0,
+                "timesteps": "uniform",
+                "frechet": {"5": cell(12.3456, 0.345), "10": cell(7.25, 0.12)},
+                "frechet_random_conv": {"5": cell(0.0456789, 0.0012), "10": cell(0.031, 0.002)},
+                "images": pictures["plain"],
+            },
+            "slowed": {
+                "label": "MixFlow",
+                "gamma": 0.8,
+                "timesteps": "beta21",
+                "frechet": {"5": cell(8.5, 0.51), "10": cell(7.75, 0.034)},
+                "frechet_random_conv": {"5": cell(0.05, 0.001), "10": cell(0.03, 0.003)},
+                "images": pictures["slowed"],
+            },
+        },
+        "floor": {"frechet": 1.1875, "frechet_random_conv": 0.00725},
+        "losses": {
+            "plain": [[i * 64, 1 / (i + 1)] for i in range(1000)],
+            "slowed": [[i * 64, 1 / (i + 2)] for i in range(5)],
+        },
+        "real_grid": pictures["real"],
+        "config": {"model": {"depth": 4}, "seed": 3},
+        "environment": {"python": "3.11.2", "torch": "2.13.0", "cpu": "A & B", "threads": 2},
+        "notes": ["A note."],
+    }
+
+
+EXPECTED = {
+    False: {
+        "plain": [["12.35", "7.250"], ["0.04568", "0.03100"]],
+        "slowed": [["8.500", "7.750"], ["0.05000", "0.03000"]],
+    },
+    True: {
+        "plain": [["12.35 ± 0.34", "7.25 ± 0.12"], ["0.0457 ± 0.0012", "0.0310 ± 0.0020"]],
+        "slowed": [["8.50 ± 0.51", "7.750 ± 0.034"], ["0.0500 ± 0.0010", "0.0300 ± 0.0030"]],
+    },
+}
+
+
+def render(result: dict[str, Any], folder: Path) -> str:
+    path = folder / "new" / "report.html"
+    render_demo_report(result, path)
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_page(tmp_path: Path, pictures: dict[str, str], spread: bool) -> None:
+    pytest.importorskip("matplotlib")
+    result = make_result(pictures, spread)
+    text = render(result, tmp_path)
+    page = Page(text)
+    plain, slowed = EXPECTED[spread]["plain"], EXPECTED[spread]["slowed"]
+    for metric, floor in ((0, "1.188"), (1, "0.007250")):
+        table = page.rows[metric * 4 : metric * 4 + 4]
+        assert table[0] == ["arm", "5 steps", "10 steps"]
+        assert table[1] == ["plain flow matching", *plain[metric]]
+        assert table[2] == ["MixFlow", *slowed[metric]]
+        assert table[3][1:] == [floor, floor]
+    # The lowest of every column, and nothing else.
+    assert page.bold == [plain[0][1], slowed[0][0], plain[1][0], slowed[1][1]]
+    for words in ("lower is better", "not ImageNet", "7.2 min", "γ = 0.8", "beta21", "A note."):
+        assert words in page.text
+    assert ("one seed" in page.text) != spread
+    assert ("2 seeds" in page.text) == spread
+    for key, value in result["environment"].items():
+        assert [key, str(value)] in page.rows
+    assert json.dumps(result["config"], indent=2) in page.text
+
+
+def test_page_loads_nothing(tmp_path: Path, pictures: dict[str, str]) -> None:
+    pytest.importorskip("matplotlib")
+    text = render(make_result(pictures, True), tmp_path)
+    page = Page(text)
+    assert not re.search(r"https?:|//\w|@import|\bfile:", re.sub(r"base64,[^\"]*", "", text))
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    for source, name in zip(shown, ("real", "plain", "slowed"), strict=True):
+        head, data = source.split(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True) == Path(pictures[name]).read_bytes()
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    assert references and references <= set(ids)
+    assert ("viewport" in text) and ("prefers-color-scheme" in text)
+
+
+def test_plots(tmp_path: Path, pictures: dict[str, str]) -> None:
+    pytest.importorskip("matplotlib")
+    result = make_result(pictures, True)
+    result["losses"]["plain"] = [[i, i % 2] for i in range(1000)]
+    text = render(result, tmp_path)
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(svgs) == 3
+    for svg in svgs:
+        ElementTree.fromstring(svg.replace("xlink:href", "href"))
+        for label in ("plain flow matching", "MixFlow"):
+            assert f">{label}</text>" in svg
+        assert "#010203" not in svg and "var(--ink)" in svg
+    for svg in svgs[:2]:
+        for label in ("sampling steps (logarithmic)", "real (floor)", ">5<", ">10<"):
+            assert label in svg
+    assert "images seen" in svgs[2]
+    # A thousand points of a curve are thinned.
+    longest = max(len(re.findall(r"\bL ", path)) for path in re.findall(r' d="([^"]*)"', svgs[2]))
+    assert 150 < longest <= 200
+
+
+def test_escaping(tmp_path: Path, pictures: dict[str, str]) -> None:
+    pytest.importorskip("matplotlib")
+    result = make_result(pictures, False)
+    result["title"] = result["command"] = result["about"] = result["images_caption"] = NASTY
+    result["arms"]["plain"]["label"] = result["arms"]["plain"]["timesteps"] = NASTY
+    result["notes"], result["environment"]["cpu"] = [NASTY], NASTY
+    result["config"] = {NASTY: NASTY}
+    text = render(result, tmp_path)
+    page = Page(text)
+    assert "<script" not in text and "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(NASTY) >= 9
+    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"][1] == NASTY
+    markdown = evidence_markdown(result)
+    assert "<script" not in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_markdown(pictures: dict[str, str], spread: bool) -> None:
+    result = make_result(pictures, spread)
+    text = evidence_markdown(result)
+    plain, slowed = EXPECTED[spread]["plain"], EXPECTED[spread]["slowed"]
+    assert f"| plain flow matching | {plain[0][0]} | **{plain[0][1]}** |" in text
+    assert f"| MixFlow | **{slowed[0][0]}** | {slowed[0][1]} |" in text
+    assert f"| plain flow matching | **{plain[1][0]}** | {plain[1][1]} |" in text
+    assert "| 1.188 | 1.188 |" in text and "| 0.007250 | 0.007250 |" in text
+    assert "* A note." in text and "7.2 min" in text and "python 3.11.2" in text
+    assert ("one seed" in text) != spread
+
+
+def test_gaps(tmp_path: Path, pictures: dict[str, str]) -> None:
+    """Missing and diverged values, missing pictures, integer keys, no curve, no floor."""
+    pytest.importorskip("matplotlib")
+    result = make_result(pictures, False)
+    plain = result["arms"]["plain"]
+    plain["frechet"], plain["images"] = {5: math.nan}, None
+    result["floor"], result["losses"], result["real_grid"] = {}, {}, None
+    page = Page(render(result, tmp_path))
+    assert page.rows[1] == ["plain flow matching", "nan", "–"]
+    assert page.bold[:2] == ["8.500", "7.750"] and "floor)" not in str(page.rows)
+    assert sum(tag == "img" for tag, _ in page.tags) == 1
+    assert "| plain flow matching | nan | – |" in evidence_markdown(result)
+
+
+def test_errors(tmp_path: Path, pictures: dict[str, str]) -> None:
+    pytest.importorskip("matplotlib")
+    good = make_result(pictures, False)
+
+    def broken(change: Any) -> dict[str, Any]:
+        result = copy.deepcopy(good)
+        change(result)
+        return result
+
+    not_png = tmp_path / "x.png"
+    not_png.write_bytes(b"GIF89a")
+    path = tmp_path / "out" / "report.html"
+    for change, message in (
+        (lambda r: r.pop("losses"), "lacks losses"),
+        (lambda r: r.update(arms={}), "at least one arm"),
+        (lambda r: r["arms"]["plain"].pop("frechet"), "'plain'.*lacks 'frechet'"),
+        (lambda r: r.update(real_grid=str(tmp_path / "none.png")), "Real crops.*cannot read"),
+        (lambda r: r["arms"]["slowed"].update(images=str(not_png)), "MixFlow.*not a PNG"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            render_demo_report(broken(change), path)
+        assert not path.exists()
+
+
+def test_write_json(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    value = {"é": [1, 2.5, None, {"x": "y"}]}
+    write_json(path, value)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+    for bad in ({"x": math.nan}, {"x": object()}):
+        with pytest.raises(ValueError, match="b.json"):
+            write_json(path, bad)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]

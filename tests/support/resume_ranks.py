@@ -1,0 +1,52 @@
+"""Continues runs on the ranks it is started on, and keeps what they were at the start.
+
+torchrun ... -m tests.resume_ranks CONFIG.yaml ...
+
+Per configuration: the run is taken up, saved at once (into OUT.taken_up, before any step), and run
+to its end; what its steps saw goes to OUT.seen_RANK.
+"""
+
+import shutil
+import sys
+
+import torch
+
+from mixflow_fast.config.schema import load_config
+from mixflow_fast.distributed import process_group
+from mixflow_fast.training.trainer import Trainer
+
+
+def recording(trainer: Trainer) -> dict[int, tuple[float, float, float]]:
+    """Filled while the trainer runs: position -> (t, slowed t, sum of the network's input)."""
+    seen: dict[int, tuple[float, float, float]] = {}
+    prepare = trainer.mix.prepare
+
+    def recorded(x: torch.Tensor, ids: torch.Tensor) -> object:
+        it = prepare(x, ids=ids)
+        sums = it.x.double().flatten(1).sum(1)
+        for row in zip(
+            ids.tolist(), it.t.tolist(), it.slowed_t.tolist(), sums.tolist(), strict=True
+        ):
+            assert row[0] not in seen, "the same position twice"
+            seen[row[0]] = row[1:]
+        return it
+
+    trainer.mix.prepare = recorded
+    return seen
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for recipe in sys.argv[1:]:
+        trainer = Trainer(load_config(recipe), quiet=True)
+        folder = trainer.save()
+        if process_group.rank() == 0:
+            shutil.copytree(folder, f"{trainer.out}.taken_up")
+        torch.distributed.barrier()
+        seen = recording(trainer)
+        trainer.run()
+        torch.save(seen, f"{trainer.out}.seen_{process_group.rank()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Validation losses against closed forms, previews, and training that does not notice either."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.validate import validate
+from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.models import load_model
+from mixflow_fast.reports.previews import caption, preview_file, preview_labels, write_preview
+from mixflow_fast.training.build import build_objective
+from mixflow_fast.training.periodic import (
+    GRID,
+    SEED,
+    TIMES,
+    ValidationLoss,
+    middles,
+    validation_data,
+)
+from mixflow_fast.training.trainer import Trainer
+from tests.training.test_trainer import assert_same_bits, run_ranks, tiny
+
+CPU = torch.device("cpu")
+WATCHED = ["train.preview_every=2", "train.previews=3", "train.preview_steps=2",
+           "train.validate_every=3", "train.validate_examples=5"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Hundreds of tiny forward passes: threads that wait for each other are most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(*overrides: str) -> Config:
+    return load_config("photos", ["train.microbatch_size=4", "train.validate_examples=10",
+                                  "data.flip=true", *overrides])  # fmt: skip
+
+
+def losses_of(config: Config, net: Any, clock: str = "data_at_1", **parts: Any) -> dict:
+    return ValidationLoss(config, build_objective(config, clock), CPU, **parts)(net)
+
+
+def examples(config: Config, count: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """(x1, x0, y) of the validation, drawn here."""
+    source, _ = validation_data(config)
+    place = torch.arange(count)
+    batch = source.get(place * len(source) // count, place, SEED)
+    x0 = philox.normal(SEED, Stream.VALIDATION_NOISE, place, batch.x[0].numel())
+    return batch.x, x0.view_as(batch.x), batch.y
+
+
+def test_losses_are_those_of_the_formula() -> None:
+    """A network that answers with its input, its label and its time shows where each came from."""
+    config = small("objective.gamma=0.5")
+    x1, x0, y = (value.double() for value in examples(config))
+
+    def net(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return x * t[:, None, None, None] + labels[:, None, None, None]
+
+    def truth(t: float, m: float) -> float:
+        answer = (m * x1 + (1 - m) * x0) * t + y[:, None, None, None]
+        return float((answer - (x1 - x0)).square().mean())
+
+    found = losses_of(config, net)
+    expected = [truth(t, t) for t in middles(TIMES)]
+    assert found["loss_by_t"] == pytest.approx(expected, rel=1e-5)
+    assert found["loss"] == pytest.approx(sum(expected) / TIMES, rel=1e-5)
+    assert len(set(expected)) == TIMES
+    times = middles(GRID)
+    for row, m in enumerate(times):
+        for column, t in enumerate(times):
+            value = found["grid"][row][column]
+            assert value == (pytest.approx(truth(t, m), rel=1e-5) if m <= t else None)
+    assert losses_of(config, net) == found
+    full = losses_of(small("objective.interval=full"), net)["grid"]
+    assert full[7][0] == pytest.approx(truth(times[0], times[7]), rel=1e-5)
+
+
+def test_the_other_clock_gives_the_same_numbers() -> None:
+    config = small()
+
+    def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x * t[:, None, None, None]
+
+    def backward(x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, str]:
+        return -forward(x, 1 - s, y), "projections of REPA's SiT"
+
+    there, back = losses_of(config, forward), losses_of(config, backward, "noise_at_1")
+    assert back["loss_by_t"] == pytest.approx(there["loss_by_t"], rel=1e-5)
+    assert back["grid"][2][5] == pytest.approx(there["grid"][2][5], rel=1e-5)
+
+
+def test_ranks_share_the_work_and_have_the_same_numbers() -> None:
+    config, calls = small(), [0, 0, 0]
+    parts: list[Any] = [None] * 3
+    barrier = threading.Barrier(3, timeout=60)
+    found: list[Any] = [None] * 3
+
+    def work(rank: int) -> None:
+        def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            calls[rank] += 1
+            return x
+
+        def share(mine: Any) -> list[Any]:
+            parts[rank] = mine
+            barrier.wait()
+            return list(parts)
+
+        found[rank] = losses_of(config, net, rank=rank, ranks=3, share=share)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert max(calls) - min(calls) <= 1 and sum(calls) == 3 * (TIMES + GRID * (GRID + 1) // 2)
+    assert found[0] == found[1] == found[2] == losses_of(config, lambda x, t, y: x)
+
+
+def test_what_is_validated_on(tmp_path: Path) -> None:
+    source, words = validation_data(small())
+    assert source.name == "photos-16-heldout" and words == "held-out examples"
+    # The held-out bands are 20 columns wide.
+    source, words = validation_data(small("data.size=24", "model.input_size=24"))
+    assert source.name == "photos-24-train" and words == "training examples"
+    place = torch.arange(8)
+    same = [source.get(place, place + start, SEED).x for start in (0, 1000)]
+    assert torch.equal(*same)  # no flips
+
+
+def test_settings_that_are_refused() -> None:
+    for override, message in (
+        ("train.preview_every=-1", "train.preview_every must be >= 0"),
+        ("train.validate_examples=0", "train.validate_examples must be >= 1"),
+        ("train={preview_cfg: 2.0, label_dropout: 0.0}", "train.preview_cfg = 2.0 needs a null"),
+    ):
+        config = load_config("photos", ["model.class_dropout_prob=0", override])
+        with pytest.raises(ValueError, match=message):
+            validate(config.replace(**{"train.label_dropout": 0.0}))
+    with pytest.raises(ValueError, match="needs objective.prediction=velocity, got noise"):
+        validate(load_config("photos", ["train.preview_every=5", "objective.prediction=noise"]))
+
+
+def test_labels_of_previews_are_spread_over_the_classes() -> None:
+    assert preview_labels(4, 1000).tolist() == [0, 250, 500, 750]
+    assert preview_labels(6, 2).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_latents_are_shown_as_three_channels_and_said_so(tmp_path: Path) -> None:
+    config = load_config("sit-xl2-256", ["data.path=x", "train.init=null", "model.input_size=4",
+                                         "train.previews=5", "train.preview_steps=1"])  # fmt: skip
+    assert "latents, not pictures: the first 3 of 4 channels" in caption(config)
+    assert "latents" not in caption(load_config("photos"))
+
+    class Net:
+        """Brings every channel to its own value in one step."""
+
+        clock = "data_at_1"
+        config = {"in_channels": 4, "input_size": 4, "num_classes": 1000}
+        levels = torch.tensor([0.0, 3.0, -9.0, 1.0])[:, None, None]
+
+        def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return self.levels - x
+
+    write_preview(Net(), config, tmp_path / "a" / "x.png")
+    pixels = np.asarray(Image.open(tmp_path / "a" / "x.png"))
+    assert pixels[:64, :64].reshape(-1, 3).tolist() == [[128, 255, 0]] * 64**2
+    assert pixels.shape == (2 * 66 - 2, 3 * 66 - 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 2), ("fp32", 3)]
+)
+def test_training_does_not_notice_being_watched(tmp_path: Path, precision, stage) -> None:
+    extra = [f"train.precision={precision}", f"train.zero_stage={stage}", "train.keep=1",
+             "optim.ema_decay=0.7", "model.init_seed=3"]  # fmt: skip
+    Trainer(tiny(tmp_path / "plain", *extra), quiet=True).run()
+    state = torch.random.get_rng_state()
+    trainer = Trainer(tiny(tmp_path / "watched", *extra, *WATCHED), quiet=True)
+    trainer.run()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert_same_bits(tmp_path / "plain", tmp_path / "watched")
+    plain, watched = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("plain", "watched"))
+    assert [row["loss"] for row in plain] == [row["loss"] for row in watched]
+
+    rows = read_metrics(tmp_path / "watched" / "metrics.jsonl", kind="validation")
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert rows[0]["ema"] == rows[0]["model"] and rows[2]["ema"] != rows[2]["model"]
+    pictures = sorted((tmp_path / "watched" / "previews").iterdir())
+    out = tmp_path / "watched"
+    assert pictures == [preview_file(out, step) for step in (0, 2, 4, 6)]
+    # What was looked at last are the weights that the run exported, in training's precision.
+    saved = torch.load(out / "weights.pt", weights_only=True)
+    own = dict(trainer.monitor._net.named_parameters())
+    assert own.keys() == saved["model"].keys()
+    for name, value in own.items():
+        assert value.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert torch.equal(value, saved["model"][name].to(value.dtype)), name
+    net = load_model(out / "weights.pt", "ema").to(value.dtype)
+    write_preview(net, trainer.config, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == preview_file(out, 6).read_bytes()
+    again = ValidationLoss(trainer.config, trainer.mix, CPU)(net)
+    assert again == rows[2]["ema"]
+
+
+def test_a_resumed_run_looks_when_the_whole_one_does(tmp_path: Path) -> None:
+    Trainer(tiny(tmp_path / "whole", *WATCHED), quiet=True).run()
+    for images in (24, 48):
+        Trainer(tiny(tmp_path / "parts", *WATCHED, f"train.images={images}"), quiet=True).run()
+    found = []
+    for name in ("whole", "parts"):
+        rows = read_metrics(tmp_path / name / "metrics.jsonl", kind="validation")
+        found.append([{k: v for k, v in row.items() if k != "time"} for row in rows])
+    assert found[0] == found[1] and [row["step"] for row in found[0]] == [0, 3, 6]
+    starts = read_metrics(tmp_path / "parts" / "metrics.jsonl", kind="start")
+    assert [row["step"] for row in starts] == [0, 3]
+    last = (tmp_path / name / "previews" / "step_00000006.png" for name in ("whole", "parts"))
+    assert len({path.read_bytes() for path in last}) == 1
+
+
+def test_costs_of_a_window(tmp_path: Path) -> None:
+    Trainer(tiny(tmp_path, "train.images=16"), quiet=True, recipe="photos").run()
+    (start,) = read_metrics(tmp_path / "metrics.jsonl", kind="start")
+    assert start["recipe"] == "photos" and start["environment"]["device"]
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        assert row["images_per_s"] == pytest.approx(8 / row["seconds"])
+        expected = row["images_per_s"] * start["train_gflops_per_image"] / 1e3
+        assert row["model_tflops"] == pytest.approx(expected)
+        assert row["peak_tflops"] is None  # of a CPU
+        assert 0 < row["data_wait_s"] < row["seconds"] and row["peak_memory_mib"] > 1
+
+
+def test_time_spent_looking_is_not_trainings(tmp_path: Path, monkeypatch) -> None:
+    import time
+
+    class Slow(ValidationLoss):
+        def __call__(self, net: Any) -> dict[str, Any]:
+            time.sleep(0.5)
+            return super().__call__(net)
+
+    monkeypatch.setattr("mixflow_fast.training.periodic.ValidationLoss", Slow)
+    extra = ["train.images=16", "train.log_every=2", "train.validate_every=1"]
+    trainer = Trainer(tiny(tmp_path, *extra, "train.validate_examples=1"), quiet=True)
+    started = time.perf_counter()
+    trainer.run()
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["seconds"] + 3 * 2 * 0.5 < time.perf_counter() - started
+
+
+def test_a_preview_that_fails_does_not_end_the_run(tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").write_text("a file where the folder should be")
+    config = tiny(tmp_path / "run", "train.images=16", "train.preview_every=2")
+    config = config.replace(**{"train.preview_steps": 1, "train.previews": 1})
+    assert Trainer(config).run().finished
+    said = capsys.readouterr().err
+    assert said.count("warning: no preview of step") == 2  # 0 and 2
+    assert "FileExistsError" in said
+
+
+def test_ranks_wait_for_a_preview_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host: rank 0 samples while no other rank is inside a step's collective."""
+    trainer = Trainer(tiny(tmp_path, "train.images=16", "train.preview_every=1"), quiet=True)
+    order = []
+    monkeypatch.setattr(trainer.monitor, "_preview", lambda step: order.append(f"preview {step}"))
+    share, step = trainer.monitor._agreement.share, trainer._step
+    monkeypatch.setattr(
+        trainer.monitor._agreement, "share", lambda mine: order.append("wait") or share(mine)
+    )
+    monkeypatch.setattr(trainer, "_step", lambda loader: order.append("step") or step(loader))
+    trainer.run()
+    for at in [place for place, what in enumerate(order) if what.startswith("preview")]:
+        assert order[at + 1] == "wait"
+    assert order.count("step") == 2 and "preview 1" in order
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_two_ranks_do_not_notice_being_watched(tmp_path: Path, stage: int) -> None:
+    common = ["train.images=32", "train.microbatch_size=4", f"train.zero_stage={stage}"]
+    run_ranks(2, tmp_path / "d0", tmp_path / "plain", *common)
+    run_ranks(2, tmp_path / "d1", tmp_path / "watched", *common, *WATCHED)
+    assert_same_bits(tmp_path / "plain", tmp_path / "watched")
+    Trainer(tiny(tmp_path / "one", *common, *WATCHED), quiet=True).run()
+    two, one = (
+        read_metrics(tmp_path / name / "metrics.jsonl", kind="validation")
+        for name in ("watched", "one")
+    )
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [0, 3, 4]
+    for a, b in zip(two, one, strict=True):
+        for which in ("ema", "model"):
+            assert a[which]["loss_by_t"] == pytest.approx(b[which]["loss_by_t"], rel=1e-5)
+    assert (tmp_path / "watched" / "previews" / "step_00000004.png").is_file()
