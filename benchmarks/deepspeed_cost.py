@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.optimizers import OptimizerStep, Weights, adamwema_in_words
 from benchmarks.stats import paired_ratio, percentiles
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.training.build import build_execution, build_model, build_objective
 from mixflow_fast.training.engine import Engine

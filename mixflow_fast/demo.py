@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from mixflow_fast import __version__
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.data import build_source, sample_index
 from mixflow_fast.evaluation import FEATURES, frechet_distance, moments
+from mixflow_fast.files import write_bytes, write_json
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
-from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report, write_json
-from mixflow_fast.reports.images import save_grid, save_side_by_side, write_bytes
+from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report
+from mixflow_fast.reports.images import save_grid, save_side_by_side
 from mixflow_fast.sampling.samples import sample
 from mixflow_fast.training.build import check
 

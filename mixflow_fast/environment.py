@@ -7,8 +7,14 @@ and PyPI's, a toolkit for the Pyramid web framework that has nothing to do with 
 from __future__ import annotations
 
 import importlib.util
+import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixflow_fast import __version__
 
 APEX_MESSAGES = {
     "nvidia": "NVIDIA apex is installed",
@@ -68,3 +74,36 @@ def flash_attn_3_version() -> str | None:
     """Of FlashAttention 3, which is built from source, None where there is none."""
     found = (_version(m, "flash-attn-3", "flash_attn_3") for m in _FLASH_ATTN_3)
     return next((version for version in found if version is not None), None)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device of this process, for the record of a run."""
+    versions = {}
+    for name in ("deepspeed", "triton", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    on_gpu = device.type == "cuda"
+    return {
+        "mixflow_fast": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

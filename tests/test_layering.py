@@ -1,4 +1,4 @@
-"""Who may import whom: holds the architecture's table against every import in the sources.
+"""Who may import whom: holds the table of docs/design.md against every import in the sources.
 
 Lazy imports inside functions count like any other; those under `if TYPE_CHECKING:` do not run
 and do not count.
@@ -12,117 +12,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mixflow_fast"
 
-# Each row may import itself, the rows it names, and third parties; the longest name wins. Rows
-# stand from the bottom to the top, and a row names only rows above it in this list.
-LAYERS: dict[str, tuple[str, ...]] = {
-    "flow": (),
-    "kernels.runtime": (),
-    "kernels.philox": ("kernels.runtime",),
-    "kernels.layout": ("kernels.runtime",),
-    "kernels": ("kernels.runtime", "kernels.philox", "kernels.layout", "flow"),
-    "models": ("kernels",),
-    "data": ("kernels.philox", "kernels.runtime"),
-    "images": (),
-    "optional": (),
-    "extension": (),
-    "ema": (),
-    "adamw": ("extension", "ema"),
-    "optim": ("kernels", "optional", "adamw"),
-    "skipping": ("adamw",),
-    "distributed": (),
-    "agreement": (),
-    "manifest": (),
-    "checkpoint": ("agreement", "manifest"),
-    "metrics": ("manifest",),
-    "mirrors": ("metrics",),
-    "flops": ("models",),
-    "config": (),
-    "validation": ("config", "models", "optional", "mirrors", "extension", "adamw", "ema"),
-    "arguments": ("kernels",),
-    "objective": ("flow", "kernels", "arguments"),
-    "inspection": ("checkpoint", "models"),
-    "inspection_text": ("inspection",),
-    "export": ("checkpoint", "inspection", "models"),
-    "sampling": ("flow", "kernels"),
-    "evaluation": ("sampling", "images", "kernels"),
-    "build": ("kernels", "flow", "models", "data", "config", "objective", "validation"),
-    "alignment": ("models", "data", "config", "objective", "build"),
-    "consolidation": ("checkpoint", "manifest", "models"),
-    "engine": (
-        *("models", "config", "optim", "skipping", "distributed", "consolidation", "checkpoint"),
-    ),
-    "doctor_kernels": ("kernels", "objective", "adamw"),
-    "doctor": ("kernels", "doctor_kernels", "engine", "extension", "optional"),
-    "previews": ("config", "images", "models", "sampling"),
-    "monitoring": (
-        *("kernels", "flow", "models", "data", "config", "objective", "agreement", "build"),
-        *("engine", "flops", "metrics", "mirrors", "previews"),
-    ),
-    "snapshots": (
-        *("checkpoint", "manifest", "agreement", "config", "consolidation", "ema", "engine"),
-        "models",
-    ),
-    "run_plots": ("evaluation",),
-    "run_record": ("config", "metrics"),
-    "run_report": ("config", "evaluation", "images", "previews", "run_plots", "run_record"),
-    "nonfinite": (
-        *("checkpoint", "manifest", "agreement", "config", "data", "engine", "objective"),
-    ),
-    "safety": ("distributed", "nonfinite", "agreement", "config", "data", "engine", "objective"),
-    "stopping": (),
-    "resuming": ("config", "checkpoint", "consolidation", "models"),
-    "trainer": (
-        *("kernels", "flow", "models", "data", "optim", "distributed", "checkpoint", "metrics"),
-        *("config", "objective", "build", "alignment", "validation", "engine", "stopping"),
-        *("resuming", "consolidation", "agreement", "manifest", "monitoring"),
-        *("safety", "nonfinite", "snapshots"),
-    ),
-    "verify_resume": (
-        *("checkpoint", "manifest", "build", "config", "consolidation", "distributed", "trainer"),
-    ),
-    "__init__": ("kernels", "flow", "models", "optim", "objective", "sampling"),
-    "demo": (
-        *("kernels", "flow", "models", "data", "images", "optim", "distributed", "checkpoint"),
-        *(
-            "metrics",
-            "config",
-            "objective",
-            "sampling",
-            "evaluation",
-            "build",
-            "trainer",
-            "__init__",
-        ),
-    ),
-    "cli_arguments": ("__init__",),
-    "cli": (
-        "cli_arguments",
-        *("kernels", "flow", "models", "data", "images", "optim", "distributed", "checkpoint"),
-        *(
-            "metrics",
-            "config",
-            "objective",
-            "sampling",
-            "evaluation",
-            "build",
-            "trainer",
-            "__init__",
-        ),
-        "demo",
-        "inspection",
-        "inspection_text",
-        "export",
-        "consolidation",
-        "verify_resume",
-        "doctor",
-        "extension",
-        "snapshots",
-        "run_report",
-    ),
-    "__main__": ("cli",),
-}
-# A distribution that only one row may import.
-OWNED = {"deepspeed": "engine", "triton": "kernels.runtime"}
+# The table of docs/design.md: each row may import itself, the rows it names, and third parties.
+# Rows stand from the bottom to the top, and a row names only rows above it in the table.
+DESIGN = ROOT / "docs" / "design.md"
+
+
+def _table(text: str) -> dict[str, tuple[str, ...]]:
+    """The rows of the layer table: | floor | row | what it is for | may import |."""
+    rows = {}
+    for line in text.partition("\n## Layers\n")[2].partition("\n## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 4 and cells[0].isdigit():
+            name = cells[1].strip("`").removeprefix(f"{PACKAGE}/").strip("/").removesuffix(".py")
+            rows[name] = tuple(n.strip(" `") for n in cells[3].split(",") if n.strip(" `-"))
+    return rows
+
+
+LAYERS = _table(DESIGN.read_text(encoding="utf-8"))
+# A distribution that only one module may import.
+OWNED = {"deepspeed": "training.engine", "triton": "kernels.runtime"}
 # They belong to extras, so a module must import without them: only inside functions, or where an
 # ImportError is caught.
 OPTIONAL = {
@@ -196,7 +104,7 @@ def violations(root: Path) -> list[str]:
         where = path.relative_to(root).as_posix()
         row = _row(importer or "__init__")
         if row is None:
-            wrong.append(f"{where}: no row for it in tests/test_layering.py: add one to LAYERS")
+            wrong.append(f"{where}: no row for it in docs/design.md: add one to its layer table")
             continue
         for line, name, lazy in _imports(path, importer):
             top, _, below = name.partition(".")
@@ -204,7 +112,7 @@ def violations(root: Path) -> list[str]:
             if top == "kernels":
                 wrong.append(f"{at} imports the distribution `kernels`, not {PACKAGE}.kernels")
             elif top != PACKAGE:
-                if OWNED.get(top, row) != row:
+                if OWNED.get(top, importer) != importer:
                     wrong.append(f"{at} imports {top}, which only {OWNED[top]} may")
                 if top in OPTIONAL and not lazy:
                     wrong.append(f"{at} imports {top} outside a function; it is optional")
@@ -227,10 +135,44 @@ def test_rows_import_downwards_only():
         (row, to) for row, allowed in LAYERS.items() for to in allowed if rank[to] >= rank[row]
     ]
     assert upward == []
-    for upper in ("objective", "trainer", "sampling", "evaluation"):
+    for upper in ("objective", "training", "sampling", "evaluation"):
         assert upper not in LAYERS["models"] + LAYERS["kernels"]
-    siblings = {"trainer", "sampling"}
-    assert all(not siblings - {row} & set(LAYERS[row]) for row in siblings)
+    assert len(LAYERS) > 15 and "training" not in LAYERS["evaluation"]
+
+
+def _module_of(name: str, modules: set[str]) -> str | None:
+    """The module behind an imported name: 'mixflow_fast.files.sync' -> 'files'."""
+    below = name.removeprefix(f"{PACKAGE}.")
+    return next((m for m in (below, below.rpartition(".")[0]) if m in modules), None)
+
+
+def cycles(root: Path) -> list[list[str]]:
+    """Groups of modules that import each other in a circle, lazy imports included."""
+    sources = _sources(root)
+    # A package's own file re-exports what is below it, and stands for none of it.
+    modules = {name for path, name in sources.items() if path.name != "__init__.py"}
+    graph = {
+        name: {_module_of(target, modules) for _, target, _ in _imports(path, name)} - {None, name}
+        for path, name in sources.items()
+        if name in modules
+    }
+    while leaves := {name for name, targets in graph.items() if not targets}:
+        graph = {name: targets - leaves for name, targets in graph.items() if name not in leaves}
+    while tops := set(graph) - set().union(*graph.values()):
+        graph = {name: targets for name, targets in graph.items() if name not in tops}
+    return [sorted([name, *targets]) for name, targets in graph.items()]
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert cycles(ROOT) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    folder = tmp_path / PACKAGE / "flow"
+    folder.mkdir(parents=True)
+    (folder / "clock.py").write_text("def f():\n    from mixflow_fast.flow.path import get_path\n")
+    (folder / "path.py").write_text("from mixflow_fast.flow import clock\n")
+    assert cycles(tmp_path) == [["flow.clock", "flow.path"]] * 2
 
 
 def test_nothing_imports_a_top_level_kernels():
@@ -242,42 +184,58 @@ def test_nothing_imports_a_top_level_kernels():
 
 PLANTED = {
     "plain": ("mixflow_fast/models/sit.py", "import mixflow_fast.objective", "objective"),
-    "from": ("mixflow_fast/models/sit.py", "from mixflow_fast.trainer import fit", "trainer"),
-    "from package": ("mixflow_fast/models/sit.py", "from mixflow_fast import trainer", "trainer"),
+    "from": (
+        "mixflow_fast/models/sit.py",
+        "from mixflow_fast.training.trainer import fit",
+        "training",
+    ),
+    "from package": ("mixflow_fast/models/sit.py", "from mixflow_fast import training", "training"),
     "relative": ("mixflow_fast/models/sit.py", "from ..objective import MixFlow", "objective"),
     "relative module": ("mixflow_fast/models/__init__.py", "from .. import sampling", "sampling"),
     "lazy": ("mixflow_fast/flow/path.py", "def f():\n    from .. import models", "models"),
     "in a method": (
-        "mixflow_fast/sampling.py",
-        "class A:\n    async def f(self):\n        import mixflow_fast.trainer",
-        "trainer",
+        "mixflow_fast/sampling/samples.py",
+        "class A:\n    async def f(self):\n        import mixflow_fast.training.trainer",
+        "training",
     ),
     "after TYPE_CHECKING": (
-        "mixflow_fast/metrics.py",
-        "if TYPE_CHECKING:\n    pass\nelse:\n    from .trainer import fit",
-        "trainer",
+        "mixflow_fast/metrics/progress.py",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    from ..training.trainer import fit",
+        "training",
     ),
     "import_module": (
-        "mixflow_fast/metrics.py",
-        "import importlib\nx = importlib.import_module('.trainer', 'mixflow_fast')",
-        "trainer",
+        "mixflow_fast/files.py",
+        "import importlib\nx = importlib.import_module('.training.trainer', 'mixflow_fast')",
+        "training",
     ),
-    "root from below": ("mixflow_fast/optim.py", "from mixflow_fast import MixFlow", "__init__"),
+    "root from below": (
+        "mixflow_fast/optim/apex.py",
+        "from mixflow_fast import MixFlow",
+        "__init__",
+    ),
     "kernel knows a model": ("kernels/norm.py", "from mixflow_fast.models import SiT", "models"),
-    "philox knows a kernel": ("kernels/philox.py", "from .norm import norm", "kernels"),
-    "data and another kernel": (
-        "mixflow_fast/data/loader.py",
-        "from mixflow_fast.kernels.norm import norm",
-        "kernels",
+    "an operator's folder knows a model": (
+        "kernels/attention/op.py",
+        "from mixflow_fast.models import SiT",
+        "models",
     ),
-    "foreign kernels": ("mixflow_fast/objective.py", "from kernels.philox import normal", "dist"),
+    "data knows the objective": (
+        "mixflow_fast/data/loader.py",
+        "from mixflow_fast.objective import MixFlow",
+        "objective",
+    ),
+    "foreign kernels": (
+        "mixflow_fast/objective/mixflow.py",
+        "from kernels.philox import normal",
+        "dist",
+    ),
     "deepspeed elsewhere": (
-        "mixflow_fast/optim.py",
+        "mixflow_fast/training/trainer.py",
         "def f():\n    import deepspeed.comm",
-        "only engine may",
+        "only training.engine may",
     ),
     "optional at the top": (
-        "mixflow_fast/evaluation/report.py",
+        "mixflow_fast/reports/plots.py",
         "from matplotlib import pyplot",
         "outside a function",
     ),
@@ -286,7 +244,7 @@ PLANTED = {
         "try:\n    import triton\nexcept ImportError:\n    triton = None",
         "only kernels.runtime may",
     ),
-    "unknown module": ("mixflow_fast/helpers.py", "", "add one to LAYERS"),
+    "unknown module": ("mixflow_fast/helpers.py", "", "add one to its layer table"),
 }
 
 
@@ -302,17 +260,19 @@ def test_checker_catches_a_planted_violation(tmp_path, case):
 def test_checker_permits_what_the_table_permits(tmp_path):
     permitted = {
         "kernels/interpolate.py": "from mixflow_fast.kernels import philox\nfrom . import philox",
-        "mixflow_fast/objective.py": "from .flow.path import linear\nimport torch, numpy",
+        "mixflow_fast/objective/mixflow.py": "from ..flow.path import linear\nimport torch, numpy",
         "mixflow_fast/models/sit.py": (
             "from typing import TYPE_CHECKING\nfrom mixflow_fast import __version__\n"
-            "from . import checkpoints\nfrom ..kernels.norm import norm\n"
+            "from . import blocks\nfrom ..kernels.norm import norm\n"
             "if TYPE_CHECKING:\n    from ..objective import MixFlow"
         ),
         "mixflow_fast/data/order.py": "from mixflow_fast.kernels.philox import Stream",
-        "mixflow_fast/engine.py": "def f():\n    import deepspeed\n    from . import optim",
-        "mixflow_fast/trainer.py": "def f():\n    from . import objective",
+        "mixflow_fast/training/engine.py": (
+            "def f():\n    import deepspeed\n    from .. import optim"
+        ),
+        "mixflow_fast/training/trainer.py": "def f():\n    from .. import objective",
         "kernels/runtime.py": "try:\n    import triton\nexcept ImportError:\n    triton = None",
-        "mixflow_fast/cli.py": "import mixflow_fast\nfrom mixflow_fast import MixFlow, demo",
+        "mixflow_fast/cli/main.py": "import mixflow_fast\nfrom mixflow_fast import MixFlow, demo",
     }
     for name, source in permitted.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,73 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from mixflow_fast import files
 from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import full_states
-from mixflow_fast.config.schema import Config
-from mixflow_fast.distributed.host_group import Agreement
 from mixflow_fast.models import save_weights
 from mixflow_fast.optim.power_ema import (
     posthoc_error,
     posthoc_weights,
     sigma_rel_to_gamma,
-    window_steps,
 )
 
 if TYPE_CHECKING:
-    from mixflow_fast.training.engine import Engine
+    pass
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
-
-
-class SnapshotWriter:
-    """Writes a run's snapshots.
-
-    Args:
-        config: of the run.
-        agreement: the ranks'.
-    """
-
-    def __init__(self, config: Config, agreement: Agreement) -> None:
-        self._config = config
-        self._agreement = agreement
-        self._every = config.optim.snapshot_every or config.train.save_every
-
-    def look(
-        self,
-        engine: Engine,
-        step: int,
-        metadata: Mapping[str, Any],
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Write the snapshot of this step where it is time to; every rank must call it.
-
-        Args:
-            engine: holds the EMAs.
-            step: optimizer steps done.
-            metadata: of a weights file at this step.
-            check: raises where the EMAs must not be written; called just before.
-
-        Raises:
-            OSError: it could not be written (a full disk); on all ranks.
-        """
-        widths, last = self._config.optim.ema_sigma_rel, step == self._config.steps
-        if not widths or not step or not (last or (self._every and step % self._every == 0)):
-            return
-        check()
-        tensors = {}
-        writer = self._agreement.rank == 0
-        for number in range(len(widths)):
-            for name, value in engine.gathered(f"ema_power_{number}", stepped=True):
-                if writer:
-                    tensors[f"{number}/{name}"] = value.cpu().contiguous()
-        with self._agreement.together():
-            if writer:
-                trained = {name.partition("/")[2] for name in tensors}
-                frozen = {n: t for n, t in engine.initial.items() if n not in trained}
-                tensors |= {f"frozen/{name}": tensor for name, tensor in frozen.items()}
-                path = Path(self._config.out) / "ema" / f"step_{step:08d}.safetensors"
-                header = {name: str(value) for name, value in metadata.items()}
-                _write(path, tensors, header | {"sigma_rel": json.dumps(widths)})
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
@@ -98,9 +45,9 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, str(temporary), header)
-        manifest.sync(temporary)
+        files.sync(temporary)
         os.replace(temporary, path)
-        manifest.sync(path.parent)
+        files.sync(path.parent)
     except Exception as error:
         temporary.unlink(missing_ok=True)
         # safetensors has an error of its own for a full disk.
@@ -256,19 +203,6 @@ def _typed(header: Mapping[str, str]) -> dict[str, Any]:
 def _check_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise ValueError(f"{out} exists: choose another file, or replace it with --force")
-
-
-def averages_in_words(config: Config) -> str:
-    """The averages that a run keeps, for its log, with what is wrong with them."""
-    words = []
-    for decay in (config.optim.ema_decay, *config.optim.ema_more_decays):
-        window = window_steps(decay)
-        text = f"decay {decay:g} (window {window:,.0f} steps)"
-        if window > config.steps:
-            text += f", longer than the run's {config.steps:,}: it is mostly the start"
-        words.append(text)
-    widths = ", ".join(f"{width:g}" for width in config.optim.ema_sigma_rel)
-    return "; ".join([*words, *([f"power functions of width {widths}"] if widths else [])])
 
 
 def table(found: Sequence[Snapshot]) -> str:

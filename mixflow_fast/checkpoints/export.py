@@ -24,6 +24,8 @@ from torch import Tensor
 from mixflow_fast import __version__
 from mixflow_fast.checkpoints.inspect import model_name
 from mixflow_fast.checkpoints.run_folder import weights_file
+from mixflow_fast.files import replacing
+from mixflow_fast.messages import shorten
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights import diffusers_dit
 from mixflow_fast.models.weights.files import (
@@ -31,7 +33,6 @@ from mixflow_fast.models.weights.files import (
     portable,
     read_content,
     read_metadata,
-    replacing,
     state_of,
     write_pt,
     write_safetensors,
@@ -44,7 +45,6 @@ from mixflow_fast.models.weights.loading import (
     recorded_config,
 )
 from mixflow_fast.models.weights.naming import (
-    few,
     infer_kwargs,
     kind_of,
     with_sigma_head,
@@ -227,12 +227,14 @@ def _check_fit(source: _Source) -> None:
     wrong = [f"{n} {h} instead of {w}" for n, (h, w) in shapes.items()]
     parts = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
     if any(names for _, names in parts):
-        listing = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in parts if names)
+        listing = "; ".join(
+            f"{len(names)} {what}: {shorten(names)}" for what, names in parts if names
+        )
         name = model_name(source.class_name, source.model.config)
         raise ValueError(f"{source.file} does not fit {name}: {listing}: see mixflow-fast inspect")
     bad = [name for name, tensor in source.state.items() if not is_finite(tensor)]
     if bad:
-        raise ValueError(f"{source.file} holds values that are not finite in {few(bad)}")
+        raise ValueError(f"{source.file} holds values that are not finite in {shorten(bad)}")
 
 
 def _metadata(source: _Source) -> dict[str, str]:

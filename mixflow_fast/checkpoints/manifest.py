@@ -8,19 +8,19 @@ SHA-256 would not.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
+from mixflow_fast.files import crc32, write_text
+
 NAME = "manifest.json"
 _FORMAT = 1
-_BLOCK = 1 << 20
 
 
 def entry(path: Path) -> dict[str, int]:
     """Size and checksum of a file as it is now."""
-    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
 def write(folder: Path, files: dict[str, dict[str, int]]) -> None:
@@ -50,7 +50,7 @@ def damage(checkpoint: Path, checksums: tuple[int, int] | None = None) -> str | 
             return reason
         if checksums is not None:
             for name in sorted(files)[checksums[0] :: checksums[1]]:
-                if _crc32(checkpoint / name) != files[name]["crc32"]:
+                if crc32(checkpoint / name) != files[name]["crc32"]:
                     return f"{name} has another checksum than when it was written"
     except FileNotFoundError:
         return f"{NAME} is missing"
@@ -70,34 +70,6 @@ def other_size(folder: Path, files: dict[str, dict[str, int]]) -> str | None:
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that an interruption leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc32(path: Path) -> int:
-    value, block = 0, memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            value = zlib.crc32(block[:count], value)
-    return value
 
 
 def _crc32_of_json(value: Any) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.checkpoints.shards import read_layout
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.models import Transformer, load_into, load_weights, read_model_config
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import torch
 
+from mixflow_fast import files
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.distributed.host_group import Agreement
 
@@ -114,7 +115,7 @@ def clean_unfinished(out: Path) -> None:
         final = path.with_name(path.name.partition("_")[2])
         if not final.exists() and manifest.damage(path, checksums=(0, 1)) is None:
             os.rename(path, final)
-            manifest.sync(path.parent)
+            files.sync(path.parent)
     for pattern in (".writing_*", ".deleting_*"):
         for path in (out / "checkpoints").glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -223,7 +224,7 @@ def commit(
     """
     folder = out / "checkpoints"
     temporary, final = folder / temporary_name(step), folder / checkpoint_name(step)
-    manifest.write_text(temporary / "state.json", json.dumps(state, indent=1))
+    files.write_text(temporary / "state.json", json.dumps(state, indent=1))
     files = dict(files or {})
     if reason := manifest.other_size(temporary, files):
         raise OSError(
@@ -233,9 +234,9 @@ def commit(
     for path in sorted(temporary.rglob("*")):
         name = path.relative_to(temporary).as_posix()
         if path.is_dir():
-            manifest.sync(path)
+            files.sync(path)
         elif name not in files:
-            manifest.sync(path)
+            files.sync(path)
             files[name] = manifest.entry(path)
     manifest.write(temporary, files)
     aside = final.with_name(f".deleting_{final.name}")
@@ -248,7 +249,7 @@ def commit(
         if aside.exists():
             os.rename(aside, final)
         raise
-    manifest.sync(folder)
+    files.sync(folder)
     shutil.rmtree(aside, ignore_errors=True)
     _prune(out, step, keep, keep_every)
     try:
@@ -314,11 +315,11 @@ def publish(checkpoint: Path, out: Path) -> None:
             os.link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-            manifest.sync(temporary)
+            files.sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    manifest.sync(out)
+    files.sync(out)
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.checkpoints import manifest, run_folder
-from mixflow_fast.models import save_weights
+COPY_AGAIN = "copy the whole checkpoint again, or take an older one"
 
 
 class Fragment(NamedTuple):
@@ -114,18 +113,18 @@ def pieces(folder: Path) -> Iterator[Piece]:
     for rank in range(first.shards):
         layout = read_layout(folder, rank)
         if (layout.stage, layout.ranks) != (first.stage, first.ranks):
-            raise ValueError(f"{folder} is mixed from two checkpoints (rank {rank}): {_COPY}")
+            raise ValueError(f"{folder} is mixed from two checkpoints (rank {rank}): {COPY_AGAIN}")
         masters, states = _read_shard(folder, rank, layout)
         for fragment in layout.fragments:
             values = _cut(fragment, masters[fragment.partition], states.get(fragment.partition, {}))
             for key, value in values.items():
                 if is_flat(value) and value.numel() != fragment.numel:
-                    raise ValueError(f"{folder}: {key} of {fragment.name} is cut off: {_COPY}")
+                    raise ValueError(f"{folder}: {key} of {fragment.name} is cut off: {COPY_AGAIN}")
             missing[fragment.name] -= fragment.numel
             yield Piece(fragment.name, fragment.start, values)
     odd = [name for name, count in missing.items() if count]
     if odd:
-        raise ValueError(f"{folder} does not hold all of {', '.join(odd[:5])}: {_COPY}")
+        raise ValueError(f"{folder} does not hold all of {', '.join(odd[:5])}: {COPY_AGAIN}")
 
 
 def full_states(folder: Path) -> dict[str, dict[str, Any]]:
@@ -139,10 +138,11 @@ def full_states(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: as `pieces`.
     """
-    return _gather(folder, None)
+    return gather(folder, None)
 
 
-def _gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, dict[str, Any]]:
+def gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, dict[str, Any]]:
+    """`full_states` of some keys alone, such as ("weight", "ema"); None gives all."""
     shapes = read_layout(folder).shapes
     found: dict[str, dict[str, Any]] = {name: {} for name in shapes}
     for name, tensor in _frozen(folder).items():
@@ -191,42 +191,6 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
             own[piece.name].view(-1)[piece.start : piece.start + weight.numel()] = weight
 
 
-def consolidate(source: Path, out: Path, force: bool = False) -> dict[str, Any]:
-    """Write the weights.pt that the trainer writes online, from the shards alone.
-
-    Args:
-        source: a run folder (its newest checkpoint is taken) or a checkpoint folder.
-        out: the file; same content as the trainer's, bit for bit.
-        force: replace what is there.
-
-    Returns:
-        the file's metadata: steps, images_seen, clock, model, config.
-
-    Raises:
-        ValueError: no checkpoint there, one that is damaged, or `out` exists.
-    """
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists: choose another file, or replace it with --force")
-    folder = source
-    if not (source / "state.json").is_file():
-        newest = run_folder.newest_checkpoint(source) if source.is_dir() else None
-        if newest is None:
-            raise ValueError(f"{source} holds no checkpoint: give a run folder or one of its "
-                             "checkpoints/step_N")  # fmt: skip
-        folder = newest
-    if reason := manifest.damage(folder, checksums=(0, 1)):
-        raise ValueError(f"{folder} is damaged ({reason}): {_COPY}")
-    metadata = run_folder.read_state(folder)["metadata"]
-    found = _gather(folder, ("weight", "ema"))
-    model_state = {name: values["weight"] for name, values in found.items()}
-    ema_state = {name: values.get("ema", values["weight"]) for name, values in found.items()}
-    save_weights(out, model_state, ema_state, metadata)
-    return metadata
-
-
-_COPY = "copy the whole checkpoint again, or take an older one"
-
-
 def _frozen(folder: Path) -> dict[str, Tensor]:
     return read_file(frozen_file(folder))
 
@@ -253,7 +217,7 @@ def _read_shard(
         return masters, content["optimizer"]["state"]
     files = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     if len(files) != 1:
-        raise ValueError(f"{folder} has no shard of rank {rank} of {layout.ranks}: {_COPY}")
+        raise ValueError(f"{folder} has no shard of rank {rank} of {layout.ranks}: {COPY_AGAIN}")
     content = read_file(files[0])["optimizer_state_dict"]
     if layout.stage == 3:
         return dict(enumerate(content["fp32_flat_groups"])), content["optimizer_state_dict"][
@@ -291,7 +255,7 @@ def read_file(file: Path) -> Any:
         with torch.serialization.safe_globals(names):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"{file} does not exist: {_COPY}") from None
+        raise ValueError(f"{file} does not exist: {COPY_AGAIN}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = str(error).strip().splitlines()[:1]
-        raise ValueError(f"{file} cannot be read ({''.join(reason)}): {_COPY}") from None
+        raise ValueError(f"{file} cannot be read ({''.join(reason)}): {COPY_AGAIN}") from None

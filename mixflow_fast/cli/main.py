@@ -49,8 +49,9 @@ def _report(error: Exception, code: int) -> int:
 
 def _train(options: argparse.Namespace, _arguments: list[str]) -> int:
     from mixflow_fast.checkpoints.run_folder import SaveError
-    from mixflow_fast.config.schema import load_config
-    from mixflow_fast.distributed.process_group import RankLost, leave, rank, roll_call, world_size
+    from mixflow_fast.config.loading import load_config
+    from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
+    from mixflow_fast.distributed.process_group import leave, rank, world_size
     from mixflow_fast.training.build import check
     from mixflow_fast.training.trainer import TrainingDiverged, train
 
@@ -137,7 +138,7 @@ def _save_npz(path: Path, x: object, labels: object) -> None:
 
     import numpy as np
 
-    from mixflow_fast.reports.images import write_bytes
+    from mixflow_fast.files import write_bytes
 
     buffer = io.BytesIO()
     np.savez(buffer, x=x.numpy(), y=labels.numpy())
@@ -173,7 +174,7 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
 def _verify_resume(options: argparse.Namespace, _arguments: list[str]) -> int:
     import tempfile
 
-    from mixflow_fast.config.schema import load_config
+    from mixflow_fast.config.loading import load_config
     from mixflow_fast.diagnostics.verify_resume import table, verify_resume
 
     config = load_config(options.recipe, options.overrides)
@@ -191,7 +192,7 @@ def _verify_resume(options: argparse.Namespace, _arguments: list[str]) -> int:
 
 
 def _consolidate(options: argparse.Namespace, _arguments: list[str]) -> int:
-    from mixflow_fast.checkpoints.shards import consolidate
+    from mixflow_fast.checkpoints.consolidate import consolidate
 
     metadata = consolidate(Path(options.checkpoint), Path(options.out), options.force)
     print(f"{options.out}: {metadata['images_seen']} images, step {metadata['steps']}")

@@ -7,85 +7,14 @@ download nothing and hold real pixels; they carry the demo and the tests.
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.kernels.philox import Stream, uniform
+from mixflow_fast.data.dataset import Batch, check_indices, random_flip
 
 SPLITS = ("train", "heldout", "all")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, on the CPU as a source gives it.
-
-    Attributes:
-        x: (B, C, H, W) float32 data x1 as the network sees it; images in [-1, 1].
-        y: (B,) int64 class labels.
-        positions: (B,) int64 global sample positions, the `ids` of every random draw.
-        features: (B, T, z) float32 features of a frozen encoder, or None.
-        images: (B, 3, H, H) uint8 images of the latents, or None.
-    """
-
-    x: Tensor
-    y: Tensor
-    positions: Tensor
-    features: Tensor | None = None
-    images: Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """A copy on a device. From pinned memory: a copy from pageable memory would wait for it."""
-
-        def move(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            value = value.pin_memory() if device.type == "cuda" else value
-            return value.to(device, non_blocking=True)
-
-        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
-
-
-class Source(Protocol):
-    """What a loader needs. `shape` is (C, H, W) of x1; `name` is short and safe in file names."""
-
-    num_classes: int
-    shape: tuple[int, int, int]
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """Samples `indices` (B,) int64 in [0, len), drawing its randomness at `positions` (B,)."""
-        ...
-
-
-def check_indices(indices: Tensor, positions: Tensor, size: int) -> None:
-    """Raises ValueError unless both are (B,) int64 and indices lie in [0, size)."""
-    for label, value in (("indices", indices), ("positions", positions)):
-        if value.dim() != 1 or value.dtype != torch.int64:
-            raise ValueError(
-                f"{label} must be a 1-D int64 tensor, got shape {tuple(value.shape)} "
-                f"and dtype {value.dtype}"
-            )
-    if len(indices) != len(positions):
-        raise ValueError(
-            f"indices and positions must have one length, got {len(indices)} and {len(positions)}"
-        )
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
-        raise ValueError(
-            f"indices must lie in [0, {size}), got {int(indices.min())} to {int(indices.max())}"
-        )
-
-
-def random_flip(x: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """Mirrors each image left-right with probability 1/2, a function of (seed, position) alone."""
-    mirrored = uniform(seed, Stream.FLIP, positions)[:, 0] < 0.5
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
 def _sklearn_datasets() -> Any:
@@ -204,37 +133,3 @@ class Digits:
         check_indices(indices, positions, len(self))
         x = self._x[indices].repeat_interleave(self._factor, -1)
         return Batch(x.repeat_interleave(self._factor, -2), self._y[indices], positions)
-
-
-def _nearest(word: str, valid: list[str]) -> str:
-    close = get_close_matches(str(word), valid, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(valid)}"
-
-
-def build_source(kind: str, **kwargs: Any) -> Source:
-    """A source from its name in a recipe.
-
-    Args:
-        kind: "photos" (`Photos`), "digits" (`Digits`), "folder" (`ImageFolder`), "latents"
-            (`Latents`).
-        kwargs: arguments of that class.
-
-    Raises:
-        ValueError: unknown kind, unknown or missing argument, whatever the class refuses.
-    """
-    from mixflow_fast.data.latents import ImageFolder, Latents
-
-    kinds = {"photos": Photos, "digits": Digits, "folder": ImageFolder, "latents": Latents}
-    if kind not in kinds:
-        raise ValueError(f"unknown data kind {kind!r}: {_nearest(kind, list(kinds))}")
-    parameters = inspect.signature(kinds[kind]).parameters
-    for key in kwargs:
-        if key not in parameters:
-            raise ValueError(
-                f"unknown argument {key!r} of data {kind!r}: {_nearest(key, list(parameters))}"
-            )
-    for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in kwargs:
-            raise ValueError(f"data {kind!r} needs the argument {key!r}")
-    return kinds[kind](**kwargs)

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.embedded import Batch, Source
+from mixflow_fast.data.dataset import Batch, Source
 from mixflow_fast.data.order import sample_index
 
 _ORDER_BLOCK = 8192  # positions whose indices are computed at once: the cost is per call

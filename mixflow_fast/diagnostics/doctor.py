@@ -27,6 +27,7 @@ import torch
 
 from mixflow_fast import __version__
 from mixflow_fast.kernels import runtime
+from mixflow_fast.messages import error_line
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 9)
 # A build that is older than this holds its lock for nothing, most likely.
@@ -116,7 +117,7 @@ def _guarded(section: str, checks: Callable[[], Iterator[Check]]) -> list[Check]
                         found.append(check)
                 # Also what a foreign library does at import: it must not hide the other sections.
                 except (Exception, SystemExit) as error:
-                    text = f"the check itself ended with {_line(error)}"
+                    text = f"the check itself ended with {error_line(error)}"
                     found.append(Check(section, "fail", text, "a bug or a broken package"))
     finally:
         logging.disable(level)
@@ -255,7 +256,7 @@ def _deepspeed() -> Iterator[Check]:
         yield Check("its operators", "info", f"none is needed; buildable here: {buildable or '-'}")
     except Exception as error:
         do = 'pip install "mixflow_fast[train]"; training needs it'
-        yield Check("deepspeed", "fail", _line(error), do)
+        yield Check("deepspeed", "fail", error_line(error), do)
     locks = stale_locks(_extensions_folder())
     for lock, age_s in locks:
         found = f"{lock}, {age_s / 60:.0f} minutes old: builds wait for it without end"
@@ -319,7 +320,7 @@ def _dali() -> Check:
         return Check("DALI", "ok", dali.__version__)
     except Exception as error:
         do = "reinstall nvidia-dali for this CUDA, or uninstall it: it is optional"
-        return Check("DALI", "warn", f"does not import: {_line(error)}", do)
+        return Check("DALI", "warn", f"does not import: {error_line(error)}", do)
 
 
 def _room() -> Iterator[Check]:
@@ -385,10 +386,6 @@ def _nvidia_smi() -> str:
 
 def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _number(count: int, word: str) -> str:

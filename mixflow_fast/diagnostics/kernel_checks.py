@@ -27,6 +27,7 @@ from mixflow_fast.kernels.residual_norm.reference import (
     junction_reference,
     modulated_norm_reference,
 )
+from mixflow_fast.messages import error_line
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 
@@ -110,7 +111,7 @@ def _check(case: Case, dtype: torch.dtype, device: torch.device, impl: str) -> F
         truth = _run(case, case.reference, exact, "reference")
     # A kernel that does not compile or launch is a finding, not the end of the others' checks.
     except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = error_line(error)
         return Finding(case.op, _name(dtype), text, float("nan"), 0.0)
     floor = (case.floors or FLOORS)[dtype]
     worst = None

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.checkpoints.shards import read_file
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.training.build import check
 
 # What names the folder or the software and nothing of the run.

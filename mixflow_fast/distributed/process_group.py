@@ -7,42 +7,20 @@ the group's timeout. `roll_call` then turns PyTorch's message into one that name
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from mixflow_fast.messages import error_line
+
 # In which all ranks of a start must have come, if the group's timeout is not shorter still.
 START_TIMEOUT_S = 600.0
-# How long survivors wait for each other before they call a rank lost.
-ROLL_CALL_S = 10.0
-_PEER_FAILURE = re.compile(
-    r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.I
-)
-_CAUSES = " (killed, out of memory, hanging, or the machine or its network is gone)"
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=30)
 _ours = False
-
-
-class RankLost(RuntimeError):
-    """Another process of this run is gone or hangs; the group cannot be used any more.
-
-    Attributes:
-        speaks: whether this rank is the one of its machine that should print the message.
-    """
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
 
 
 def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch.device:
@@ -88,7 +66,7 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"rank {rank()} of {world_size()} found the others at {_meeting_point()}, but "
-                f"{backend} cannot connect to them ({_line(error)}): set "
+                f"{backend} cannot connect to them ({error_line(error)}): set "
                 f"{backend.upper()}_SOCKET_IFNAME to the network interface between the machines "
                 "(`ip addr` lists them)"
             ) from None
@@ -108,6 +86,11 @@ def same_timeout() -> None:
         distributed_c10d._set_pg_timeout(_timeout, group)
 
 
+def store() -> dist.Store | None:
+    """The ranks' key-value store; None before the start and for a group that the caller made."""
+    return _store
+
+
 def leave() -> None:
     """End the process group where it is whole, so that nothing warns or waits at exit."""
     global _store
@@ -124,102 +107,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are; known from the launcher before the group exists."""
     return dist.get_world_size() if dist.is_initialized() else _launched()[1]
-
-
-@contextlib.contextmanager
-def roll_call(wait_s: float = ROLL_CALL_S) -> Iterator[None]:
-    """Errors inside are told to the other ranks; one that another rank caused names that rank.
-
-    Args:
-        wait_s: how long the other ranks have to answer.
-
-    Raises:
-        RankLost: instead of an error of the communication with the other ranks.
-    """
-    try:
-        yield
-    except RankLost:
-        raise
-    except Exception as error:
-        if _store is None or world_size() == 1:
-            raise
-        if not _is_peer_failure(error):
-            reason = _entry(_line(error))
-            _ask_store(lambda store: store.set(_key(rank()), reason), 2.0)
-            raise
-        raise _lost(error, wait_s) from error
-
-
-def _lost(error: Exception, wait_s: float) -> RankLost:
-    """Who answers, who does not, and who ended with an error of its own."""
-    me, ranks, here = rank(), world_size(), socket.gethostname()
-    answers = {me: (here, "")}
-
-    def ask(store: dist.Store) -> None:
-        store.set(_key(me), _entry(""))
-        deadline = time.monotonic() + wait_s
-        while len(answers) < ranks and time.monotonic() < deadline:
-            for other in set(range(ranks)) - answers.keys():
-                if store.check([_key(other)]):
-                    host, _, reason = store.get(_key(other)).decode().partition("\n")
-                    answers[other] = host, reason
-            time.sleep(0.1)
-
-    asked = _ask_store(ask, wait_s + 2)
-    missing = sorted(set(range(ranks)) - answers.keys())
-    reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]
-    if not asked:  # the store lives in the launcher, or in rank 0
-        launcher = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
-        reasons.insert(0, f"{'the launcher of ' * launcher}rank 0 does not answer{_CAUSES}")
-    elif missing:
-        word = "rank" if len(missing) == 1 else "ranks"
-        listed = ", ".join(map(str, missing))
-        reasons.insert(0, f"no answer from {word} {listed} of {ranks}{_CAUSES}")
-    told = any(reason for _, reason in answers.values())
-    found = "; ".join(reasons) or "the ranks lost touch"
-    if not told:  # this rank's own error may be the cause
-        found += f" ({_line(error)[:160]})"
-    speaks = me == min(r for r, (host, _) in answers.items() if host == here)
-    return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
-
-
-def _ask_store(ask: Callable[[dist.Store], None], limit_s: float) -> bool:
-    """Whether `ask` came to its end. Calls wait without end where the store's machine is cut off,
-    and no signal handler runs meanwhile: so not in this thread."""
-    done = []
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):
-            ask(_store)
-            done.append(True)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    return bool(done)
-
-
-def _is_peer_failure(error: BaseException | None) -> bool:
-    """Whether communication failed; looks through errors that were raised from others."""
-    while error is not None:
-        if isinstance(error, dist.DistError):
-            return True
-        if type(error) is RuntimeError and _PEER_FAILURE.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _entry(reason: str) -> str:
-    return f"{socket.gethostname()}\n{reason}"
-
-
-def _key(rank: int) -> str:
-    return f"mixflow_fast/roll_call/{rank}"
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _launched() -> tuple[int, int, int]:
@@ -264,19 +151,19 @@ def _meet() -> dist.Store:
         )
     most = min(timedelta(seconds=START_TIMEOUT_S), _timeout)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=most))
+        met, *_ = next(dist.rendezvous("env://", timeout=most))
         # Under torchrun the launcher has met the others; the ranks themselves have not.
-        store.set_timeout(most)
-        came = store.add("mixflow_fast/came", 1)
+        met.set_timeout(most)
+        came = met.add("mixflow_fast/came", 1)
         if came == world_size():
-            store.set("mixflow_fast/all_came", "")
-        store.wait(["mixflow_fast/all_came"], most)
-        store.set_timeout(_timeout)
+            met.set("mixflow_fast/all_came", "")
+        met.wait(["mixflow_fast/all_came"], most)
+        met.set_timeout(_timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(
             f"the start failed: rank {rank()} waited {most.total_seconds():.0f} s at "
-            f"{_meeting_point()} for {world_size()} processes ({_line(error)}). Start all of them, "
-            "with the same MASTER_ADDR and MASTER_PORT; the address must be rank 0's and the port "
-            "free there and open to the other machines"
+            f"{_meeting_point()} for {world_size()} processes ({error_line(error)}). Start "
+            "all of them, with the same MASTER_ADDR and MASTER_PORT; the address must be rank "
+            "0's and the port free there and open to the other machines"
         ) from None
-    return store
+    return met

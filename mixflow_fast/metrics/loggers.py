@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.metrics_file import Mirror
 
 NAMES = ("tensorboard", "wandb")
@@ -94,9 +95,8 @@ class Mirrors:
             action()
         except Exception as error:  # whatever a foreign package may raise
             self._open.pop(name, None)
-            line = " ".join(str(error).split())[:200]
             self._say(
-                f"warning: {name} failed ({type(error).__name__}: {line}); the run goes on without "
+                f"warning: {name} failed ({error_line(error, 200)}); the run goes on without "
                 "it, metrics.jsonl is complete"
             )
 

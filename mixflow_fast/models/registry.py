@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import Transformer
@@ -43,9 +43,8 @@ def build(name: str, **kwargs: Any) -> Transformer:
         ValueError: for an unknown name, with the nearest valid one.
     """
     if name not in MODELS:
-        nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"model name must be one of {', '.join(MODELS)}, got {name!r}: did you mean "
-            f"{nearest!r}?"
+            f"model name must be one of {', '.join(MODELS)}, got {name!r}"
+            f"{did_you_mean(name, MODELS)}"
         )
     return MODELS[name](**kwargs)

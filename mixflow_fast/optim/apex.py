@@ -6,7 +6,6 @@ kernel of NVIDIA apex, on a GPU, and has the same state.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from mixflow_fast.environment import apex_message, detect_apex
 from mixflow_fast.optim.adamw_ema import AdamWEMA
-
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 class ApexAdamWEMA(AdamWEMA):
@@ -94,36 +91,3 @@ def _fused_adam(params: list[Tensor]) -> Any:
         ) from error
     fused.param_groups = []  # these parameters may be replaced, and their memory is wanted back
     return fused
-
-
-def learning_rate(
-    images_seen: int,
-    *,
-    lr: float,
-    schedule: str = "constant",
-    warmup_images: int = 0,
-    decay_images: int = 0,
-    final_lr: float = 0.0,
-) -> float:
-    """Learning rate of the step that ends at `images_seen` training images.
-
-    Linear warm-up from 0 over `warmup_images`, then `lr` ("constant"), or a "linear" or "cosine"
-    descent that reaches `final_lr` at `decay_images` and stays there.
-
-    Args:
-        images_seen: training images including this step's batch, across all ranks.
-        lr: peak learning rate.
-        schedule: "constant", "linear" or "cosine".
-        warmup_images, decay_images: lengths in images; `decay_images` counts from 0.
-        final_lr: value after the descent.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    if images_seen < warmup_images:
-        return lr * images_seen / warmup_images
-    if schedule == "constant":
-        return lr
-    span = max(decay_images - warmup_images, 1)
-    progress = min((images_seen - warmup_images) / span, 1.0)
-    left = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return final_lr + (lr - final_lr) * left

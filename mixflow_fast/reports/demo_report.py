@@ -9,9 +9,9 @@ import html
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
+from mixflow_fast.files import write_bytes
 from mixflow_fast.reports.html import (
     FAINT,
     INK,
@@ -26,7 +26,6 @@ from mixflow_fast.reports.html import (
     svg,
     thin,
 )
-from mixflow_fast.reports.images import write_bytes
 
 METRICS = {
     "frechet": "Fréchet distance, averaged pixels",
@@ -37,22 +36,6 @@ _ABOUT = (
     "ways below, with all else equal. Each one then generated crops with few and with many "
     "sampling steps."
 )
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as indented JSON, whole or not at all.
-
-    Raises:
-        ValueError: something that JSON cannot hold, NaN and infinity included.
-    """
-    try:
-        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{Path(path).name}: not representable in JSON ({error}); "
-            "give plain dicts, lists, strings, finite numbers and None"
-        ) from error
-    write_bytes(path, (text + "\n").encode())
 
 
 def _check(result: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixflow_fast.config.schema import RECIPES, REQUIRED, Config, from_dict
+from mixflow_fast.config.loading import RECIPES, REQUIRED, from_dict
+from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import TRAINING, read_metrics
 
 

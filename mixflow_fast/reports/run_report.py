@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mixflow_fast.config.schema import Config
+from mixflow_fast.files import write_bytes
 from mixflow_fast.reports.html import STYLE, duration, number, picture
-from mixflow_fast.reports.images import write_bytes
 from mixflow_fast.reports.plots import grid_map, loss_over_times, plot
 from mixflow_fast.reports.previews import caption
 from mixflow_fast.reports.run_history import Run, flat, read_recipe, read_run

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.flow.clock import DATA_AT_1, check_clock
-from mixflow_fast.flow.timesteps import shift_time
 from mixflow_fast.kernels.philox import Stream, normal, random_words
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-
-METHODS = ("euler", "heun", "dopri5")
-DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3  # SiT's defaults
+from mixflow_fast.sampling.guidance import _config_value, model_velocity
+from mixflow_fast.sampling.solvers import integrate, time_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,215 +36,6 @@ class SampleResult:
     x: Tensor
     labels: Tensor | None
     nfe: int
-
-
-def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """The times of `steps` intervals, noise to data, with RAE's time shift k = `shift` applied.
-
-    t -> t / (k - (k - 1) t), which is s -> k s / (1 + (k - 1) s) in the opposite clock s = 1 - t:
-    k > 1 spends more of the steps near the noise. Official RAE stops at s = shift(0.001); this grid
-    ends at the data, t = 1.
-
-    Returns:
-        (steps + 1,) float32, from exactly 0 to exactly 1, increasing.
-    """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
-    if not (math.isfinite(shift) and shift >= 1.0):
-        raise ValueError(
-            f"shift must be >= 1 (1 = no shift, RAE uses sqrt(latent size / 4096)), got {shift!r}"
-        )
-    t = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
-    return shift_time(t, shift, DATA_AT_1).to(torch.float32)
-
-
-def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tuple[Tensor, int]:
-    """Integrate dx/dt = velocity(x, t) along `times`.
-
-    "euler":  x += h v(x, t)                                                    N evaluations
-    "heun":   k = v(x, t); x += h/2 (k + v(x + h k, t + h)), every interval    2N evaluations
-              (the explicit trapezoid; torchdiffeq and SiT call it heun2)
-    "dopri5": adaptive Dormand-Prince 5(4) of torchdiffeq, atol 1e-6, rtol 1e-3. The step size is
-              controlled over the whole batch, so samples of one batch are coupled within it.
-
-    N is the number of intervals. SiT's and RAE's `num_steps` counts grid points: their num_steps=10
-    is our 9 intervals.
-
-    Args:
-        velocity: (x, t) -> dx/dt of x's shape; t is (B,) float32 in the engine's clock.
-        x: (B, ...) state at times[0]; kept in float32, or in float64 when it comes in float64.
-        times: (N + 1,) strictly increasing floats.
-        method: one of METHODS.
-
-    Returns:
-        the state at times[-1], and the number of velocity evaluations.
-
-    Raises:
-        ValueError: bad times, unknown method, velocity of another shape, torchdiffeq missing.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not x.is_floating_point() or x.dim() < 1:
-        raise ValueError(f"x must be a (B, ...) float tensor, got {tuple(x.shape)} {x.dtype}")
-    if times.dim() != 1 or times.numel() < 2 or not times.is_floating_point():
-        raise ValueError(
-            "times must be a 1-D float tensor of at least two points (N intervals need N + 1), got "
-            f"shape {tuple(times.shape)} and dtype {times.dtype}"
-        )
-    grid = times.tolist()
-    # Written so that a NaN fails it too.
-    if not all(b > a for a, b in zip(grid, grid[1:], strict=False)):
-        raise ValueError(f"times must increase strictly (0 = noise, 1 = data), got {grid}")
-
-    x = x if x.dtype == torch.float64 else x.to(torch.float32)
-    nfe = 0
-
-    def evaluate(state: Tensor, t: float | Tensor) -> Tensor:
-        nonlocal nfe
-        nfe += 1
-        label = torch.empty(state.shape[0], dtype=torch.float32, device=state.device).fill_(t)
-        v = velocity(state, label)
-        if v.shape != state.shape:
-            raise ValueError(
-                f"velocity must have the shape of x, {tuple(state.shape)}, got {tuple(v.shape)}"
-            )
-        return v.to(state.dtype)
-
-    if method == "dopri5":
-        return _dopri5(evaluate, x, times), nfe
-    for t, t_next in zip(grid, grid[1:], strict=False):
-        h = t_next - t
-        v = evaluate(x, t)
-        if method == "heun":
-            v = (v + evaluate(x + h * v, t_next)) / 2
-        x = x + h * v
-    return x, nfe
-
-
-def _dopri5(evaluate: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise ValueError(
-            "method 'dopri5' needs torchdiffeq: pip install \"mixflow_fast[eval]\", "
-            "or use method 'heun'"
-        ) from error
-    # Interior points change only where the solver reports, so the two ends are enough.
-    ends = times[[0, -1]].to(x)
-    path = odeint(
-        lambda t, state: evaluate(state, t),
-        x,
-        ends,
-        method="dopri5",
-        atol=DOPRI5_ATOL,
-        rtol=DOPRI5_RTOL,
-    )
-    return path[-1]
-
-
-def _null_class(model: Any) -> int:
-    null = getattr(model, "null_class", None)
-    if null is None:
-        raise ValueError(
-            "cfg_scale other than 1 needs a network with a null class (trained with label "
-            "dropout); this one has none: use cfg_scale=1"
-        )
-    return int(null)
-
-
-def model_velocity(
-    model: Any,
-    y: Tensor | None,
-    cfg_scale: float = 1.0,
-    cfg_channels: int | str | None = "auto",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> Velocity:
-    """The velocity in the engine's clock of a network that runs in its own.
-
-    A "noise_at_1" network (REPA, RAE, SD3) sees the label 1 - t, and its output is negated. A
-    network that returns a tuple (REPA: velocity, projections) gives its first item.
-
-    Classifier-free guidance: v = u + cfg_scale (c - u), u with the null class, both in one forward
-    of 2B rows. The official SiT guides the first three channels only and the others keep c; REPA
-    and RAE guide all. "auto" follows the network's own `cfg_channels`. Guidance is applied where
-    lo <= t <= hi of `guidance_interval`, and where no sample is inside, the second half is not
-    computed. REPA's published guidance_high = 0.7 counts from the data end: (0.3, 1.0) here. Heun's
-    second velocity is guided by its own time (REPA's corrector tests the time of the first).
-
-    Args:
-        model: called as model(x, t, y), or model(x, t) when y is None; has `clock`
-            ("data_at_1" | "noise_at_1") and, for guidance, `null_class` (int).
-        y: (B,) int64 labels, or None for a network without classes.
-        cfg_scale: 1 = no guidance, no second forward.
-        cfg_channels: number of leading channels to guide; None = all; "auto" = the network's
-            attribute `cfg_channels`, all without one.
-        guidance_interval: (lo, hi) in the engine's clock.
-
-    Returns:
-        velocity(x, t): x (B, C, ...), t (B,) float32 -> (B, C, ...) in x's dtype.
-
-    Raises:
-        ValueError: unknown clock, a prediction that is not a velocity, no null class, no labels,
-            channels or interval out of range.
-    """
-    clock = check_clock(getattr(model, "clock", None))
-    prediction = getattr(model, "prediction", "velocity")
-    if prediction != "velocity":
-        raise ValueError(f"model.prediction must be 'velocity' to be sampled, got {prediction!r}")
-    if not math.isfinite(cfg_scale):
-        raise ValueError(f"cfg_scale must be finite, got {cfg_scale}")
-    low, high = guidance_interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(
-            "guidance_interval must be (low, high) with 0 <= low <= high <= 1, 0 = noise, "
-            f"got {guidance_interval}"
-        )
-    if cfg_channels == "auto":
-        cfg_channels = getattr(model, "cfg_channels", None)
-    if isinstance(cfg_channels, str) or (cfg_channels is not None and cfg_channels < 1):
-        raise ValueError(
-            f'cfg_channels must be >= 1, None for all channels or "auto", got {cfg_channels!r}'
-        )
-    guided = cfg_scale != 1.0
-    if guided:
-        null = _null_class(model)
-        if y is None:
-            raise ValueError("cfg_scale other than 1 needs labels y, got None")
-    everywhere = low == 0.0 and high == 1.0
-    network = getattr(model, "velocity", model)  # REPA's SiT: without its projectors
-
-    def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        own_t = t if clock == DATA_AT_1 else 1.0 - t
-        out = network(x, own_t) if labels is None else network(x, own_t, labels)
-        out = out[0] if isinstance(out, tuple) else out
-        return (out if clock == DATA_AT_1 else -out).to(x.dtype)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if not guided:
-            return call(x, t, y)
-        if cfg_channels is not None and cfg_channels > x.shape[1]:
-            raise ValueError(
-                f"cfg_channels must be at most the {x.shape[1]} channels of x, got {cfg_channels}"
-            )
-        inside = (t >= low) & (t <= high)
-        if not everywhere and not bool(inside.any()):
-            return call(x, t, y)
-        labels = torch.cat([y, torch.full_like(y, null)])
-        both = call(torch.cat([x, x]), torch.cat([t, t]), labels)
-        cond, uncond = both.chunk(2)
-        out = uncond + cfg_scale * (cond - uncond)
-        if cfg_channels is not None and cfg_channels < x.shape[1]:
-            out = torch.cat([out[:, :cfg_channels], cond[:, cfg_channels:]], dim=1)
-        if everywhere:
-            return out
-        return torch.where(inside.view(-1, *[1] * (x.dim() - 1)), out, cond)
-
-    return velocity
-
-
-def _config_value(model: Any, name: str) -> Any:
-    config = getattr(model, "config", None)
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 def _sample_shape(model: Any, shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -20,20 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from mixflow_fast.config.schema import Config
 from mixflow_fast.data import Source
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import Agreement
-from mixflow_fast.objective.mixflow import Interpolation, MixFlow
+from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training import nonfinite_report
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.nonfinite_report import BadStep, Forward
+from mixflow_fast.training.step_record import BadStep, Forward, Record
 
-# Equal parts of [0, 1], of the label time t that the network is told, in its own clock.
-T_BUCKETS = 8
 # Folders that one run writes; later steps are only counted.
 MAX_DUMPS = 10
 
@@ -44,89 +40,6 @@ class TrainingDiverged(RuntimeError):
 
 class RollBack(Exception):
     """The run is to go on from its newest checkpoint; `Safety.left_out` has the bad step."""
-
-
-class Record:
-    """What the steps since the last look were, on the device.
-
-    Args:
-        device: of the run.
-        steps: that may pass between two looks.
-        microsteps: micro-batches of a step on this rank.
-        microbatch: samples in one.
-    """
-
-    def __init__(self, device: torch.device, steps: int, microsteps: int, microbatch: int) -> None:
-        self._each = torch.zeros(steps, microsteps, microbatch, device=device)
-        self._losses = torch.zeros(steps, microsteps, device=device)
-        self._norms = torch.zeros(steps, device=device)
-        self._numbers: list[int] = []
-        self._t: list[Tensor] = []
-        self._edges = torch.arange(T_BUCKETS, device=device)
-        self.clear_means()
-
-    def clear_means(self) -> None:
-        """Start the means anew."""
-        device = self._norms.device
-        # Steps, loss, alignment; then by t: sums of the loss, counts.
-        self._sums = torch.zeros(3, device=device)
-        self._by_t = torch.zeros(2, T_BUCKETS, dtype=torch.float64, device=device)
-
-    def micro_batch(self, loss: Tensor, mix: MixFlow, pred: Tensor, it: Interpolation) -> Tensor:
-        """Note a micro-batch; returns the loss to go back from, which has the same bits.
-
-        Args:
-            loss: its whole loss.
-            mix, pred, it: of which the loss of each sample is made, without a gradient.
-        """
-        slot, part = len(self._numbers) % len(self._norms), len(self._t)
-        with torch.no_grad():
-            self._each[slot, part] = mix.loss(pred.detach(), it, reduction="none")
-            self._losses[slot, part] = loss.detach()
-        self._t.append(it.t)
-        # Times 1, or NaN where the loss is infinite or NaN: its gradient alone might be finite.
-        return loss * (1 + 0 * loss.detach())
-
-    def end_step(self, number: int, means: Tensor, norm: Tensor | float) -> None:
-        """Note the end of optimizer step `number` with its (loss, alignment) and gradient norm."""
-        slot = len(self._numbers) % len(self._norms)
-        self._norms[slot] = norm
-        good = torch.isfinite(self._norms[slot])
-        self._sums += torch.where(good, torch.cat([torch.ones_like(means[:1]), means]), 0.0)
-        t = torch.cat(self._t).float()
-        bucket = (t * T_BUCKETS).long().clamp(0, T_BUCKETS - 1)
-        inside = (bucket[:, None] == self._edges) & good
-        each = self._each[slot].reshape(-1, 1).double()
-        # Not index_add_, whose order of summation differs from run to run on a GPU.
-        self._by_t += torch.stack([torch.where(inside, each, 0.0).sum(0), inside.double().sum(0)])
-        self._numbers.append(number)
-        self._t = []
-
-    def look(self) -> list[tuple[int, BadStep | None]]:
-        """Every step since the last look, with its record if it was bad. Waits for the device."""
-        count = min(len(self._numbers), len(self._norms))
-        first = len(self._numbers) - count
-        norms = self._norms.tolist()
-        seen: list[tuple[int, BadStep | None]] = []
-        for place in range(first, first + count):
-            slot, number = place % len(self._norms), self._numbers[place]
-            bad = None
-            if not math.isfinite(norms[slot]):
-                bad = BadStep(number, norms[slot], self._losses[slot].cpu(), self._each[slot].cpu())
-            seen.append((number, bad))
-        self._numbers = []
-        self.last_norm = norms[slot] if seen else None
-        return seen
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """((steps, loss, alignment), (2, T_BUCKETS)) summed over the ranks."""
-        # Divided first: what is added over the ranks are the ranks' means.
-        steps = self._sums[0]
-        own = torch.cat([steps[None], self._sums[1:] / steps.clamp(min=1)])
-        whole = torch.cat([own.double(), self._by_t.flatten()])
-        dist.all_reduce(whole)
-        whole = whole.cpu()
-        return whole[:3] / dist.get_world_size(), whole[3:].view(2, T_BUCKETS)
 
 
 class Safety:

@@ -17,58 +17,24 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.checkpoints import manifest, run_folder
+from mixflow_fast import files
+from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.config.schema import Config
 from mixflow_fast.data import Batch, BatchLoader, Source, sample_index
 from mixflow_fast.distributed.host_group import Agreement
-from mixflow_fast.objective.mixflow import Interpolation, MixFlow
+from mixflow_fast.messages import error_line
+from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.step_record import BadStep, Forward
 
 # Samples that a report names for each rank.
 NAMED = 16
-
-
-@dataclass(frozen=True)
-class BadStep:
-    """One rank's record of a step, on the CPU.
-
-    Attributes:
-        step: its number, from 1 on.
-        norm: the global gradient norm, not finite.
-        losses: (A,) of the rank's micro-batches.
-        each: (A, M) of their samples.
-    """
-
-    step: int
-    norm: float
-    losses: Tensor
-    each: Tensor
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What the network made of a micro-batch.
-
-    Attributes:
-        it: what it was fed, with its times.
-        y: (M,) labels as it saw them.
-        pred: its prediction.
-        alignment: term of the teacher, not weighted.
-        loss: all of it.
-    """
-
-    it: Interpolation
-    y: Tensor
-    pred: Tensor
-    alignment: Tensor
-    loss: Tensor
 
 
 def grad_norms(gradients: Mapping[str, Tensor | None]) -> dict[str, float]:
@@ -131,7 +97,7 @@ def report(
         if config.train.zero_stage == 3:  # whose forward pass the other ranks wait in
             raise
         found, tensors = _recorded(bad, config, agreement), {"loss": bad.each}
-        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        found["error"] = error_line(error, 200)
     found |= {"weights_not_finite": damaged}
     ranks = agreement.share(found)
     path = None
@@ -267,10 +233,10 @@ def _write(
         temporary.mkdir(parents=True, exist_ok=True)
         file = temporary / f"rank_{agreement.rank}.pt"
         torch.save(tensors, file)
-        manifest.sync(file)
+        files.sync(file)
         if agreement.rank == 0:
             text = json.dumps(_plain(content), indent=1, allow_nan=False)
-            manifest.write_text(temporary / "report.json", text)
+            files.write_text(temporary / "report.json", text)
     except (OSError, RuntimeError):  # a full disk must not hide what happened
         failed = True
     failed = any(agreement.share(failed))
@@ -279,7 +245,7 @@ def _write(
             if not failed:
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(temporary, final)
-                manifest.sync(folder)
+                files.sync(folder)
         shutil.rmtree(temporary, ignore_errors=True)
     return None if failed else final
 

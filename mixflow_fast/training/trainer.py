@@ -16,28 +16,29 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from mixflow_fast.checkpoints import manifest, run_folder
-from mixflow_fast.checkpoints.ema_snapshots import SnapshotWriter, averages_in_words
+from mixflow_fast import files
+from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.checkpoints.resume import check_resume, other_layout, start_from
 from mixflow_fast.checkpoints.shards import fill_network
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch, BatchLoader
-from mixflow_fast.distributed import process_group
+from mixflow_fast.distributed import lost_ranks, process_group
 from mixflow_fast.distributed.host_group import Agreement
 from mixflow_fast.distributed.stop_signal import StopRequest
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.choice import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.metrics.metrics_file import Progress
+from mixflow_fast.metrics.progress import Progress
 from mixflow_fast.models import save_weights
-from mixflow_fast.optim.apex import learning_rate
+from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.training.alignment import Alignment
 from mixflow_fast.training.build import build_data, build_execution, build_model, build_objective
+from mixflow_fast.training.ema_writer import SnapshotWriter, averages_in_words
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.nonfinite_guard import RollBack, Safety, TrainingDiverged
-from mixflow_fast.training.nonfinite_report import Forward
 from mixflow_fast.training.periodic import Monitor
+from mixflow_fast.training.step_record import Forward
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Trainer:
         """
         said = self._start_in_words()
         try:
-            with self._stop.listening(), process_group.roll_call():
+            with self._stop.listening(), lost_ranks.roll_call():
                 while not self._train(said):
                     said = [self._go_back()]
         finally:
@@ -366,7 +367,7 @@ class Trainer:
             if self._is_writer:
                 if self._resume_from is not None:
                     run_folder.publish(self._resume_from, self.out)
-                manifest.write_text(self.out / "config.yaml", self.config.to_yaml())
+                files.write_text(self.out / "config.yaml", self.config.to_yaml())
 
     def _take_lock(self) -> None:
         """Keep other runs out of the folder, and put what killed ones left in order."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import deepspeed_cost
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
 
 TINY = ["model.depth=1", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=4"]

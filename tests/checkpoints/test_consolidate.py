@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mixflow_fast.checkpoints import manifest
+from mixflow_fast.checkpoints.consolidate import consolidate
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint
 from mixflow_fast.checkpoints.shards import (
     Fragment,
     Layout,
-    consolidate,
     frozen_file,
     full_states,
     layout_file,

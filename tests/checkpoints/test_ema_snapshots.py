@@ -10,14 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixflow_fast.checkpoints.ema_snapshots import (
-    averages_in_words,
-    extract,
-    reconstruct,
-    snapshots,
-)
+from mixflow_fast.checkpoints.ema_snapshots import extract, reconstruct, snapshots
 from mixflow_fast.cli.main import main
 from mixflow_fast.models import load_model, load_weights
+from mixflow_fast.training.ema_writer import averages_in_words
 from mixflow_fast.training.trainer import train
 from tests.training.test_trainer import tiny
 

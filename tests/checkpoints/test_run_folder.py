@@ -22,7 +22,8 @@ from mixflow_fast.checkpoints.run_folder import (
     newest_checkpoint,
     temporary_name,
 )
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import Agreement
 from mixflow_fast.training.trainer import train

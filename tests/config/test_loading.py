@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixflow_fast.config.schema import Config, load_config, recipe_names
+from mixflow_fast.config.loading import load_config, recipe_names
+from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.training.build import build_model
 

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from mixflow_fast.checkpoints import run_folder
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.trainer import Trainer

@@ -14,18 +14,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
+from mixflow_fast.environment import environment
 from mixflow_fast.metrics import loggers
 from mixflow_fast.metrics.loggers import Mirrors, check_mirrors, numbers
-from mixflow_fast.metrics.metrics_file import (
-    MetricsFile,
-    Progress,
-    Stopwatch,
-    environment,
-    peak_memory_mib,
-    read_metrics,
-)
+from mixflow_fast.metrics.metrics_file import MetricsFile, read_metrics
+from mixflow_fast.metrics.progress import Progress
+from mixflow_fast.metrics.throughput import Stopwatch, peak_memory_mib
 from mixflow_fast.models.flops import peak_tflops
 
 

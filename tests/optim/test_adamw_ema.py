@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.environment import detect_apex
-from mixflow_fast.optim.apex import OPTIMIZERS, AdamWEMA, ApexAdamWEMA, learning_rate
+from mixflow_fast.optim.apex import OPTIMIZERS, AdamWEMA, ApexAdamWEMA
+from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.training import trainer
 from tests.support.train_ranks import TINY
 

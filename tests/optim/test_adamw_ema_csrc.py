@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.optim import adamw_ema
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.power_ema import power_decay, sigma_rel_to_gamma

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report, write_json
+from mixflow_fast.files import write_json
+from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report
 from mixflow_fast.reports.images import save_grid
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixflow_fast.cli.main import main
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.metrics.metrics_file import MetricsFile
 from mixflow_fast.reports.images import save_grid
 from mixflow_fast.reports.previews import preview_file

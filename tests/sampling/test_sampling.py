@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from mixflow_fast.kernels.philox import Stream, normal, uniform
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.reports.images import grid_png_bytes, save_grid, to_uint8
-from mixflow_fast.sampling.samples import draw_labels, integrate, model_velocity, sample, time_grid
+from mixflow_fast.sampling.guidance import model_velocity
+from mixflow_fast.sampling.samples import draw_labels, sample
+from mixflow_fast.sampling.solvers import integrate, time_grid
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.training.trainer import Trainer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mixflow_fast.config.schema import load_config
+from mixflow_fast.config.loading import load_config
 from mixflow_fast.objective.mixflow import Interpolation, MixFlow
 from mixflow_fast.training.trainer import Trainer
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mixflow_fast.cli.main import main
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import BatchLoader
 from mixflow_fast.metrics.metrics_file import read_metrics

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mixflow_fast.checkpoints import manifest
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import DiTDH, load_model, load_weights
 from mixflow_fast.training.trainer import Trainer, train

@@ -12,11 +12,12 @@ import torch
 
 from mixflow_fast.checkpoints.run_folder import checkpoint_name
 from mixflow_fast.checkpoints.shards import full_states
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.data import sample_index
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.objective.mixflow import MixFlow
-from mixflow_fast.training.nonfinite_guard import T_BUCKETS
+from mixflow_fast.training.step_record import T_BUCKETS
 from mixflow_fast.training.trainer import Trainer, TrainingDiverged, train
 from tests.support.train_ranks import TINY
 from tests.training.test_trainer import assert_same_bits, run_ranks, settings

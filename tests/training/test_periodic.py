@@ -10,15 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.kernels import philox
-from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.metrics.metrics_file import read_metrics
-from mixflow_fast.models import load_model
-from mixflow_fast.reports.previews import caption, preview_file, preview_labels, write_preview
-from mixflow_fast.training.build import build_objective
-from mixflow_fast.training.periodic import (
+from mixflow_fast.evaluation.validation_loss import (
     GRID,
     SEED,
     TIMES,
@@ -26,6 +21,12 @@ from mixflow_fast.training.periodic import (
     middles,
     validation_data,
 )
+from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.models import load_model
+from mixflow_fast.reports.previews import caption, preview_file, preview_labels, write_preview
+from mixflow_fast.training.build import build_objective
 from mixflow_fast.training.trainer import Trainer
 from tests.training.test_trainer import assert_same_bits, run_ranks, tiny
 

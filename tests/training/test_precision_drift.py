@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.data import build_source
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_weights

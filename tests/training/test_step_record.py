@@ -8,8 +8,8 @@ import torch
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.skip_nonfinite import PIECE, skipping
-from mixflow_fast.training.nonfinite_guard import Record
 from mixflow_fast.training.nonfinite_report import grad_norms
+from mixflow_fast.training.step_record import Record
 
 
 @pytest.mark.parametrize("impl", ["auto", "foreach"])

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixflow_fast.config.schema import Config, load_config
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.schema import Config
 from mixflow_fast.data import Batch, BatchLoader, sample_index
 from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.metrics_file import read_metrics

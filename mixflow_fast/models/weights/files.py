@@ -8,11 +8,8 @@ and no pickled classes, so SiT's, REPA's and RAE's samplers find the `ema` they 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -20,7 +17,9 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from mixflow_fast.models.weights.naming import few, rename_legacy_repa
+from mixflow_fast.files import replacing
+from mixflow_fast.messages import shorten
+from mixflow_fast.models.weights.naming import rename_legacy_repa
 from mixflow_fast.models.weights.safe_unpickling import harmless_globals, plain
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -142,7 +141,7 @@ def state_of(
     state = _select(content, key, path)
     wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if wrong or not state:
-        what = f"not tensors: {few(map(str, wrong))}" if wrong else "no entries at all"
+        what = f"not tensors: {shorten(map(str, wrong))}" if wrong else "no entries at all"
         raise ValueError(f"{path} must hold a state dict of tensors, got {what}")
     return rename_legacy_repa(_unwrap(state, str(path)), encoder_depth, path)
 
@@ -230,7 +229,7 @@ def save_weights(
     odd = [n for n in model.keys() | ema.keys() if n not in model or n not in ema]
     odd += [n for n in model.keys() & ema.keys() if model[n].shape != ema[n].shape]
     if odd or not model:
-        what = f"a difference in {few(sorted(odd))}" if odd else "no tensors"
+        what = f"a difference in {shorten(sorted(odd))}" if odd else "no tensors"
         raise ValueError(
             f"model_state and ema_state must hold the same names and shapes, got {what}: pass two "
             "full state dicts of one model"
@@ -252,55 +251,6 @@ def write_safetensors(
 
     with replacing(path) as partial:
         save_file(dict(state), partial, metadata=dict(metadata))
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under; renamed to `path` at the end.
-
-    What was written is flushed to the disk first. If anything fails it is removed, and `path` is
-    what it was. A folder that is in the way is moved aside and removed after the rename.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        for written in (*partial.rglob("*"), partial) if partial.is_dir() else (partial,):
-            if written.is_file():
-                _usual_mode(written)
-            _sync(written)
-        if partial.is_dir() and path.is_dir():
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-                os.replace(path, Path(aside, "old"))
-                try:
-                    os.replace(partial, path)
-                except OSError:
-                    os.replace(Path(aside, "old"), path)
-                    raise
-        else:
-            os.replace(partial, path)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
-    _sync(path.parent)  # makes the rename itself durable
-
-
-def _usual_mode(path: Path) -> None:
-    """Permissions as `open` would have given; safetensors makes its files private."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def first_damaged(path: str | os.PathLike[str]) -> str | None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixflow_fast.messages import shorten
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.files import read_content, read_metadata, state_of
-from mixflow_fast.models.weights.naming import few, fit_head, infer_kwargs, kind_of
+from mixflow_fast.models.weights.naming import fit_head, infer_kwargs, kind_of
 
 CLASSES: dict[str, type[Transformer]] = {"SiT": SiT, "DiTDH": DiTDH}
 
@@ -46,7 +47,9 @@ def load_into(
     misshaped = [f"{name} {have} instead of {want}" for name, (have, want) in shapes.items()]
     if misshaped or (strict and (missing or unexpected)):
         parts = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-        listing = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in parts if names)
+        listing = "; ".join(
+            f"{len(names)} {what}: {shorten(names)}" for what, names in parts if names
+        )
         raise ValueError(
             f"state dict does not fit {type(model).__name__}: {listing}. Build the model for these "
             "weights (load_model, or infer_kwargs(state))"

@@ -14,17 +14,12 @@ from warnings import warn
 import torch
 from torch import Tensor
 
+from mixflow_fast.messages import shorten
+
 HEAD_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 _HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _DITDH_MARK = "s_embedder.proj.weight"
 _PUBLISHED_HEAD_DEPTH = 2
-
-
-def few(names: Iterable[str], count: int = 5) -> str:
-    """The first `count` names, and how many there are if more."""
-    names = list(names)
-    rest = f", ... ({len(names)} in all)" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
 
 
 def kind_of(state: Iterable[str]) -> str | None:
@@ -65,7 +60,9 @@ def infer_kwargs(
 def _require(state: Mapping[str, Tensor], what: str, names: tuple[str, ...]) -> None:
     absent = [name for name in names if name not in state]
     if absent:
-        raise ValueError(f"state must be the state dict of a {what}, got one with no {few(absent)}")
+        raise ValueError(
+            f"state must be the state dict of a {what}, got one with no {shorten(absent)}"
+        )
 
 
 def _side(tokens: int, name: str) -> int:

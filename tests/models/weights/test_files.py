@@ -17,13 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mixflow_fast.files import replacing
 from mixflow_fast.models import load_weights
-from mixflow_fast.models.weights.files import (
-    first_damaged,
-    read_content,
-    replacing,
-    write_safetensors,
-)
+from mixflow_fast.models.weights.files import first_damaged, read_content, write_safetensors
 from tests.models.weights.test_loading import golden
 
 

@@ -1,0 +1,42 @@
+"""Datasets by the name that a configuration gives."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from mixflow_fast.data.dataset import Source
+from mixflow_fast.data.embedded import Digits, Photos
+from mixflow_fast.messages import did_you_mean
+
+
+def build_source(kind: str, **kwargs: Any) -> Source:
+    """A source from its name in a recipe.
+
+    Args:
+        kind: "photos" (`Photos`), "digits" (`Digits`), "folder" (`ImageFolder`), "latents"
+            (`Latents`).
+        kwargs: arguments of that class.
+
+    Raises:
+        ValueError: unknown kind, unknown or missing argument, whatever the class refuses.
+    """
+    from mixflow_fast.data.image_folder import ImageFolder
+    from mixflow_fast.data.latents import Latents
+
+    kinds = {"photos": Photos, "digits": Digits, "folder": ImageFolder, "latents": Latents}
+    if kind not in kinds:
+        raise ValueError(
+            f"data kind must be one of {', '.join(kinds)}, got {kind!r}{did_you_mean(kind, kinds)}"
+        )
+    parameters = inspect.signature(kinds[kind]).parameters
+    for key in kwargs:
+        if key not in parameters:
+            raise ValueError(
+                f"unknown argument {key!r} of data {kind!r}, which takes {', '.join(parameters)}"
+                f"{did_you_mean(key, parameters)}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in kwargs:
+            raise ValueError(f"data {kind!r} needs the argument {key!r}")
+    return kinds[kind](**kwargs)

@@ -1,0 +1,131 @@
+"""Ranks that are gone: noticed and named by those that are left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+
+from mixflow_fast.distributed.process_group import rank, store, world_size
+from mixflow_fast.messages import error_line
+
+# How long survivors wait for each other before they call a rank lost.
+ROLL_CALL_S = 10.0
+
+
+_PEER_FAILURE = re.compile(
+    r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.I
+)
+
+
+_CAUSES = " (killed, out of memory, hanging, or the machine or its network is gone)"
+
+
+class RankLost(RuntimeError):
+    """Another process of this run is gone or hangs; the group cannot be used any more.
+
+    Attributes:
+        speaks: whether this rank is the one of its machine that should print the message.
+    """
+
+    def __init__(self, message: str, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
+@contextlib.contextmanager
+def roll_call(wait_s: float = ROLL_CALL_S) -> Iterator[None]:
+    """Errors inside are told to the other ranks; one that another rank caused names that rank.
+
+    Args:
+        wait_s: how long the other ranks have to answer.
+
+    Raises:
+        RankLost: instead of an error of the communication with the other ranks.
+    """
+    try:
+        yield
+    except RankLost:
+        raise
+    except Exception as error:
+        if store() is None or world_size() == 1:
+            raise
+        if not _is_peer_failure(error):
+            reason = _entry(error_line(error))
+            _ask_store(lambda store: store.set(_key(rank()), reason), 2.0)
+            raise
+        raise _lost(error, wait_s) from error
+
+
+def _lost(error: Exception, wait_s: float) -> RankLost:
+    """Who answers, who does not, and who ended with an error of its own."""
+    me, ranks, here = rank(), world_size(), socket.gethostname()
+    answers = {me: (here, "")}
+
+    def ask(store: dist.Store) -> None:
+        store.set(_key(me), _entry(""))
+        deadline = time.monotonic() + wait_s
+        while len(answers) < ranks and time.monotonic() < deadline:
+            for other in set(range(ranks)) - answers.keys():
+                if store.check([_key(other)]):
+                    host, _, reason = store.get(_key(other)).decode().partition("\n")
+                    answers[other] = host, reason
+            time.sleep(0.1)
+
+    asked = _ask_store(ask, wait_s + 2)
+    missing = sorted(set(range(ranks)) - answers.keys())
+    reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]
+    if not asked:  # the store lives in the launcher, or in rank 0
+        launcher = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+        reasons.insert(0, f"{'the launcher of ' * launcher}rank 0 does not answer{_CAUSES}")
+    elif missing:
+        word = "rank" if len(missing) == 1 else "ranks"
+        listed = ", ".join(map(str, missing))
+        reasons.insert(0, f"no answer from {word} {listed} of {ranks}{_CAUSES}")
+    told = any(reason for _, reason in answers.values())
+    found = "; ".join(reasons) or "the ranks lost touch"
+    if not told:  # this rank's own error may be the cause
+        found += f" ({error_line(error)[:160]})"
+    speaks = me == min(r for r, (host, _) in answers.items() if host == here)
+    return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
+
+
+def _ask_store(ask: Callable[[dist.Store], None], limit_s: float) -> bool:
+    """Whether `ask` came to its end. Calls wait without end where the store's machine is cut off,
+    and no signal handler runs meanwhile: so not in this thread."""
+    done = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            ask(store())
+            done.append(True)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return bool(done)
+
+
+def _is_peer_failure(error: BaseException | None) -> bool:
+    """Whether communication failed; looks through errors that were raised from others."""
+    while error is not None:
+        if isinstance(error, dist.DistError):
+            return True
+        if type(error) is RuntimeError and _PEER_FAILURE.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _entry(reason: str) -> str:
+    return f"{socket.gethostname()}\n{reason}"
+
+
+def _key(rank: int) -> str:
+    return f"mixflow_fast/roll_call/{rank}"

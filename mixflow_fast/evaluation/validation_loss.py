@@ -1,0 +1,147 @@
+"""Losses of a network at fixed times, on fixed examples with fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.config.schema import Config
+from mixflow_fast.data import Batch, Source, build_source
+from mixflow_fast.flow.clock import DATA_AT_1
+from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.training.build import build_data
+
+# Of noise, posterior samples and labels: the same for every run, so that runs can be compared.
+SEED = 0
+
+
+TIMES = 16
+
+
+GRID = 8
+
+
+# Data kinds with a held-out set of their own.
+_HELD_OUT = ("photos", "digits")
+
+
+def middles(count: int) -> list[float]:
+    """The middles of `count` equal parts of [0, 1]."""
+    return [(i + 0.5) / count for i in range(count)]
+
+
+def validation_data(config: Config) -> tuple[Source, str]:
+    """The examples to validate on, and what they are, in words.
+
+    A set that training does not see where the data kind has one; else training data, without
+    flips.
+    """
+    d = config.data
+    if d.kind in _HELD_OUT:
+        size = d.size or config.model.input_size
+        try:
+            return build_source(d.kind, size=size, split="heldout"), "held-out examples"
+        except ValueError:  # windows larger than the held-out bands
+            pass
+    return build_data(config.replace(**{"data.flip": False})), "training examples"
+
+
+class ValidationLoss:
+    """Losses of a network at fixed times, on fixed examples with fixed noise.
+
+    With times of the engine's clock (0 = noise, 1 = data), means over K examples that are spread
+    evenly over the data:
+
+        at TIMES labels t:              E | net(x_t, t) - u(x_t, t) |^2       no slowing, m = t
+        at a grid of labels t, m <= t:  E | net(x_m, t) - u*(x_m, m) |^2      what MixFlow trains
+
+    The loss is the objective's own; labels are never dropped. With interval "full" the grid has
+    m > t too.
+
+    Args:
+        config: of the run.
+        mix: its objective.
+        device: where the network is.
+        rank, ranks: the ranks share the work. The numbers do not depend on their number but for
+            rounding.
+        share: exchanges values between the ranks, as `Agreement.share`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mix: MixFlow,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        share: Callable[[Any], list[Any]] = lambda mine: [mine],
+    ) -> None:
+        self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
+        self._share = share
+        source, self.data = validation_data(config)
+        self.examples = min(config.train.validate_examples, len(source))
+        index = torch.arange(self.examples) * len(source) // self.examples
+        size = min(self.examples, config.train.microbatch_size)
+        positions = torch.arange(self.examples)
+        self._chunks = [source.get(index[place], place, SEED) for place in positions.split(size)]
+        self._held: tuple[int, Batch, Tensor] | None = None
+        full = config.objective.interval == "full"
+        self._grid = [
+            (row, column) for row in range(GRID) for column in range(GRID) if full or row <= column
+        ]
+        g = middles(GRID)
+        self._points = [(t, t) for t in middles(TIMES)]
+        self._points += [(g[column], g[row]) for row, column in self._grid]
+
+    @torch.no_grad()
+    def __call__(self, net: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """The losses of one set of weights; every rank must call it.
+
+        Returns:
+            "loss": mean over the times; "loss_by_t": at `middles(TIMES)`; "grid": rows m, columns
+            t at `middles(GRID)`, None where m > t is not trained. Means over the examples.
+        """
+        tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(self._points))]
+        mine = [(c, p, self._losses(net, c, p)) for c, p in tasks[self._rank :: self._ranks]]
+        sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
+        parts = [(c, p, total) for (c, p, _), total in zip(mine, sums, strict=True)]
+        found = {(c, p): total for part in self._share(parts) for c, p, total in part}
+        means = [
+            sum(found[c, p] for c in range(len(self._chunks))) / self.examples
+            for p in range(len(self._points))
+        ]
+        grid: list[list[float | None]] = [[None] * GRID for _ in range(GRID)]
+        for (row, column), value in zip(self._grid, means[TIMES:], strict=True):
+            grid[row][column] = value
+        at_times = means[:TIMES]
+        self._held = None
+        return {"loss": sum(at_times) / TIMES, "loss_by_t": at_times, "grid": grid}
+
+    def _losses(self, net: Callable[..., Any], chunk: int, point: int) -> Tensor:
+        """Sum of a chunk's losses at one pair of times, float64 on the device."""
+        batch, noise = self._on_device(chunk)
+        t, m = (
+            torch.full((len(noise),), value, device=self._device)
+            for value in (self._own(time) for time in self._points[point])
+        )
+        it = self._mix.prepare(batch.x, ids=batch.positions, x0=noise, t=t, slowed_t=m)
+        output = net(it.x, it.t, batch.y)
+        prediction = output[0] if isinstance(output, tuple) else output
+        return self._mix.loss(prediction, it, reduction="none").double().sum()
+
+    def _on_device(self, chunk: int) -> tuple[Batch, Tensor]:
+        """A chunk and its noise; kept until another chunk is asked for."""
+        if self._held is None or self._held[0] != chunk:
+            batch = self._chunks[chunk].to(self._device)
+            numel = batch.x[0].numel()
+            noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, numel)
+            self._held = chunk, batch, noise.view(batch.x.shape).to(batch.x.dtype)
+        return self._held[1:]
+
+    def _own(self, time: float) -> float:
+        return time if self._mix.clock == DATA_AT_1 else 1.0 - time

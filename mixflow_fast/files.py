@@ -1,0 +1,105 @@
+"""Files and folders that are whole or not there, and checksums of them.
+
+Everything that this package writes for good goes through `replacing`: it is written under another
+name, flushed to the disk, and renamed. An interruption leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_BLOCK = 1 << 20
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under; renamed to `path` at the end.
+
+    What was written is flushed to the disk first. If anything fails it is removed, and `path` is
+    what it was. A folder that is in the way is moved aside and removed after the rename. Parent
+    folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        for written in (*partial.rglob("*"), partial) if partial.is_dir() else (partial,):
+            if written.is_file():
+                _usual_mode(written)
+            sync(written)
+        if partial.is_dir() and path.is_dir():
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+                os.replace(path, Path(aside, "old"))
+                try:
+                    os.replace(partial, path)
+                except OSError:
+                    os.replace(Path(aside, "old"), path)
+                    raise
+        else:
+            os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+    sync(path.parent)  # makes the rename itself durable
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], obj: object) -> None:
+    """Write `obj` as indented JSON, whole or not at all.
+
+    Raises:
+        ValueError: something that JSON cannot hold, NaN and infinity included.
+    """
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{Path(path).name}: not representable in JSON ({error}); "
+            "give plain dicts, lists, strings, finite numbers and None"
+        ) from error
+    write_text(path, text + "\n")
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file's content, read in blocks: it finds damage, not forgery."""
+    value, block = 0, memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            value = zlib.crc32(block[:count], value)
+    return value
+
+
+def _usual_mode(path: Path) -> None:
+    """Permissions as `open` would have given; safetensors makes its files private."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)

@@ -1,0 +1,29 @@
+"""Parts of error messages: the nearest valid name, one line of an exception, a shortened list."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean 'optim.lr'?" where a valid name is near, else nothing.
+
+    A field without its section is the commonest slip, so `lr` finds `optim.lr`.
+    """
+    valid = list(valid)
+    same_field = [v for v in valid if v.rpartition(".")[2] == name.rpartition(".")[2]]
+    match = same_field or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def error_line(error: BaseException, limit: int = 300) -> str:
+    """Class and text of an exception on one line, the text cut at `limit` characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
+def shorten(names: Iterable[str], count: int = 5) -> str:
+    """The first `count` names, and how many there are if more."""
+    names = list(names)
+    rest = f", ... ({len(names)} in all)" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest
