@@ -10,16 +10,19 @@ from functools import partial
 
 import torch
 
-from mixflow_fast.kernels.activations.gelu import gelu, gelu_again
-from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_recompute
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_recompute
 from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepare
-from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
-from mixflow_fast.kernels.residual_norm.recompute import junction_again, junction_forward
+from mixflow_fast.kernels.residual_norm.op import modulated_norm, residual_norm
+from mixflow_fast.kernels.residual_norm.recompute import (
+    residual_norm_forward,
+    residual_norm_recompute,
+)
 
 Row = tuple[str, str, Callable[[Callable[[], None]], object], bool]
 
 
-def _junction(
+def _residual_norm(
     mark: Callable[[], None],
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -30,11 +33,11 @@ def _junction(
     has_h_bias: bool = False,
     frozen: bool = False,
     modulation_dtype: torch.dtype | None = None,
-    again: bool = False,
+    recompute: bool = False,
 ) -> None:
     """Forward and backward; gate, shift and scale are chunks of one tensor, as in the models.
 
-    `again`: the backward pass that makes y again.
+    `recompute`: the backward pass that recomputes y.
     """
     B, N, D = shape
     other = modulation_dtype or dtype
@@ -49,26 +52,28 @@ def _junction(
     shift = shift if has_shift else None
     upstream = torch.empty(shape, dtype=dtype)
     h_bias = leaf(D) if has_h and has_h_bias else None
-    if again:
+    if recompute:
         inputs = (h, gate, shift, scale) if has_h else (None, None, shift, scale)
         needs = [True, has_h, has_h, has_shift, True, has_h_bias, norm == "rms", True]
         options["h_bias"] = h_bias
         with torch.no_grad():
-            x_new, _, *statistics = junction_forward(x, *inputs, **options)
+            x_new, _, *statistics = residual_norm_forward(x, *inputs, **options)
             mark()
-            junction_again(upstream, upstream, x_new, *inputs, *statistics, needs, **options)
+            residual_norm_recompute(
+                upstream, upstream, x_new, *inputs, *statistics, needs, **options
+            )
         return
     if has_h:
-        outputs = junction(x, h, gate, shift, scale, h_bias=h_bias, **options)
+        outputs = residual_norm(x, h, gate, shift, scale, h_bias=h_bias, **options)
     else:
         outputs = (modulated_norm(x, shift, scale, **options),)
     torch.autograd.backward(outputs, [upstream] * len(outputs))
 
 
-def junction_rows() -> list[Row]:
+def residual_norm_rows() -> list[Row]:
     def row(variant: str, *shape: int, quick: bool = False, **options: object) -> Row:
-        call = partial(_junction, shape=shape, **{"dtype": torch.bfloat16} | options)
-        op = "junction" if options.get("has_h", True) else "modulated_norm"
+        call = partial(_residual_norm, shape=shape, **{"dtype": torch.bfloat16} | options)
+        op = "residual_norm" if options.get("has_h", True) else "modulated_norm"
         return op, variant, call, quick
 
     fp32, fp16 = {"dtype": torch.float32}, {"dtype": torch.float16}
@@ -111,34 +116,70 @@ def junction_rows() -> list[Row]:
         row("per token 4096 bf16", 8, 256, 4096, per_token=True),
         row("odd fp16, h_bias", 3, 7, 1023, **bias, **fp16),
         row("odd fp32 rms per token", 3, 7, 33, **token, **fp32),
-        row("sit xl bf16, h_bias, y again", 256, 256, 1152, quick=True, again=True, **bias),
-        row("sit xl fp32, h_bias, y again", 256, 256, 1152, again=True, **bias, **fp32),
         row(
-            "sit xl fp32, modulation bf16, y again",
+            "sit xl bf16, h_bias, y recomputed", 256, 256, 1152, quick=True, recompute=True, **bias
+        ),
+        row("sit xl fp32, h_bias, y recomputed", 256, 256, 1152, recompute=True, **bias, **fp32),
+        row(
+            "sit xl fp32, modulation bf16, y recomputed",
             *(256, 256, 1152),
             modulation_dtype=torch.bfloat16,
-            again=True,
+            recompute=True,
             **bias,
             **fp32,
         ),
-        row("sit l bf16, h_bias, y again", 256, 256, 1024, again=True, **bias),
-        row("rae encoder bf16 rms, h_bias, y again", 64, 256, 1152, again=True, **rms, **bias),
-        row("rae head bf16 rms per token, y again", 64, 256, 2048, again=True, **token, **bias),
+        row("sit l bf16, h_bias, y recomputed", 256, 256, 1024, recompute=True, **bias),
         row(
-            "rae head fp32 rms per token, no shift, y again",
+            "rae encoder bf16 rms, h_bias, y recomputed",
+            64,
+            256,
+            1152,
+            recompute=True,
+            **rms,
+            **bias,
+        ),
+        row(
+            "rae head bf16 rms per token, y recomputed",
+            64,
+            256,
+            2048,
+            recompute=True,
+            **token,
+            **bias,
+        ),
+        row(
+            "rae head fp32 rms per token, no shift, y recomputed",
             *(64, 256, 2048),
             has_shift=False,
-            again=True,
+            recompute=True,
             **token,
             **bias,
             **fp32,
         ),
-        row("per sample 4096 bf16, y again", 8, 256, 4096, again=True, **bias),
-        row("per sample 4096 fp32 rms, y again", 8, 256, 4096, again=True, **rms, **bias, **fp32),
-        row("per token 4096 fp32 rms, y again", 8, 256, 4096, again=True, **token, **bias, **fp32),
-        row("odd fp16, h_bias, y again", 3, 7, 1023, again=True, **bias, **fp16),
+        row("per sample 4096 bf16, y recomputed", 8, 256, 4096, recompute=True, **bias),
+        row(
+            "per sample 4096 fp32 rms, y recomputed",
+            8,
+            256,
+            4096,
+            recompute=True,
+            **rms,
+            **bias,
+            **fp32,
+        ),
+        row(
+            "per token 4096 fp32 rms, y recomputed",
+            8,
+            256,
+            4096,
+            recompute=True,
+            **token,
+            **bias,
+            **fp32,
+        ),
+        row("odd fp16, h_bias, y recomputed", 3, 7, 1023, recompute=True, **bias, **fp16),
         row("sit xl bf16", 256, 256, 1152, quick=True, **alone),
-        row("sit xl bf16, y again", 256, 256, 1152, again=True, **alone),
+        row("sit xl bf16, y recomputed", 256, 256, 1152, recompute=True, **alone),
         row("rae head bf16 rms per token", 64, 256, 2048, **alone, **token),
     ]
 
@@ -151,17 +192,17 @@ def _activation(
     bias_dtype: torch.dtype | None = None,
     has_bias: bool = True,
     frozen: bool = False,
-    again: bool = False,
+    recompute: bool = False,
 ) -> None:
-    """Forward and backward; `again`: the backward pass that makes the output again."""
+    """Forward and backward; `recompute`: the backward pass that makes the output again."""
     x = torch.empty(shape, dtype=dtype, requires_grad=True)
     bias = None
     if has_bias:
         bias = torch.empty(shape[-1], dtype=bias_dtype or dtype, requires_grad=not frozen)
     y = function(x, bias, impl="triton")
-    if again:
+    if recompute:
         mark()
-        other = {gelu: gelu_again, swiglu: swiglu_again}[function]
+        other = {gelu: gelu_recompute, swiglu: swiglu_recompute}[function]
         other(torch.empty(y.shape, dtype=dtype), x.detach(), bias.detach(), impl="triton")
     else:
         y.backward(torch.empty(y.shape, dtype=dtype))
@@ -185,11 +226,11 @@ def activation_rows() -> list[Row]:
             row(op, "widest bf16, frozen bias", *wide, frozen=True),
             row(op, "narrow fp16", *narrow, **fp16),
             row(op, "one sample bf16", 1, *wide[1:]),
-            row(op, "widest bf16, output again", *wide, quick=True, again=True),
-            row(op, "widest fp32, output again", *wide, again=True, **fp32),
-            row(op, "odd bf16, output again", 2, 7, 2 * 1023, again=True),
-            row(op, "odd rows bf16, output again", 257, 257, wide[-1], again=True),
-            row(op, "one row bf16, output again", 1, 1, wide[-1], again=True),
+            row(op, "widest bf16, output again", *wide, quick=True, recompute=True),
+            row(op, "widest fp32, output again", *wide, recompute=True, **fp32),
+            row(op, "odd bf16, output again", 2, 7, 2 * 1023, recompute=True),
+            row(op, "odd rows bf16, output again", 257, 257, wide[-1], recompute=True),
+            row(op, "one row bf16, output again", 1, 1, wide[-1], recompute=True),
             row(op, "odd bf16", 2, 7, 2 * 1023 if op == "swiglu" else 1023),
         ]
     return [*rows, row("swiglu", "rae 2730 bf16", 32, 256, 2 * 2730)]
@@ -249,4 +290,4 @@ def attention_rows() -> list[Row]:
 
 def rows() -> list[Row]:
     """Every kind of launch at least once: not every product of kinds."""
-    return [*junction_rows(), *activation_rows(), *attention_rows()]
+    return [*residual_norm_rows(), *activation_rows(), *attention_rows()]

@@ -32,36 +32,38 @@ from mixflow_fast.kernels.activations.gelu import gelu
 from mixflow_fast.kernels.activations.swiglu import swiglu
 from mixflow_fast.kernels.attention import choice
 from mixflow_fast.kernels.attention.op import attention
-from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
+from mixflow_fast.kernels.residual_norm.op import modulated_norm, residual_norm
 
 Task = tuple[str, Callable[[], Iterable[Finding]]]
 HALVES = (torch.bfloat16, torch.float16)
 
 
 def _cases(
-    *cells: tuple[str, str, tuple[int, ...]], again: tuple[int, ...] = ()
+    *cells: tuple[str, str, tuple[int, ...]], recompute: tuple[int, ...] = ()
 ) -> list[BlockCase]:
-    """`again`: of these cells the mode "again", too."""
-    modes = [("full", cell) for cell in cells] + [("again", cells[number]) for number in again]
+    """`recompute`: of these cells the mode "recompute", too."""
+    modes = [("full", cell) for cell in cells] + [
+        ("recompute", cells[number]) for number in recompute
+    ]
     return [BlockCase(op=op, mode=mode, variant=v, shape=s) for mode, (op, v, s) in modes]
 
 
 # What is timed, at the timed widths, so that the very kernels are checked; then the rest.
 GPU_TIMED = _cases(
-    ("junction", "layer per sample", (4, 256, 1152)),
-    ("junction", "rms per token", (2, 256, 2048)),
+    ("residual_norm", "layer per sample", (4, 256, 1152)),
+    ("residual_norm", "rms per token", (2, 256, 2048)),
     ("gelu", "bias", (4, 256, 4608)),
     ("swiglu", "bias", (4, 256, 2 * 5504)),
     ("qk_norm_rope", "rope", (4, 256, 16, 72)),
     ("attention", "plain", (4, 256, 16, 72)),
     ("modulated_norm", "rms per sample", (4, 256, 1152)),
-    again=(2, 3),
+    recompute=(2, 3),
 )
 GPU_MORE = _cases(
-    ("junction", "rms per sample", (4, 256, 1152)),
+    ("residual_norm", "rms per sample", (4, 256, 1152)),
     ("attention", "rms, rope", (2, 256, 16, 128)),
     ("qk_norm_rope", "layer", (4, 256, 16, 72)),
-    ("junction", "layer per sample", (3, 7, 1023)),
+    ("residual_norm", "layer per sample", (3, 7, 1023)),
     ("swiglu", "bias", (3, 7, 2 * 5461)),
     ("gelu", "bias", (3, 7, 1023)),
     ("qk_norm_rope", "rms, rope", (3, 7, 5, 10)),
@@ -69,17 +71,17 @@ GPU_MORE = _cases(
     ("attention", "plain", (2, 1024, 16, 64)),
 )
 CPU_TIMED = _cases(
-    ("junction", "layer per sample", (2, 3, 33)),
-    ("junction", "rms per token", (2, 3, 32)),
+    ("residual_norm", "layer per sample", (2, 3, 33)),
+    ("residual_norm", "rms per token", (2, 3, 32)),
     ("gelu", "bias", (2, 3, 33)),
     ("swiglu", "bias", (2, 3, 2 * 17)),
     ("qk_norm_rope", "rope", (2, 3, 2, 8)),
     ("attention", "plain", (2, 3, 2, 8)),
     ("modulated_norm", "rms per sample", (2, 3, 32)),
-    again=(2, 3),
+    recompute=(2, 3),
 )
 CPU_MORE = _cases(
-    ("junction", "rms per sample", (2, 5, 64)),
+    ("residual_norm", "rms per sample", (2, 5, 64)),
     ("qk_norm_rope", "layer", (2, 3, 2, 10)),
     ("attention", "rms, rope", (2, 5, 2, 8)),
 )
@@ -133,7 +135,7 @@ def errors(case: BlockCase, device: torch.device, impl: str) -> Iterator[Finding
         backends = ("auto", *(name for name, text in found.items() if text.startswith("ok")))
     for backend in backends:
         ours = mixflow_call(case, inputs, impl, backend)()
-        op = f"{case.op} again" if case.mode == "again" else case.op
+        op = f"{case.op} again" if case.mode == "recompute" else case.op
         where = f"{op} {case.variant} {'x'.join(map(str, case.shape))}"
         where += f" {backend}" if case.op == "attention" else ""
         for tensor, exact in truth.items():
@@ -191,7 +193,7 @@ def _chain(impl: str) -> Callable[..., Tensor]:
 
     def chain(x: Tensor, h: Tensor, modulation: Tensor, vector: Tensor, wide: Tensor) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        x, y = junction(x, h, gate, shift, scale, h_bias=vector, impl=impl)
+        x, y = residual_norm(x, h, gate, shift, scale, h_bias=vector, impl=impl)
         qkv = gelu(y.repeat(1, 1, 3), wide, impl=impl).unflatten(-1, (3, 2, -1))
         K, N = qkv.shape[-1], qkv.shape[1]
         angle = torch.linspace(0, 1, N * K, device=x.device).view(N, K)
@@ -222,11 +224,11 @@ def _results(call: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Ten
 def graph_replays(device: torch.device, impl: str) -> Iterator[Finding]:
     """A captured chain of the ops, replayed with other numbers in memory, against a new run."""
     inputs, chain = _chain_inputs(device), _chain(impl)
-    outputs, again = replay.capture(lambda: _results(chain, inputs), device)
+    outputs, recompute = replay.capture(lambda: _results(chain, inputs), device)
     with torch.no_grad():
         for tensor in inputs:
             tensor.copy_(tensor.flip(-1) * 1.5)
-    again()
+    recompute()
     for tensor, value in _results(chain, inputs).items():
         # Products may take another algorithm in a graph.
         error = relative_rms(outputs[tensor], value.double())

@@ -2,7 +2,7 @@
 
 | op             | variant              | shape         | in the networks                          |
 |----------------|----------------------|---------------|------------------------------------------|
-| junction       | norm, per what       | (B, N, D)     | residual, norm and modulation, twice a   |
+| residual_norm  | norm, per what       | (B, N, D)     | residual, norm and modulation, twice a   |
 |                |                      |               | block                                    |
 | modulated_norm | the same             | (B, N, D)     | the same without a branch, at the ends   |
 | gelu           | bias                 | (B, N, F)     | SiT's perceptron, bias and its gradient  |
@@ -12,7 +12,7 @@
 |                | rotation             |               | one packed tensor                        |
 
 Modes: "full" is a forward pass and the gradients of every input, "forward" the first alone, and
-"again", of the activations, the gradients and the output once more, which then need not be kept.
+"recompute", of the activations, the gradients and the output once more, which is then not kept.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import benchmarks.device  # noqa: F401 (chooses Triton's interpreter, before Tri
 from mixflow_fast.kernels.activations.gelu import gelu_bytes
 from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
 from mixflow_fast.kernels.attention.backends import BACKENDS
-from mixflow_fast.kernels.residual_norm.launch import junction_bytes
+from mixflow_fast.kernels.residual_norm.launch import residual_norm_bytes
 
-BLOCK_OPS = ("junction", "modulated_norm", "gelu", "swiglu", "qk_norm_rope", "attention")
+BLOCK_OPS = ("residual_norm", "modulated_norm", "gelu", "swiglu", "qk_norm_rope", "attention")
 # (norm, whether the modulation is per token); (norm of q and k, whether they are rotated).
 NORMS = {
     "layer per sample": ("layer", False),
@@ -97,29 +97,29 @@ class BlockCase:
 
         Those of the ops' own `*_bytes` functions where there are such. Of q and k: read and written
         once each way, their upstream gradients read, qkv's gradient written (v's part is zeros), q
-        and k read again for a norm. Of "again": upstream gradient and input read, gradient and
+        and k read again for a norm. Of "recompute": upstream gradient and input read, gradient and
         output written. Of attention: qkv, out and their gradients once each, and in
         the backward pass qkv and out again; scores and statistics not at all.
         """
-        passes = {"forward": (False,), "again": (True,), "full": (False, True)}[self.mode]
+        passes = {"forward": (False,), "recompute": (True,), "full": (False, True)}[self.mode]
         return sum(self._bytes(backward) for backward in passes)
 
     def _bytes(self, backward: bool) -> int:
-        if self.op in ("junction", "modulated_norm"):
-            return junction_bytes(
+        if self.op in ("residual_norm", "modulated_norm"):
+            return residual_norm_bytes(
                 torch.empty(self.shape, dtype=self.dtype, device="meta"),
                 per_token=self.per_token,
                 backward=backward,
-                has_h=self.op == "junction",
-                has_h_bias=self.op == "junction",
+                has_h=self.op == "residual_norm",
+                has_h_bias=self.op == "residual_norm",
                 has_weight=self.norm == "rms",
-                has_dx_new=self.op == "junction",
+                has_dx_new=self.op == "residual_norm",
                 norm=self.norm,
             )
         if self.op in ("gelu", "swiglu"):
             count = gelu_bytes if self.op == "gelu" else swiglu_bytes
             x = torch.empty(self.shape, dtype=self.dtype, device="meta")
-            return count(x, x.new_empty(self.shape[-1]), backward, self.mode == "again")
+            return count(x, x.new_empty(self.shape[-1]), backward, self.mode == "recompute")
         section = self.elements * self.dtype.itemsize
         if self.op == "attention":
             return section * (8 if backward else 4)
@@ -143,10 +143,10 @@ def _cells(mode: str, *cells: tuple[str, str, tuple[int, ...]]) -> list[BlockCas
 # The most telling of each op. SiT-XL at B = 256, DiT-DH-XL at B = 64.
 MAIN = _cells(
     "full",
-    ("junction", "layer per sample", (256, 256, 1152)),
+    ("residual_norm", "layer per sample", (256, 256, 1152)),
     ("attention", "plain", (256, 256, 16, 72)),
     ("gelu", "bias", (256, 256, 4608)),
-    ("junction", "rms per token", (64, 256, 2048)),
+    ("residual_norm", "rms per token", (64, 256, 2048)),
     ("swiglu", "bias", (64, 256, 2 * 5504)),
     ("qk_norm_rope", "rope", (64, 256, 16, 72)),
     ("modulated_norm", "rms per sample", (64, 256, 1152)),
@@ -156,13 +156,13 @@ MORE = [
         "full",
         ("attention", "plain", (64, 1024, 16, 72)),
         ("attention", "plain", (64, 256, 16, 128)),
-        ("junction", "layer per sample", (32, 256, 1152)),
+        ("residual_norm", "layer per sample", (32, 256, 1152)),
         ("swiglu", "bias", (64, 256, 2 * 5461)),
-        ("junction", "rms per sample", (64, 256, 1152)),
+        ("residual_norm", "rms per sample", (64, 256, 1152)),
         ("attention", "plain", (256, 256, 16, 64)),
     ),
     *_cells(
-        "again",
+        "recompute",
         ("gelu", "bias", (256, 256, 4608)),
         ("swiglu", "bias", (64, 256, 2 * 5504)),
     ),
@@ -170,7 +170,7 @@ MORE = [
         "full",
         ("swiglu", "bias", (256, 256, 2 * 3072)),
         ("attention", "rope", (64, 256, 16, 72)),
-        ("junction", "layer per sample", (64, 1024, 1152)),
+        ("residual_norm", "layer per sample", (64, 1024, 1152)),
         ("gelu", "bias", (32, 256, 4608)),
         ("qk_norm_rope", "rms, rope", (64, 256, 16, 72)),
         ("qk_norm_rope", "layer", (256, 256, 16, 72)),
@@ -181,7 +181,7 @@ MORE = [
     ),
     *_cells(
         "forward",
-        ("junction", "layer per sample", (256, 256, 1152)),
+        ("residual_norm", "layer per sample", (256, 256, 1152)),
         ("swiglu", "bias", (64, 256, 2 * 5504)),
         ("gelu", "bias", (256, 256, 4608)),
         ("attention", "plain", (256, 256, 16, 72)),
@@ -192,8 +192,8 @@ MORE = [
 SMOKE = [
     *_cells(
         "full",
-        ("junction", "layer per sample", (2, 4, 16)),
-        ("junction", "rms per token", (2, 3, 16)),
+        ("residual_norm", "layer per sample", (2, 4, 16)),
+        ("residual_norm", "rms per token", (2, 3, 16)),
         ("modulated_norm", "rms per sample", (2, 4, 16)),
         ("gelu", "bias", (2, 3, 16)),
         ("swiglu", "bias", (2, 3, 16)),
@@ -202,7 +202,7 @@ SMOKE = [
         ("attention", "rope", (2, 4, 2, 8)),
     ),
     *_cells("forward", ("swiglu", "bias", (2, 3, 16))),
-    *_cells("again", ("gelu", "bias", (2, 3, 16)), ("swiglu", "bias", (2, 3, 16))),
+    *_cells("recompute", ("gelu", "bias", (2, 3, 16)), ("swiglu", "bias", (2, 3, 16))),
 ]
 
 

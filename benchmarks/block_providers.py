@@ -10,8 +10,8 @@
 * mixflow_fast: the ops. Of attention with the backend that "auto" chose.
 * flash3, flash2, cudnn, flash, efficient: `attention` with that backend, if it passed its test.
 
-In the mode "again" eager is a forward and a backward pass, which is how a checkpoint makes it;
-compile is the closed form of both (`AGAIN`), and ours `gelu_again` and `swiglu_again`.
+In the mode "recompute" eager is a forward and a backward pass, which is how a checkpoint makes it;
+compile is the closed form of both (`RECOMPUTE`), and ours `gelu_recompute` and `swiglu_recompute`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.block_ops import BlockCase
-from benchmarks.block_providers_plain import AGAIN, EPS, PLAIN, BiasOfProduct
+from benchmarks.block_providers_plain import EPS, PLAIN, RECOMPUTE, BiasOfProduct
 from benchmarks.verify import STORED, relative_rms
-from mixflow_fast.kernels.activations.gelu import gelu, gelu_again, gelu_reference
-from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again, swiglu_reference
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_recompute, gelu_reference
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_recompute, swiglu_reference
 from mixflow_fast.kernels.attention.choice import choose_backend
 from mixflow_fast.kernels.attention.op import attention, attention_reference
 from mixflow_fast.kernels.attention.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from mixflow_fast.kernels.residual_norm.op import (
-    junction,
-    junction_reference,
     modulated_norm,
     modulated_norm_reference,
+    residual_norm,
+    residual_norm_reference,
 )
 from mixflow_fast.models.embedders import rope_tables
 
-OUTPUTS = {"junction": ("x'", "y"), "qk_norm_rope": ("q", "k")}
+OUTPUTS = {"residual_norm": ("x'", "y"), "qk_norm_rope": ("q", "k")}
 # Relative RMS error against float64, in units of one rounding of the dtype. It tells a wrong result
 # from a right one at the timed shape; `benchmarks.checks` holds ours to twice eager's error. Plain
 # bf16 lines round after each operation, attention rounds its weights.
@@ -76,7 +76,7 @@ class BlockInputs:
 
 
 # Which argument was a matrix product, and which is its bias.
-_PRODUCT = {"junction": ("h", "h_bias"), "gelu": ("x", "bias"), "swiglu": ("x", "bias")}
+_PRODUCT = {"residual_norm": ("h", "h_bias"), "gelu": ("x", "bias"), "swiglu": ("x", "bias")}
 
 
 def make_inputs(case: BlockCase, device: torch.device, seed: int = 0) -> BlockInputs:
@@ -90,13 +90,13 @@ def make_inputs(case: BlockCase, device: torch.device, seed: int = 0) -> BlockIn
     tensors: Tensors = {}
     outputs = [case.shape]
     width = case.shape[-1]
-    if case.op in ("junction", "modulated_norm"):
+    if case.op in ("residual_norm", "modulated_norm"):
         B, N, D = case.shape
         tensors["x"] = normal(B, N, D)
         chunked = normal(B, N, 6 * D) if case.per_token else normal(B, 6 * D)
         chunked.requires_grad_()
         shift, scale, gate = chunked.chunk(6, dim=-1)[:3]
-        if case.op == "junction":
+        if case.op == "residual_norm":
             tensors |= {"h": normal(B, N, D), "gate": gate, "h_bias": normal(D)}
             outputs = [case.shape] * 2
         tensors |= {"shift": shift, "scale": scale}
@@ -132,18 +132,18 @@ def _tables(tokens: int, head_dim: int, device: torch.device) -> list[Tensor]:
 
 
 OPS = {
-    "junction": (junction, junction_reference),
+    "residual_norm": (residual_norm, residual_norm_reference),
     "modulated_norm": (modulated_norm, modulated_norm_reference),
     "gelu": (gelu, gelu_reference),
     "swiglu": (swiglu, swiglu_reference),
     "qk_norm_rope": (qk_norm_rope, qk_norm_rope_reference),
     "attention": (attention, attention_reference),
 }
-# (gradient of the output, x, bias) -> (dx, dbias, the output made again)
-OURS_AGAIN = {"gelu": gelu_again, "swiglu": swiglu_again}
+# (gradient of the output, x, bias) -> (dx, dbias, the output recomputed)
+OURS_RECOMPUTE = {"gelu": gelu_recompute, "swiglu": swiglu_recompute}
 
 
-_AGAIN = ("out", "dx", "dbias")
+_RECOMPUTE = ("out", "dx", "dbias")
 
 
 def op_options(case: BlockCase) -> dict[str, Any]:
@@ -184,10 +184,10 @@ def plain_call(
 ) -> Call:
     """A call of the plain lines, the bias added before them; of what `wrap` makes of them with."""
     tensors, plain = dict(inputs.tensors), PLAIN[case.op]
-    if wrap is not None and case.mode == "again":
-        again = wrap(AGAIN[case.op])
+    if wrap is not None and case.mode == "recompute":
+        recompute = wrap(RECOMPUTE[case.op])
         x, bias = (tensor.detach() for tensor in tensors.values())
-        return lambda: dict(zip(_AGAIN, again(*inputs.upstream, x, bias), strict=True))
+        return lambda: dict(zip(_RECOMPUTE, recompute(*inputs.upstream, x, bias), strict=True))
     if wrap is not None:
         return _call(case, inputs, wrap(plain), tensors)
     if inputs.biased is None:
@@ -206,14 +206,14 @@ def mixflow_call(
     case: BlockCase, inputs: BlockInputs, impl: str = "triton", backend: str = "auto"
 ) -> Call:
     """A call of our op."""
-    if case.mode == "again":
+    if case.mode == "recompute":
         x, bias = (tensor.detach() for tensor in inputs.tensors.values())
 
-        def again() -> dict[str, Any]:
-            dx, dbias, y = OURS_AGAIN[case.op](*inputs.upstream, x, bias, impl=impl)
-            return dict(zip(_AGAIN, (y, dx, dbias), strict=True))
+        def recompute() -> dict[str, Any]:
+            dx, dbias, y = OURS_RECOMPUTE[case.op](*inputs.upstream, x, bias, impl=impl)
+            return dict(zip(_RECOMPUTE, (y, dx, dbias), strict=True))
 
-        return again
+        return recompute
     options = op_options(case) | {"impl": impl}
     if case.op == "attention":
         options["backend"] = backend
@@ -253,7 +253,7 @@ def verdict(backend: str, case: BlockCase, inputs: BlockInputs) -> str:
 def note(case: BlockCase, inputs: BlockInputs, impl: str) -> str:
     """How our own call is set up."""
     if case.op != "attention":
-        return f"{case.op}{'_again' if case.mode == 'again' else ''}(impl={impl!r})"
+        return f"{case.op}{'_recompute' if case.mode == 'recompute' else ''}(impl={impl!r})"
     B, N, H, K = case.shape
     key = B, N, H, K, case.dtype, inputs.tensors["qkv"].device
     choice = choose_backend(*key, backward=case.mode != "forward")

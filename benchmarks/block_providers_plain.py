@@ -1,6 +1,6 @@
 """The plain lines of the transformer-block ops: providers "eager" and "compile".
 
-As the networks' eager mode has them, with PyTorch's fused norms and attention. `AGAIN` are the
+As the networks' eager mode has them, with PyTorch's fused norms and attention. `RECOMPUTE` are the
 gradients of an activation together with the activation itself, in closed form: one loop over memory
 for a compiler, where autograd's lines of both directions would be two.
 """
@@ -42,7 +42,7 @@ def plain_modulated_norm(
     return y * (1 + _over_tokens(scale)) + _over_tokens(shift)
 
 
-def plain_junction(
+def plain_residual_norm(
     x: Tensor,
     h: Tensor,
     gate: Tensor,
@@ -97,7 +97,7 @@ def plain_attention(qkv: Tensor, **given: Tensor) -> Tensor:
 
 
 PLAIN = {
-    "junction": plain_junction,
+    "residual_norm": plain_residual_norm,
     "modulated_norm": plain_modulated_norm,
     "gelu": plain_gelu,
     "swiglu": plain_swiglu,
@@ -121,4 +121,4 @@ def plain_swiglu_again(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     return silu * b, dx, dx.flatten(0, -2).sum(0)
 
 
-AGAIN = {"gelu": plain_gelu_again, "swiglu": plain_swiglu_again}
+RECOMPUTE = {"gelu": plain_gelu_again, "swiglu": plain_swiglu_again}

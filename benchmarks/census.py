@@ -35,7 +35,7 @@ from mixflow_fast.kernels.activations.gelu import gelu_bytes
 from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
 from mixflow_fast.kernels.attention.backends import REGISTRY
 from mixflow_fast.kernels.attention.op import attention_bytes
-from mixflow_fast.kernels.residual_norm.launch import Needs, junction_bytes, scratch_shapes
+from mixflow_fast.kernels.residual_norm.launch import Needs, residual_norm_bytes, scratch_shapes
 from mixflow_fast.models import Transformer
 
 aten = torch.ops.aten
@@ -91,10 +91,10 @@ def _copies(*tensors: Tensor | None, rows: bool = False) -> tuple[int, int]:
     return len(copied), sum(_size(x) + x.nbytes for x in copied)
 
 
-def _junction(a: dict[str, Any]) -> tuple[int, int]:
+def _residual_norm(a: dict[str, Any]) -> tuple[int, int]:
     scale, h = a["scale"], a.get("h")
     copies, copied = _copies(a["x"], h, scale, a.get("gate"), a["shift"], rows=True)
-    moved = junction_bytes(
+    moved = residual_norm_bytes(
         a["x"],
         per_token=scale.dim() == 3,
         backward=False,
@@ -108,16 +108,16 @@ def _junction(a: dict[str, Any]) -> tuple[int, int]:
     return 1 + copies, moved + copied
 
 
-def _junction_backward(a: dict[str, Any]) -> tuple[int, int]:
+def _residual_norm_backward(a: dict[str, Any]) -> tuple[int, int]:
     x, scale, needs = a["x_new"], a["scale"], Needs(*a["needs"])
     if not needs.dx or needs.dh != needs.dgate or not needs.dscale:
-        raise ValueError(f"junction_bytes knows passes with every gradient only, got {needs}")
+        raise ValueError(f"residual_norm_bytes knows passes with every gradient only, got {needs}")
     per_token = scale.dim() == 3
     copies, copied = _copies(
         a["dy"], x, scale, a["dx_new"], a["h"], a["gate"], a["shift"], rows=True
     )
     partial, sums = scratch_shapes(*x.shape, needs, per_token)
-    moved = junction_bytes(
+    moved = residual_norm_bytes(
         x,
         per_token=per_token,
         backward=True,
@@ -161,9 +161,9 @@ def _attention(a: dict[str, Any]) -> tuple[int, int]:
 
 
 FUSED: dict[str, Callable[[dict[str, Any]], tuple[int, int]]] = {
-    "junction": _junction,
-    "modulated_norm": _junction,
-    "junction_backward": _junction_backward,
+    "residual_norm": _residual_norm,
+    "modulated_norm": _residual_norm,
+    "residual_norm_backward": _residual_norm_backward,
     "gelu": _activation(gelu_bytes, backward=False),
     "gelu_backward": _activation(gelu_bytes, backward=True),
     "swiglu": _activation(swiglu_bytes, backward=False),
@@ -280,7 +280,7 @@ SCENARIOS = (
 MODES = (
     ("eager", "auto", "none"),
     ("fused", "flash2", "none"),
-    ("fused", "flash2", "activation"),
+    ("fused", "flash2", "elementwise"),
     ("fused", "cudnn", "none"),
 )
 
@@ -320,7 +320,7 @@ def per_block(
         mode: "eager" or "fused".
         attention: the backend; "auto" is PyTorch's flash kernel in mode eager, and unknown here in
             mode fused.
-        checkpointing: "none" or "activation".
+        checkpointing: "none" or "elementwise".
     """
     tables, kept = [], []
     for blocks in (2, 3):

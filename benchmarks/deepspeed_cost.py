@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.optimizers import OptimizerStep, Weights, adamwema_in_words
+from benchmarks.optimizers import OptimizerStep, Weights, describe_adamwema
 from benchmarks.stats import paired_ratio, percentiles
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
@@ -95,7 +95,7 @@ def measure(config: Config, rounds: int, each: int) -> dict[str, object]:
         "zero_stage": c.zero_stage,
         "batch": c.global_batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "optimizer": adamwema_in_words(device.type),
+        "optimizer": describe_adamwema(device.type),
         "deepspeed_over_bare": ratio.p50,
         "low95": ratio.low95,
         "high95": ratio.high95,

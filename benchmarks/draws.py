@@ -104,7 +104,7 @@ def normals(device: torch.device, impl: str) -> Iterator[Finding]:
 
 
 def times(device: torch.device, impl: str) -> Iterator[Finding]:
-    """t and m against the reference's draws, which are exact for the uniform law."""
+    """t and m against the reference's draws, which are exact for the uniform distribution."""
     count = 6 if device.type == "cpu" else 4096  # one program each, slow in the interpreter
     ids = torch.arange(count, device=device) + (1 << 32) - count // 2
     x1 = torch.zeros(count, 4, device=device)

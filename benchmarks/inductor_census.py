@@ -214,7 +214,7 @@ def compiled_block(
         scenario: which.
         mode: "compile" or "fused".
         attention: the backend; "auto" is PyTorch's flash kernel, of mode compile only.
-        checkpointing: "none" or "activation".
+        checkpointing: "none" or "elementwise".
     """
     net = on_meta(scenario.network).to(dtype)
     net.set_execution(mode=mode, attention=attention, compiled=False)
@@ -235,7 +235,7 @@ def compiled_block(
         if net.config.get("use_rope"):  # the last two are no leaves
             table = N, D // block.attn.num_heads
             inputs += [empty(*table, dtype=torch.float32, leaf=False) for _ in range(2)]
-    fn = _functional(block, names, mode, checkpointing == "activation")
+    fn = _functional(block, names, mode, checkpointing == "elementwise")
     with _as_on_a_gpu():
         graphs = _trace(fn, inputs, fake)
         # The condition is the same for all blocks.
@@ -266,7 +266,7 @@ def _kept(forward: fx.GraphModule, backward: fx.GraphModule, shared: set[int]) -
 
 
 def _functional(
-    block: nn.Module, names: list[str], mode: str, again: bool
+    block: nn.Module, names: list[str], mode: str, recompute: bool
 ) -> Callable[..., tuple[Tensor, ...]]:
     def fn(*inputs: Tensor) -> tuple[Tensor, ...]:
         weights, (x, c, *rest) = inputs[: len(names)], inputs[len(names) :]
@@ -275,7 +275,7 @@ def _functional(
         with _reparametrize_module(block, dict(zip(names, weights, strict=True))):
             if mode == "compile":
                 return (_plain_block(block, c, cos, sin, x),)
-            x, (h, _, gate) = _fused_block(block, "auto", again, c, cos, sin, x, *pending)
+            x, (h, _, gate) = _fused_block(block, "auto", recompute, c, cos, sin, x, *pending)
         # The bias that goes with h is a parameter as it came.
         return x, h, gate
 

@@ -129,7 +129,7 @@ class OptimizerStep:
         return sum(v.nbytes for v in (*states, *self._gradients) if isinstance(v, Tensor))
 
 
-def adamwema_in_words(device_type: str) -> str:
+def describe_adamwema(device_type: str) -> str:
     """Which of its implementations `AdamWEMA` takes here."""
     status = extension.load()
     if status.serves(device_type):

@@ -28,7 +28,7 @@ STYLES = {
     "fused": ("#7F7F7F", "X"),
     "mixflow_fast": ("#009E73", "o"),
     "mixflow_fast_adamwema": ("#000000", "o"),
-    "mixflow_fast_again": ("#F0E442", "o"),
+    "mixflow_fast_recompute": ("#F0E442", "o"),
 }
 OURS = "mixflow_fast"
 

@@ -35,7 +35,7 @@ from benchmarks.optimizers import (
     STEP_BYTES,
     OptimizerStep,
     Weights,
-    adamwema_in_words,
+    describe_adamwema,
 )
 from benchmarks.providers import GAMMA
 from benchmarks.rows import Writer
@@ -323,7 +323,7 @@ class StepSuite:
             p.grad = None
         shape = [sum(p.numel() for p in weights.masters)]
         notes = {name: KINDS[kind] for name, kind in kinds.items()}
-        notes["mixflow_fast"] += f"; {adamwema_in_words(weights.masters[0].device.type)}"
+        notes["mixflow_fast"] += f"; {describe_adamwema(weights.masters[0].device.type)}"
         for name, note in notes.items():
             ms = percentiles(times[name])
             self._rows.add(None, name, shape, "latency_ms", ms, note, op="optimizer")

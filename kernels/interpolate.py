@@ -162,13 +162,13 @@ def _interpolate_kernel(
     low,
     high,
     mu,
-    law_sigma,
+    distribution_sigma,
     law_first,
     law_span,
-    law_low,
-    law_high,
+    distribution_low,
+    distribution_high,
     SHIFTED: tl.constexpr,
-    LAW: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
     INTERVAL: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
     PATH: tl.constexpr,
@@ -215,13 +215,13 @@ def _interpolate_kernel(
         low,
         high,
         mu,
-        law_sigma,
+        distribution_sigma,
         law_first,
         law_span,
-        law_low,
-        law_high,
+        distribution_low,
+        distribution_high,
         SHIFTED,
-        LAW,
+        DISTRIBUTION,
         INTERVAL,
         NOISE_AT_1,
         TIME,
@@ -374,14 +374,14 @@ def _interpolate_op(
     t: Tensor | None,
     slowed_t: Tensor | None,
     clock: str,
-    law: str,
+    distribution: str,
     interval: str,
     numbers: list[float],
     path: str,
     patch_size: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    schedule = Schedule.from_parts(clock, law, interval, numbers)
+    schedule = Schedule.from_parts(clock, distribution, interval, numbers)
     if runtime.use_kernels(impl, x1.device, x1.dtype):
         return _launch(x1, std, scale, schedule, path, seed, ids, x0, t, slowed_t, patch_size)
     data = x1 if std is None else Moments(x1, std, scale)
@@ -400,7 +400,7 @@ def _(
     t,
     slowed_t,
     clock,
-    law,
+    distribution,
     interval,
     numbers,
     path,
@@ -447,6 +447,6 @@ def interpolate(
         check_sample_size(data)
     return _interpolate_op(
         *(data, std, float(scale), seed, ids, x0, t, slowed_t),
-        *(schedule.clock, schedule.law.name, schedule.interval, schedule.numbers()),
+        *(schedule.clock, schedule.distribution.name, schedule.interval, schedule.numbers()),
         *(path, patch_size, impl),
     )

@@ -14,8 +14,8 @@ from mixflow_fast.kernels.runtime import jit, tl
 
 def schedule_arguments(schedule: Schedule) -> dict[str, object]:
     """Keyword arguments of a kernel that calls `draw_times`."""
-    law, k = schedule.law, schedule.shift
-    first, last = law.cdf(law.low), law.cdf(law.high)
+    distribution, k = schedule.distribution, schedule.shift
+    first, last = distribution.cdf(distribution.low), distribution.cdf(distribution.high)
     return {
         "gamma": schedule.gamma,
         "k": k,
@@ -24,14 +24,14 @@ def schedule_arguments(schedule: Schedule) -> dict[str, object]:
         "inverse_k_less_1": 1 / k - 1,
         "low": schedule.low,
         "high": schedule.high,
-        "mu": law.mu,
-        "law_sigma": law.sigma,
+        "mu": distribution.mu,
+        "distribution_sigma": distribution.sigma,
         "law_first": first,
         "law_span": last - first,
-        "law_low": law.low,
-        "law_high": law.high,
+        "distribution_low": distribution.low,
+        "distribution_high": distribution.high,
         "SHIFTED": k != 1,
-        "LAW": law.name,
+        "DISTRIBUTION": distribution.name,
         "INTERVAL": schedule.interval,
         "NOISE_AT_1": schedule.clock == NOISE_AT_1,
         "TIME": int(Stream.TIME),
@@ -84,23 +84,23 @@ def slow_time(t, v, gamma, NOISE_AT_1: tl.constexpr):
 def raw_label(
     u,
     mu,
-    law_sigma,
+    distribution_sigma,
     law_first,
     law_span,
-    law_low,
-    law_high,
-    LAW: tl.constexpr,
+    distribution_low,
+    distribution_high,
+    DISTRIBUTION: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
 ):
-    """`TimeLaw.quantile`, in the caller's clock."""
+    """`TimeDistribution.quantile`, in the caller's clock."""
     u = law_first + law_span * u
-    if LAW == "uniform":
+    if DISTRIBUTION == "uniform":
         t = u
-    elif LAW == "beta21":
+    elif DISTRIBUTION == "beta21":
         t = tl.sqrt_rn(u)
     else:
-        t = tl.div_rn(1.0, 1.0 + tl.exp(-(mu + law_sigma * normal_quantile(u))))
-    t = tl.minimum(tl.maximum(t, law_low), law_high)
+        t = tl.div_rn(1.0, 1.0 + tl.exp(-(mu + distribution_sigma * normal_quantile(u))))
+    t = tl.minimum(tl.maximum(t, distribution_low), distribution_high)
     if NOISE_AT_1:
         t = 1.0 - t
     return t
@@ -120,13 +120,13 @@ def draw_times(
     low,
     high,
     mu,
-    law_sigma,
+    distribution_sigma,
     law_first,
     law_span,
-    law_low,
-    law_high,
+    distribution_low,
+    distribution_high,
     SHIFTED: tl.constexpr,
-    LAW: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
     INTERVAL: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
     TIME: tl.constexpr,
@@ -139,7 +139,17 @@ def draw_times(
         raw = shift_time(t, inverse_k, inverse_k_less_1, SHIFTED, NOISE_AT_1)
     else:
         u = first_uniform(seed, TIME, position)
-        raw = raw_label(u, mu, law_sigma, law_first, law_span, law_low, law_high, LAW, NOISE_AT_1)
+        raw = raw_label(
+            u,
+            mu,
+            distribution_sigma,
+            law_first,
+            law_span,
+            distribution_low,
+            distribution_high,
+            DISTRIBUTION,
+            NOISE_AT_1,
+        )
         t = shift_time(raw, k, k_less_1, SHIFTED, NOISE_AT_1)
     if not HAS_M:
         v = first_uniform(seed, SLOWING, position)

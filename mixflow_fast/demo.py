@@ -1,8 +1,8 @@
 """The demo: one base model, post-trained with and without MixFlow, sampled and measured.
 
-From one base checkpoint, arms that differ in nothing but the law of the two times train for the
-same number of steps on the same examples and noise; then every arm generates from the same noise
-with few and with many Euler steps, and is compared with real crops that no arm has seen.
+From one base checkpoint, arms that differ in nothing but the distribution of the two times train
+for the same number of steps on the same examples and noise; then every arm generates from the same
+noise with few and with many Euler steps, and is compared with real crops that no arm has seen.
 Everything is a function of the seed: the same seed gives the same bits on the same machine.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from mixflow_fast import __version__
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data import build_source, sample_index
+from mixflow_fast.data import build_dataset, sample_index
 from mixflow_fast.evaluation import FEATURES, frechet_distance, moments
 from mixflow_fast.files import write_bytes, write_json
 from mixflow_fast.metrics.metrics_file import read_metrics
@@ -181,7 +181,7 @@ def run_demo(
     _check(settings, arms, out)
     measure = _measure(settings.data, settings.size)
     _claim(out, settings, fresh)
-    say: Callable[[str], None] = (lambda _: None) if quiet else _say
+    log: Callable[[str], None] = (lambda _: None) if quiet else _log
     configs: dict[str, Any] = {}
     losses: dict[str, list] = {}
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -189,13 +189,13 @@ def run_demo(
         folder = out / f"seed_{seed}"
         base = base_config(settings, seed, folder / "base")
         for name, arm in arms.items():
-            say(f"seed {seed} ({number}/{len(seeds)}): {arm.label}")
+            log(f"seed {seed} ({number}/{len(seeds)}): {arm.label}")
             config = base
             if name != "base":
                 config = arm_config(base, arm, settings, seed, folder / name)
             done = folder / name / "frechet.json"
             if done.exists():
-                say(f"  finished already, kept: {done.parent} (--fresh starts over)")
+                log(f"  finished already, kept: {done.parent} (--fresh starts over)")
             else:
                 started = time.monotonic()
                 if not train(config, quiet=quiet).finished:
@@ -276,7 +276,7 @@ def _floor(settings: Settings, measure: Measure, draws: int = 10) -> dict[str, f
 
 
 def _all_images(data: str, split: str, size: int) -> Tensor:
-    source = build_source(data, size=size, split=split)
+    source = build_dataset(data, size=size, split=split)
     index = torch.arange(len(source))
     return source.get(index, index, 0).x
 
@@ -317,8 +317,8 @@ def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
         raise ValueError(f"samples must be >= 2, got {settings.samples}")
     base = base_config(settings, 0, out / "base")
     for arm in arms.values():
-        law = {"gamma": 0.0, "timesteps": "uniform"} if arm.timesteps is None else {}
-        check(arm_config(base, replace(arm, **law), settings, 0, out / "arm"))
+        distribution = {"gamma": 0.0, "timesteps": "uniform"} if arm.timesteps is None else {}
+        check(arm_config(base, replace(arm, **distribution), settings, 0, out / "arm"))
     if util.find_spec("matplotlib") is None:
         raise ValueError('the report needs matplotlib: pip install "mixflow_fast[eval]"')
 
@@ -392,5 +392,5 @@ def _notes(settings: Settings, seeds: int) -> list[str]:
     return notes
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -92,11 +92,11 @@ def test_several_seeds_give_mean_and_spread(tmp_path: Path) -> None:
 
 def test_sweep_holds_the_gammas_and_the_ablation_rows() -> None:
     arms = arms_of(SETTINGS["photos"], sweep=True).values()
-    laws = {(arm.gamma, arm.timesteps, arm.interval) for arm in arms}
-    assert {(g, "beta21", "shifted") for g in (0.0, 0.3, 0.5, 0.8, 1.0)} <= laws
-    assert (1.0, "uniform", "shifted") in laws
-    assert {(None, law, "full") for law in ("uniform", "beta21")} <= laws
-    assert len(laws) == len(arms)
+    distributions = {(arm.gamma, arm.timesteps, arm.interval) for arm in arms}
+    assert {(g, "beta21", "shifted") for g in (0.0, 0.3, 0.5, 0.8, 1.0)} <= distributions
+    assert (1.0, "uniform", "shifted") in distributions
+    assert {(None, distribution, "full") for distribution in ("uniform", "beta21")} <= distributions
+    assert len(distributions) == len(arms)
 
 
 def test_bad_folders_and_seeds(tmp_path: Path) -> None:

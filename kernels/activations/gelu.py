@@ -205,7 +205,7 @@ def _launch_backward(
 def gelu_bytes(x: Tensor, bias: Tensor | None, backward: bool, with_y: bool = False) -> int:
     """Bytes that the kernels of one pass move, for contiguous tensors and a trained bias.
 
-    Partial sums are written once and read once. `with_y`: the backward pass writes y again.
+    Partial sums are written once and read once. `with_y`: the backward pass recomputes y.
     """
     F = x.shape[-1]
     vector = 0 if bias is None else bias.numel() * bias.element_size()
@@ -293,10 +293,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
     return _gelu_op(x, bias, resolve(impl, x, bias))
 
 
-def gelu_again(
+def gelu_recompute(
     dy: Tensor, x: Tensor, bias: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `gelu` that also makes its output again, which then need not be kept.
+    """The backward pass of `gelu` that also recomputes its output, which then need not be kept.
 
     Args:
         dy: gradient of the output.

@@ -206,7 +206,7 @@ def _launch_backward(
 def swiglu_bytes(x: Tensor, bias: Tensor | None, backward: bool, with_y: bool = False) -> int:
     """Bytes that the kernels of one pass move, for contiguous tensors and a trained bias.
 
-    Partial sums are written once and read once. `with_y`: the backward pass writes y again.
+    Partial sums are written once and read once. `with_y`: the backward pass recomputes y.
     """
     F = x.shape[-1] // 2
     vector = 0 if bias is None else bias.numel() * bias.element_size()
@@ -305,10 +305,10 @@ def swiglu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tens
     return _swiglu_op(x, bias, resolve(impl, x, bias))
 
 
-def swiglu_again(
+def swiglu_recompute(
     dy: Tensor, x: Tensor, bias: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `swiglu` that also makes its output again, which then need not be kept.
+    """The backward pass of `swiglu` that also recomputes its output, which then need not be kept.
 
     Args:
         dy: gradient of the output.

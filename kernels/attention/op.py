@@ -5,7 +5,7 @@
 
 One operator each way. Forward: q' and k' are written to a buffer of their own, only where norm or
 rotation changes them; v stays where the linear layer left it, and so do q and k otherwise. Then
-one of the tested backends (`attention_backends.py`). Backward: the gradient of qkv comes as one
+one of the tested backends (`choice.py`). Backward: the gradient of qkv comes as one
 (B, N, 3, H, K) tensor, as the linear layer's backward pass wants it. Backends that can write it so
 do; the gradients of q' and k' are then turned into those of q and k in place. Of the others the
 three gradients are read once and written once, by the same kernel.
@@ -199,7 +199,7 @@ def attention(
         qkv: (B, N, 3, H, K) packed q, k and v: B samples, N tokens, H heads of K elements.
         cos, sin: (N, K) float32 tables of the rotation, or neither. They get no gradient.
         q_weight, k_weight, q_bias, k_bias, norm, eps: as `qk_norm_rope`.
-        backend: one of `attention_backends.BACKENDS`, or "auto". Tested at the first call with a
+        backend: one of `choice.BACKENDS`, or "auto". Tested at the first call with a
             shape; that call synchronises.
         impl: of norm, rotation and packing: "auto", "triton" or "reference".
 

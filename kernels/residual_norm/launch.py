@@ -1,6 +1,6 @@
-"""Launches of the junction's kernels, and the bytes that they move.
+"""Launches of the residual norm's kernels, and the bytes that they move.
 
-`launch_forward` and `launch_backward` are what the operators of `junction.py` call on a device.
+`launch_forward` and `launch_backward` are what the operators of `op.py` call on a device.
 Block sizes and numbers of rows depend on the width and the number of tokens, never on the batch.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.residual_norm.triton_kernels import (
-    _junction_backward_kernel,
-    _junction_forward_kernel,
-    _junction_reduce_kernel,
-    _junction_sum_kernel,
+    _residual_norm_backward_kernel,
+    _residual_norm_forward_kernel,
+    _residual_norm_reduce_kernel,
+    _residual_norm_sum_kernel,
 )
 from mixflow_fast.kernels.runtime import triton
 
@@ -34,7 +34,7 @@ SUM_BLOCK, SUM_COLUMNS = 64, 64
 
 @dataclass(frozen=True)
 class Needs:
-    """What the caller wants, in the order of the backward operator's outputs: y is made again."""
+    """What the caller wants, in the order of the backward operator's outputs: y is recomputed."""
 
     dx: bool
     dh: bool
@@ -127,7 +127,7 @@ def launch_forward(
     rows = 1 if per_token else FORWARD_ROWS
     tiles = triton.cdiv(N, rows)
     with runtime.on_device(x):
-        _junction_forward_kernel[(runtime.check_grid(B * tiles, B),)](
+        _residual_norm_forward_kernel[(runtime.check_grid(B * tiles, B),)](
             **_strided("x", x, x),
             **_strided("h", h, x),
             **_strided("gate", gate, x),
@@ -204,7 +204,7 @@ def launch_backward(
     written = dict(dgate_ptr=dgate, dshift_ptr=dshift, dscale_ptr=dscale)
     unwritten = dict.fromkeys(written, partial)
     with runtime.on_device(x_new):
-        _junction_backward_kernel[(runtime.check_grid(B * tiles, B),)](
+        _residual_norm_backward_kernel[(runtime.check_grid(B * tiles, B),)](
             **_strided("dy", dy, dy),
             **_strided("dx_new", dx_new, dy),
             **_strided("x_new", x_new, dy),
@@ -246,7 +246,7 @@ def launch_backward(
         gate = gate if needs.dh_bias and not per_token else None
         scale = scale if needs.dweight and not per_token else None
         columns = triton.cdiv(D, TILE_COLUMNS)
-        _junction_reduce_kernel[(runtime.check_grid(B * columns, B),)](
+        _residual_norm_reduce_kernel[(runtime.check_grid(B * columns, B),)](
             sums_ptr=sums,
             gate_ptr=partial if gate is None else gate,
             gate_sample_stride=0 if gate is None else gate.stride(0),
@@ -265,7 +265,7 @@ def launch_backward(
             **common,
         )
         if sums_shape[1]:
-            _junction_sum_kernel[(triton.cdiv(D, SUM_COLUMNS),)](
+            _residual_norm_sum_kernel[(triton.cdiv(D, SUM_COLUMNS),)](
                 sums,
                 dh_bias,
                 dweight,
@@ -281,7 +281,7 @@ def launch_backward(
             )
 
 
-def junction_bytes(
+def residual_norm_bytes(
     x: Tensor,
     *,
     per_token: bool,
@@ -303,10 +303,10 @@ def junction_bytes(
         x: (B, N, D), any device ("meta" too); h has its dtype.
         per_token: whether gate, shift and scale are (B, N, D).
         backward: of the backward pass instead of the forward pass.
-        has_h: `junction`; otherwise `modulated_norm`.
+        has_h: `residual_norm`; otherwise `modulated_norm`.
         has_shift, has_h_bias, has_weight: which arguments are given.
         has_dx_new: whether there is an upstream gradient of x', or of y alone.
-        with_y: whether the backward pass makes y again.
+        with_y: whether the backward pass recomputes y.
         dtype: of gate, shift, scale, h_bias and weight; x's by default.
     """
     B, N, D = x.shape

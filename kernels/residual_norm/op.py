@@ -36,16 +36,16 @@ from mixflow_fast.kernels.residual_norm.launch import (
 )
 from mixflow_fast.kernels.residual_norm.reference import (
     gradients_reference,
-    junction_reference,
     modulated_norm_reference,
+    residual_norm_reference,
     stored_statistics,
 )
 
 NORMS = ("layer", "rms")
 
 
-@torch.library.custom_op("mixflow_fast::junction", mutates_args=())
-def _junction_op(
+@torch.library.custom_op("mixflow_fast::residual_norm", mutates_args=())
+def _residual_norm_op(
     x: Tensor,
     h: Tensor,
     gate: Tensor,
@@ -61,7 +61,7 @@ def _junction_op(
     if impl == "triton":
         return launch_forward(x, h, gate, shift, scale, h_bias, weight, norm, eps)
     options = dict(weight=weight, norm=norm, eps=eps)
-    x_new, y = junction_reference(x, h, gate, shift, scale, h_bias=h_bias, **options)
+    x_new, y = residual_norm_reference(x, h, gate, shift, scale, h_bias=h_bias, **options)
     return x_new.contiguous(), y.contiguous(), *stored_statistics(x_new, norm, eps)
 
 
@@ -89,7 +89,7 @@ def _empty_statistics(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     return mean, x.new_empty((B, N), dtype=dtype)
 
 
-@_junction_op.register_fake
+@_residual_norm_op.register_fake
 def _(x, h, gate, shift, scale, h_bias, weight, norm, eps, impl):
     return x.new_empty(x.shape), x.new_empty(x.shape), *_empty_statistics(x, norm)
 
@@ -99,8 +99,8 @@ def _(x, shift, scale, weight, norm, eps, impl):
     return x.new_empty(x.shape), *_empty_statistics(x, norm)
 
 
-@torch.library.custom_op("mixflow_fast::junction_backward", mutates_args=())
-def _junction_backward_op(
+@torch.library.custom_op("mixflow_fast::residual_norm_backward", mutates_args=())
+def _residual_norm_backward_op(
     dy: Tensor,
     dx_new: Tensor | None,
     x_new: Tensor,
@@ -157,7 +157,7 @@ def _empty_outputs(
     )
 
 
-@_junction_backward_op.register_fake
+@_residual_norm_backward_op.register_fake
 def _(
     dy,
     dx_new,
@@ -191,7 +191,7 @@ def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None
     x, h, gate, shift, scale, h_bias, weight, norm, _, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    needs = Needs(*ctx.junction_needs)
+    needs = Needs(*ctx.residual_norm_needs)
     ctx.dtypes = _dtypes(x, h, gate, shift, h_bias)
     ctx.norm, ctx.impl = norm, impl
     h, h_bias = (h, h_bias) if needs.dgate else (None, None)
@@ -200,34 +200,35 @@ def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None
 
 
 def _backward(ctx, dx_new: Tensor | None, dy: Tensor | None) -> list[Tensor | None]:
-    needs = ctx.junction_needs
+    needs = ctx.residual_norm_needs
     if dx_new is None and dy is None:
         return [None] * len(needs)
     if torch.is_grad_enabled():
         raise RuntimeError(
-            'the fused junction has no second derivatives (create_graph=True): use impl="reference"'
+            "the fused residual norm has no second derivatives (create_graph=True): use "
+            'impl="reference"'
         )
     x_new, h, gate, *rest = ctx.saved_tensors
     dy = torch.zeros_like(x_new) if dy is None else dy
     inputs = dy, dx_new, x_new, h, gate, None, *rest
-    outputs = _junction_backward_op(*inputs, [*needs, False], *ctx.dtypes, ctx.norm, ctx.impl)
+    outputs = _residual_norm_backward_op(*inputs, [*needs, False], *ctx.dtypes, ctx.norm, ctx.impl)
     return [v if needed else None for v, needed in zip(outputs, needs, strict=False)]
 
 
-def _setup_junction(ctx, inputs, output) -> None:
+def _setup_residual_norm(ctx, inputs, output) -> None:
     x_new, _, mean, rstd = output
-    ctx.junction_needs = list(ctx.needs_input_grad[:7])
+    ctx.residual_norm_needs = list(ctx.needs_input_grad[:7])
     _save(ctx, inputs, x_new, mean, rstd)
 
 
-def _junction_backward(ctx, dx_new: Tensor | None, dy: Tensor | None, *_) -> tuple:
+def _residual_norm_backward(ctx, dx_new: Tensor | None, dy: Tensor | None, *_) -> tuple:
     return *_backward(ctx, dx_new, dy), None, None, None
 
 
 def _setup_modulated_norm(ctx, inputs, output) -> None:
     x, shift, scale, weight, *options = inputs
     dx, dshift, dscale, dweight = ctx.needs_input_grad[:4]
-    ctx.junction_needs = [dx, False, False, dshift, dscale, False, dweight]
+    ctx.residual_norm_needs = [dx, False, False, dshift, dscale, False, dweight]
     _save(ctx, (x, None, None, shift, scale, None, weight, *options), x, *output[1:])
 
 
@@ -236,7 +237,7 @@ def _modulated_norm_backward(ctx, dy: Tensor | None, *_) -> tuple:
     return dx, dshift, dscale, dweight, None, None, None
 
 
-_junction_op.register_autograd(_junction_backward, setup_context=_setup_junction)
+_residual_norm_op.register_autograd(_residual_norm_backward, setup_context=_setup_residual_norm)
 _modulated_norm_op.register_autograd(_modulated_norm_backward, setup_context=_setup_modulated_norm)
 
 
@@ -292,7 +293,7 @@ def _resolve(impl: str, x: Tensor, *others: Tensor | None) -> str:
     return "reference"
 
 
-def junction(
+def residual_norm(
     x: Tensor,
     h: Tensor,
     gate: Tensor,
@@ -320,9 +321,9 @@ def junction(
         weight: (D,) or None, learned weight of the norm.
         norm: "layer" (LayerNorm without affine) or "rms" (RMSNorm).
         eps: added to the variance or the mean square.
-        impl: "auto" and "triton" call the operator `mixflow_fast::junction`, which has no second
-            derivatives ("auto" runs plain PyTorch inside of it where kernels cannot run);
-            "reference" is `junction_reference`.
+        impl: "auto" and "triton" call the operator `mixflow_fast::residual_norm`, which has no
+            second derivatives ("auto" runs plain PyTorch inside of it where kernels cannot run);
+            "reference" is `residual_norm_reference`.
 
     Returns:
         (x', y), both (B, N, D), contiguous.
@@ -334,9 +335,9 @@ def junction(
     _check(x, h, modulation, {"h_bias": h_bias, "weight": weight}, norm)
     if impl == "reference":
         options = dict(h_bias=h_bias, weight=weight, norm=norm, eps=eps)
-        return junction_reference(x, h, gate, shift, scale, **options)
+        return residual_norm_reference(x, h, gate, shift, scale, **options)
     impl = _resolve(impl, x, h, gate, shift, scale, h_bias, weight)
-    return _junction_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)[:2]
+    return _residual_norm_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)[:2]
 
 
 def modulated_norm(
@@ -349,9 +350,9 @@ def modulated_norm(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """y = norm(x) * weight * (1 + scale) + shift: a junction without a branch to add.
+    """y = norm(x) * weight * (1 + scale) + shift: a residual norm without a branch to add.
 
-    Args, Raises: as `junction`; the operator is `mixflow_fast::modulated_norm`.
+    Args, Raises: as `residual_norm`; the operator is `mixflow_fast::modulated_norm`.
 
     Returns:
         y, (B, N, D) in x's dtype, contiguous.

@@ -1,9 +1,9 @@
-"""The two passes of a junction for callers that do not keep y between them.
+"""The two passes of a residual norm for callers that do not keep y between them.
 
 In a transformer block y is kept only for the gradient of the weight that multiplies it. The
-junction's backward pass has all of its ingredients at hand, so it makes y again for one more write,
-and a block keeps two streams less. Autograd records nothing here: the caller is a
-`torch.autograd.Function` that knows the product. Formulas stand in `junction.py`.
+backward pass of `residual_norm` has all of its ingredients at hand, so y is recomputed for one more
+write, and a block keeps two streams less. Autograd records nothing here: the caller is a
+`torch.autograd.Function` that knows the product. Formulas stand in `op.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from mixflow_fast.kernels.residual_norm.op import (
     _check,
     _dtypes,
-    _junction_backward_op,
-    _junction_op,
     _modulated_norm_op,
+    _residual_norm_backward_op,
+    _residual_norm_op,
     _resolve,
 )
 
 
-def junction_forward(
+def residual_norm_forward(
     x: Tensor,
     h: Tensor | None,
     gate: Tensor | None,
@@ -35,23 +35,23 @@ def junction_forward(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`junction`, or `modulated_norm` where h and gate are None, with the norm's statistics.
+    """`residual_norm`, or `modulated_norm` where h and gate are None, with the norm's statistics.
 
-    Args, Raises: as `junction`; impl="reference" is plain PyTorch inside of the operator.
+    Args, Raises: as `residual_norm`; impl="reference" is plain PyTorch inside of the operator.
 
     Returns:
-        (x', y, mean, rstd): x' and y as `junction` returns them, x' is x itself without h; mean,
-        empty for norm="rms", and rstd are (B, N) float32 (float64 for float64 x).
+        (x', y, mean, rstd): x' and y as `residual_norm` returns them, x' is x itself without h;
+        mean, empty for norm="rms", and rstd are (B, N) float32 (float64 for float64 x).
     """
     modulation = {"scale": scale, "gate": gate, "shift": shift}
     _check(x, h, modulation, {"h_bias": h_bias, "weight": weight}, norm)
     impl = _resolve(impl, x, h, gate, shift, scale, h_bias, weight)
     if h is None:
         return x, *_modulated_norm_op(x, shift, scale, weight, norm, float(eps), impl)
-    return _junction_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)
+    return _residual_norm_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)
 
 
-def junction_again(
+def residual_norm_recompute(
     dy: Tensor,
     dx_new: Tensor | None,
     x_new: Tensor,
@@ -68,11 +68,11 @@ def junction_again(
     norm: str = "layer",
     impl: str = "auto",
 ) -> list[Tensor | None]:
-    """The backward pass of `junction_forward`, which also makes its y again.
+    """The backward pass of `residual_norm_forward`, which also recomputes its y.
 
     Args:
         dy, dx_new: (B, N, D), gradients of y and of x' (None: x' is not used elsewhere).
-        x_new, mean, rstd: x' and the statistics that `junction_forward` returned.
+        x_new, mean, rstd: x' and the statistics that `residual_norm_forward` returned.
         h, gate, shift, scale, h_bias, weight, norm, impl: as given to it.
         needs: which of the eight results are wanted. dh, dgate and dh_bias need h and gate.
 
@@ -83,5 +83,5 @@ def junction_again(
     impl = _resolve(impl, x_new, h, gate, shift, scale, h_bias, weight)
     dtypes = _dtypes(x_new, h, gate, shift, h_bias)
     inputs = dy, dx_new, x_new, h, gate, shift, scale, h_bias, weight, mean, rstd
-    outputs = _junction_backward_op(*inputs, list(needs), *dtypes, norm, impl)
+    outputs = _residual_norm_backward_op(*inputs, list(needs), *dtypes, norm, impl)
     return [v if needed else None for v, needed in zip(outputs, needs, strict=True)]

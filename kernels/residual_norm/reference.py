@@ -1,6 +1,6 @@
-"""The junction in plain PyTorch: what runs where kernels do not, and what tests compare with.
+"""The residual norm in plain PyTorch: what runs where kernels do not, and what tests compare with.
 
-Formulas stand in `junction.py`.
+Formulas stand in `op.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def modulated_norm_reference(
     return _modulated(normed, shift, scale, weight).to(x.dtype)
 
 
-def junction_reference(
+def residual_norm_reference(
     x: Tensor,
     h: Tensor,
     gate: Tensor,
@@ -66,7 +66,7 @@ def junction_reference(
     norm: str = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """`junction` in plain, differentiable PyTorch: (x', y).
+    """`residual_norm` in plain, differentiable PyTorch: (x', y).
 
     Computes in float32, or in float64 for float64 data; returns x's dtype.
     """
@@ -93,7 +93,7 @@ def gradients_reference(
     norm: str,
     with_y: bool,
 ) -> tuple[Tensor | None, ...]:
-    """All gradients in closed form and y again, unrounded; None where an input is missing."""
+    """All gradients in closed form and y recomputed, unrounded; None where an input is missing."""
     dtype = compute_dtype(x_new)
     dy, modulated = dy.to(dtype), 1 + _per_token(scale, dtype)
     mean = mean.unsqueeze(-1) if norm == "layer" else None

@@ -1,6 +1,6 @@
-"""The device side of the junction: forward, backward, and two small kernels that add up partials.
+"""Triton kernels of the residual norm: forward, backward, and two that add up partial sums.
 
-Formulas stand in `junction.py`, launches in `junction_launch.py`.
+Formulas stand in `op.py`, launches in `launch.py`.
 
 The backward pass reads each row once. A program owns some consecutive tokens of one sample and
 keeps what is summed over tokens in registers: one float32 row each for scale, shift, gate and
@@ -50,7 +50,7 @@ def _store_row(ptr, d, value, mask):
 
 
 @jit
-def _junction_forward_kernel(
+def _residual_norm_forward_kernel(
     x_ptr,
     h_ptr,
     gate_ptr,
@@ -141,7 +141,7 @@ def _junction_forward_kernel(
 
 
 @jit
-def _junction_backward_kernel(
+def _residual_norm_backward_kernel(
     dy_ptr,
     dx_new_ptr,
     x_new_ptr,
@@ -313,7 +313,7 @@ def _tile_sum(partial_ptr, tiles, step, d, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @jit
-def _junction_reduce_kernel(
+def _residual_norm_reduce_kernel(
     partial_ptr,
     gate_ptr,
     scale_ptr,
@@ -371,7 +371,7 @@ def _junction_reduce_kernel(
 
 
 @jit
-def _junction_sum_kernel(
+def _residual_norm_sum_kernel(
     sums_ptr,
     dh_bias_ptr,
     dweight_ptr,

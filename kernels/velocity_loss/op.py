@@ -1,4 +1,4 @@
-"""Per-sample loss and its gradient in one pass over the prediction, the noise made again.
+"""Per-sample loss and its gradient in one pass over the prediction, the noise drawn again.
 
     error = pred - u*,   u* = d_alpha x1 + d_sigma x0        (velocity; SiT, arXiv 2401.08740)
             pred - x0  |  pred - x1  |  sigma pred + x0      (noise | data | score)

@@ -125,8 +125,8 @@ def inspect_file(
     if any("decoder_blocks." in name for held in containers.values() for name in held):
         found.notes.append("legacy REPA names decoder_blocks.* were read as blocks.*")
     _find_network(found, state, recorded_config(_args(content, metadata), path), content)
-    _hold_against(found, state, against)
-    _remark(found, content)
+    _compare_with(found, state, against)
+    _add_notes(found, content)
     return found
 
 
@@ -275,7 +275,7 @@ def _flat(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _hold_against(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:
+def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:
     if against is not None:
         own = found.kwargs
         other = "DiTDH" if against.startswith("DiTDH") else "SiT"
@@ -294,7 +294,7 @@ def _hold_against(found: Inspection, state: dict[str, Tensor], against: str | No
     found.misshaped = {name: list(pair) for name, pair in shapes.items()}
 
 
-def _remark(found: Inspection, content: Mapping[str, Any]) -> None:
+def _add_notes(found: Inspection, content: Mapping[str, Any]) -> None:
     """Notes about what is in the file and not used, and what is not in it."""
     for row in found.contents:
         if row["kind"] != "optimizer":

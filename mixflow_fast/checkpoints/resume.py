@@ -18,7 +18,7 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "train.zero_stage", "train.device",
         "train.on_nonfinite", "train.max_skips", "train.max_rollbacks",
         "train.timeout_minutes", "train.microbatch_size", "data.workers", "objective.impl",
-        "model.mode", "model.attention", "model.checkpointing", "train.mirrors",
+        "model.mode", "model.attention", "model.checkpointing", "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.validate_every", "train.validate_examples"}  # fmt: skip
 
@@ -48,7 +48,7 @@ def check_resume(config: Config, newest: Path) -> dict[str, Any]:
     return run_folder.read_state(newest)
 
 
-def other_layout(config: Config, newest: Path, ranks: int) -> str:
+def resharded_from(config: Config, newest: Path, ranks: int) -> str:
     """How the shards of a checkpoint were cut, in words; "" if just as this run cuts them."""
     layout = read_layout(newest)
     stage = config.train.zero_stage

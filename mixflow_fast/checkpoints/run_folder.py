@@ -26,7 +26,7 @@ import torch
 
 from mixflow_fast import files
 from mixflow_fast.checkpoints import manifest
-from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.distributed.host_group import HostGroup
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -54,7 +54,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def choose_checkpoint(
-    out: Path, agreement: Agreement, set_aside: bool = False
+    out: Path, host_group: HostGroup, set_aside: bool = False
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in which every byte is what was written: the same one on all ranks.
 
@@ -74,13 +74,15 @@ def choose_checkpoint(
     """
     passed_over: list[str] = []
     damaged: list[Path] = []
-    names = agreement.share([path.name for path in reversed(_folders(out))])[0]
+    names = host_group.all_gather([path.name for path in reversed(_folders(out))])[0]
     for name in names:
         path = out / "checkpoints" / name
-        found = agreement.share(manifest.damage(path, checksums=(agreement.rank, agreement.ranks)))
+        found = host_group.all_gather(
+            manifest.damage(path, checksums=(host_group.rank, host_group.ranks))
+        )
         reason = next((reason for reason in found if reason is not None), None)
         if reason is None:
-            if set_aside and agreement.rank == 0:
+            if set_aside and host_group.rank == 0:
                 for bad in damaged:
                     with contextlib.suppress(OSError):
                         aside = bad.with_name(f".damaged_{bad.name}")
@@ -136,8 +138,8 @@ class Writing:
         folder: temporary folder in which the files go.
     """
 
-    def __init__(self, out: Path, step: int, agreement: Agreement) -> None:
-        self._out, self._step, self._agreement = out, step, agreement
+    def __init__(self, out: Path, step: int, host_group: HostGroup) -> None:
+        self._out, self._step, self._host_group = out, step, host_group
         self._error: str | None = None
         self._files: dict[str, dict[str, int]] = {}
         self.folder = out / "checkpoints" / temporary_name(step)
@@ -176,20 +178,22 @@ class Writing:
         Raises:
             SaveError: a rank could not; nothing of it stays, and older checkpoints are whole.
         """
-        said = self._agreement.share((self._error, self._files))
+        said = self._host_group.all_gather((self._error, self._files))
         files = {name: entry for _, own in said for name, entry in own.items()}
         errors = [error for error, _ in said]
         if not any(errors):
-            if self._agreement.rank == 0:
+            if self._host_group.rank == 0:
                 with self.attempt():
                     commit(self._out, self._step, state, keep, keep_every, files)
-            errors = self._agreement.share(self._error)
+            errors = self._host_group.all_gather(self._error)
         failed = {rank: error for rank, error in enumerate(errors) if error is not None}
         if failed:
-            if self._agreement.rank == 0:
+            if self._host_group.rank == 0:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self._agreement.share(None)  # a launcher ends all ranks when the first one has ended
-            who = f"rank {min(failed)}: " if self._agreement.ranks > 1 else ""
+            self._host_group.all_gather(
+                None
+            )  # a launcher ends all ranks when the first one has ended
+            who = f"rank {min(failed)}: " if self._host_group.ranks > 1 else ""
             raise SaveError(
                 f"checkpoint of step {self._step} could not be written to {self._out}: "
                 f"{who}{failed[min(failed)]}; the checkpoints from before stay. With that put "

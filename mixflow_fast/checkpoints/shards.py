@@ -4,7 +4,7 @@ DeepSpeed's shards hold flat stretches of numbers. Beside each, its rank leaves 
 elements of which parameter stand where. With it the shards are read without DeepSpeed and without
 a process group, one after the other and mapped from the disk.
 
-    CHECKPOINT/layout_R.pt      rank R's `Layout`
+    CHECKPOINT/layout_R.pt      rank R's `ShardLayout`
     CHECKPOINT/frozen.pt        what is not trained, float32
     CHECKPOINT/*_states.pt      DeepSpeed's
 """
@@ -34,7 +34,7 @@ class Fragment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """What one rank's shard holds.
 
     Attributes:
@@ -60,7 +60,7 @@ class Layout:
         return dataclasses.asdict(self) | {"fragments": fragments}
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> Layout:
+    def from_dict(cls, tree: dict[str, Any]) -> ShardLayout:
         """What `to_dict` made."""
         fragments = tuple(Fragment(*fragment) for fragment in tree["fragments"])
         return cls(tree["stage"], tree["ranks"], tree["shapes"], fragments)
@@ -82,7 +82,7 @@ class Piece(NamedTuple):
 
 
 def layout_file(folder: Path, rank: int) -> Path:
-    """Where a rank's `Layout.to_dict()` stands."""
+    """Where a rank's `ShardLayout.to_dict()` stands."""
     return folder / f"layout_{rank:05d}.pt"
 
 
@@ -91,16 +91,16 @@ def frozen_file(folder: Path) -> Path:
     return folder / "frozen.pt"
 
 
-def read_layout(folder: Path, rank: int = 0) -> Layout:
+def read_layout(folder: Path, rank: int = 0) -> ShardLayout:
     """A rank's layout.
 
     Raises:
         ValueError: it cannot be read.
     """
-    return Layout.from_dict(read_file(layout_file(folder, rank)))
+    return ShardLayout.from_dict(read_file(layout_file(folder, rank)))
 
 
-def pieces(folder: Path) -> Iterator[Piece]:
+def iter_shards(folder: Path) -> Iterator[Piece]:
     """Everything that is trained, shard by shard; tensors are mapped from the files.
 
     Raises:
@@ -136,7 +136,7 @@ def full_states(folder: Path) -> dict[str, dict[str, Any]]:
         folder: of a checkpoint.
 
     Raises:
-        ValueError: as `pieces`.
+        ValueError: as `iter_shards`.
     """
     return gather(folder, None)
 
@@ -147,7 +147,7 @@ def gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, dict[str, An
     found: dict[str, dict[str, Any]] = {name: {} for name in shapes}
     for name, tensor in _frozen(folder).items():
         found[name]["weight"] = tensor
-    for piece in pieces(folder):
+    for piece in iter_shards(folder):
         whole = found[piece.name]
         for key, value in piece.values.items():
             if keys is not None and key not in keys:
@@ -175,7 +175,7 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
         trained: False sets only what is not trained, because DeepSpeed loads the rest.
 
     Raises:
-        ValueError: names or shapes differ; as `pieces`.
+        ValueError: names or shapes differ; as `iter_shards`.
     """
     own = model.state_dict()
     shapes = read_layout(folder).shapes
@@ -186,7 +186,7 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
     for name, tensor in _frozen(folder).items():
         own[name].copy_(tensor)
     if trained:
-        for piece in pieces(folder):
+        for piece in iter_shards(folder):
             weight = piece.values["weight"]
             own[piece.name].view(-1)[piece.start : piece.start + weight.numel()] = weight
 
@@ -208,7 +208,7 @@ def _cut(fragment: Fragment, master: Tensor, state: Mapping[str, Any]) -> dict[s
 
 
 def _read_shard(
-    folder: Path, rank: int, layout: Layout
+    folder: Path, rank: int, layout: ShardLayout
 ) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
     """By partition: the float32 master weights, and the optimizer's state."""
     if layout.stage == 0:

@@ -42,7 +42,7 @@ class ModelConfig:
     init_seed: int = 0  # of the random initial weights
     mode: str = "auto"  # eager | compile | fused; auto = compile on a GPU, eager on a CPU
     attention: str = "auto"  # flash3 | flash2 | cudnn | flash | efficient | math
-    checkpointing: str = "none"  # none | activation | selective | blocks: made again, not kept
+    checkpointing: str = "none"  # none | elementwise | selective | full: recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class TrainConfig:
     keep_every: int = 0  # steps, a multiple of save_every; those checkpoints stay for good
     save_weights: str = "always"  # always | end | never: weights.pt in each checkpoint, in the last
     # one, in none (`mixflow-fast consolidate` makes it from the shards)
-    mirrors: tuple[str, ...] = ()  # of metrics.jsonl: tensorboard, wandb (offline by default)
+    loggers: tuple[str, ...] = ()  # of metrics.jsonl: tensorboard, wandb (offline by default)
     preview_every: int = 0  # steps; OUT/previews/step_N.png from the EMA; 0 = none
     previews: int = 16  # pictures in each
     preview_steps: int = 50  # Euler steps

@@ -11,7 +11,7 @@ import torch
 from mixflow_fast import extension
 from mixflow_fast.config.schema import DATA_FIELDS, Config, DataConfig
 from mixflow_fast.environment import apex_message, detect_apex
-from mixflow_fast.metrics.loggers import check_mirrors
+from mixflow_fast.metrics.loggers import check_loggers
 from mixflow_fast.models.execution import BACKENDS, CHECKPOINTING, MODES
 from mixflow_fast.optim.adamw_ema import IMPLS
 from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
@@ -127,9 +127,9 @@ def _check_model(config: Config) -> None:
     _choice("model.mode", m.mode, ("auto", *MODES))
     _choice("model.attention", m.attention, ("auto", *BACKENDS))
     _choice("model.checkpointing", m.checkpointing, CHECKPOINTING)
-    if m.checkpointing == "activation" and m.mode != "fused":
+    if m.checkpointing == "elementwise" and m.mode != "fused":
         raise ValueError(
-            f"model.checkpointing=activation needs model.mode=fused, got {m.mode}: set it, or "
+            f"model.checkpointing=elementwise needs model.mode=fused, got {m.mode}: set it, or "
             "model.checkpointing=selective"
         )
     if t.zero_stage == 3 and (m.mode not in ("auto", "eager") or m.checkpointing != "none"):
@@ -166,7 +166,7 @@ def _check_model(config: Config) -> None:
 
 def _check_watching(config: Config) -> None:
     t = config.train
-    check_mirrors(t.mirrors)
+    check_loggers(t.loggers)
     if t.preview_every and config.objective.prediction != "velocity":
         raise ValueError(
             f"train.preview_every = {t.preview_every} needs objective.prediction=velocity, got "

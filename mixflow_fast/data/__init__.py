@@ -1,12 +1,12 @@
-"""Training data: order of the samples, sources, and the loader of one rank's micro-batches."""
+"""Training data: order of the samples, datasets, and the loader of one rank's micro-batches."""
 
-from mixflow_fast.data.dataset import Batch, Source
+from mixflow_fast.data.dataset import Batch, Dataset
 from mixflow_fast.data.embedded import Digits, Photos
 from mixflow_fast.data.image_folder import ImageFolder, adm_center_crop
 from mixflow_fast.data.latents import Latents
 from mixflow_fast.data.loader import BatchLoader
 from mixflow_fast.data.order import sample_index
-from mixflow_fast.data.registry import build_source
+from mixflow_fast.data.registry import build_dataset
 
 __all__ = [
     "Batch",
@@ -15,8 +15,8 @@ __all__ = [
     "ImageFolder",
     "Latents",
     "Photos",
-    "Source",
+    "Dataset",
     "adm_center_crop",
-    "build_source",
+    "build_dataset",
     "sample_index",
 ]

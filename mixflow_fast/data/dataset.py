@@ -13,7 +13,7 @@ from mixflow_fast.kernels.philox import Stream, uniform
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on the CPU as a source gives it.
+    """One micro-batch, on the CPU as a dataset gives it.
 
     Attributes:
         x: (B, C, H, W) float32 data x1 as the network sees it; images in [-1, 1].
@@ -41,7 +41,7 @@ class Batch:
         return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
 
 
-class Source(Protocol):
+class Dataset(Protocol):
     """What a loader needs. `shape` is (C, H, W) of x1; `name` is short and safe in file names."""
 
     num_classes: int
@@ -74,6 +74,6 @@ def check_indices(indices: Tensor, positions: Tensor, size: int) -> None:
 
 
 def random_flip(x: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """Mirrors each image left-right with probability 1/2, a function of (seed, position) alone."""
+    """Loggers each image left-right with probability 1/2, a function of (seed, position) alone."""
     mirrored = uniform(seed, Stream.FLIP, positions)[:, 0] < 0.5
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -1,8 +1,8 @@
-"""Where samples come from: the interface, the two embedded sets of real images, `build_source`.
+"""Where samples come from: the interface, the two embedded sets of real images, `build_dataset`.
 
-A source is random access and has no state: `get` is a pure function of the indices (which samples),
-of the positions (which random numbers) and of the seed. The embedded sets need only scikit-learn,
-download nothing and hold real pixels; they carry the demo and the tests.
+A dataset is random access and has no state: `get` is a pure function of the indices (which
+samples), of the positions (which random numbers) and of the seed. The embedded sets need
+only scikit-learn, download nothing and hold real pixels; they carry the demo and the tests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Photos:
     Args:
         split: "train", "heldout" or "all".
         size: window side in pixels, at most 20 for "heldout", 33 for "train".
-        flip: random left-right mirror.
+        flip: random left-right logger.
 
     Raises:
         ValueError: unknown split, size that fits no band, scikit-learn is missing.
@@ -90,7 +90,7 @@ class Photos:
         return window // self._rows, window % self._rows, band * self._period + self._first + start
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Source.get`: x (B, 3, size, size)."""
+        """As `Dataset.get`: x (B, 3, size, size)."""
         check_indices(indices, positions, len(self))
         photo, row, column = self.locate(indices)
         x = self._windows[photo, :, row, column].contiguous()
@@ -129,7 +129,7 @@ class Digits:
         return len(self._y)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Source.get`: x (B, 1, size, size); nothing here is random."""
+        """As `Dataset.get`: x (B, 1, size, size); nothing here is random."""
         check_indices(indices, positions, len(self))
         x = self._x[indices].repeat_interleave(self._factor, -1)
         return Batch(x.repeat_interleave(self._factor, -2), self._y[indices], positions)

@@ -45,7 +45,7 @@ class ImageFolder:
     Args:
         path: folder of class folders.
         size: side in pixels.
-        flip: random left-right mirror with probability 1/2, a function of (seed, position).
+        flip: random left-right logger with probability 1/2, a function of (seed, position).
 
     Raises:
         ValueError: missing path, no class, a class without images, a bad size; in `get`, an image
@@ -84,7 +84,7 @@ class ImageFolder:
         return len(self.files)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Source.get`: x (B, 3, size, size)."""
+        """As `Dataset.get`: x (B, 3, size, size)."""
         check_indices(indices, positions, len(self))
         pixels = torch.empty(len(indices), self._size, self._size, 3, dtype=torch.uint8)
         for row, index in enumerate(indices.tolist()):

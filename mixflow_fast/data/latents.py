@@ -115,7 +115,7 @@ class Latents:
         return len(self._y)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Source.get`: x (B, C, H, W); features (B, T, z) and images uint8, or None."""
+        """As `Dataset.get`: x (B, C, H, W); features (B, T, z) and images uint8, or None."""
         check_indices(indices, positions, len(self))
         rows = indices.numpy()
         x = _to_float32(self._x[rows])

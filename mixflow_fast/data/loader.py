@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, Source
+from mixflow_fast.data.dataset import Batch, Dataset
 from mixflow_fast.data.order import sample_index
 
 _ORDER_BLOCK = 8192  # positions whose indices are computed at once: the cost is per call
@@ -44,7 +44,7 @@ class BatchLoader:
 
     Args:
         source: the samples.
-        seed: in [0, 2**64); of the order, and of what the source draws.
+        seed: in [0, 2**64); of the order, and of what the dataset draws.
         global_batch_size: samples of one optimizer step, over all ranks.
         microbatch_size: samples of one forward pass on one rank.
         rank, world_size: this process, and how many there are.
@@ -59,7 +59,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         *,
         seed: int,
         global_batch_size: int,
@@ -90,11 +90,13 @@ class BatchLoader:
                 f"got {start_position}; the step that holds it starts at "
                 f"{start_position - start_position % global_batch_size}"
             )
-        if len(source) < 1:
+        if len(dataset) < 1:
             raise ValueError("source must hold at least one sample, got an empty one")
-        sample_index(torch.zeros(1, dtype=torch.int64), len(source), seed)  # refuses a bad seed now
+        sample_index(
+            torch.zeros(1, dtype=torch.int64), len(dataset), seed
+        )  # refuses a bad seed now
 
-        self.source = source
+        self.dataset = dataset
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.microbatch_size = microbatch_size
@@ -133,7 +135,7 @@ class BatchLoader:
                 + (part * self.world_size + self.rank) * self.microbatch_size
             )
             positions = first[:, None] + torch.arange(self.microbatch_size)
-            indices = sample_index(positions.flatten(), len(self.source), self.seed, self.shuffle)
+            indices = sample_index(positions.flatten(), len(self.dataset), self.seed, self.shuffle)
             self._block_start, row = microstep, 0
             self._block_positions, self._block_indices = positions, indices.view_as(positions)
         # Clones: a batch that is kept must not keep the block.
@@ -148,12 +150,12 @@ class BatchLoader:
         try:
             if self._pool is None:
                 indices, positions = self._order(self._microstep)
-                batch = self.source.get(indices, positions, self.seed)
+                batch = self.dataset.get(indices, positions, self.seed)
             else:
                 while len(self._pending) < self._lookahead:
                     task = self._order(self._submitted)
-                    # The task holds the source, never the loader, so the loader can be collected.
-                    self._pending.append(self._pool.submit(self.source.get, *task, self.seed))
+                    # The task holds the dataset, never the loader, so the loader can be collected.
+                    self._pending.append(self._pool.submit(self.dataset.get, *task, self.seed))
                     self._submitted += 1
                 batch = self._pending.popleft().result()
         except BaseException:

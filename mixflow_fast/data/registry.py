@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from mixflow_fast.data.dataset import Source
+from mixflow_fast.data.dataset import Dataset
 from mixflow_fast.data.embedded import Digits, Photos
 from mixflow_fast.messages import did_you_mean
 
 
-def build_source(kind: str, **kwargs: Any) -> Source:
-    """A source from its name in a recipe.
+def build_dataset(kind: str, **kwargs: Any) -> Dataset:
+    """A dataset from its name in a recipe.
 
     Args:
         kind: "photos" (`Photos`), "digits" (`Digits`), "folder" (`ImageFolder`), "latents"

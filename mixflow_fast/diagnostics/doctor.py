@@ -87,7 +87,7 @@ class Diagnosis:
         return "\n".join([*lines[1:], "", f"{verdict} ({self.seconds:.0f} s)"])
 
 
-def diagnose(say: Callable[[str], None] = lambda section: None) -> Diagnosis:
+def diagnose(log: Callable[[str], None] = lambda section: None) -> Diagnosis:
     """Run every check: some 10 s, on a GPU more where Triton has not compiled the kernels before.
 
     Args:
@@ -98,7 +98,7 @@ def diagnose(say: Callable[[str], None] = lambda section: None) -> Diagnosis:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as a run on the CPU does
     sections = {}
     for name, checks in SECTIONS.items():
-        say(name)
+        log(name)
         sections[name] = _guarded(name, checks)
     return Diagnosis(sections, time.perf_counter() - started)
 

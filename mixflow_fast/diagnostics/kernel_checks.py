@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.kernels import philox, runtime
-from mixflow_fast.kernels.activations.gelu import gelu, gelu_again, gelu_reference
-from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again, swiglu_reference
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_recompute, gelu_reference
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_recompute, swiglu_reference
 from mixflow_fast.kernels.attention.choice import FLOORS as ATTENTION_FLOORS
 from mixflow_fast.kernels.attention.op import attention, attention_reference
 from mixflow_fast.kernels.attention.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
+from mixflow_fast.kernels.residual_norm.op import modulated_norm, residual_norm
 from mixflow_fast.kernels.residual_norm.reference import (
-    junction_reference,
     modulated_norm_reference,
+    residual_norm_reference,
 )
 from mixflow_fast.messages import error_line
 from mixflow_fast.objective.mixflow import MixFlow
@@ -61,14 +61,14 @@ class Case:
         op: its name.
         shapes: of the random inputs that get a gradient, in data's dtype.
         ours, reference: (inputs, impl) -> outputs; the reference ignores impl.
-        again: (upstream gradient, inputs, impl) -> outputs of the backward pass that makes y again.
+        again: (upstream gradient, inputs, impl) -> outputs of the backward pass that recomputes y.
     """
 
     op: str
     shapes: dict[str, tuple[int, ...]]
     ours: Callable[[Outputs, str], Outputs]
     reference: Callable[[Outputs, str], Outputs]
-    again: Callable[[Tensor, Outputs, str], Outputs] | None = None
+    recompute: Callable[[Tensor, Outputs, str], Outputs] | None = None
     floors: Mapping[torch.dtype, float] | None = None
 
 
@@ -135,9 +135,9 @@ def _run(case: Case, function: Callable, inputs: Outputs, impl: str) -> dict[str
     if found:
         gradients = torch.autograd.grad(list(found.values()), list(leaves.values()), upstream)
         results |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
-    if case.again is not None:
+    if case.recompute is not None:
         plain = {name: x.detach() for name, x in leaves.items()}
-        results |= case.again(upstream[0], plain, impl)
+        results |= case.recompute(upstream[0], plain, impl)
     return results
 
 
@@ -179,18 +179,18 @@ def _cases(device: torch.device) -> list[Case]:
     return [
         *_objective(device),
         Case(
-            "junction",
+            "residual_norm",
             dict(x=stream, h=stream, gate=per_sample, shift=per_sample, scale=per_sample)
             | {"h_bias": (D,)},
-            partial(_pair, junction, ("x'", "y"), {"norm": "layer"}),
-            partial(_pair, junction_reference, ("x'", "y"), {"norm": "layer"}),
+            partial(_pair, residual_norm, ("x'", "y"), {"norm": "layer"}),
+            partial(_pair, residual_norm_reference, ("x'", "y"), {"norm": "layer"}),
         ),
         Case(
-            "junction rms",
+            "residual_norm rms",
             dict(x=stream, h=stream, gate=per_token, shift=per_token, scale=per_token)
             | {"weight": (D,)},
-            partial(_pair, junction, ("x'", "y"), {"norm": "rms"}),
-            partial(_pair, junction_reference, ("x'", "y"), {"norm": "rms"}),
+            partial(_pair, residual_norm, ("x'", "y"), {"norm": "rms"}),
+            partial(_pair, residual_norm_reference, ("x'", "y"), {"norm": "rms"}),
         ),
         Case(
             "modulated_norm",
@@ -203,14 +203,14 @@ def _cases(device: torch.device) -> list[Case]:
             {"x": stream, "bias": (D,)},
             partial(_one, gelu, {}),
             partial(_one, gelu_reference, {}),
-            partial(_again, gelu_again),
+            partial(_recompute, gelu_recompute),
         ),
         Case(
             "swiglu",
             {"x": stream, "bias": (D,)},
             partial(_one, swiglu, {}),
             partial(_one, swiglu_reference, {}),
-            partial(_again, swiglu_again),
+            partial(_recompute, swiglu_recompute),
         ),
         Case(
             "qk_norm_rope",
@@ -248,9 +248,9 @@ def _impl(function: Callable, impl: str) -> dict[str, str]:
     return {} if function.__name__.endswith("_reference") else {"impl": impl}
 
 
-def _again(function: Callable, dy: Tensor, inputs: Outputs, impl: str) -> Outputs:
+def _recompute(function: Callable, dy: Tensor, inputs: Outputs, impl: str) -> Outputs:
     dx, dbias, y = function(dy, inputs["x"], inputs["bias"], impl=impl)
-    return {"dx again": dx, "dbias again": dbias, "y again": y}
+    return {"dx recomputed": dx, "dbias recomputed": dbias, "y recomputed": y}
 
 
 def _objective(device: torch.device) -> list[Case]:

@@ -91,7 +91,7 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
         "train.save_every": 0,
         "train.keep": 2,
         "train.save_weights": "always",
-        "train.mirrors": [],
+        "train.loggers": [],
     }
     if p.schedule != "constant":
         common["optim.decay_images"] = p.decay_images or config.train.images

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-class Agreement:
+class HostGroup:
     """Exchange of small Python values between the ranks. Needs the process group.
 
     Args:
@@ -27,7 +27,7 @@ class Agreement:
         several = self.ranks > 1 and dist.get_backend() != "gloo"
         self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
-    def share(self, mine: Any) -> list[Any]:
+    def all_gather(self, mine: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks. Every rank must call it."""
         if self.ranks == 1:
             return [mine]
@@ -36,7 +36,7 @@ class Agreement:
         return values
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """A ValueError or OSError of one rank inside is raised on all ranks at the end.
 
         Every rank must enter it. Collectives inside would wait for a rank that failed.
@@ -46,6 +46,6 @@ class Agreement:
             yield
         except (ValueError, OSError) as error:
             mine = error
-        found = [error for error in self.share(mine) if error is not None]
+        found = [error for error in self.all_gather(mine) if error is not None]
         if found:
             raise mine or found[0]

@@ -78,10 +78,10 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
                     answers[other] = host, reason
             time.sleep(0.1)
 
-    asked = _ask_store(ask, wait_s + 2)
+    requested = _ask_store(ask, wait_s + 2)
     missing = sorted(set(range(ranks)) - answers.keys())
     reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]
-    if not asked:  # the store lives in the launcher, or in rank 0
+    if not requested:  # the store lives in the launcher, or in rank 0
         launcher = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
         reasons.insert(0, f"{'the launcher of ' * launcher}rank 0 does not answer{_CAUSES}")
     elif missing:

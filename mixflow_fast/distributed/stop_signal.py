@@ -26,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_S = 2.0
 
 
-class StopRequest:
+class StopSignal:
     """Whether to stop; the same answer on every rank at the same step.
 
     Args:
@@ -45,13 +45,13 @@ class StopRequest:
         """The signal that this process got, or None."""
         return self._signal
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Every rank must call it once a step; waits for no device."""
-        asked = self._signal is not None
+        requested = self._signal is not None
         if self._votes is None:
-            return asked
+            return requested
         # Each step starts a vote and reads the one that the step before started.
-        before, value = self._vote, torch.tensor(float(asked))
+        before, value = self._vote, torch.tensor(float(requested))
         work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._votes, async_op=True)
         self._vote = work, value
         if before is None:
@@ -60,7 +60,7 @@ class StopRequest:
         return bool(before[1])
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Signals are requests while this is open; the handlers from before come back after."""
         if threading.current_thread() is not threading.main_thread():  # gets no signals
             yield

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data import Batch, Source, build_source
+from mixflow_fast.data import Batch, Dataset, build_dataset
 from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.philox import Stream
@@ -30,12 +30,12 @@ GRID = 8
 _HELD_OUT = ("photos", "digits")
 
 
-def middles(count: int) -> list[float]:
+def bin_centers(count: int) -> list[float]:
     """The middles of `count` equal parts of [0, 1]."""
     return [(i + 0.5) / count for i in range(count)]
 
 
-def validation_data(config: Config) -> tuple[Source, str]:
+def validation_data(config: Config) -> tuple[Dataset, str]:
     """The examples to validate on, and what they are, in words.
 
     A set that training does not see where the data kind has one; else training data, without
@@ -45,7 +45,7 @@ def validation_data(config: Config) -> tuple[Source, str]:
     if d.kind in _HELD_OUT:
         size = d.size or config.model.input_size
         try:
-            return build_source(d.kind, size=size, split="heldout"), "held-out examples"
+            return build_dataset(d.kind, size=size, split="heldout"), "held-out examples"
         except ValueError:  # windows larger than the held-out bands
             pass
     return build_data(config.replace(**{"data.flip": False})), "training examples"
@@ -69,7 +69,7 @@ class ValidationLoss:
         device: where the network is.
         rank, ranks: the ranks share the work. The numbers do not depend on their number but for
             rounding.
-        share: exchanges values between the ranks, as `Agreement.share`.
+        all_gather: exchanges values between the ranks, as `HostGroup.all_gather`.
     """
 
     def __init__(
@@ -79,23 +79,23 @@ class ValidationLoss:
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
-        share: Callable[[Any], list[Any]] = lambda mine: [mine],
+        all_gather: Callable[[Any], list[Any]] = lambda mine: [mine],
     ) -> None:
         self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
-        self._share = share
-        source, self.data = validation_data(config)
-        self.examples = min(config.train.validate_examples, len(source))
-        index = torch.arange(self.examples) * len(source) // self.examples
+        self._all_gather = all_gather
+        dataset, self.data = validation_data(config)
+        self.examples = min(config.train.validate_examples, len(dataset))
+        index = torch.arange(self.examples) * len(dataset) // self.examples
         size = min(self.examples, config.train.microbatch_size)
         positions = torch.arange(self.examples)
-        self._chunks = [source.get(index[place], place, SEED) for place in positions.split(size)]
+        self._chunks = [dataset.get(index[place], place, SEED) for place in positions.split(size)]
         self._held: tuple[int, Batch, Tensor] | None = None
         full = config.objective.interval == "full"
         self._grid = [
             (row, column) for row in range(GRID) for column in range(GRID) if full or row <= column
         ]
-        g = middles(GRID)
-        self._points = [(t, t) for t in middles(TIMES)]
+        g = bin_centers(GRID)
+        self._points = [(t, t) for t in bin_centers(TIMES)]
         self._points += [(g[column], g[row]) for row, column in self._grid]
 
     @torch.no_grad()
@@ -103,14 +103,15 @@ class ValidationLoss:
         """The losses of one set of weights; every rank must call it.
 
         Returns:
-            "loss": mean over the times; "loss_by_t": at `middles(TIMES)`; "grid": rows m, columns
-            t at `middles(GRID)`, None where m > t is not trained. Means over the examples.
+            "loss": mean over the times; "loss_by_t": at `bin_centers(TIMES)`; "grid": rows m,
+            columns t at `bin_centers(GRID)`, None where m > t is not trained. Means over
+            the examples.
         """
         tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(self._points))]
         mine = [(c, p, self._losses(net, c, p)) for c, p in tasks[self._rank :: self._ranks]]
         sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
         parts = [(c, p, total) for (c, p, _), total in zip(mine, sums, strict=True)]
-        found = {(c, p): total for part in self._share(parts) for c, p, total in part}
+        found = {(c, p): total for part in self._all_gather(parts) for c, p, total in part}
         means = [
             sum(found[c, p] for c in range(len(self._chunks))) / self.examples
             for p in range(len(self._points))

@@ -1,8 +1,8 @@
-"""The maths of the flow: paths between noise and data, and the laws of the times."""
+"""The maths of the flow: paths between noise and data, and the distributions of the times."""
 
 from mixflow_fast.flow.clock import CLOCKS, DATA_AT_1, NOISE_AT_1, check_clock, engine_times
 from mixflow_fast.flow.path import PATHS, Path, get_path
-from mixflow_fast.flow.timesteps import TimeLaw, shift_time, slow_time
+from mixflow_fast.flow.timesteps import TimeDistribution, shift_time, slow_time
 
 __all__ = [
     "CLOCKS",
@@ -10,7 +10,7 @@ __all__ = [
     "NOISE_AT_1",
     "PATHS",
     "Path",
-    "TimeLaw",
+    "TimeDistribution",
     "check_clock",
     "engine_times",
     "get_path",

@@ -1,6 +1,6 @@
 """The times of a training example: label t and slowed time m from two uniform numbers.
 
-    t = shift(law(u)),   m ~ U[(1 - gamma) t, t] by v      (MixFlow, arXiv 2512.19311)
+    t = shift(distribution(u)),   m ~ U[(1 - gamma) t, t] by v      (MixFlow, arXiv 2512.19311)
 
 A `Schedule` holds everything that this takes, as plain numbers and names, so that the PyTorch code
 here and the device code of `kernels/times.py` compute the same.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import DATA_AT_1, engine_times
-from mixflow_fast.flow.timesteps import TimeLaw, shift_time, slow_time
+from mixflow_fast.flow.timesteps import TimeDistribution, shift_time, slow_time
 
 INTERVALS = ("shifted", "raw", "full")
 
@@ -25,7 +25,7 @@ class Schedule:
 
     Attributes:
         clock: the caller's, of every time that goes in or comes out.
-        law: of the label before the shift, cut where the bounds come from.
+        distribution: of the label before the shift, cut where the bounds come from.
         gamma: slowing range in [0, 1].
         shift: RAE's k >= 1.
         interval: "shifted" slows in shifted time, "raw" before the shift, "full" draws
@@ -34,7 +34,7 @@ class Schedule:
     """
 
     clock: str
-    law: TimeLaw
+    distribution: TimeDistribution
     gamma: float
     shift: float
     interval: str
@@ -49,22 +49,38 @@ class Schedule:
         low, high = bounds
         first, last = (shift_time(bound, 1 / shift, DATA_AT_1) for bound in bounds)
         return cls(
-            clock, TimeLaw.parse(timesteps, clock, first, last), gamma, shift, interval, low, high
+            clock,
+            TimeDistribution.parse(timesteps, clock, first, last),
+            gamma,
+            shift,
+            interval,
+            low,
+            high,
         )
 
     def numbers(self) -> list[float]:
         """Everything numeric, for an operator's arguments: see `from_parts`."""
-        law = self.law
+        distribution = self.distribution
         return [
             *(self.gamma, self.shift, self.low, self.high),
-            *(law.mu, law.sigma, law.low, law.high),
+            *(distribution.mu, distribution.sigma, distribution.low, distribution.high),
         ]
 
     @classmethod
-    def from_parts(cls, clock: str, law: str, interval: str, numbers: list[float]) -> Schedule:
-        """The inverse of (clock, law.name, interval, numbers())."""
+    def from_parts(
+        cls, clock: str, distribution: str, interval: str, numbers: list[float]
+    ) -> Schedule:
+        """The inverse of (clock, distribution.name, interval, numbers())."""
         gamma, shift, low, high, mu, sigma, first, last = numbers
-        return cls(clock, TimeLaw(law, mu, sigma, first, last), gamma, shift, interval, low, high)
+        return cls(
+            clock,
+            TimeDistribution(distribution, mu, sigma, first, last),
+            gamma,
+            shift,
+            interval,
+            low,
+            high,
+        )
 
     def label(self, u: Tensor) -> Tensor:
         """(B,) label times for uniform numbers u in (0, 1)."""
@@ -90,7 +106,7 @@ class Schedule:
         return self._within_bounds(shift_time(m, self.shift, self.clock), t)
 
     def _raw(self, u: Tensor) -> Tensor:
-        return engine_times(self.law.quantile(u), self.clock)[0]
+        return engine_times(self.distribution.quantile(u), self.clock)[0]
 
     def _within_bounds(self, m: Tensor, t: Tensor) -> Tensor:
         """Keep m off the noise end where this path or prediction is singular, never beyond t."""

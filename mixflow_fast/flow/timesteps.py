@@ -1,6 +1,6 @@
 """Laws of the training times: pure functions of uniform numbers.
 
-The label time t follows a `TimeLaw` on the engine's clock (t = 1 is data):
+The label time t follows a `TimeDistribution` on the engine's clock (t = 1 is data):
 
     uniform           t = u
     beta21            t = sqrt(u), density 2 t                     (MixFlow, arXiv 2512.19311)
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mixflow_fast.flow.clock import DATA_AT_1
 
-TIME_LAWS = ("uniform", "beta21", "logit-normal")
+TIME_DISTRIBUTIONS = ("uniform", "beta21", "logit-normal")
 Times = TypeVar("Times", Tensor, float)
 _NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _LOGIT_NORMAL = re.compile(rf"logit-normal(?:\(({_NUMBER}),\s*({_NUMBER})\))?")
@@ -34,14 +34,14 @@ _RAE_LOGIT_NORMAL = re.compile(rf"logit-normal_({_NUMBER})_({_NUMBER})")
 
 
 @dataclass(frozen=True)
-class TimeLaw:
-    """A law of the label time on [low, high], sampled by its inverse distribution function.
+class TimeDistribution:
+    """A distribution of the label time on [low, high], sampled by inverting its CDF.
 
-    Truncation is conditioning: the law restricted to [low, high], not clipped to it.
+    Truncation is conditioning: the distribution restricted to [low, high], not clipped to it.
 
     Attributes:
         name: "uniform", "beta21" or "logit-normal".
-        mu, sigma: location and scale of the logit-normal law, engine's clock; sigma > 0.
+        mu, sigma: location and scale of the logit-normal distribution, engine's clock; sigma > 0.
         low, high: bounds in the engine's clock.
     """
 
@@ -54,10 +54,10 @@ class TimeLaw:
     @classmethod
     def parse(
         cls, text: str, clock: str = DATA_AT_1, low: float = 0.0, high: float = 1.0
-    ) -> TimeLaw:
+    ) -> TimeDistribution:
         """Read "uniform", "beta21", "logit-normal", "logit-normal(mu, sigma)" (RAE: _mu_sigma).
 
-        mu is that of logit(t) in the caller's clock; the mirror t -> 1 - t changes its sign.
+        mu is that of logit(t) in the caller's clock; the logger t -> 1 - t changes its sign.
         """
         text = str(text)
         match = _LOGIT_NORMAL.fullmatch(text) or _RAE_LOGIT_NORMAL.fullmatch(text)
@@ -66,14 +66,15 @@ class TimeLaw:
             if sigma <= 0:
                 raise ValueError(f"logit-normal's sigma must be > 0, got {sigma}")
             return cls("logit-normal", mu if clock == DATA_AT_1 else -mu, sigma, low, high)
-        if text not in TIME_LAWS:
+        if text not in TIME_DISTRIBUTIONS:
             raise ValueError(
-                f"timesteps must be one of {TIME_LAWS} or 'logit-normal(mu, sigma)', got {text!r}"
+                f"timesteps must be one of {TIME_DISTRIBUTIONS} or 'logit-normal(mu, sigma)', "
+                f"got {text!r}"
             )
         return cls(text, low=low, high=high)
 
     def cdf(self, t: float) -> float:
-        """Distribution function of the law without truncation, at an engine time t."""
+        """Distribution function of the distribution without truncation, at an engine time t."""
         if self.name == "uniform" or t in (0.0, 1.0):
             return t
         if self.name == "beta21":

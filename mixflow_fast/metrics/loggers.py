@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from mixflow_fast.messages import error_line
-from mixflow_fast.metrics.metrics_file import Mirror
+from mixflow_fast.metrics.metrics_file import Logger
 
 NAMES = ("tensorboard", "wandb")
 # Numbers of a row that say where it belongs, not how the run does.
 _PLACES = ("step", "time", "kind", "t", "grid_t", "examples")
 
 
-def check_mirrors(names: Sequence[str]) -> None:
-    """ValueError for a mirror that is not known, or whose package is not installed."""
+def check_loggers(names: Sequence[str]) -> None:
+    """ValueError for a logger that is not known, or whose package is not installed."""
     for name in names:
         if name not in NAMES:
             raise ValueError(
-                f"train.mirrors may name {', '.join(NAMES)}, got {name!r}: for example "
-                "train.mirrors=[tensorboard]"
+                f"train.loggers may name {', '.join(NAMES)}, got {name!r}: for example "
+                "train.loggers=[tensorboard]"
             )
         if not _installed(name):
             raise ValueError(
-                f"train.mirrors={list(names)} needs the package {name}: pip install {name}, or "
+                f"train.loggers={list(names)} needs the package {name}: pip install {name}, or "
                 "leave it out (metrics.jsonl is written anyway)"
             )
 
@@ -45,8 +45,8 @@ def _installed(name: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-class Mirrors:
-    """The mirrors of a run. One that raises is warned of once and left out from then on.
+class Loggers:
+    """The loggers of a run. One that raises is warned of once and left out from then on.
 
     Args:
         names: of `NAMES`.
@@ -62,32 +62,32 @@ class Mirrors:
         out: Path,
         config: dict[str, Any],
         start_step: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self._say = say
-        self._open: dict[str, Mirror] = {}
+        self._log = log
+        self._open: dict[str, Logger] = {}
         makers = {"tensorboard": _TensorBoard, "wandb": _Wandb}
         given = out, config, start_step
         for name in names:
             self._try(name, lambda name=name: self._add(name, makers[name], *given))
 
-    def _add(self, name: str, maker: Callable[..., Mirror], *args: Any) -> None:
+    def _add(self, name: str, maker: Callable[..., Logger], *args: Any) -> None:
         self._open[name] = maker(*args)
 
     def write(self, row: dict[str, Any]) -> None:
         """The numbers of a row."""
-        for name, mirror in list(self._open.items()):
-            self._try(name, lambda mirror=mirror: mirror.write(row))
+        for name, logger in list(self._open.items()):
+            self._try(name, lambda logger=logger: logger.write(row))
 
     def picture(self, path: Path, step: int) -> None:
         """A preview that was written."""
-        for name, mirror in list(self._open.items()):
-            self._try(name, lambda mirror=mirror: mirror.picture(path, step))
+        for name, logger in list(self._open.items()):
+            self._try(name, lambda logger=logger: logger.picture(path, step))
 
     def close(self) -> None:
         """Flush and end them."""
-        for name, mirror in list(self._open.items()):
-            self._try(name, mirror.close)
+        for name, logger in list(self._open.items()):
+            self._try(name, logger.close)
         self._open = {}
 
     def _try(self, name: str, action: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ class Mirrors:
             action()
         except Exception as error:  # whatever a foreign package may raise
             self._open.pop(name, None)
-            self._say(
+            self._log(
                 f"warning: {name} failed ({error_line(error, 200)}); the run goes on without "
                 "it, metrics.jsonl is complete"
             )

@@ -19,7 +19,7 @@ from mixflow_fast import files
 TRAINING = "training"  # the kind of rows that name none
 
 
-class Mirror(Protocol):
+class Logger(Protocol):
     """What gets the rows too."""
 
     def write(self, row: dict[str, Any]) -> None: ...
@@ -36,11 +36,11 @@ class MetricsFile:
         path: the file.
         resume_step: rows of later steps are dropped first, since they will be written again; a
             line that a killed run left unfinished is dropped too.
-        mirror: gets each row after the file has it.
+        logger: gets each row after the file has it.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0, mirror: Mirror | None = None) -> None:
-        self._mirror = mirror
+    def __init__(self, path: Path, resume_step: int = 0, logger: Logger | None = None) -> None:
+        self._mirror = logger
         rows = [row for row in read_metrics(path, kind=None) if row["step"] <= resume_step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
@@ -54,7 +54,7 @@ class MetricsFile:
             self._mirror.write(row)
 
     def picture(self, path: Path, step: int) -> None:
-        """Tell the mirror of a picture that was written."""
+        """Tell the logger of a picture that was written."""
         if self._mirror is not None:
             self._mirror.picture(path, step)
 

@@ -46,12 +46,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {row['images_per_s']:.0f} img/s")
         elif not self._quiet:
-            self.say(
+            self.log(
                 f"{self._label}: step {row['step']}/{self._total} loss {loss} "
                 f"lr {row['lr']:.2e} {row['images_per_s']:.0f} img/s"
             )
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line of text that does not break the bar."""
         if self._quiet:
             return

@@ -24,7 +24,7 @@ from mixflow_fast.models.embedders import (
     RotaryEmbedding,
     sincos_position_embedding,
 )
-from mixflow_fast.models.fused.block import settle
+from mixflow_fast.models.fused.block import resolve
 from mixflow_fast.models.transformer import (
     CLOCKS,
     Transformer,
@@ -185,7 +185,7 @@ class DiTDH(Transformer):
         if self.use_pos_embed:
             s_BNE = s_BNE + self.pos_embed
         split = self.encoder_depth
-        s_BNE = settle(encoder((s_BNE, None), c_BE, _tables(self.enc_feat_rope), range(split)))
+        s_BNE = resolve(encoder((s_BNE, None), c_BE, _tables(self.enc_feat_rope), range(split)))
         s_BND = self.s_projector(F.silu(temb_BE.unsqueeze(1) + s_BNE))
         stream = self.x_embedder(x), None
         rope = _tables(self.dec_feat_rope)

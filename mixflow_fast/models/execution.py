@@ -27,7 +27,7 @@ from mixflow_fast.kernels.runtime import IMPLS
 
 _NUMBERS = itertools.count()
 MODES = ("eager", "compile", "fused")
-CHECKPOINTING = ("none", "activation", "selective", "blocks")
+CHECKPOINTING = ("none", "elementwise", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,14 @@ class Execution:
     Attributes:
         mode: "eager" (plain PyTorch), "compile" (the same, each block through torch.compile) or
             "fused" (blocks of fused operators, compiled).
-        attention: "auto" or a name of `kernels.attention_backends.BACKENDS`. "auto" is PyTorch's
+        attention: "auto" or a name of `kernels.attention.choice.BACKENDS`. "auto" is PyTorch's
             own choice in the modes eager and compile; in mode fused the fastest backend that
             passes its test.
-        checkpointing: what is made again in the backward pass instead of kept: "none";
-            "activation" (mode fused only: the outputs of the norms and of the MLP's activation,
+        checkpointing: what is recomputed in the backward pass instead of kept: "none";
+            "elementwise" (mode fused only: the outputs of the norms and of the MLP's activation,
             by the passes that compute their gradients, which costs no more than their writes);
             "selective" (all but the outputs of attention and of the MLP's first product, the two
-            that cost most to make); "blocks" (everything inside a block: least memory, about a
+            that cost most to make); "full" (everything inside a block: least memory, about a
             third more time).
         compiled: False runs mode "fused" without torch.compile.
         impl: of the fused operators: "auto", "triton" or "reference".
@@ -65,10 +65,10 @@ class Execution:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.checkpointing == "activation" and self.mode != "fused":
+        if self.checkpointing == "elementwise" and self.mode != "fused":
             raise ValueError(
-                f'checkpointing="activation" is the fused operators\', got mode={self.mode!r}: use '
-                'mode="fused", or checkpointing="selective"'
+                f'checkpointing="elementwise" is the fused operators\', got mode={self.mode!r}: '
+                'use mode="fused", or checkpointing="selective"'
             )
 
     @property
@@ -121,7 +121,7 @@ class _Compiled:
 
 def _plain(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> Callable:
     fn = _with_own_code(fn)
-    if execution.checkpointing in ("selective", "blocks"):
+    if execution.checkpointing in ("selective", "full"):
         # Nothing inside draws from torch's generators, so there is no state to restore.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if execution.checkpointing == "selective":
@@ -158,7 +158,7 @@ def _with_pytorchs_linear(fn: Callable) -> Callable:
             raise RuntimeError(
                 'checkpointing="selective" needs PyTorch\'s own torch.nn.functional.linear, got '
                 f"{nn.functional.linear.__module__}.{nn.functional.linear.__name__}: use "
-                'checkpointing="blocks"'
+                'checkpointing="full"'
             )
         return fn(*args)
 

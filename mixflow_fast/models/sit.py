@@ -22,7 +22,7 @@ from mixflow_fast.models.embedders import (
     TimestepEmbedder,
     sincos_position_embedding,
 )
-from mixflow_fast.models.fused.block import settle
+from mixflow_fast.models.fused.block import resolve
 from mixflow_fast.models.transformer import (
     CLOCKS,
     Transformer,
@@ -197,7 +197,7 @@ class SiT(Transformer):
         h_BND, c_BD = self._embed(x, t, y)
         (chain,) = self._chains
         stream = chain((h_BND, None), c_BD, None, range(self.encoder_depth))
-        h_BND = settle(stream)
+        h_BND = resolve(stream)
         return [projector(h_BND) for projector in self.projectors]
 
     def _block_groups(self) -> list[nn.ModuleList]:
@@ -216,7 +216,7 @@ class SiT(Transformer):
         stream, zs, done = (h_BND, None), [], 0
         if project and self.projectors is not None:
             done = self.encoder_depth
-            h_BND = settle(chain(stream, c_BD, None, range(done)))
+            h_BND = resolve(chain(stream, c_BD, None, range(done)))
             zs = [projector(h_BND) for projector in self.projectors]
             stream = h_BND, None
         stream = chain(stream, c_BD, None, range(done, len(self.blocks)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixflow_fast.kernels.attention.choice import AttentionChoice, choose_backend
 from mixflow_fast.models.blocks import Block, FinalLayer, SwiGLU
 from mixflow_fast.models.execution import BACKENDS, Execution, runner
-from mixflow_fast.models.fused.block import Stream, fused_block, fused_final, settle
+from mixflow_fast.models.fused.block import ResidualStream, fused_block, fused_final, resolve
 
 CLOCKS = ("data_at_1", "noise_at_1")
 
@@ -32,15 +32,15 @@ def _plain_block(
 def _fused_block(
     block: Block,
     impl: str,
-    again: bool,
+    recompute: bool,
     c_silu: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
     x: Tensor,
     *pending: Tensor,
-) -> Stream:
+) -> ResidualStream:
     rope = None if cos is None else (cos, sin)
-    return fused_block(block, (x, pending or None), c_silu, rope, impl, again)
+    return fused_block(block, (x, pending or None), c_silu, rope, impl, recompute)
 
 
 class Chain:
@@ -57,28 +57,28 @@ class Chain:
         self._run = runner(_fused_block if self._fused else _plain_block, execution, widths)
 
     def __call__(
-        self, stream: Stream, c: Tensor, rope: tuple[Tensor, Tensor] | None, numbers: range
-    ) -> Stream:
+        self, stream: ResidualStream, c: Tensor, rope: tuple[Tensor, Tensor] | None, numbers: range
+    ) -> ResidualStream:
         """Blocks `numbers` (from 0) of the chain on a stream."""
         cos, sin = rope or (None, None)
         if self._fused:
             c, impl = nn.functional.silu(c), self._execution.impl
-            again = self._execution.checkpointing == "activation"
+            recompute = self._execution.checkpointing == "elementwise"
             for number in numbers:
                 x, pending = stream
                 block = self._blocks[number]
-                stream = self._run(block, impl, again, c, cos, sin, x, *(pending or ()))
+                stream = self._run(block, impl, recompute, c, cos, sin, x, *(pending or ()))
             return stream
-        x = settle(stream)
+        x = resolve(stream)
         for number in numbers:
             x = self._run(self._blocks[number], c, cos, sin, x)
         return x, None
 
-    def finish(self, layer: FinalLayer, stream: Stream, c: Tensor) -> Tensor:
+    def finish(self, layer: FinalLayer, stream: ResidualStream, c: Tensor) -> Tensor:
         """The final layer on a stream."""
         if self._fused:
             return fused_final(layer, stream, nn.functional.silu(c), self._execution.impl)
-        return layer(settle(stream), c)
+        return layer(resolve(stream), c)
 
 
 class Transformer(nn.Module):

@@ -105,7 +105,7 @@ class MixFlow:
         clock: required. "data_at_1" (SiT, LightningDiT, the paper) or "noise_at_1" (REPA, RAE,
             SD3, Flux): which end of the network's own time is data.
         path: "linear", "gvp" or "vp".
-        timesteps: law of the label: "beta21" (paper), "uniform", "logit-normal" or
+        timesteps: distribution of the label: "beta21" (paper), "uniform", "logit-normal" or
             "logit-normal(mu, sigma)" with mu in the caller's clock.
         shift: RAE's time shift k >= 1, applied to the label before slowing.
         prediction: what the network returns: "velocity" (d x / d t in the caller's clock),
@@ -114,7 +114,7 @@ class MixFlow:
             "label" at t (the published patch). They differ off the linear path, and for scores
             and weighted losses.
         loss_weight: None, "velocity" or "likelihood": SiT's weights of noise and score losses.
-        source: law of the noise end; None is N(0, I), the only one in this version.
+        source: distribution of the noise end; None is N(0, I), the only one in this version.
         seed: of the counter-based draws, in [0, 2**64).
         impl: "reference" is plain PyTorch; "triton" the fused kernels; "auto" takes the kernels
             on CUDA devices (float32, bf16, fp16; Triton installed) and else the reference.
@@ -318,7 +318,7 @@ class MixFlow:
         key = self.seed, device
         if key not in _SEEDS:
             _refuse_in_capture(device, "the seed")
-            _SEEDS[key] = _kept(lambda: philox.seed_tensor(self.seed, device))
+            _SEEDS[key] = _cached(lambda: philox.seed_tensor(self.seed, device))
         return _SEEDS[key]
 
 
@@ -384,7 +384,7 @@ def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if x1.device not in counters:
         _refuse_in_capture(x1.device, "the counter of calls without ids")
-        counters[x1.device] = _kept(lambda: torch.zeros((), dtype=torch.int64, device=x1.device))
+        counters[x1.device] = _cached(lambda: torch.zeros((), dtype=torch.int64, device=x1.device))
     counter = counters[x1.device]
     # Interleaved, so that ranks with batches of different sizes do not meet.
     ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
@@ -392,7 +392,7 @@ def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
     return ids
 
 
-def _kept(make: Callable[[], Tensor]) -> Tensor:
+def _cached(make: Callable[[], Tensor]) -> Tensor:
     """A tensor for good: one made under inference_mode could not be used outside of it."""
     if torch.compiler.is_compiling():
         return make()

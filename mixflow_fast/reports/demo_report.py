@@ -225,7 +225,7 @@ def _arm_words(arm: dict[str, Any]) -> str:
     if arm.get("interval") == "full":
         facts.append("the input's time is anywhere in [0, 1], whatever its label")
     if times is not None:
-        facts.append(f"time law {times}")
+        facts.append(f"time distribution {times}")
     if gamma is not None:
         facts.append("no slowing (γ = 0)" if gamma == 0 else f"slowing γ = {gamma:g}")
     return f"<li><b>{html.escape(arm['label'])}</b>: {html.escape('; '.join(facts) or '–')}</li>"

@@ -8,7 +8,7 @@ import torch
 
 from mixflow_fast.config.schema import DATA_FIELDS, Config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.data import Source, build_source
+from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.models import Execution, Transformer, build
 from mixflow_fast.models.teacher import Teacher, TeacherFiles
 from mixflow_fast.objective.mixflow import MixFlow
@@ -47,7 +47,7 @@ def build_objective(config: Config, clock: str) -> MixFlow:
     return MixFlow(**options, clock=clock, seed=config.train.seed)
 
 
-def build_data(config: Config) -> Source:
+def build_data(config: Config) -> Dataset:
     """The source of training examples; ValueError if it does not fit the model."""
     d, m = config.data, config.model
     options = {name: getattr(d, name) for name in DATA_FIELDS[d.kind]}
@@ -56,21 +56,21 @@ def build_data(config: Config) -> Source:
         options["images"] = d.images
     elif options["size"] is None:
         options["size"] = m.input_size
-    source = build_source(d.kind, **options)
+    dataset = build_dataset(d.kind, **options)
     expected = (m.in_channels, m.input_size, m.input_size)
-    if tuple(source.shape) != expected:
+    if tuple(dataset.shape) != expected:
         raise ValueError(
-            f"data gives examples of shape {tuple(source.shape)}, the model takes {expected}: set "
+            f"data gives examples of shape {tuple(dataset.shape)}, the model takes {expected}: set "
             "model.in_channels and model.input_size, or data.size"
         )
-    if source.num_classes > m.num_classes:
+    if dataset.num_classes > m.num_classes:
         raise ValueError(
-            f"data has {source.num_classes} classes, the model only {m.num_classes}: set "
+            f"data has {dataset.num_classes} classes, the model only {m.num_classes}: set "
             "model.num_classes"
         )
     if config.objective.alignment_weight and config.teacher.path is None:
         index = torch.zeros(1, dtype=torch.int64)
-        features = source.get(index, index, 0).features
+        features = dataset.get(index, index, 0).features
         tokens = _token_side(config) ** 2
         fits = None if features is None else tuple(features.shape[1:])
         if fits != (tokens, *m.z_dims):
@@ -78,7 +78,7 @@ def build_data(config: Config) -> Source:
                 f"data.features must be (N, {tokens}, {m.z_dims[0]}): one row per token and "
                 f"model.z_dims channels, got (N, *{fits})"
             )
-    return source
+    return dataset
 
 
 def build_teacher(config: Config, device: str | torch.device = "cpu") -> Teacher | None:

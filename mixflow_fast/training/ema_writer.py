@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixflow_fast.config.schema import Config
-from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.optim.power_ema import (
     window_steps,
 )
@@ -26,9 +26,9 @@ class SnapshotWriter:
         agreement: the ranks'.
     """
 
-    def __init__(self, config: Config, agreement: Agreement) -> None:
+    def __init__(self, config: Config, host_group: HostGroup) -> None:
         self._config = config
-        self._agreement = agreement
+        self._host_group = host_group
         self._every = config.optim.snapshot_every or config.train.save_every
 
     def look(
@@ -54,12 +54,12 @@ class SnapshotWriter:
             return
         check()
         tensors = {}
-        writer = self._agreement.rank == 0
+        writer = self._host_group.rank == 0
         for number in range(len(widths)):
             for name, value in engine.gathered(f"ema_power_{number}", stepped=True):
                 if writer:
                     tensors[f"{number}/{name}"] = value.cpu().contiguous()
-        with self._agreement.together():
+        with self._host_group.raise_together():
             if writer:
                 trained = {name.partition("/")[2] for name in tensors}
                 frozen = {n: t for n, t in engine.initial.items() if n not in trained}
@@ -69,7 +69,7 @@ class SnapshotWriter:
                 _write(path, tensors, header | {"sigma_rel": json.dumps(widths)})
 
 
-def averages_in_words(config: Config) -> str:
+def describe_averages(config: Config) -> str:
     """The averages that a run keeps, for its log, with what is wrong with them."""
     words = []
     for decay in (config.optim.ema_decay, *config.optim.ema_more_decays):

@@ -21,12 +21,12 @@ from torch import Tensor
 from mixflow_fast.checkpoints.run_folder import Writing
 from mixflow_fast.checkpoints.shards import (
     Fragment,
-    Layout,
     Piece,
+    ShardLayout,
     frozen_file,
     is_flat,
+    iter_shards,
     layout_file,
-    pieces,
     read_layout,
 )
 from mixflow_fast.config.schema import Config
@@ -60,7 +60,7 @@ class Engine:
         self._device = device
         self.initial = {n: p.detach().clone() for n, p in model.state_dict().items()}
 
-    def start(self, resume_from: Path | None, other_layout: bool = False) -> None:
+    def start(self, resume_from: Path | None, resharded_from: bool = False) -> None:
         """Hand the network to DeepSpeed.
 
         Args:
@@ -100,10 +100,10 @@ class Engine:
             parameter.data = self.initial[name].to(parameter.device)
         if c.zero_stage == 3:
             self._clear_padding()
-        if resume_from is None or other_layout:
+        if resume_from is None or resharded_from:
             self._set_master_weights()
             if resume_from is not None:
-                self._set_optimizer_state(pieces(resume_from))
+                self._set_optimizer_state(iter_shards(resume_from))
         else:
             self._load(resume_from)
 
@@ -264,7 +264,7 @@ class Engine:
         if stage or rank == 0:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.initial.items()}
             fragments = tuple(fragment for fragment in self._fragments() if fragment.numel)
-            layout = Layout(stage, process_group.world_size(), shapes, fragments)
+            layout = ShardLayout(stage, process_group.world_size(), shapes, fragments)
             writing.write(layout.to_dict(), layout_file(folder, rank))
         if rank == 0:
             trained = {n for n, p in self.module.named_parameters() if p.requires_grad}

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data import Source
+from mixflow_fast.data import Dataset
 from mixflow_fast.distributed import process_group
-from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training import nonfinite_report
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.step_record import BadStep, Forward, Record
+from mixflow_fast.training.step_record import BadStep, StepOutput, StepRecord
 
 # Folders that one run writes; later steps are only counted.
 MAX_DUMPS = 10
@@ -39,11 +39,11 @@ class TrainingDiverged(RuntimeError):
 
 
 class RollBack(Exception):
-    """The run is to go on from its newest checkpoint; `Safety.left_out` has the bad step."""
+    """The run is to go on from its newest checkpoint, without the bad step."""
 
 
-class Safety:
-    """The rules of one run, and its `Record`.
+class NonFiniteGuard:
+    """The rules of one run, and its `StepRecord`.
 
     Args:
         config: of the run.
@@ -63,22 +63,22 @@ class Safety:
         self,
         config: Config,
         mix: MixFlow,
-        source: Source,
+        dataset: Dataset,
         engine: Engine,
-        forward: Callable[[Any, Any], Forward],
-        agreement: Agreement,
+        forward: Callable[[Any, Any], StepOutput],
+        host_group: HostGroup,
         device: torch.device,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._config, self._mix, self._source = config, mix, source
-        self._engine, self._forward, self._agreement = engine, forward, agreement
+        self._config, self._mix, self._dataset = config, mix, dataset
+        self._engine, self._forward, self._host_group = engine, forward, host_group
         self._device, self.mode = device, config.train.on_nonfinite
         state = state or {}
         self.left_out: list[int] = list(state.get("left_out", ()))
         self._skipped: int = state.get("skipped", 0)
         self._in_a_row: int = state.get("in_a_row", 0)
         self._rollbacks: int = state.get("rollbacks", 0)
-        self.say: Callable[[str], None] = lambda _: None
+        self.log: Callable[[str], None] = lambda _: None
         self._dumps = 0
         self._last_norm: float | None = None
         self.forget()
@@ -97,7 +97,7 @@ class Safety:
         micro = self._config.microbatch(process_group.world_size())
         share = self._config.train.global_batch_size // process_group.world_size()
         steps = min(self._config.train.log_every, self._config.steps)
-        self.record = Record(self._device, steps, share // micro, micro)
+        self.record = StepRecord(self._device, steps, share // micro, micro)
 
     def check(self) -> None:
         """Look at the steps since the last look. Every rank must call it; waits for the device.
@@ -130,7 +130,7 @@ class Safety:
                     f"{c.max_skips}. {self._saved()} {_ADVICE}"
                 )
             steps = ", ".join(str(step.step) for step in bad)
-            self.say(f"{self._config.out}: skipped step {steps}. {text}".rstrip())
+            self.log(f"{self._config.out}: skipped step {steps}. {text}".rstrip())
         elif self.mode == "rollback":
             if self._rollbacks >= c.max_rollbacks:
                 raise TrainingDiverged(
@@ -184,11 +184,11 @@ class Safety:
             now,
             folder,
             config=self._config,
-            source=self._source,
+            dataset=self._dataset,
             mix=self._mix,
             engine=self._engine,
             forward=self._forward,
-            agreement=self._agreement,
+            host_group=self._host_group,
             device=self._device,
             untouched=self.mode == "skip",
         )

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from mixflow_fast import files
 from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data import Batch, BatchLoader, Source, sample_index
-from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.data import Batch, BatchLoader, Dataset, sample_index
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.messages import error_line
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.step_record import BadStep, Forward
+from mixflow_fast.training.step_record import BadStep, StepOutput
 
 # Samples that a report names for each rank.
 NAMED = 16
@@ -65,11 +65,11 @@ def report(
     folder: Path | None,
     *,
     config: Config,
-    source: Source,
+    dataset: Dataset,
     mix: MixFlow,
     engine: Engine,
-    forward: Callable[[Any, Batch], Forward],
-    agreement: Agreement,
+    forward: Callable[[Any, Batch], StepOutput],
+    host_group: HostGroup,
     device: torch.device,
     untouched: bool,
 ) -> str:
@@ -89,17 +89,17 @@ def report(
     """
     weights = f"of step {now}" if now > bad.step else "of this step"
     damaged = damaged_weights(engine.module)
-    if not untouched and any(agreement.share(bool(damaged))):
-        weights = _replace_weights(engine, config, agreement) or f"of step {now}, not finite"
+    if not untouched and any(host_group.all_gather(bool(damaged))):
+        weights = _replace_weights(engine, config, host_group) or f"of step {now}, not finite"
     try:
-        found, tensors = _examine(bad, config, source, mix, engine, forward, agreement, device)
+        found, tensors = _examine(bad, config, dataset, mix, engine, forward, host_group, device)
     except Exception as error:  # no memory left, on this rank perhaps: the run's own way goes on
         if config.train.zero_stage == 3:  # whose forward pass the other ranks wait in
             raise
-        found, tensors = _recorded(bad, config, agreement), {"loss": bad.each}
+        found, tensors = _recorded(bad, config, host_group), {"loss": bad.each}
         found["error"] = error_line(error, 200)
     found |= {"weights_not_finite": damaged}
-    ranks = agreement.share(found)
+    ranks = host_group.all_gather(found)
     path = None
     if folder is not None:
         c = config.train
@@ -111,14 +111,14 @@ def report(
             "examined_with": f"weights {weights}",
             "ranks": ranks,
         }
-        path = _write(folder, bad.step, content, tensors, agreement)
-    return _sentences(bad, ranks, config, path, agreement)
+        path = _write(folder, bad.step, content, tensors, host_group)
+    return _sentences(bad, ranks, config, path, host_group)
 
 
-def _replace_weights(engine: Engine, config: Config, agreement: Agreement) -> str | None:
+def _replace_weights(engine: Engine, config: Config, host_group: HostGroup) -> str | None:
     """Finite weights for the examination; what they are."""
     with contextlib.suppress(ValueError):  # all are damaged: the error that comes is more important
-        newest, _ = run_folder.choose_checkpoint(Path(config.out), agreement)
+        newest, _ = run_folder.choose_checkpoint(Path(config.out), host_group)
         if newest is not None and engine.load(newest):
             return f"of the checkpoint {newest.name}"
     if config.train.zero_stage == 3:
@@ -132,31 +132,31 @@ def _replace_weights(engine: Engine, config: Config, agreement: Agreement) -> st
 def _examine(
     bad: BadStep,
     config: Config,
-    source: Source,
+    dataset: Dataset,
     mix: MixFlow,
     engine: Engine,
-    forward: Callable[[Any, Batch], Forward],
-    agreement: Agreement,
+    forward: Callable[[Any, Batch], StepOutput],
+    host_group: HostGroup,
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """This rank's worst micro-batch of the step, made again."""
+    """This rank's worst micro-batch of the step, recomputed."""
     wrong = ~bad.each.isfinite()
     order = wrong.sum(1) + (~bad.losses.isfinite()).int()
     # Where every loss is finite, the largest: its gradient may not have been.
     part = int(order.argmax()) if order.any() else int(bad.losses.argmax())
     c = config.train
     loader = BatchLoader(
-        source,
+        dataset,
         seed=c.seed,
         global_batch_size=c.global_batch_size,
         microbatch_size=bad.each.shape[1],
-        rank=agreement.rank,
-        world_size=agreement.ranks,
+        rank=host_group.rank,
+        world_size=host_group.ranks,
         start_position=(bad.step - 1) * c.global_batch_size,
     )
     with loader:
         batch = [next(loader) for _ in range(part + 1)][-1]
-    indices = sample_index(batch.positions, len(source), c.seed)
+    indices = sample_index(batch.positions, len(dataset), c.seed)
     # ZeRO 3 gathers weights for its own backward pass only.
     with_gradients = c.zero_stage < 3
     with torch.enable_grad() if with_gradients else torch.no_grad():
@@ -177,13 +177,13 @@ def _examine(
         "t": made.it.t.cpu(),
         "slowed_t": made.it.slowed_t.cpu(),
         "loss": each,
-        "loss_again": again,
+        "loss_recomputed": again,
         "x1": x1,
     }
     suspects = wrong[part].nonzero()[:, 0].tolist()
     suspects = suspects or each.argsort(descending=True).tolist()
-    files = getattr(source, "files", ())
-    files = files if len(files) == len(source) else ()
+    files = getattr(dataset, "files", ())
+    files = files if len(files) == len(dataset) else ()
     samples = [
         {
             "position": int(batch.positions[i]),
@@ -193,13 +193,13 @@ def _examine(
             "t": float(tensors["t"][i]),
             "m": float(tensors["slowed_t"][i]),
             "loss": float(each[i]),
-            "loss_again": float(again[i]),
+            "loss_recomputed": float(again[i]),
             "data_not_finite": int(data_wrong[i]),
         }
         for i in suspects[:NAMED]
     ]
     found = {
-        "rank": agreement.rank,
+        "rank": host_group.rank,
         "loss_of_micro_batches": bad.losses.tolist(),
         "micro_batch": part,
         "samples_not_finite": int(wrong.sum()),
@@ -209,13 +209,13 @@ def _examine(
     return found, tensors
 
 
-def _recorded(bad: BadStep, config: Config, agreement: Agreement) -> dict[str, Any]:
+def _recorded(bad: BadStep, config: Config, host_group: HostGroup) -> dict[str, Any]:
     """What `_examine` finds, of what was noted during the step alone."""
     size, start = bad.each.shape[1], (bad.step - 1) * config.train.global_batch_size
     wrong = (~bad.each.isfinite()).nonzero().tolist()
-    places = [start + (part * agreement.ranks + agreement.rank) * size + i for part, i in wrong]
+    places = [start + (part * host_group.ranks + host_group.rank) * size + i for part, i in wrong]
     return {
-        "rank": agreement.rank,
+        "rank": host_group.rank,
         "loss_of_micro_batches": bad.losses.tolist(),
         "samples_not_finite": len(wrong),
         "samples": [{"position": place} for place in places[:NAMED]],
@@ -223,7 +223,7 @@ def _recorded(bad: BadStep, config: Config, agreement: Agreement) -> dict[str, A
 
 
 def _write(
-    folder: Path, step: int, content: dict, tensors: dict[str, Tensor], agreement: Agreement
+    folder: Path, step: int, content: dict, tensors: dict[str, Tensor], host_group: HostGroup
 ) -> Path | None:
     """The folder of one step, complete or not there; None where it could not be written."""
     final = folder / run_folder.checkpoint_name(step)
@@ -231,16 +231,16 @@ def _write(
     failed = False
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        file = temporary / f"rank_{agreement.rank}.pt"
+        file = temporary / f"rank_{host_group.rank}.pt"
         torch.save(tensors, file)
         files.sync(file)
-        if agreement.rank == 0:
+        if host_group.rank == 0:
             text = json.dumps(_plain(content), indent=1, allow_nan=False)
             files.write_text(temporary / "report.json", text)
     except (OSError, RuntimeError):  # a full disk must not hide what happened
         failed = True
-    failed = any(agreement.share(failed))
-    if agreement.rank == 0:
+    failed = any(host_group.all_gather(failed))
+    if host_group.rank == 0:
         with contextlib.suppress(OSError):
             if not failed:
                 shutil.rmtree(final, ignore_errors=True)
@@ -251,7 +251,7 @@ def _write(
 
 
 def _sentences(
-    bad: BadStep, ranks: list[dict], config: Config, path: Path | None, agreement: Agreement
+    bad: BadStep, ranks: list[dict], config: Config, path: Path | None, host_group: HostGroup
 ) -> str:
     c = config.train
     first = (bad.step - 1) * c.global_batch_size

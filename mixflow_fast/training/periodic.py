@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.config.schema import Config
-from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.environment import environment
-from mixflow_fast.evaluation.validation_loss import GRID, TIMES, ValidationLoss, middles
+from mixflow_fast.evaluation.validation_loss import GRID, TIMES, ValidationLoss, bin_centers
 from mixflow_fast.messages import error_line
-from mixflow_fast.metrics.loggers import Mirrors
+from mixflow_fast.metrics.loggers import Loggers
 from mixflow_fast.metrics.metrics_file import MetricsFile
 from mixflow_fast.metrics.throughput import Stopwatch, peak_memory_mib
 from mixflow_fast.models import Transformer
@@ -31,7 +31,7 @@ from mixflow_fast.training.engine import Engine
 
 
 class Monitor:
-    """Looks at a run while it goes: costs in each metrics row, previews, validation, mirrors.
+    """Looks at a run while it goes: costs in each metrics row, previews, validation, loggers.
 
     Args:
         config: of the run.
@@ -51,10 +51,10 @@ class Monitor:
         config: Config,
         model: Transformer,
         device: torch.device,
-        agreement: Agreement,
+        host_group: HostGroup,
     ) -> None:
         c = config.train
-        self._config, self._device, self._agreement = config, device, agreement
+        self._config, self._device, self._host_group = config, device, host_group
         self._out = Path(config.out)
         self._flops = train_flops(model)
         self._clock = model.clock
@@ -64,15 +64,15 @@ class Monitor:
         self._validation = self._net = None
         if c.validate_every:
             mix = build_objective(config, model.clock)
-            ranks = agreement.rank, agreement.ranks, agreement.share
+            ranks = host_group.rank, host_group.ranks, host_group.share
             self._validation = ValidationLoss(config, mix, device, *ranks)
-        if c.validate_every or (c.preview_every and agreement.rank == 0):
+        if c.validate_every or (c.preview_every and host_group.rank == 0):
             self._net = _eager_copy(model, c.precision, device)
         self._seen = -1  # step of the last look
         self._metrics: MetricsFile | None = None
-        self._say: Callable[[str], None] = lambda _: None
+        self._log: Callable[[str], None] = lambda _: None
 
-    def open(self, step: int, say: Callable[[str], None], **facts: Any) -> MetricsFile | None:
+    def open(self, step: int, log: Callable[[str], None], **facts: Any) -> MetricsFile | None:
         """Start the record of this part of the run; None on ranks that do not write it.
 
         Args:
@@ -80,23 +80,23 @@ class Monitor:
             say: prints a line.
             facts: what else the row of kind "start" is to tell.
         """
-        self._say = say
+        self._log = log
         self._seen = step or -1  # a resumed run has looked at that step already
-        if self._agreement.rank:
+        if self._host_group.rank:
             return None
         c = self._config.train
-        mirrors = None
-        if c.mirrors:
-            mirrors = Mirrors(c.mirrors, self._out, self._config.to_dict(), step, say)
-        self._metrics = MetricsFile(self._out / "metrics.jsonl", step, mirrors)
+        loggers = None
+        if c.loggers:
+            loggers = Loggers(c.loggers, self._out, self._config.to_dict(), step, log)
+        self._metrics = MetricsFile(self._out / "metrics.jsonl", step, loggers)
         row = {
-            "ranks": self._agreement.ranks,
+            "ranks": self._host_group.ranks,
             "clock": self._clock,
             "train_gflops_per_image": self._flops / 1e9,
         }
         self._write("start", step, **row, **facts, environment=environment(self._device))
         if c.preview_every:
-            say(f"previews: {self._out / 'previews'}: {caption(self._config)}")
+            log(f"previews: {self._out / 'previews'}: {caption(self._config)}")
         return self._metrics
 
     def cost(self, images: int, seconds: float) -> dict[str, Any]:
@@ -109,12 +109,14 @@ class Monitor:
             on a CPU the process) of the rank that has most.
         """
         mine = self.waiting.take(), peak_memory_mib(self._device)
-        waited, memory = (max(values) for values in zip(*self._agreement.share(mine), strict=True))
+        waited, memory = (
+            max(values) for values in zip(*self._host_group.all_gather(mine), strict=True)
+        )
         rate = images / seconds
         return {
             "images_per_s": rate,
             "seconds": seconds,
-            "model_tflops": rate * self._flops / 1e12 / self._agreement.ranks,
+            "model_tflops": rate * self._flops / 1e12 / self._host_group.ranks,
             "peak_tflops": self._peak,
             "data_wait_s": waited,
             "peak_memory_mib": memory,
@@ -142,7 +144,7 @@ class Monitor:
         if preview and self._metrics is not None:
             self._preview(step)
         if preview:  # the others wait here, on the host, and not inside the next step's collective
-            self._agreement.share(None)
+            self._host_group.all_gather(None)
         if validate:
             found = {"ema": self._validation(self._net)}
             self._take(engine.gathered("model", stepped=step > 0))
@@ -165,16 +167,18 @@ class Monitor:
             self._metrics.picture(path, step)
         # A full disk, samples that are not finite, no room on the GPU: training does not need them.
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            self._say(f"warning: no preview of step {step} ({error_line(error, 200)})")
+            self._log(f"warning: no preview of step {step} ({error_line(error, 200)})")
 
     def _tell(self, step: int, found: dict[str, Any]) -> None:
         if self._metrics is None:
             return
         data = {"examples": self._validation.examples, "data": self._validation.data}
-        self._write("validation", step, **data, t=middles(TIMES), grid_t=middles(GRID), **found)
+        self._write(
+            "validation", step, **data, t=bin_centers(TIMES), grid_t=bin_centers(GRID), **found
+        )
         losses = ", ".join(f"{name} {loss['loss']:.4f}" for name, loss in found.items())
         what = f"{self._validation.examples} {self._validation.data}"
-        self._say(f"{self._out.name}: step {step} validation loss {losses} ({what})")
+        self._log(f"{self._out.name}: step {step} validation loss {losses} ({what})")
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         images = step * self._config.train.global_batch_size

@@ -15,7 +15,7 @@ from mixflow_fast.objective.mixflow import Interpolation, MixFlow
 T_BUCKETS = 8
 
 
-class Record:
+class StepRecord:
     """What the steps since the last look were, on the device.
 
     Args:
@@ -116,7 +116,7 @@ class BadStep:
 
 
 @dataclass(frozen=True)
-class Forward:
+class StepOutput:
     """What the network made of a micro-batch.
 
     Attributes:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from mixflow_fast import files
 from mixflow_fast.checkpoints import run_folder
-from mixflow_fast.checkpoints.resume import check_resume, other_layout, start_from
+from mixflow_fast.checkpoints.resume import check_resume, resharded_from, start_from
 from mixflow_fast.checkpoints.shards import fill_network
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch, BatchLoader
 from mixflow_fast.distributed import lost_ranks, process_group
-from mixflow_fast.distributed.host_group import Agreement
-from mixflow_fast.distributed.stop_signal import StopRequest
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.choice import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
@@ -34,11 +34,11 @@ from mixflow_fast.models import save_weights
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.training.alignment import Alignment
 from mixflow_fast.training.build import build_data, build_execution, build_model, build_objective
-from mixflow_fast.training.ema_writer import SnapshotWriter, averages_in_words
+from mixflow_fast.training.ema_writer import SnapshotWriter, describe_averages
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.nonfinite_guard import RollBack, Safety, TrainingDiverged
+from mixflow_fast.training.nonfinite_guard import NonFiniteGuard, RollBack, TrainingDiverged
 from mixflow_fast.training.periodic import Monitor
-from mixflow_fast.training.step_record import Forward
+from mixflow_fast.training.step_record import StepOutput
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Trainer:
         validate(config, ranks)
         self.model = build_model(config)
         self.mix = build_objective(config, self.model.clock)
-        self.source = build_data(config)
+        self.dataset = build_data(config)
         self.device = process_group.init_process_group(
             config.train.device, 60 * config.train.timeout_minutes
         )
-        self._agreement = Agreement(process_group.timeout())
+        self._host_group = HostGroup(process_group.timeout())
         self._lock: IO[str] | None = None
         try:
             self._prepare(config, resume, quiet, recipe, ranks)
@@ -99,10 +99,10 @@ class Trainer:
     ) -> None:
         if (self.out / "checkpoints").is_dir():
             self._take_lock()  # another run may be writing its last checkpoint
-        chosen = run_folder.choose_checkpoint(self.out, self._agreement, set_aside=True)
+        chosen = run_folder.choose_checkpoint(self.out, self._host_group, set_aside=True)
         self._resume_from, self._passed_over = chosen
         self.step = 0
-        self._other_layout = ""
+        self._resharded_from = ""
         self._attention_before: list[str] | None = None
         state: dict[str, Any] = {}
         if self._resume_from is not None:
@@ -115,8 +115,8 @@ class Trainer:
             self.step = state["step"]
             if config.model.attention == "auto":
                 self._attention_before = state.get("attention")
-            self._other_layout = other_layout(config, self._resume_from, ranks)
-            fill_network(self.model, self._resume_from, trained=bool(self._other_layout))
+            self._resharded_from = resharded_from(config, self._resume_from, ranks)
+            fill_network(self.model, self._resume_from, trained=bool(self._resharded_from))
         elif (self.out / "weights.pt").exists():
             raise ValueError(
                 f"{self.out} holds weights.pt of a run whose checkpoints are gone: choose another "
@@ -130,16 +130,16 @@ class Trainer:
         self.model.set_execution(build_execution(config, self.device))
         self.attention = self._choose_attention(ranks)
         self.engine = Engine(config, self.model, self.device)
-        self.monitor = Monitor(config, self.model, self.device, self._agreement)
-        self.snapshots = SnapshotWriter(config, self._agreement)
+        self.monitor = Monitor(config, self.model, self.device, self._host_group)
+        self.snapshots = SnapshotWriter(config, self._host_group)
         self._recipe = recipe
         self._prepare_folder()
-        self.engine.start(self._resume_from, other_layout=bool(self._other_layout))
-        run = config, self.mix, self.source, self.engine, self._forward
-        self.safety = Safety(*run, self._agreement, self.device, state.get("safety"))
+        self.engine.start(self._resume_from, resharded_from=bool(self._resharded_from))
+        run = config, self.mix, self.dataset, self.engine, self._forward
+        self.guard = NonFiniteGuard(*run, self._host_group, self.device, state.get("guard"))
         self._saved = self.step if self._resume_from else -1
         self.quiet = quiet or process_group.rank() > 0
-        self._stop = StopRequest(ranks, process_group.timeout())
+        self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
     def images_seen(self) -> int:
@@ -152,21 +152,21 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
         """
-        said = self._start_in_words()
+        messages = self._describe_start()
         try:
-            with self._stop.listening(), lost_ranks.roll_call():
-                while not self._train(said):
-                    said = [self._go_back()]
+            with self._stop.installed(), lost_ranks.roll_call():
+                while not self._train(messages):
+                    messages = [self._go_back()]
         finally:
             self._unlock()
             self.engine.close()
         return TrainResult(self.out, self.step, self.images_seen, self.step >= self.config.steps)
 
-    def _train(self, said: list[str]) -> bool:
+    def _train(self, messages: list[str]) -> bool:
         """From this step on; False where a step was bad and the run is to go back."""
         c, total = self.config.train, self.config.steps
         loader = BatchLoader(
-            self.source,
+            self.dataset,
             seed=c.seed,
             global_batch_size=c.global_batch_size,
             microbatch_size=self.config.microbatch(process_group.world_size()),
@@ -177,21 +177,21 @@ class Trainer:
         )
         progress = Progress(total, self.step, self.out.name, self.quiet)
         facts = {"objective": f"{self.objective} on {self.device}",
-                 "network": self._network_in_words(),
-                 "averages": averages_in_words(self.config)}  # fmt: skip
+                 "network": self._describe_network(),
+                 "averages": describe_averages(self.config)}  # fmt: skip
         for name, words in facts.items():
-            progress.say(f"{name}: {words}")
-        metrics = self.monitor.open(self.step, progress.say, **facts, recipe=self._recipe)
-        self.safety.say = progress.say
-        for line in said:
-            progress.say(line)
+            progress.log(f"{name}: {words}")
+        metrics = self.monitor.open(self.step, progress.log, **facts, recipe=self._recipe)
+        self.guard.log = progress.log
+        for line in messages:
+            progress.log(line)
         window = _Window()
         try:
             with loader:
-                if c.on_nonfinite == "rollback" and (self._saved < 0 or self._other_layout):
+                if c.on_nonfinite == "rollback" and (self._saved < 0 or self._resharded_from):
                     self.save()  # else there is nothing to go back to
                 window.started += self.monitor.look(self.engine, self.step)
-                while self.step < total and not self._stop.asked():
+                while self.step < total and not self._stop.requested():
                     self._step(loader)
                     window.images += c.global_batch_size
                     progress.step()
@@ -202,37 +202,37 @@ class Trainer:
                             metrics.write(row)
                         progress.report(row)
                     window.started += self.monitor.look(self.engine, self.step)
-                    self.snapshots.look(self.engine, self.step, self._metadata(), self.safety.check)
+                    self.snapshots.look(self.engine, self.step, self._metadata(), self.guard.check)
                     if c.save_every and self.step % c.save_every == 0:
                         started = time.perf_counter()
-                        self.safety.check()
+                        self.guard.check()
                         self.save()
                         window.started += time.perf_counter() - started
                 if self._saved != self.step:
-                    self.safety.check()
+                    self.guard.check()
                     self.save()
         except RollBack as bad:
-            progress.say(f"{self.out}: {bad}")
+            progress.log(f"{self.out}: {bad}")
             return False
         finally:
             progress.close()
             if metrics is not None:
                 metrics.close()
         if self.step < total:
-            progress.say(f"{self.out}: stopped after step {self.step}; the same command resumes")
+            progress.log(f"{self.out}: stopped after step {self.step}; the same command resumes")
         return True
 
     def _go_back(self) -> str:
         """To the newest checkpoint; what was done, in words."""
-        newest, _ = run_folder.choose_checkpoint(self.out, self._agreement)
+        newest, _ = run_folder.choose_checkpoint(self.out, self._host_group)
         if newest is None or not self.engine.load(newest):
             raise TrainingDiverged(f"{self.out} holds no checkpoint to go back to")
         self.step = self._saved = run_folder.read_state(newest)["step"]
-        return f"{self.out}: back after step {self.step}, without {self.safety.left_out[-1]} now"
+        return f"{self.out}: back after step {self.step}, without {self.guard.left_out[-1]} now"
 
     def _step(self, loader: BatchLoader) -> Tensor:
         """One optimizer step; this rank's mean (loss, alignment term in it), on the device."""
-        if self.step + 1 in self.safety.left_out:  # the run went back before it
+        if self.step + 1 in self.guard.left_out:  # the run went back before it
             nothing = [torch.nan for _ in range(loader.microsteps) if next(loader)]
             self.step += 1
             return torch.tensor(nothing)
@@ -243,23 +243,23 @@ class Trainer:
             with self.monitor.waiting:
                 batch = next(loader)
             made = self._forward(self.engine, batch.to(self.device))
-            loss = self.safety.record.micro_batch(made.loss, self.mix, made.pred, made.it)
+            loss = self.guard.record.micro_batch(made.loss, self.mix, made.pred, made.it)
             self.engine.backward(loss)
             self.engine.step()
             totals += torch.stack([made.loss, made.alignment]).detach()
         self.step += 1
         means = totals / loader.microsteps
-        self.safety.record.end_step(self.step, means, self.engine.grad_norm())
+        self.guard.record.end_step(self.step, means, self.engine.grad_norm())
         return means
 
-    def _forward(self, net: Any, batch: Batch) -> Forward:
+    def _forward(self, net: Any, batch: Batch) -> StepOutput:
         y = self._drop_labels(batch.y, batch.positions)
         it = self.mix.prepare(batch.x, ids=batch.positions)
         output = net(it.x, it.t, y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it, y)
         loss = self.mix.loss(pred, it) + self.alignment.weight * alignment
-        return Forward(it, y, pred, alignment, loss)
+        return StepOutput(it, y, pred, alignment, loss)
 
     def _drop_labels(self, y: Tensor, positions: Tensor) -> Tensor:
         probability = self.config.train.label_dropout
@@ -285,7 +285,7 @@ class Trainer:
         dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
         shape = micro, dtype, self.device
         names = self._attention_before
-        with self._agreement.together():
+        with self._host_group.raise_together():
             if self._is_writer:
                 try:
                     choices = self.model.choose_attention(*shape, names)
@@ -295,18 +295,20 @@ class Trainer:
                     # Another GPU, or a package that is gone: it gives other last bits anyway.
                     choices = self.model.choose_attention(*shape)
                 names = [choice.backend for choice in choices] or None
-        return self.model.choose_attention(*shape, self._agreement.share(names)[0])
+        return self.model.choose_attention(*shape, self._host_group.all_gather(names)[0])
 
-    def _start_in_words(self) -> list[str]:
-        said = list(self._passed_over)
+    def _describe_start(self) -> list[str]:
+        messages = list(self._passed_over)
         if self.step and self.step < self.config.steps:
-            said.append(f"{self.out}: resumed after step {self.step} of {self.config.steps}")
-            if self._other_layout:
-                said.append(f"{self.out}: its checkpoint is of {self._other_layout}: the same "
-                            "examples and noise, sums equal to rounding")  # fmt: skip
-        return said
+            messages.append(f"{self.out}: resumed after step {self.step} of {self.config.steps}")
+            if self._resharded_from:
+                messages.append(
+                    f"{self.out}: its checkpoint is of {self._resharded_from}: the same examples "
+                    "and noise, sums equal to rounding"
+                )
+        return messages
 
-    def _network_in_words(self) -> str:
+    def _describe_network(self) -> str:
         how = self.model.execution
         words = [f"mode {how.mode}"]
         for choice in self.attention:
@@ -326,7 +328,7 @@ class Trainer:
         Raises:
             SaveError: a rank could not write (a full disk); on all. Older checkpoints stay.
         """
-        writing = run_folder.Writing(self.out, self.step, self._agreement)
+        writing = run_folder.Writing(self.out, self.step, self._host_group)
         self.engine.save(writing)
         metadata = self._metadata()
         wanted, ended = self.config.train.save_weights, self.step >= self.config.steps
@@ -341,10 +343,10 @@ class Trainer:
             "images_seen": self.images_seen,
             "world_size": process_group.world_size(),
             "attention": [choice.backend for choice in self.attention] or None,
-            "safety": self.safety.state(),
+            "guard": self.guard.state(),
         }
         path = writing.commit(state, self.config.train.keep, self.config.train.keep_every)
-        self._saved, self._other_layout = self.step, ""
+        self._saved, self._resharded_from = self.step, ""
         return path
 
     def _metadata(self) -> dict[str, Any]:
@@ -359,11 +361,11 @@ class Trainer:
     def _prepare_folder(self) -> None:
         """Make the run's folder."""
         if self._resume_from is None:
-            with self._agreement.together():
+            with self._host_group.raise_together():
                 if self._is_writer:
                     (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
-        with self._agreement.together():
+        with self._host_group.raise_together():
             if self._is_writer:
                 if self._resume_from is not None:
                     run_folder.publish(self._resume_from, self.out)
@@ -371,7 +373,7 @@ class Trainer:
 
     def _take_lock(self) -> None:
         """Keep other runs out of the folder, and put what killed ones left in order."""
-        with self._agreement.together():
+        with self._host_group.raise_together():
             if self._is_writer and self._lock is None:
                 self._lock = run_folder.lock(self.out)
                 run_folder.clean_unfinished(self.out)
@@ -381,7 +383,7 @@ class Trainer:
             self._lock.close()
 
     def _metrics_row(self, window: _Window) -> dict[str, Any]:
-        losses = self.safety.row()
+        losses = self.guard.row()
         seconds = time.perf_counter() - window.started
         return {
             "step": self.step,

@@ -139,7 +139,7 @@ def test_ladder_names_what_rows_that_are_left_out_add(capsys, tmp_path) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  + ")]
     assert len(lines) == 6 and "fused AdamW, foreach EMA, no loss.item(), torch.compile" in lines[1]
     assert "fused operators, attention backend by test" in lines[2]
-    assert "activations made again" in lines[-1] and "mixflow_fast_again" in lines[-1]
+    assert "activations recomputed" in lines[-1] and "mixflow_fast_recompute" in lines[-1]
 
 
 @pytest.mark.parametrize(("memory", "micro"), [(1e12, 8), (1e9, 4), (0.45e9, 2), (0.0, 1)])
@@ -161,8 +161,8 @@ def test_micro_batches_fit_the_memory_and_are_the_same(tmp_path, memory, micro) 
 
 def test_activation_is_made_again_in_its_arm_only() -> None:
     made = {n for n, r in arms.RECIPES.items() if r.execution.checkpointing != "none"}
-    assert made == {"mixflow_fast_again"}
-    assert "checkpointing activation" in arms.RECIPES["mixflow_fast_again"].note
+    assert made == {"mixflow_fast_recompute"}
+    assert "checkpointing activation" in arms.RECIPES["mixflow_fast_recompute"].note
     # Where the batch fits at once, so that peak memory compares, the row before is there, too.
-    both = {"mixflow_fast_adamwema", "mixflow_fast_again"}
+    both = {"mixflow_fast_adamwema", "mixflow_fast_recompute"}
     assert all(both <= set(workload.arms) for workload in arms.workloads(smoke=False)[:2])

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
 LARGER = {
-    "junction": (4, 8, 64),
+    "residual_norm": (4, 8, 64),
     "modulated_norm": (4, 8, 64),
     "gelu": (4, 8, 64),
     "swiglu": (4, 8, 64),
@@ -40,11 +40,14 @@ def test_cells_name_every_op_most_telling_first() -> None:
     cells = [*MAIN, *MORE]
     assert len(set(cells)) == len(cells)
     assert {case.op for case in cells if case.mode == "forward"} == set(BLOCK_OPS)
-    junctions = {(case.variant, case.shape) for case in cells if case.op == "junction"}
+    residual_norms = {(case.variant, case.shape) for case in cells if case.op == "residual_norm"}
     assert {("layer per sample", (B, N, 1152)) for B, N in ((256, 256), (32, 256), (64, 1024))} < (
-        junctions
+        residual_norms
     )
-    assert {("rms per sample", (64, 256, 1152)), ("rms per token", (64, 256, 2048))} < junctions
+    assert {
+        ("rms per sample", (64, 256, 1152)),
+        ("rms per token", (64, 256, 2048)),
+    } < residual_norms
     inner = {case.shape[-1] // 2 for case in cells if case.op == "swiglu"}
     assert inner == {3072, 5461, 5504}
     heads = {(c.shape[1], c.shape[3]) for c in cells if c.op == "attention" and c.mode == "full"}
@@ -59,17 +62,17 @@ def test_bytes_are_those_of_one_pass() -> None:
         return case.algorithmic_bytes / (2 * case.elements)
 
     # Vectors, statistics and partial sums are the rest.
-    assert units("junction", "forward", (256, 256, 1152)) == pytest.approx(4, rel=0.02)
-    assert units("junction", "full", (256, 256, 1152)) == pytest.approx(4 + 6, rel=0.06)
+    assert units("residual_norm", "forward", (256, 256, 1152)) == pytest.approx(4, rel=0.02)
+    assert units("residual_norm", "full", (256, 256, 1152)) == pytest.approx(4 + 6, rel=0.06)
     assert units("modulated_norm", "full", (256, 256, 1152)) == pytest.approx(2 + 3, rel=0.06)
     # shift, scale and gate of each token, and their gradients
-    per_token = units("junction", "full", (64, 256, 2048), "rms per token")
+    per_token = units("residual_norm", "full", (64, 256, 2048), "rms per token")
     assert per_token == pytest.approx(4 + 6 + 3 + 5, rel=0.06)
     assert units("gelu", "full", (256, 256, 4608)) == pytest.approx(2 + 3, rel=0.02)
     assert units("swiglu", "full", (64, 256, 11008)) == pytest.approx(1.5 + 2.5, rel=0.03)
-    # Upstream gradient, input, its gradient, and the output made again.
-    assert units("gelu", "again", (256, 256, 4608)) == pytest.approx(4, rel=0.02)
-    assert units("swiglu", "again", (64, 256, 11008)) == pytest.approx(3, rel=0.03)
+    # Upstream gradient, input, its gradient, and the output recomputed.
+    assert units("gelu", "recompute", (256, 256, 4608)) == pytest.approx(4, rel=0.02)
+    assert units("swiglu", "recompute", (64, 256, 11008)) == pytest.approx(3, rel=0.03)
     assert units("qk_norm_rope", "forward", (2, 4, 2, 8)) == 4
     assert units("qk_norm_rope", "full", (2, 4, 2, 8), "rope") == 4 + 5
     assert units("qk_norm_rope", "full", (2, 4, 2, 8), "rms, rope") == 4 + 7
@@ -107,9 +110,9 @@ def test_providers_agree_with_float64(op, variant, mode) -> None:
 
 @pytest.mark.parametrize("op", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_activations_made_again_agree_with_float64(op, dtype) -> None:
-    case = _case(op, mode="again", dtype=dtype)
-    assert {c.op for c in (*MORE,) if c.mode == "again"} == {"gelu", "swiglu"}
+def test_recomputed_activations_agree_with_float64(op, dtype) -> None:
+    case = _case(op, mode="recompute", dtype=dtype)
+    assert {c.op for c in (*MORE,) if c.mode == "recompute"} == {"gelu", "swiglu"}
     assert case.providers == ("eager", "compile", "mixflow_fast")
     inputs = block_providers.make_inputs(case, CPU)
     made = {
@@ -124,7 +127,7 @@ def test_activations_made_again_agree_with_float64(op, dtype) -> None:
         for tensor in tensors:
             wrong = tensors | {tensor: tensors[tensor] * 1.05}
             assert block_providers.verify(case, inputs, wrong, name) != []
-    assert block_providers.note(case, inputs, "triton") == f"{op}_again(impl='triton')"
+    assert block_providers.note(case, inputs, "triton") == f"{op}_recompute(impl='triton')"
 
 
 @pytest.mark.parametrize("op", BLOCK_OPS)

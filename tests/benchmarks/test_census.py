@@ -118,7 +118,7 @@ MOVED = {
     (SIT, "eager", "auto"): (43, 101.19),
     (SIT, "fused", "flash2"): (24, 42.26),
     (SIT, "fused", "cudnn"): (25, 48.26),
-    (SIT, "fused", "flash2", "activation"): (24, 48.27),
+    (SIT, "fused", "flash2", "elementwise"): (24, 48.27),
     (Scenario("SiT-XL/2 256", 32), "eager", "auto"): (43, 101.20),
     (Scenario("SiT-XL/2 256", 32), "fused", "flash2"): (24, 42.69),
     (Scenario("SiT-XL/2 512", 64), "fused", "flash2"): (24, 42.12),
@@ -126,7 +126,7 @@ MOVED = {
     (Scenario("DiTDH-XL 256", 256), "fused", "flash2"): (26, 52.63),
     (Scenario("DiTDH-XL 256", 256, part=1), "eager", "auto"): (121, 372.37),
     (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2"): (38, 90.18),
-    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2", "activation"): (38, 96.86),
+    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2", "elementwise"): (38, 96.86),
 }
 
 
@@ -155,9 +155,9 @@ def test_gate_of_the_fused_block() -> None:
     assert packed.passes() <= 43 and packed.launches() <= 30
     # Of the 18 products, 3 are bias @ weight and its backward pass.
     assert packed.launches(kind=PRODUCT) == 18 and packed.launches(kind=CORE) == 2
-    # Partial sums are in: without them the junctions' backward passes would be 12.
-    junctions = packed.table["backward", "junction_backward"]
-    assert 12.5 < junctions.bytes / packed.unit < 13.5 and junctions.launches == 2 * 3
+    # Partial sums are in: without them the residual norms' backward passes would be 12.
+    residual_norms = packed.table["backward", "residual_norm_backward"]
+    assert 12.5 < residual_norms.bytes / packed.unit < 13.5 and residual_norms.launches == 2 * 3
     separate = per_block(SIT, "fused", "cudnn")
     assert separate.passes() - packed.passes() == pytest.approx(6)
 
@@ -172,10 +172,10 @@ def test_backends_that_pack_cost_the_same() -> None:
 COMPILED = {
     (SIT, "compile", "auto"): (22, 62.28),
     (SIT, "fused", "flash2"): (20, 42.26),
-    (SIT, "fused", "flash2", "activation"): (20, 48.26),
+    (SIT, "fused", "flash2", "elementwise"): (20, 48.26),
     (Scenario("DiTDH-XL 256", 256), "fused", "flash2"): (22, 52.63),
     (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2"): (28, 87.18),
-    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2", "activation"): (28, 93.87),
+    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2", "elementwise"): (28, 93.87),
 }
 
 # What autograd holds of a block between the passes, in passes over the residual stream.
@@ -183,11 +183,11 @@ HEAD, ENCODER = (Scenario("DiTDH-XL 256", 256, part=part) for part in (1, 0))
 KEPT = {
     (SIT, "eager", "auto"): 20.07,
     (SIT, "fused", "flash2"): 18.06,
-    (SIT, "fused", "flash2", "activation"): 12.06,
+    (SIT, "fused", "flash2", "elementwise"): 12.06,
     (ENCODER, "fused", "flash2"): 20.06,
-    (ENCODER, "fused", "flash2", "activation"): 15.39,
+    (ENCODER, "fused", "flash2", "elementwise"): 15.39,
     (HEAD, "fused", "flash2"): 26.33,
-    (HEAD, "fused", "flash2", "activation"): 21.65,
+    (HEAD, "fused", "flash2", "elementwise"): 21.65,
 }
 
 
@@ -205,10 +205,10 @@ def test_a_block_keeps_no_more_than_it_did(key) -> None:
 def test_what_is_made_again_saves_a_quarter_of_what_torch_compile_keeps() -> None:
     pytest.importorskip("triton")
     plain = inductor_census.compiled_block(SIT, "compile", "auto")
-    again = inductor_census.compiled_block(SIT, "fused", "flash2", "activation")
+    again = inductor_census.compiled_block(SIT, "fused", "flash2", "elementwise")
     assert plain.kept / plain.unit == pytest.approx(17.06, abs=0.02)
     assert again.kept / again.unit == pytest.approx(
-        KEPT[SIT, "fused", "flash2", "activation"], abs=0.02
+        KEPT[SIT, "fused", "flash2", "elementwise"], abs=0.02
     )
     assert again.kept <= 0.75 * plain.kept
 
@@ -287,7 +287,7 @@ def test_commands(monkeypatch, capsys) -> None:
     assert census.main(["--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["attention"] for row in rows} == {"auto", "flash2", "cudnn"}
-    assert {row["checkpointing"] for row in rows} == {"none", "activation"}
+    assert {row["checkpointing"] for row in rows} == {"none", "elementwise"}
     packed = [
         row
         for row in rows
@@ -349,7 +349,7 @@ EXECUTIONS = [
     {"mode": "eager"},
     {"mode": "fused", "compiled": False},
     {"mode": "fused", "compiled": False, "checkpointing": "selective"},
-    {"mode": "fused", "compiled": False, "checkpointing": "activation"},
+    {"mode": "fused", "compiled": False, "checkpointing": "elementwise"},
 ]
 
 

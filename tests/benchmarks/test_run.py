@@ -265,7 +265,7 @@ def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     assert ladder["eager_tuned"] == "speedup_over_eager_bf16"
     assert ladder["fused"] == "speedup_over_fused_flash"
     assert ladder["mixflow_fast_adamwema"] == "speedup_over_mixflow_fast"
-    assert ladder["mixflow_fast_again"] == "speedup_over_mixflow_fast_adamwema"
+    assert ladder["mixflow_fast_recompute"] == "speedup_over_mixflow_fast_adamwema"
 
 
 def test_ratios_of_the_step_are_written_before_memory(monkeypatch, tmp_path) -> None:

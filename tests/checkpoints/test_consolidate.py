@@ -14,11 +14,11 @@ from mixflow_fast.checkpoints.consolidate import consolidate
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint
 from mixflow_fast.checkpoints.shards import (
     Fragment,
-    Layout,
+    ShardLayout,
     frozen_file,
     full_states,
+    iter_shards,
     layout_file,
-    pieces,
     read_file,
     read_layout,
 )
@@ -140,7 +140,7 @@ def test_damage_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{shard.name} is missing"):
         consolidate(folder, out)
     with pytest.raises(ValueError, match="no shard of rank 0 of 1"):
-        list(pieces(folder))
+        list(iter_shards(folder))
     assert not out.exists()
 
 
@@ -150,23 +150,23 @@ def test_a_checkpoint_that_does_not_hold_everything_is_refused(run: Path) -> Non
     lost = layout.fragments[3]
 
     def claim(*fragments: Fragment, ranks: int = 1) -> None:
-        claimed = Layout(layout.stage, ranks, layout.shapes, fragments)
+        claimed = ShardLayout(layout.stage, ranks, layout.shapes, fragments)
         torch.save(claimed.to_dict(), layout_file(folder, 0))
 
     claim(*layout.fragments[:3], *layout.fragments[4:])
     with pytest.raises(ValueError, match=f"does not hold all of {lost.name}"):
-        list(pieces(folder))
+        list(iter_shards(folder))
     claim(*layout.fragments[:3], lost, *layout.fragments[3:])
     with pytest.raises(ValueError, match=f"does not hold all of {lost.name}"):
-        list(pieces(folder))
+        list(iter_shards(folder))
     claim(*layout.fragments[:3], lost._replace(offset=10**9), *layout.fragments[4:])
     with pytest.raises(ValueError, match=f"of {lost.name} is cut off"):
-        list(pieces(folder))
+        list(iter_shards(folder))
     claim(*layout.fragments, ranks=2)
     with pytest.raises(ValueError, match=r"layout_00001.pt does not exist"):
-        list(pieces(folder))
+        list(iter_shards(folder))
     claim(*layout.fragments)
-    assert len(list(pieces(folder))) == len(layout.fragments)
+    assert len(list(iter_shards(folder))) == len(layout.fragments)
 
 
 class Harmful:
@@ -202,7 +202,7 @@ def test_further_optimizer_states_come_along(tmp_path: Path) -> None:
     shapes = {"a": (2, 3), "fixed": (2,), "b": (5,)}
     for rank, fragments in enumerate([[("a", 0, 0, 0, 6)], [("b", 0, 0, 0, 5)]]):
         own = flat[6 * rank : 6 * rank + 6]
-        layout = Layout(2, 2, shapes, tuple(Fragment(*f) for f in fragments))
+        layout = ShardLayout(2, 2, shapes, tuple(Fragment(*f) for f in fragments))
         torch.save(layout.to_dict(), layout_file(folder, rank))
         state = {"step": 7, "ema": own + 1, "ema_power_0": own + 2, "count": torch.tensor(3.0)}
         content = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixflow_fast.checkpoints.ema_snapshots import extract, reconstruct, snapshots
 from mixflow_fast.cli.main import main
 from mixflow_fast.models import load_model, load_weights
-from mixflow_fast.training.ema_writer import averages_in_words
+from mixflow_fast.training.ema_writer import describe_averages
 from mixflow_fast.training.trainer import train
 from tests.training.test_trainer import tiny
 
@@ -150,7 +150,7 @@ def test_damaged_snapshot(run: Path, tmp_path: Path) -> None:
 
 
 def test_windows_in_words(tmp_path: Path) -> None:
-    words = averages_in_words(tiny(tmp_path, *OPTIONS, "optim.ema_sigma_rel=[0.1]"))
+    words = describe_averages(tiny(tmp_path, *OPTIONS, "optim.ema_sigma_rel=[0.1]"))
     assert "decay 0.995 (window 200 steps), longer than the run's 24" in words
     assert "decay 0.5 (window 2 steps); decay 0.9 (window 10 steps)" in words
     assert "power functions of width 0.1" in words

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixflow_fast.checkpoints.resume import other_layout
+from mixflow_fast.checkpoints.resume import resharded_from
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint, weights_file
 from mixflow_fast.checkpoints.shards import full_states, read_layout
 from mixflow_fast.config.schema import Config
@@ -68,7 +68,7 @@ def test_one_rank_two_ranks_one_rank(tmp_path: Path, layouts: list[tuple[str, in
         two = newest_checkpoint(out)
         shutil.copytree(two, f"{out}.two")
         config = configured(out, precision, stage, 48)
-        assert other_layout(config, two, 1) == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
+        assert resharded_from(config, two, 1) == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
         trainer = Trainer(config, quiet=True)
         assert_same_states(Path(f"{out}.two"), trainer.save())
         last = recording(trainer)

@@ -25,7 +25,7 @@ from mixflow_fast.checkpoints.run_folder import (
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group
-from mixflow_fast.distributed.host_group import Agreement
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.training.trainer import train
 from tests.support.train_ranks import TINY
 from tests.training.test_trainer import assert_same_bits
@@ -35,9 +35,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
-def agreement() -> Agreement:
+def host_group() -> HostGroup:
     process_group.init_process_group("cpu")
-    return Agreement()
+    return HostGroup()
 
 
 def write_checkpoint(out: Path, step: int, keep: int = 2, keep_every: int = 0) -> Path:
@@ -116,19 +116,19 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, agreement: Agreement, damage: Callable[[Path], None], reason: str
+    tmp_path: Path, host_group: HostGroup, damage: Callable[[Path], None], reason: str
 ) -> None:
     older, newer = (write_checkpoint(tmp_path, step) for step in (1, 2))
-    assert choose_checkpoint(tmp_path, agreement) == (newer, [])
+    assert choose_checkpoint(tmp_path, host_group) == (newer, [])
     damage(newer)
-    chosen, lines = choose_checkpoint(tmp_path, agreement)
+    chosen, lines = choose_checkpoint(tmp_path, host_group)
     assert chosen == older
     assert len(lines) == 1 and str(newer) in lines[0] and reason in lines[0]
     # Without reading the contents, sizes are all that is seen.
     assert newest_checkpoint(tmp_path) == (newer if damage is flipped else older)
     damage(older)
     with pytest.raises(ValueError, match="no checkpoint that can be resumed"):
-        choose_checkpoint(tmp_path, agreement)
+        choose_checkpoint(tmp_path, host_group)
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
@@ -142,16 +142,16 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_what_was_passed_over_neither_counts_nor_hides(
-    tmp_path: Path, agreement: Agreement
+    tmp_path: Path, host_group: HostGroup
 ) -> None:
     """A run that went back writes older steps than the damaged ones that it passed over."""
     for step in (10, 20, 30):
         write_checkpoint(tmp_path, step, keep=2, keep_every=10)
     for step in (20, 30):
         flipped(tmp_path / "checkpoints" / f"step_{step:08d}")
-    assert choose_checkpoint(tmp_path, agreement)[0].name == "step_00000010"
+    assert choose_checkpoint(tmp_path, host_group)[0].name == "step_00000010"
     new = write_checkpoint(tmp_path, 15, keep=1)
-    assert new.is_dir() and choose_checkpoint(tmp_path, agreement, set_aside=True)[0] == new
+    assert new.is_dir() and choose_checkpoint(tmp_path, host_group, set_aside=True)[0] == new
     damaged = [f".damaged_step_{step:08d}" for step in (20, 30)]
     assert names(tmp_path) == [*damaged, new.name]
     assert newest_checkpoint(tmp_path) == new
@@ -159,7 +159,7 @@ def test_what_was_passed_over_neither_counts_nor_hides(
 
 @pytest.mark.parametrize("killed_at", [".writing_", "step_"])
 def test_a_kill_between_two_renames(
-    tmp_path: Path, agreement: Agreement, monkeypatch: pytest.MonkeyPatch, killed_at: str
+    tmp_path: Path, host_group: HostGroup, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
     """The same step is written again, by a run that resumed from it in another layout."""
     folder, rename = write_checkpoint(tmp_path, 20), os.rename
@@ -175,7 +175,7 @@ def test_a_kill_between_two_renames(
     monkeypatch.undo()
     clean_unfinished(tmp_path)
     assert names(tmp_path) == [folder.name]
-    assert choose_checkpoint(tmp_path, agreement) == (folder, [])
+    assert choose_checkpoint(tmp_path, host_group) == (folder, [])
 
 
 def test_a_rename_that_fails_leaves_the_one_from_before(
@@ -369,7 +369,7 @@ agreement = Agreement()
 chosen, lines = choose_checkpoint(Path(sys.argv[1]), agreement)
 print(chosen.name, *lines)
 try:
-    with agreement.together():
+    with agreement.raise_together():
         if agreement.rank == 1:
             raise OSError("rank 1 alone")
 except OSError as error:

@@ -1,4 +1,4 @@
-"""Sources and the loader: real pixels against NumPy, the crop against exact cases, one stream of
+"""Datasets and the loader: real pixels against NumPy, the crop against exact cases, one stream of
 samples whatever the split into ranks, micro-batches and workers."""
 
 import gc
@@ -19,7 +19,7 @@ from mixflow_fast.data import (
     Latents,
     Photos,
     adm_center_crop,
-    build_source,
+    build_dataset,
     sample_index,
 )
 from mixflow_fast.kernels.philox import Stream, normal, uniform
@@ -27,13 +27,13 @@ from mixflow_fast.kernels.philox import Stream, normal, uniform
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
 
-def every(source):
-    return torch.arange(len(source))
+def every(dataset):
+    return torch.arange(len(dataset))
 
 
-def get(source, *indices, seed=0, first=0):
+def get(dataset, *indices, seed=0, first=0):
     indices = torch.tensor(indices, dtype=torch.int64)
-    return source.get(indices, torch.arange(first, first + len(indices)), seed)
+    return dataset.get(indices, torch.arange(first, first + len(indices)), seed)
 
 
 def halved_photos():
@@ -48,11 +48,11 @@ def halved_photos():
 
 @pytest.mark.parametrize("split", ["train", "heldout", "all"])
 def test_photo_windows_are_slices_of_the_halved_photographs(split):
-    source, truth = Photos(split), halved_photos()
-    indices = torch.cat([every(source)[:: len(source) // 50], torch.tensor([len(source) - 1])])
-    batch = source.get(indices, torch.zeros_like(indices), 0)
+    dataset, truth = Photos(split), halved_photos()
+    indices = torch.cat([every(dataset)[:: len(dataset) // 50], torch.tensor([len(dataset) - 1])])
+    batch = dataset.get(indices, torch.zeros_like(indices), 0)
     assert batch.x.shape == (len(indices), 3, 16, 16) and batch.x.dtype == torch.float32
-    for x, y, photo, row, col in zip(batch.x, batch.y, *source.locate(indices), strict=True):
+    for x, y, photo, row, col in zip(batch.x, batch.y, *dataset.locate(indices), strict=True):
         window = truth[photo, row : row + 16, col : col + 16].transpose(2, 0, 1)
         assert y == photo
         np.testing.assert_allclose(x.double().numpy(), window, rtol=0, atol=1e-6)
@@ -61,9 +61,9 @@ def test_photo_windows_are_slices_of_the_halved_photographs(split):
 def test_photo_splits_share_no_pixel_and_cover_their_bands():
     covered = {}
     for split in ("train", "heldout"):
-        source = Photos(split)
-        places = torch.stack(source.locate(every(source)), dim=1)
-        assert len(places.unique(dim=0)) == len(source)  # no window twice
+        dataset = Photos(split)
+        places = torch.stack(dataset.locate(every(dataset)), dim=1)
+        assert len(places.unique(dim=0)) == len(dataset)  # no window twice
         mask = np.zeros((2, 213, 320), bool)
         for photo, row, col in places.tolist():
             mask[photo, row : row + 16, col : col + 16] = True
@@ -154,10 +154,10 @@ def image_folder(tmp_path):
 
 
 def test_folder_reads_classes_in_order_and_pixels_exactly(image_folder):
-    source = ImageFolder(image_folder, 18, flip=False)
-    assert source.classes == ["a_flower", "b_china"] and source.num_classes == 2
-    assert len(source) == 6 and source.shape == (3, 18, 18)
-    batch = get(source, *range(6))
+    dataset = ImageFolder(image_folder, 18, flip=False)
+    assert dataset.classes == ["a_flower", "b_china"] and dataset.num_classes == 2
+    assert len(dataset) == 6 and dataset.shape == (3, 18, 18)
+    batch = get(dataset, *range(6))
     assert batch.y.tolist() == [0, 0, 0, 1, 1, 1]
     file = image_folder / "b_china" / "sub" / "2.png"
     pixels = np.asarray(Image.open(file))[:, 1:19].astype(np.float64)
@@ -248,9 +248,9 @@ WRITERS = [write_npz, write_npy, write_folder, write_repa]
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_latents_come_back_exactly_in_float32(tmp_path, write, dtype):
-    source = Latents(write(tmp_path, LATENTS.astype(dtype)), scale=0.5)
-    assert (len(source), source.shape, source.num_classes) == (6, (4, 2, 3), 5)
-    batch = get(source, 5, 0, 3)
+    dataset = Latents(write(tmp_path, LATENTS.astype(dtype)), scale=0.5)
+    assert (len(dataset), dataset.shape, dataset.num_classes) == (6, (4, 2, 3), 5)
+    batch = get(dataset, 5, 0, 3)
     assert batch.x.dtype == torch.float32 and batch.features is None
     expected = LATENTS.astype(dtype).astype(np.float32)[[5, 0, 3]] * np.float32(0.5)
     np.testing.assert_array_equal(batch.x.numpy(), expected)
@@ -259,22 +259,22 @@ def test_latents_come_back_exactly_in_float32(tmp_path, write, dtype):
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_moments_draw_the_posterior_by_position(tmp_path, write):
-    source = Latents(write(tmp_path, MOMENTS), scale=0.18215, moments=True)
-    assert source.shape == (2, 2, 3)
+    dataset = Latents(write(tmp_path, MOMENTS), scale=0.18215, moments=True)
+    assert dataset.shape == (2, 2, 3)
     mean, std = np.split(MOMENTS.astype(np.float64)[[4, 1]], 2, axis=1)
     noise = normal(11, Stream.POSTERIOR, torch.tensor([50, 51]), 12).view(2, 2, 2, 3)
     expected = (mean + std * noise.double().numpy()) * 0.18215
-    batch = get(source, 4, 1, seed=11, first=50)
+    batch = get(dataset, 4, 1, seed=11, first=50)
     np.testing.assert_allclose(batch.x.numpy(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(get(source, 1, seed=11, first=51).x, batch.x[1:])
-    assert not torch.equal(get(source, 1, seed=11, first=52).x, batch.x[1:])
+    assert torch.equal(get(dataset, 1, seed=11, first=51).x, batch.x[1:])
+    assert not torch.equal(get(dataset, 1, seed=11, first=52).x, batch.x[1:])
 
 
 def test_posterior_samples_have_the_stored_mean_and_std(tmp_path):
-    source = Latents(write_npz(tmp_path, MOMENTS), moments=True)
+    dataset = Latents(write_npz(tmp_path, MOMENTS), moments=True)
     count = 4000
     indices = torch.full((count,), 2)
-    x = source.get(indices, torch.arange(count), 0).x.double()
+    x = dataset.get(indices, torch.arange(count), 0).x.double()
     mean, std = (torch.from_numpy(part).double() for part in np.split(MOMENTS[2], 2))
     assert ((x.mean(0) - mean).abs() < 5 * std / count**0.5).all()
     assert ((x.std(0) - std).abs() < 5 * std / (2 * count) ** 0.5).all()
@@ -301,9 +301,9 @@ def test_features_travel_with_their_latents(tmp_path):
 
 def test_npy_is_memory_mapped_and_never_written(tmp_path):
     path = write_npy(tmp_path, LATENTS)
-    source = Latents(path)
-    assert isinstance(source._x, np.memmap)
-    get(source, 0).x.fill_(9.0)
+    dataset = Latents(path)
+    assert isinstance(dataset._x, np.memmap)
+    get(dataset, 0).x.fill_(9.0)
     np.testing.assert_array_equal(np.load(path), LATENTS)
 
 
@@ -359,20 +359,20 @@ def test_log_variances_and_unlabelled_or_unknown_paths_are_refused(tmp_path):
 
 
 def test_build_source(image_folder, tmp_path):
-    assert isinstance(build_source("photos", split="heldout"), Photos)
-    assert isinstance(build_source("digits", size=16), Digits)
-    assert isinstance(build_source("folder", path=image_folder, size=16), ImageFolder)
-    assert isinstance(build_source("latents", path=write_npz(tmp_path, LATENTS)), Latents)
-    with pytest.raises(ValueError, match="unknown data kind 'photo': did you mean 'photos'"):
-        build_source("photo")
+    assert isinstance(build_dataset("photos", split="heldout"), Photos)
+    assert isinstance(build_dataset("digits", size=16), Digits)
+    assert isinstance(build_dataset("folder", path=image_folder, size=16), ImageFolder)
+    assert isinstance(build_dataset("latents", path=write_npz(tmp_path, LATENTS)), Latents)
+    with pytest.raises(ValueError, match="data kind must be one of .* got 'photo'; did you mean 'photos'"):
+        build_dataset("photo")
     with pytest.raises(ValueError, match="unknown argument 'splt'.*did you mean 'split'"):
-        build_source("photos", splt="train")
+        build_dataset("photos", splt="train")
     with pytest.raises(ValueError, match="'folder' needs the argument 'path'"):
-        build_source("folder", size=16)
+        build_dataset("folder", size=16)
     with pytest.raises(ValueError, match="split must be one of train, heldout, all"):
-        build_source("photos", split="test")
+        build_dataset("photos", split="test")
     with pytest.raises(ValueError, match=r"size must be in \[1, 20\]"):
-        build_source("photos", split="heldout", size=21)
+        build_dataset("photos", split="heldout", size=21)
 
 
 @pytest.mark.parametrize("bad", [-1, 1797])
@@ -411,14 +411,14 @@ SOURCES = {
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize(("world_size", "microbatch_size"), [(1, 4), (2, 3), (3, 2), (12, 1)])
 def test_every_split_gives_the_same_stream(tmp_path, kind, workers, world_size, microbatch_size):
-    source = SOURCES[kind](tmp_path)
+    dataset = SOURCES[kind](tmp_path)
     common = {"seed": 7, "global_batch_size": 12, "start_position": 36}
-    whole, order = collect(BatchLoader(source, microbatch_size=12, **common), 3)
+    whole, order = collect(BatchLoader(dataset, microbatch_size=12, **common), 3)
     assert order == list(range(36, 72))
     union = {}
     for rank in range(world_size):
         loader = BatchLoader(
-            source,
+            dataset,
             microbatch_size=microbatch_size,
             rank=rank,
             world_size=world_size,
@@ -439,8 +439,8 @@ def test_every_split_gives_the_same_stream(tmp_path, kind, workers, world_size, 
 
 
 def test_batches_hold_the_samples_that_the_order_names():
-    source = Digits(8, "all")
-    loader = BatchLoader(source, seed=3, global_batch_size=599, microbatch_size=599)
+    dataset = Digits(8, "all")
+    loader = BatchLoader(dataset, seed=3, global_batch_size=599, microbatch_size=599)
     batches = [next(loader) for _ in range(4)]  # one epoch is three steps
     positions = torch.cat([batch.positions for batch in batches])
     index = sample_index(positions, 1797, 3)
@@ -452,16 +452,16 @@ def test_batches_hold_the_samples_that_the_order_names():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_far_start_equals_skipping(workers):
-    source = Photos(flip=True)
+    dataset = Photos(flip=True)
     common = {"seed": 1, "global_batch_size": 64, "microbatch_size": 32, "num_workers": workers}
-    skipping = BatchLoader(source, **common)
+    skipping = BatchLoader(dataset, **common)
     for _ in range(2 * 130):  # more than one block of the order
         next(skipping)
     assert skipping.position == 64 * 130
-    started = BatchLoader(source, start_position=64 * 130, **common)
+    started = BatchLoader(dataset, start_position=64 * 130, **common)
     assert started.position == 64 * 130
     assert collect(started, 2) == collect(skipping, 2)
-    with BatchLoader(source, start_position=64 << 50, **common) as far:
+    with BatchLoader(dataset, start_position=64 << 50, **common) as far:
         assert next(far).positions[0].item() == 64 << 50
 
 
@@ -497,17 +497,17 @@ class Slow:
         return self.digits.get(indices, positions, seed)
 
 
-def slow_loader(source, workers=3):
-    return BatchLoader(source, seed=0, global_batch_size=4, microbatch_size=4, num_workers=workers)
+def slow_loader(dataset, workers=3):
+    return BatchLoader(dataset, seed=0, global_batch_size=4, microbatch_size=4, num_workers=workers)
 
 
 def test_workers_keep_the_order_and_look_a_bounded_way_ahead():
-    source = Slow(lambda first: 0.03 if first % 8 == 0 else 0.0)
-    with slow_loader(source) as loader:
+    dataset = Slow(lambda first: 0.03 if first % 8 == 0 else 0.0)
+    with slow_loader(dataset) as loader:
         firsts = [int(next(loader).positions[0]) for _ in range(12)]
         time.sleep(0.2)
         assert firsts == list(range(0, 48, 4))
-        assert max(source.started) < 4 * (12 + 6)
+        assert max(dataset.started) < 4 * (12 + 6)
     assert not loader_threads()
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
@@ -516,10 +516,10 @@ def test_workers_keep_the_order_and_look_a_bounded_way_ahead():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_stops_at_its_batch_with_its_name(image_folder, workers):
     (image_folder / "b_china" / "1.png").write_bytes(b"broken")
-    source = ImageFolder(image_folder, 16)
+    dataset = ImageFolder(image_folder, 16)
     where = sample_index(torch.arange(6), 6, 0).tolist().index(4)
     loader = BatchLoader(
-        source, seed=0, global_batch_size=1, microbatch_size=1, num_workers=workers
+        dataset, seed=0, global_batch_size=1, microbatch_size=1, num_workers=workers
     )
     for _ in range(where):
         next(loader)

@@ -45,9 +45,9 @@ def write_images(root: Path, numbers: list[int], **labels: int) -> Path:
     return root
 
 
-def assert_paired(source: Latents) -> None:
+def assert_paired(dataset: Latents) -> None:
     indices = torch.tensor([2, 0, 3, 1, 0])
-    batch = source.get(indices, torch.arange(5), 0)
+    batch = dataset.get(indices, torch.arange(5), 0)
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (5, 3, 6, 6)
     assert batch.images.is_contiguous()
     for latent, image in zip(batch.x, batch.images, strict=True):
@@ -127,14 +127,14 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
         Latents(latents, moments=True, images=tmp_path / "nowhere")
 
     folder = write_images(tmp_path / "images", NUMBERS)
-    source = Latents(latents, moments=True, images=folder)
+    dataset = Latents(latents, moments=True, images=folder)
     last = folder / "00001/img00000037.png"
     Image.fromarray(PIXELS[0][:4, :4]).save(last)
     with pytest.raises(ValueError, match="img00000037.png' must be 6 x 6 pixels like the first"):
-        source.get(torch.tensor([3]), torch.tensor([0]), 0)
+        dataset.get(torch.tensor([3]), torch.tensor([0]), 0)
     Image.fromarray(PIXELS[0][:4]).save(last)
     with pytest.raises(ValueError, match="img00000037.png' must be square, .* got 6 x 4"):
-        source.get(torch.tensor([3]), torch.tensor([0]), 0)
+        dataset.get(torch.tensor([3]), torch.tensor([0]), 0)
     last.unlink()
     with pytest.raises(ValueError, match="cannot read the image .*img00000037.png"):
-        source.get(torch.tensor([3]), torch.tensor([0]), 0)
+        dataset.get(torch.tensor([3]), torch.tensor([0]), 0)

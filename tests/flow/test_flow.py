@@ -1,11 +1,19 @@
-"""Paths and time laws against the official implementations' tensors and closed forms."""
+"""Paths and time distributions against the official implementations' tensors and closed forms."""
 
 import math
 
 import pytest
 import torch
 
-from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1, PATHS, TimeLaw, get_path, shift_time, slow_time
+from mixflow_fast.flow import (
+    DATA_AT_1,
+    NOISE_AT_1,
+    PATHS,
+    TimeDistribution,
+    get_path,
+    shift_time,
+    slow_time,
+)
 from mixflow_fast.flow.path import LOSS_WEIGHTS
 from tests.support.golden import load
 
@@ -81,7 +89,7 @@ def test_unknown_path() -> None:
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.001, 0.9)])
 def test_law_density(text: str, density, low: float, high: float) -> None:
     """Quantiles of equally spaced u fill bins as the (truncated) density says."""
-    t = TimeLaw.parse(text, low=low, high=high).quantile(UNIFORM)
+    t = TimeDistribution.parse(text, low=low, high=high).quantile(UNIFORM)
     edges = torch.linspace(low, high, 41, dtype=torch.float64)
     counts = torch.histogram(t, edges)[0] / len(t)
     fine = torch.linspace(low, high, 40 * 400 + 1, dtype=torch.float64)
@@ -94,7 +102,7 @@ def test_law_density(text: str, density, low: float, high: float) -> None:
 @pytest.mark.parametrize("clock", [DATA_AT_1, NOISE_AT_1])
 def test_shifted_beta21_density(k: float, clock: str) -> None:
     """Label density after RAE's shift, paper clock: p(t) = 2 k^2 t / (1 + (k-1) t)^3."""
-    t = TimeLaw.parse("beta21").quantile(UNIFORM)
+    t = TimeDistribution.parse("beta21").quantile(UNIFORM)
     label = shift_time(t if clock == DATA_AT_1 else 1 - t, k, clock)
     label = label if clock == DATA_AT_1 else 1 - label
     edges = torch.linspace(0, 1, 31, dtype=torch.float64)
@@ -132,15 +140,17 @@ def test_rae_mixflow_times() -> None:
     """The published RAE patch, step by step in float64: Beta, shift, slowing in shifted time."""
     golden, config = load("rae_mixflow_times")
     u = config["t0"] + (config["t1"] - config["t0"]) * golden["u"]
-    s = shift_time(1 - TimeLaw.parse("beta21").quantile(u), config["shift"], NOISE_AT_1)
+    s = shift_time(1 - TimeDistribution.parse("beta21").quantile(u), config["shift"], NOISE_AT_1)
     torch.testing.assert_close(s, golden["t_rae"], rtol=0, atol=1e-14)
     m = slow_time(s, golden["u2"], config["gamma"], NOISE_AT_1)
     torch.testing.assert_close(m, golden["m_rae"], rtol=0, atol=1e-14)
 
 
 def test_raes_spelling_of_the_logit_normal_law() -> None:
-    assert TimeLaw.parse("logit-normal_0_1") == TimeLaw.parse("logit-normal")
-    assert TimeLaw.parse("logit-normal_-0.5_2") == TimeLaw.parse("logit-normal(-0.5, 2)")
+    assert TimeDistribution.parse("logit-normal_0_1") == TimeDistribution.parse("logit-normal")
+    assert TimeDistribution.parse("logit-normal_-0.5_2") == TimeDistribution.parse(
+        "logit-normal(-0.5, 2)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,4 +158,4 @@ def test_raes_spelling_of_the_logit_normal_law() -> None:
 )
 def test_bad_law(text: str | None) -> None:
     with pytest.raises(ValueError, match="logit-normal"):
-        TimeLaw.parse(text)
+        TimeDistribution.parse(text)

@@ -18,7 +18,7 @@ from tests.support.kernels import DEVICE, ON_GPU, assert_as_exact_as_eager, rela
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 IDS = torch.tensor([5, 2**40 + 3, 11], device=DEVICE)
 SEED = 2**63 + 5
-LAWS = ("uniform", "beta21", "logit-normal(0.3,0.8)")
+DISTRIBUTIONS = ("uniform", "beta21", "logit-normal(0.3,0.8)")
 INTERVALS = ("shifted", "raw", "full")
 CLOCKS = (DATA_AT_1, NOISE_AT_1)
 
@@ -35,21 +35,23 @@ def pair(**options: object) -> tuple[MixFlow, MixFlow]:
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("interval", INTERVALS)
 @pytest.mark.parametrize("shift", [1.0, 6.9])
-def test_times_are_the_references(clock: str, law: str, interval: str, shift: float) -> None:
+def test_times_are_the_references(
+    clock: str, distribution: str, interval: str, shift: float
+) -> None:
     """Many positions through one kernel each; bounds by prediction="noise" where it matters."""
     ids = torch.arange(10, device=DEVICE) * 977
     ours, plain = pair(
-        clock=clock, timesteps=law, interval=interval, shift=shift, prediction="noise"
+        clock=clock, timesteps=distribution, interval=interval, shift=shift, prediction="noise"
     )
     x1 = torch.zeros(10, 1, device=DEVICE)
     x0 = torch.zeros_like(x1)
     a, b = ours.prepare(x1, ids, x0=x0), plain.prepare(x1, ids, x0=x0)
     for name in ("t", "slowed_t"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=3e-7, atol=1e-7)
-    if law == "uniform" and shift == 1:
+    if distribution == "uniform" and shift == 1:
         assert torch.equal(a.t, b.t)
     given = ours.prepare(x1, ids, x0=x0, t=b.t)
     assert torch.equal(given.t, b.t)

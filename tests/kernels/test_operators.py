@@ -33,7 +33,7 @@ def test_opcheck_interpolate(impl: str, drawn: bool) -> None:
     x1, t = data(3, 4, 6, 6), torch.full((3,), 0.5, device=DEVICE)
     given = (None, None, None) if drawn else (data(3, 4, 6, 6, seed=1), t, t)
     std = data(3, 4, 6, 6, seed=2).abs() if drawn else None
-    rest = NOISE_AT_1, schedule.law.name, "raw", schedule.numbers(), "gvp", 2 * drawn, impl
+    rest = NOISE_AT_1, schedule.distribution.name, "raw", schedule.numbers(), "gvp", 2 * drawn, impl
     torch.library.opcheck(OPS.interpolate, (x1, std, 0.5, SEED, IDS, *given, *rest))
 
 

@@ -1,13 +1,13 @@
-"""The junction of adaLN blocks: kernels, closed form and reference, against float64 too."""
+"""The residual norm of adaLN blocks: kernels, closed form and reference, against float64 too."""
 
 import pytest
 import torch
 
 from mixflow_fast.kernels.residual_norm.op import (
-    junction,
-    junction_reference,
     modulated_norm,
     modulated_norm_reference,
+    residual_norm,
+    residual_norm_reference,
 )
 from tests.support.kernels import DEVICE, FLOORS, assert_as_exact_as_eager, relative_rms
 from tests.support.residual_norm import (
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def test_every_form_is_the_reference(norm: str, per_token: bool, without: tuple) -> None:
     """The kernels, and the closed form that serves where they cannot run."""
     given, upstream = arguments(per_token=per_token, without=without), upstreams(SHAPE)
-    expected = run(junction_reference, given, upstream, norm=norm)
+    expected = run(residual_norm_reference, given, upstream, norm=norm)
     for impl in ("triton", "auto"):
-        assert_same(run(junction, given, upstream, norm=norm, impl=impl), expected)
-    plain = run(junction, given, upstream, norm=norm, impl="reference")
+        assert_same(run(residual_norm, given, upstream, norm=norm, impl=impl), expected)
+    plain = run(residual_norm, given, upstream, norm=norm, impl="reference")
     assert all(torch.equal(plain[name], expected[name]) for name in expected)
     assert_same(run(eager, given, upstream, norm=norm), expected)
 
@@ -57,7 +57,7 @@ def test_without_a_branch(norm: str, per_token: bool) -> None:
         assert_same(run(alone, given, upstream, names, norm=norm, impl=impl), expected)
     zero = arguments(per_token=per_token) | {"h": torch.zeros(SHAPE, device=DEVICE)}
     zero |= {"h_bias": None}
-    x_new, y = junction(**leaves(zero, ()), norm=norm, impl="triton")
+    x_new, y = residual_norm(**leaves(zero, ()), norm=norm, impl="triton")
     assert torch.equal(x_new, zero["x"]) and relative_rms(y, expected["y"]) < 1e-6
 
 
@@ -66,7 +66,7 @@ def test_without_a_branch(norm: str, per_token: bool) -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 def test_errors_are_eagers(dtype: torch.dtype, norm: str, per_token: bool) -> None:
     given, upstream = arguments((2, 5, 96), per_token, dtype), upstreams((2, 5, 96), dtype)
-    ours = run(junction, given, upstream, norm=norm, impl="triton")
+    ours = run(residual_norm, given, upstream, norm=norm, impl="triton")
     plain = run(eager, given, upstream, norm=norm)
     truth = run(eager, given, upstream, to=torch.float64, norm=norm)
     assert tuple(ours) == OUTPUTS
@@ -82,12 +82,12 @@ def test_the_closed_form_in_float64(norm: str, per_token: bool) -> None:
     given = arguments(per_token=per_token)
     given = {name: value.double() for name, value in given.items()}
     upstream = tuple(v.double() for v in upstreams(SHAPE))
-    ours = run(junction, given, upstream, norm=norm)
-    assert_same(ours, run(junction_reference, given, upstream, norm=norm), 1e-13)
+    ours = run(residual_norm, given, upstream, norm=norm)
+    assert_same(ours, run(residual_norm_reference, given, upstream, norm=norm), 1e-13)
     small = leaves({n: v.double() for n, v in arguments((1, 2, 4), per_token).items()})
 
     def call(*values):
-        return junction(**dict(zip(NAMES, values, strict=True)), norm=norm)
+        return residual_norm(**dict(zip(NAMES, values, strict=True)), norm=norm)
 
     assert torch.autograd.gradcheck(call, tuple(small.values()))
 
@@ -109,7 +109,7 @@ def test_shapes(shape: tuple[int, int, int], per_token: bool) -> None:
     """Odd widths, several tiles and an unfinished one, more samples than one block sums."""
     norm = "rms" if shape[-1] == 1 else "layer"
     given, upstream = arguments(shape, per_token), upstreams(shape)
-    ours = run(junction, given, upstream, norm=norm, impl="triton")
+    ours = run(residual_norm, given, upstream, norm=norm, impl="triton")
     truth = run(eager, given, upstream, to=torch.float64, norm=norm)
     plain = run(eager, given, upstream, norm=norm)
     for name in OUTPUTS:
@@ -127,7 +127,7 @@ def test_dtypes_may_differ(dtype: torch.dtype, modulation_dtype: torch.dtype, im
     given = arguments(dtype=dtype, modulation_dtype=modulation_dtype)
     given |= {"h": given["h"].to(torch.float16)}
     upstream = upstreams(SHAPE, dtype)
-    ours = run(junction, given, upstream, impl=impl)
+    ours = run(residual_norm, given, upstream, impl=impl)
     truth = run(eager, given, upstream, to=torch.float64)
     dtypes = [dtype, dtype, *(given[name].dtype for name in NAMES)]
     for name, expected in zip(OUTPUTS, dtypes, strict=True):
@@ -141,13 +141,13 @@ def test_dtypes_may_differ(dtype: torch.dtype, modulation_dtype: torch.dtype, im
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 def test_each_input_alone_requires_grad(per_token: bool, impl: str) -> None:
     given, upstream = arguments(per_token=per_token), upstreams(SHAPE)
-    everything = run(junction, given, upstream, impl=impl)
+    everything = run(residual_norm, given, upstream, impl=impl)
     for name in NAMES:
-        single = run(junction, given, upstream, (name,), impl=impl)
+        single = run(residual_norm, given, upstream, (name,), impl=impl)
         assert torch.equal(single["y"], everything["y"])
         assert relative_rms(single[f"d{name}"], everything[f"d{name}"]) < 1e-6, name
     with torch.no_grad():
-        outputs = junction(**leaves(given), impl=impl)
+        outputs = residual_norm(**leaves(given), impl=impl)
         assert not any(v.requires_grad for v in outputs)
         assert torch.equal(outputs[1], everything["y"])
 
@@ -157,10 +157,10 @@ def test_one_output_alone_is_used(impl: str) -> None:
     given, upstream = arguments(), upstreams(SHAPE)
     for pair in ((upstream[0], None), (None, upstream[1])):
         names = ("x", "h", "gate", "h_bias") if pair[1] is None else NAMES
-        ours = run(junction, given, pair, names, impl=impl)
-        assert_same(ours, run(junction_reference, given, pair, names))
+        ours = run(residual_norm, given, pair, names, impl=impl)
+        assert_same(ours, run(residual_norm_reference, given, pair, names))
     # Nothing flows to what only y depends on.
-    ours = run(junction, given, (upstream[0], None), ("x", "scale", "weight"), impl=impl)
+    ours = run(residual_norm, given, (upstream[0], None), ("x", "scale", "weight"), impl=impl)
     assert not ours["dscale"].any() and not ours["dweight"].any()
 
 
@@ -179,18 +179,18 @@ def test_memory_layouts(per_token: bool) -> None:
     }
     assert not any(value.is_contiguous() for value in moved.values())
     assert moved["gate"].stride(-1) != 1 and given["scale"].stride(-1) == 1
-    expected = run(junction, given, upstream, impl="triton")
-    ours = run(junction, given | moved, upstream, impl="triton")
+    expected = run(residual_norm, given, upstream, impl="triton")
+    ours = run(residual_norm, given | moved, upstream, impl="triton")
     swapped = tuple(v.transpose(1, 2).contiguous().transpose(1, 2) for v in upstream)
-    again = run(junction, given, swapped, impl="triton")
+    again = run(residual_norm, given, swapped, impl="triton")
     for name in OUTPUTS:
         assert torch.equal(ours[name], expected[name]), name
         assert torch.equal(again[name], expected[name]), name
         assert ours[name].is_contiguous(), name
     one = torch.full((), 0.5, device=DEVICE)
-    expanded = run(junction, given, (one.expand(SHAPE), one.expand(SHAPE)), impl="triton")
+    expanded = run(residual_norm, given, (one.expand(SHAPE), one.expand(SHAPE)), impl="triton")
     full = torch.full(SHAPE, 0.5, device=DEVICE)
-    written = run(junction, given, (full, full), impl="triton")
+    written = run(residual_norm, given, (full, full), impl="triton")
     assert all(torch.equal(expanded[name], written[name]) for name in OUTPUTS)
 
 
@@ -200,7 +200,7 @@ def test_memory_layouts(per_token: bool) -> None:
 def test_empty_batches(impl: str, per_token: bool, shape: tuple[int, int, int]) -> None:
     """Sums over nothing are 0."""
     given, upstream = arguments(shape, per_token), upstreams(shape)
-    ours = run(junction, given, upstream, impl=impl)
+    ours = run(residual_norm, given, upstream, impl=impl)
     for name, value in given.items():
         gradient = ours[f"d{name}"]
         assert gradient.shape == value.shape and not gradient.any(), name
@@ -210,11 +210,11 @@ def test_empty_batches(impl: str, per_token: bool, shape: tuple[int, int, int]) 
 def test_two_runs_give_the_same_bits_and_samples_do_not_depend_on_the_batch() -> None:
     shape = (3, 19, 72)
     given, upstream = arguments(shape), upstreams(shape)
-    first, second = (run(junction, given, upstream, impl="triton") for _ in range(2))
+    first, second = (run(residual_norm, given, upstream, impl="triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)
     vectors = ("h_bias", "weight")
     last = {n: v if n in vectors else v[2:] for n, v in given.items()}
-    single = run(junction, last, tuple(v[2:] for v in upstream), impl="triton")
+    single = run(residual_norm, last, tuple(v[2:] for v in upstream), impl="triton")
     for name in OUTPUTS:
         if name.removeprefix("d") not in vectors:
             assert torch.equal(single[name], first[name][2:]), name
@@ -224,7 +224,7 @@ def test_constant_tokens_and_zero_gates() -> None:
     """As at initialisation of adaLN-Zero, and where the variance is 0."""
     given = arguments(without=("h_bias", "weight")) | {"x": torch.ones(SHAPE, device=DEVICE)}
     given |= {name: torch.zeros(2, 72, device=DEVICE) for name in ("gate", "shift", "scale")}
-    ours = run(junction, given, upstreams(SHAPE), impl="triton")
+    ours = run(residual_norm, given, upstreams(SHAPE), impl="triton")
     assert torch.equal(ours["x_new"], given["x"])
     assert not ours["y"].any() and not ours["dh"].any() and not ours["dscale"].any()
     assert all(value.isfinite().all() for value in ours.values()) and ours["dgate"].any()
@@ -234,12 +234,14 @@ def test_constant_tokens_and_zero_gates() -> None:
 def test_y_is_the_norm_of_the_rounded_sum(impl: str) -> None:
     """What the backward pass reads is what y was made of, not the sum before it was rounded."""
     given = leaves(arguments(dtype=torch.bfloat16), ())
-    x_new, y = junction(**given, impl=impl)
+    x_new, y = residual_norm(**given, impl=impl)
     rest = given["shift"], given["scale"]
     again = modulated_norm(x_new, *rest, weight=given["weight"], impl=impl)
     wide = {name: value.float() for name, value in given.items()}
     assert (
-        relative_rms(again, y) < 2e-4 < relative_rms(junction(**wide, impl=impl)[1].bfloat16(), y)
+        relative_rms(again, y)
+        < 2e-4
+        < relative_rms(residual_norm(**wide, impl=impl)[1].bfloat16(), y)
     )
 
 
@@ -247,7 +249,7 @@ def test_eps_counts() -> None:
     given = leaves(arguments(), ())
     given["x"], given["h"] = 1e-3 * given["x"], 1e-3 * given["h"]
     given["h_bias"] = None
-    found = [junction(**given, eps=eps, impl="triton")[1] for eps in (1e-6, 1e-4)]
-    expected = [junction_reference(**given, eps=eps)[1] for eps in (1e-6, 1e-4)]
+    found = [residual_norm(**given, eps=eps, impl="triton")[1] for eps in (1e-6, 1e-4)]
+    expected = [residual_norm_reference(**given, eps=eps)[1] for eps in (1e-6, 1e-4)]
     assert all(relative_rms(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
     assert relative_rms(found[0], found[1]) > 0.1

@@ -1,4 +1,4 @@
-"""The junction's operators: opcheck, compilation, what they write and move, what they refuse."""
+"""Operators of the residual norm: opcheck, compilation, traffic, refusals."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import torch
 
 from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.residual_norm import launch
-from mixflow_fast.kernels.residual_norm.launch import junction_bytes
-from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
+from mixflow_fast.kernels.residual_norm.launch import residual_norm_bytes
+from mixflow_fast.kernels.residual_norm.op import modulated_norm, residual_norm
 from tests.support.kernels import DEVICE
 from tests.support.residual_norm import (
     NAMES,
@@ -32,13 +32,13 @@ def test_unneeded_gradients_are_not_written(per_token: bool) -> None:
     given = leaves(arguments(per_token=per_token), ())
     names = "gate", "shift", "scale", "h_bias", "weight"
     values = [given[name] for name in names]
-    x_new, _, mean, rstd = OPS.junction(*given.values(), "layer", 1e-6, "triton")
+    x_new, _, mean, rstd = OPS.residual_norm(*given.values(), "layer", 1e-6, "triton")
     upstream = upstreams(SHAPE)
     for only in range(8):
         needs = [i == only for i in range(8)]
         rest = (*(torch.float32,) * 4, "layer", "triton")
         inputs = (upstream[1], upstream[0], x_new, given["h"], *values, mean, rstd)
-        outputs = OPS.junction_backward(*inputs, needs, *rest)
+        outputs = OPS.residual_norm_backward(*inputs, needs, *rest)
         assert [bool(v.numel()) for v in outputs] == needs
         partial, sums = launch.scratch_shapes(*SHAPE, launch.Needs(*needs), per_token)
         summed = only in ((5, 6) if per_token else (2, 3, 4, 5, 6))
@@ -50,18 +50,18 @@ def test_unneeded_gradients_are_not_written(per_token: bool) -> None:
 def test_opcheck(impl: str, per_token: bool) -> None:
     given = leaves(arguments((2, 3, 16), per_token))
     options = "layer", 1e-6, impl
-    torch.library.opcheck(OPS.junction, (*given.values(), *options))
+    torch.library.opcheck(OPS.residual_norm, (*given.values(), *options))
     few = leaves(arguments((2, 3, 16), per_token, without=("shift", "h_bias", "weight")), ("x",))
-    torch.library.opcheck(OPS.junction, (*few.values(), "rms", 1e-6, impl))
+    torch.library.opcheck(OPS.residual_norm, (*few.values(), "rms", 1e-6, impl))
     modulated = tuple(given[name] for name in ("x", "shift", "scale", "weight"))
     torch.library.opcheck(OPS.modulated_norm, (*modulated, *options))
     plain = leaves(given, ())
-    x_new, y, mean, rstd = OPS.junction(*plain.values(), *options)
+    x_new, y, mean, rstd = OPS.residual_norm(*plain.values(), *options)
     inputs = (plain[name] for name in ("h", "gate", "shift", "scale", "h_bias", "weight"))
     needs = [True, False, True, True, True, True, True, True]
     rest = (*(torch.float32,) * 4, "layer", impl)
     torch.library.opcheck(
-        OPS.junction_backward, (y, x_new, x_new.clone(), *inputs, mean, rstd, needs, *rest)
+        OPS.residual_norm_backward, (y, x_new, x_new.clone(), *inputs, mean, rstd, needs, *rest)
     )
 
 
@@ -71,7 +71,7 @@ def test_shapes_and_dtypes_on_the_meta_device(norm: str) -> None:
         given = arguments((batch, 5, 16), modulation_dtype=dtype)
         meta = {name: value.to("meta") for name, value in given.items()}
         inputs = leaves(meta)
-        outputs = junction(**inputs, norm=norm)
+        outputs = residual_norm(**inputs, norm=norm)
         torch.autograd.backward(outputs, [torch.empty_like(v) for v in outputs])
         assert all(v.shape == meta["x"].shape and v.is_meta for v in outputs)
         for name, value in inputs.items():
@@ -90,7 +90,7 @@ def test_compiled_blocks_give_eagers_values_and_gradients(impl: str, per_token: 
     def block(x: torch.Tensor, modulation: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         shift, scale, gate, shift2, scale2, _ = modulation.chunk(6, dim=-1)
         h = modulated_norm(x, shift, scale, impl=impl) @ matrix
-        x, y = junction(x, h, gate, shift2, scale2, h_bias=bias, weight=weight, impl=impl)
+        x, y = residual_norm(x, h, gate, shift2, scale2, h_bias=bias, weight=weight, impl=impl)
         return x + torch.tanh(y)
 
     modulation = data(*((B, N, 6 * D) if per_token else (B, 6 * D)), seed=3)
@@ -106,20 +106,20 @@ def test_compiled_blocks_give_eagers_values_and_gradients(impl: str, per_token: 
 def test_inductor_gives_eagers_values_and_gradients() -> None:
     torch._dynamo.reset()
     given, upstream = arguments(), upstreams(SHAPE)
-    compiled = torch.compile(junction, fullgraph=True)
-    assert_same(run(compiled, given, upstream), run(junction, given, upstream), 1e-6)
+    compiled = torch.compile(residual_norm, fullgraph=True)
+    assert_same(run(compiled, given, upstream), run(residual_norm, given, upstream), 1e-6)
 
 
 def test_second_derivatives() -> None:
     given = leaves(arguments((1, 2, 4)))
     for impl in ("triton", "auto"):
         with pytest.raises(RuntimeError, match='impl="reference"'):
-            x_new, y = junction(**given, impl=impl)
+            x_new, y = residual_norm(**given, impl=impl)
             torch.autograd.grad((x_new + y).square().sum(), given["x"], create_graph=True)
         with pytest.raises(RuntimeError, match='impl="reference"'):
             y = modulated_norm(given["x"], given["shift"], given["scale"], impl=impl)
             torch.autograd.grad(y.square().sum(), given["x"], create_graph=True)
-    y = junction(**given, impl="reference")[1]
+    y = residual_norm(**given, impl="reference")[1]
     (gradient,) = torch.autograd.grad(y.square().sum(), given["x"], create_graph=True)
     assert torch.autograd.grad(gradient.sum(), given["h"])[0].isfinite().all()
 
@@ -146,7 +146,7 @@ def test_bytes_are_those_of_the_tensors_that_kernels_get(
     """Every distinct tensor of a launch is read or written once in it."""
     moved = []
     for name in ("forward", "backward", "reduce", "sum"):
-        kernel = getattr(launch, f"_junction_{name}_kernel")
+        kernel = getattr(launch, f"_residual_norm_{name}_kernel")
 
         def spy(*args, run=kernel.run, **kwargs):
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
@@ -161,14 +161,14 @@ def test_bytes_are_those_of_the_tensors_that_kernels_get(
     has_h = given["h"] is not None
     names = tuple(name for name in NAMES if given[name] is not None)
     upstream = upstreams(shape)
-    function, upstream = (junction, upstream) if has_h else (alone, (None, upstream[1]))
+    function, upstream = (residual_norm, upstream) if has_h else (alone, (None, upstream[1]))
     run(function, given, upstream, names, norm=norm, impl="triton")
     options = {
         f"has_{name}": given[name] is not None for name in ("h", "shift", "h_bias", "weight")
     }
     options |= dict(per_token=per_token, norm=norm, dtype=dtype, has_dx_new=has_h)
     forward, backward = (
-        junction_bytes(given["x"].to("meta"), backward=way, **options) for way in (False, True)
+        residual_norm_bytes(given["x"].to("meta"), backward=way, **options) for way in (False, True)
     )
     assert (forward, backward) == (moved[0], sum(moved[1:]))
 
@@ -179,8 +179,8 @@ def test_partial_sums_are_small() -> None:
     size = x.numel() * x.element_size()
     for has_h_bias, most in ((False, 0.41), (True, 0.55)):
         options = dict(per_token=False, has_h_bias=has_h_bias)
-        assert 4 < junction_bytes(x, backward=False, **options) / size < 4.02
-        assert 6 < junction_bytes(x, backward=True, **options) / size < 6 + most
+        assert 4 < residual_norm_bytes(x, backward=False, **options) / size < 4.02
+        assert 6 < residual_norm_bytes(x, backward=True, **options) / size < 6 + most
 
 
 BAD = [
@@ -202,7 +202,7 @@ BAD = [
 @pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
 def test_bad_input(change: dict, message: str, impl: str) -> None:
     with pytest.raises(ValueError, match=message):
-        junction(**arguments() | change, impl=impl)
+        residual_norm(**arguments() | change, impl=impl)
 
 
 def test_bad_input_without_a_branch_and_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +214,12 @@ def test_bad_input_without_a_branch_and_for_kernels(monkeypatch: pytest.MonkeyPa
         modulated_norm(*wide, impl="triton")
     assert modulated_norm(*wide).shape == (1, 1, 4100)
     with pytest.raises(ValueError, match="float64"):
-        junction(**{name: value.double() for name, value in arguments().items()}, impl="triton")
+        residual_norm(
+            **{name: value.double() for name, value in arguments().items()}, impl="triton"
+        )
     with pytest.raises(ValueError, match="impl must be one of"):
-        junction(**arguments(), impl="cuda")
+        residual_norm(**arguments(), impl="cuda")
     monkeypatch.setattr(runtime, "triton", None)
-    assert junction(**arguments())[0].shape == SHAPE
+    assert residual_norm(**arguments())[0].shape == SHAPE
     with pytest.raises(ValueError, match="Triton is not installed"):
-        junction(**arguments(), impl="triton")
+        residual_norm(**arguments(), impl="triton")

@@ -1,4 +1,4 @@
-"""The backward pass of the junction that makes its output again."""
+"""The backward pass of the residual norm that recomputes its output."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from mixflow_fast.kernels.residual_norm import launch
-from mixflow_fast.kernels.residual_norm.launch import junction_bytes
-from mixflow_fast.kernels.residual_norm.op import junction
-from mixflow_fast.kernels.residual_norm.recompute import junction_again, junction_forward
+from mixflow_fast.kernels.residual_norm.launch import residual_norm_bytes
+from mixflow_fast.kernels.residual_norm.op import residual_norm
+from mixflow_fast.kernels.residual_norm.recompute import (
+    residual_norm_forward,
+    residual_norm_recompute,
+)
 from tests.kernels.test_gelu import moved
 from tests.support.kernels import assert_as_exact_as_eager
 from tests.support.residual_norm import (
@@ -27,18 +30,18 @@ ALONE = ("h", "gate", "h_bias")
 
 
 def again(given: dict, upstream: tuple, needs: list[bool] | None = None, **options) -> dict:
-    """Outputs and gradients by name, and y made again."""
+    """Outputs and gradients by name, and y recomputed."""
     given = leaves(given, ())
     eps, impl = options.pop("eps", 1e-6), options.pop("impl", "triton")
     options |= {"h_bias": given.pop("h_bias"), "weight": given.pop("weight"), "impl": impl}
-    x_new, y, mean, rstd = junction_forward(**given, **options, eps=eps)
+    x_new, y, mean, rstd = residual_norm_forward(**given, **options, eps=eps)
     present = {**given, **options}
     needs = needs or [*(present[name] is not None for name in NAMES), True]
     rest = [given[name] for name in ("h", "gate", "shift", "scale")]
     dx_new, dy = upstream
-    found = junction_again(dy, dx_new, x_new, *rest, mean, rstd, needs, **options)
+    found = residual_norm_recompute(dy, dx_new, x_new, *rest, mean, rstd, needs, **options)
     assert [v is not None for v in found] == needs
-    pairs = zip((*(f"d{name}" for name in NAMES), "again"), found, strict=True)
+    pairs = zip((*(f"d{name}" for name in NAMES), "recompute"), found, strict=True)
     return {"x_new": x_new, "y": y} | {name: v for name, v in pairs if v is not None}
 
 
@@ -51,13 +54,13 @@ def test_same_bits_as_the_passes_of_autograd(norm: str, per_token: bool, without
     """With an odd width, a tile that is not full, and the closed form too."""
     shape = (2, 9, 33)
     given, upstream = arguments(shape, per_token, without=without), upstreams(shape)
-    function = alone if "h" in without else junction
+    function = alone if "h" in without else residual_norm
     upstream = (None, upstream[1]) if "h" in without else upstream
     names = tuple(name for name in NAMES if given[name] is not None)
     for impl in ("triton", "auto"):
         expected = run(function, given, upstream, names, norm=norm, impl=impl)
         ours = again(given, upstream, norm=norm, impl=impl)
-        made = ours.pop("again")
+        made = ours.pop("recompute")
         assert torch.equal(made, expected["y"]) and made.is_contiguous()
         assert ours.keys() == expected.keys()
         for name, value in expected.items():
@@ -81,8 +84,8 @@ def test_as_exact_as_eager(dtype: torch.dtype, norm: str, per_token: bool, witho
     _, rounded = eager(**plain, norm=norm)
     wide = {name: v if v is None else v.double() for name, v in plain.items()}
     _, truth = eager(**wide, norm=norm)
-    assert found["again"].dtype == dtype and torch.equal(found["again"], found["y"])
-    assert_as_exact_as_eager(found["again"], rounded, truth, "y")
+    assert found["recompute"].dtype == dtype and torch.equal(found["recompute"], found["y"])
+    assert_as_exact_as_eager(found["recompute"], rounded, truth, "y")
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
@@ -95,7 +98,7 @@ def test_each_result_alone(per_token: bool, impl: str) -> None:
     for only in range(8):
         needs = [i == only for i in range(8)]
         name, value = list(again(given, upstream, needs, impl=impl).items())[-1]
-        assert name == [*(f"d{n}" for n in NAMES), "again"][only]
+        assert name == [*(f"d{n}" for n in NAMES), "recompute"][only]
         assert torch.equal(value, expected[name]), name
 
 
@@ -112,16 +115,16 @@ def test_strided_inputs_mixed_dtypes_and_no_gradient_of_the_stream() -> None:
         }
         plain = again(given, (None, dy.contiguous().bfloat16()))
         strided = again(given | moved_too, (None, dy.bfloat16()))
-        assert plain["dgate"].dtype == torch.float32 and plain["again"].dtype == torch.bfloat16
+        assert plain["dgate"].dtype == torch.float32 and plain["recompute"].dtype == torch.bfloat16
         assert all(torch.equal(plain[name], strided[name]) for name in plain)
-        assert torch.equal(plain["again"], plain["y"])
+        assert torch.equal(plain["recompute"], plain["y"])
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 @pytest.mark.parametrize("shape", [(0, 5, 72), (2, 0, 72)])
 def test_empty(shape: tuple[int, int, int], impl: str) -> None:
     found = again(arguments(shape), upstreams(shape), impl=impl)
-    assert found["again"].shape == shape
+    assert found["recompute"].shape == shape
     assert not any(found[f"d{name}"].any() for name in NAMES)
 
 
@@ -145,22 +148,22 @@ def test_declared_bytes(
     shape = (2, 19, 24)
     given = leaves(arguments(shape, per_token, torch.float32, dtype, without), ())
     options = {"norm": norm, "h_bias": given.pop("h_bias"), "weight": given.pop("weight")}
-    x_new, _, *statistics = junction_forward(**given, **options)
+    x_new, _, *statistics = residual_norm_forward(**given, **options)
     rest = [given[name] for name in ("h", "gate", "shift", "scale")]
     needs = [({**given, **options})[name] is not None for name in NAMES]
     dx_new, dy = upstreams(shape)
     names = "backward", "reduce", "sum"
-    kernels = [getattr(launch, f"_junction_{name}_kernel") for name in names]
+    kernels = [getattr(launch, f"_residual_norm_{name}_kernel") for name in names]
     seen = moved(
         monkeypatch,
         kernels,
-        lambda: junction_again(
+        lambda: residual_norm_recompute(
             dy, dx_new, x_new, *rest, *statistics, [*needs, True], **options, impl="triton"
         ),
     )
     flags = {f"has_{name}": name not in without for name in ("h", "shift", "h_bias", "weight")}
     flags |= {"per_token": per_token, "norm": norm, "dtype": dtype, "backward": True}
-    plain, declared = (junction_bytes(dy, **flags, with_y=with_y) for with_y in (False, True))
+    plain, declared = (residual_norm_bytes(dy, **flags, with_y=with_y) for with_y in (False, True))
     shift = 0 if given["shift"] is None else given["shift"].nbytes
     assert seen == declared == plain + dy.nbytes + shift
 
@@ -168,6 +171,6 @@ def test_declared_bytes(
 def test_meta_and_refusals() -> None:
     given = {n: v.to("meta") for n, v in arguments((0, 5, 16), True).items()}
     found = again(given, tuple(v.to("meta") for v in upstreams((0, 5, 16))), impl="auto")
-    assert all(v.is_meta for v in found.values()) and found["again"].shape == (0, 5, 16)
+    assert all(v.is_meta for v in found.values()) and found["recompute"].shape == (0, 5, 16)
     with pytest.raises(ValueError, match="gate must be"):
         again(arguments() | {"gate": data(2, 71)}, upstreams((2, 7, 72)))

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl, its mirrors, the progress line, model FLOPs' denominator."""
+"""Rows of metrics.jsonl, its loggers, the progress line, model FLOPs' denominator."""
 
 import fcntl
 import io
@@ -18,7 +18,7 @@ from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.environment import environment
 from mixflow_fast.metrics import loggers
-from mixflow_fast.metrics.loggers import Mirrors, check_mirrors, numbers
+from mixflow_fast.metrics.loggers import Loggers, check_loggers, numbers
 from mixflow_fast.metrics.metrics_file import MetricsFile, read_metrics
 from mixflow_fast.metrics.progress import Progress
 from mixflow_fast.metrics.throughput import Stopwatch, peak_memory_mib
@@ -60,7 +60,7 @@ def test_what_is_not_finite_is_null_and_the_line_is_json(tmp_path: Path) -> None
 
 
 class Recorder:
-    """A mirror that raises from its `fails_at`-th call on."""
+    """A logger that raises from its `fails_at`-th call on."""
 
     def __init__(self, calls: list, fails_at: int = 1 << 30) -> None:
         self.calls, self.left = calls, fails_at
@@ -82,10 +82,10 @@ class Recorder:
 
 
 def test_a_mirror_that_fails_is_warned_of_once_and_the_others_go_on(tmp_path, monkeypatch) -> None:
-    good, bad, said = [], [], []
+    good, bad, messages = [], [], []
     monkeypatch.setattr(loggers, "_TensorBoard", lambda *args: Recorder(bad, fails_at=1))
     monkeypatch.setattr(loggers, "_Wandb", lambda *args: Recorder(good))
-    both = Mirrors(("tensorboard", "wandb"), tmp_path, {}, 0, said.append)
+    both = Loggers(("tensorboard", "wandb"), tmp_path, {}, 0, messages.append)
     file = MetricsFile(tmp_path / "m.jsonl", 0, both)
     for step in (1, 2, 3):
         file.write(training_row(step))
@@ -93,7 +93,7 @@ def test_a_mirror_that_fails_is_warned_of_once_and_the_others_go_on(tmp_path, mo
     file.close()
     assert bad == [("write", 1)]
     assert good == [("write", 1), ("write", 2), ("write", 3), ("picture", 3), ("close",)]
-    assert len(said) == 1 and "tensorboard failed (OSError: disk full)" in said[0]
+    assert len(messages) == 1 and "tensorboard failed (OSError: disk full)" in messages[0]
     assert len(read_metrics(tmp_path / "m.jsonl")) == 3
 
 
@@ -101,12 +101,12 @@ def test_a_mirror_that_cannot_be_opened_does_not_stop_the_run(tmp_path, monkeypa
     def broken(*args: object) -> None:
         raise RuntimeError("no network")
 
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(loggers, "_Wandb", broken)
-    opened = Mirrors(("wandb",), tmp_path, {}, 0, said.append)
+    opened = Loggers(("wandb",), tmp_path, {}, 0, messages.append)
     opened.write(training_row(1))
     opened.close()
-    assert len(said) == 1 and "RuntimeError: no network" in said[0]
+    assert len(messages) == 1 and "RuntimeError: no network" in messages[0]
 
 
 def test_numbers_of_a_row() -> None:
@@ -124,18 +124,18 @@ def test_numbers_of_a_row() -> None:
 
 def test_mirrors_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="may name tensorboard, wandb, got 'mlflow'"):
-        check_mirrors(["mlflow"])
+        check_loggers(["mlflow"])
     # What wandb leaves in the working directory is not the package.
     (tmp_path / "wandb").mkdir()
-    config = load_config("photos", ["train.mirrors=[wandb]"])
-    assert config.train.mirrors == ("wandb",)
+    config = load_config("photos", ["train.loggers=[wandb]"])
+    assert config.train.loggers == ("wandb",)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "path", [str(tmp_path)])
         patch.delitem(sys.modules, "wandb", raising=False)
         with pytest.raises(ValueError, match="needs the package wandb: pip install wandb"):
             validate(config)
-    with pytest.raises(ValueError, match="train.mirrors must be tuple"):
-        load_config("photos", ["train.mirrors=[1]"])
+    with pytest.raises(ValueError, match="train.loggers must be tuple"):
+        load_config("photos", ["train.loggers=[1]"])
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     validate(config)
 
@@ -146,12 +146,12 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    said: list[str] = []
-    opened = Mirrors(("tensorboard",), tmp_path, {}, 0, said.append)
+    messages: list[str] = []
+    opened = Loggers(("tensorboard",), tmp_path, {}, 0, messages.append)
     opened.write(training_row(7))
     opened.picture(tmp_path / "x.png", 7)
     opened.close()
-    assert not said
+    assert not messages
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.5)]
@@ -171,7 +171,7 @@ def test_other_lines_do_not_break_the_progress(monkeypatch, terminal) -> None:
     for step in (1, 2):
         progress.step()
         progress.report(training_row(step))
-        progress.say(f"run: step {step} validation loss ema 0.5")
+        progress.log(f"run: step {step} validation loss ema 0.5")
     progress.close()
     lines = screen.getvalue().replace("\r", "\n").splitlines()
     for step in (1, 2):

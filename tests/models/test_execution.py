@@ -59,8 +59,8 @@ def run(model: SiT | DiTDH, g: dict[str, Tensor], execution: dict[str, Any]) -> 
         {"mode": "fused"},
         {"mode": "compile", "checkpointing": "selective"},
         {"mode": "fused", "checkpointing": "selective"},
-        {"mode": "fused", "checkpointing": "blocks"},
-        {"mode": "fused", "checkpointing": "activation"},
+        {"mode": "fused", "checkpointing": "full"},
+        {"mode": "fused", "checkpointing": "elementwise"},
     ],
     ids=lambda e: "-".join(map(str, e.values())),
 )
@@ -107,7 +107,7 @@ def test_the_kernels_themselves_in_the_interpreter() -> None:
         g["cotangent"] = torch.randn_like(x)
         truth = run(model, g, {"mode": "eager"})
         execution = {"mode": "fused", "compiled": False, "impl": "triton"}
-        for policy in ("none", "activation"):
+        for policy in ("none", "elementwise"):
             ours = run(model, g, execution | {"checkpointing": policy})
             errors = {key: relative_rms(ours[key].detach(), truth[key].detach()) for key in truth}
             assert {key: e for key, e in errors.items() if e >= PARITY} == {}
@@ -131,8 +131,8 @@ def _double(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("mode", "policy"),
     [
-        *(("eager", "blocks"), ("eager", "selective")),
-        *(("fused", "blocks"), ("fused", "selective"), ("fused", "activation")),
+        *(("eager", "full"), ("eager", "selective")),
+        *(("fused", "full"), ("fused", "selective"), ("fused", "elementwise")),
     ],
 )
 @pytest.mark.parametrize("name", CLASSES)
@@ -144,7 +144,7 @@ def test_checkpointing_gives_the_same_bits(name: str, mode: str, policy: str) ->
     assert all(torch.equal(plain[key], again[key]) for key in plain)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "activation"])
+@pytest.mark.parametrize("checkpointing", ["none", "elementwise"])
 def test_second_derivatives_are_refused(checkpointing: str) -> None:
     model, g = golden("sit_0")
     model.set_execution(mode="fused", compiled=False, checkpointing=checkpointing)
@@ -199,10 +199,10 @@ def test_selective_refuses_a_linear_that_is_not_pytorchs(monkeypatch: pytest.Mon
     zero = pytest.importorskip("deepspeed.runtime.zero.linear")
     model, g = golden("sit_0")
     monkeypatch.setattr(torch.nn.functional, "linear", zero.zero3_linear_wrap)
-    with pytest.raises(RuntimeError, match='zero3_linear_wrap: use checkpointing="blocks"'):
+    with pytest.raises(RuntimeError, match='zero3_linear_wrap: use checkpointing="full"'):
         run(model, g, {"mode": "eager", "checkpointing": "selective"})
     plain = run(model, g, {"mode": "eager"})
-    again = run(model, g, {"mode": "eager", "checkpointing": "blocks"})
+    again = run(model, g, {"mode": "eager", "checkpointing": "full"})
     assert all(torch.equal(plain[key], again[key]) for key in plain)
 
 
@@ -226,17 +226,17 @@ class _Counter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["eager", "fused"])
-def test_what_is_made_again(mode: str) -> None:
+def test_what_is_made_recompute(mode: str) -> None:
     """Forward passes of attention and of fc1's product in a training step, over three blocks."""
     model, g = golden("sit_0")
     seen = {}
-    for policy in ("none", "selective", "blocks"):
+    for policy in ("none", "selective", "full"):
         with _Counter() as counter:
             run(model, g, {"mode": mode, "compiled": False, "checkpointing": policy})
         forward = [n for n in counter.names if "attention" in n and "backward" not in n]
-        norms = counter.count("junction.default" if mode == "fused" else "native_layer_norm.")
+        norms = counter.count("residual_norm.default" if mode == "fused" else "native_layer_norm.")
         seen[policy] = len(forward), counter.wide, norms
-    once, kept, again = seen["none"], seen["selective"], seen["blocks"]
+    once, kept, again = seen["none"], seen["selective"], seen["full"]
     assert once[0] == 3 and kept[:2] == once[:2]  # made once: the costly two
     assert again[0] == 6 and again[1] > once[1]
     assert kept[2] > once[2]  # and the cheap rest again
@@ -246,7 +246,7 @@ def test_blocks_of_a_width_share_one_compilation() -> None:
     compiled: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        compiled.append("fused" if "junction" in graph.code else "other")
+        compiled.append("fused" if "residual_norm" in graph.code else "other")
         return graph.forward
 
     torch._dynamo.reset()
@@ -316,13 +316,13 @@ def test_autocast() -> None:
     """float32 weights under bf16 autocast, as benchmarks and many trainers run them."""
     model, g = golden("sit_0")
     found = {}
-    for mode, policy in (("eager", "none"), ("fused", "none"), ("fused", "activation")):
+    for mode, policy in (("eager", "none"), ("fused", "none"), ("fused", "elementwise")):
         with torch.autocast("cpu", torch.bfloat16):
             execution = {"mode": mode, "compiled": False, "checkpointing": policy}
             found[mode, policy] = run(model, g, execution)
         assert relative_rms(found[mode, policy]["out"].detach(), g["out"]) < 0.03
         assert found[mode, policy]["grad.blocks.0.attn.qkv.weight"].dtype == torch.float32
-    kept, again = found["fused", "none"], found["fused", "activation"]
+    kept, again = found["fused", "none"], found["fused", "elementwise"]
     assert all(torch.equal(kept[key], again[key]) for key in kept)
 
 
@@ -353,7 +353,7 @@ def test_activation_with_frozen_parameters(options: dict[str, bool]) -> None:
             p.requires_grad_(not rule(name))
         kept, again = (
             run(model, g, execution | {"checkpointing": policy})
-            for policy in ("none", "activation")
+            for policy in ("none", "elementwise")
         )
         assert kept.keys() == again.keys() and len(kept) == 2 + sum(not rule(n) for n in names)
         for key, value in kept.items():
@@ -380,7 +380,7 @@ def test_attention_is_chosen_once_and_named() -> None:
         ({"mode": "fast"}, "mode must be one of eager, compile, fused, got 'fast'"),
         ({"attention": "flash4"}, "attention must be one of auto, flash3"),
         ({"checkpointing": "all"}, "checkpointing must be one of none, activation, selective"),
-        ({"checkpointing": "activation"}, 'use mode="fused"'),
+        ({"checkpointing": "elementwise"}, 'use mode="fused"'),
         ({"impl": "cuda"}, "impl must be one of"),
     ],
 )

@@ -180,8 +180,8 @@ def test_loading_is_silent_and_needs_no_torchvision(
     assert "torchvision" not in sys.modules
 
 
-def altered(source: Path, folder: Path, **config: object) -> Path:
-    shutil.copytree(source, folder)
+def altered(dataset: Path, folder: Path, **config: object) -> Path:
+    shutil.copytree(dataset, folder)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | config))
     return folder

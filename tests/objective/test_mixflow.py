@@ -1,4 +1,4 @@
-"""`MixFlow` and `mixflow_loss`: parity with the official code, laws, directions, bad input."""
+"""`MixFlow` and `mixflow_loss`: parity with the official code, draws, directions, bad input."""
 
 import math
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_x_m_is_noisier_than_x_t(clock: str, interval: str, path: str, shift: fl
 @pytest.mark.parametrize("interval", ["shifted", "raw", "full"])
 @pytest.mark.parametrize("timesteps", ["uniform", "beta21", "logit-normal(0.3,0.8)"])
 def test_mirror_of_the_two_clocks(interval: str, timesteps: str) -> None:
-    """The same draws in both clocks: times mirror, inputs agree, velocities change sign."""
+    """The same draws in both clocks: times logger, inputs agree, velocities change sign."""
     x1, _ = batch()
     ids = torch.arange(6) + 1000
     mirrored = timesteps.replace("(0.3", "(-0.3")
@@ -136,7 +136,7 @@ def test_full_interval_ignores_the_label() -> None:
 
 
 def test_joint_law_of_label_and_slowed_time_is_uniform_on_the_wedge() -> None:
-    """Beta(2,1) and gamma = 1: p(m, t) = 2 on 0 < m < t < 1 (the paper's argument for the law)."""
+    """Beta(2,1) and gamma = 1: p(m, t) = 2 on 0 < m < t < 1 (the paper's argument for Beta)."""
     it = MixFlow(gamma=1.0, clock=DATA_AT_1).prepare(
         torch.zeros(200_000, 1), ids=torch.arange(200_000)
     )

@@ -126,17 +126,17 @@ def _record(trace: int) -> None:
     seen: list[int] = []
     init, step, prepare = Trainer.__init__, Trainer._step, MixFlow.prepare
 
-    def say(row: dict) -> None:
+    def log(row: dict) -> None:
         os.write(trace, (json.dumps(row) + "\n").encode())
 
     def built(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        say({"start": self.step})
+        log({"start": self.step})
 
     def stepped(self, loader):
         seen.clear()
         totals = step(self, loader)
-        say({"step": self.step, "positions": list(seen)})
+        log({"step": self.step, "positions": list(seen)})
         return totals
 
     def prepared(self, x1, *args, ids, **kwargs):

@@ -1,4 +1,4 @@
-"""Inputs of the junction's tests, the models' own lines, and runs that give results by name."""
+"""Inputs for tests of the residual norm, the models' own lines, and results by name."""
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def run(function, given: dict, upstream: tuple, names: tuple = NAMES, to=None, *
 
 
 def alone(x, h, gate, shift, scale, h_bias=None, weight=None, **options):
-    """`modulated_norm` with `junction`'s signature and outputs."""
+    """`modulated_norm` with `residual_norm`'s signature and outputs."""
     return x, modulated_norm(x, shift, scale, weight=weight, **options)
 
 

@@ -79,7 +79,7 @@ def test_the_loss_is_flow_plus_half_the_alignment_and_goes_down(
     (flow,) = rows(tmp_path / "off")
     assert "alignment" not in flow
 
-    batch = trainer.source.get(*first_positions(trainer), seed=0)
+    batch = trainer.dataset.get(*first_positions(trainer), seed=0)
     assert not torch.equal(batch.x, batch.x.flip(-1))
     model = build_model(config)
     it = trainer.mix.prepare(batch.x, ids=batch.positions)
@@ -159,7 +159,7 @@ def test_the_teacher_sees_the_crops_that_the_model_trains_on(
     )
     trainer.run()
     assert len(seen) == len(trained) == 1 and torch.equal(seen[0], trained[0])
-    unflipped = trainer.source.get(*first_positions(trainer), seed=1).x  # another seed's flips
+    unflipped = trainer.dataset.get(*first_positions(trainer), seed=1).x  # another seed's flips
     flipped = (seen[0] != unflipped).flatten(1).any(1)
     assert 0 < flipped.sum() < len(flipped)
     torch.testing.assert_close(seen[0][flipped], unflipped[flipped].flip(-1), rtol=0, atol=0)
@@ -176,7 +176,7 @@ def test_label_input_projects_x_at_the_label_with_the_same_noise(
         trainer = Trainer(config, quiet=True)
         trainer.run()
         found[stage] = rows(tmp_path / str(stage))
-    batch = trainer.source.get(*first_positions(trainer), seed=0)
+    batch = trainer.dataset.get(*first_positions(trainer), seed=0)
     y = trainer._drop_labels(batch.y, batch.positions)
     it = trainer.mix.prepare(batch.x, ids=batch.positions)
     assert trainer.mix.clock == "noise_at_1" and (it.t != it.slowed_t).all()
@@ -215,7 +215,7 @@ def test_a_step_with_a_teacher_reads_nothing_from_the_device(
     # GPU only: the label range and the times are checked on the CPU.
     monkeypatch.setattr(SiT, "_check_inputs", lambda *_: None)
     trainer = Trainer(repa(tmp_path / "run", teacher), quiet=True)
-    loader = BatchLoader(trainer.source, seed=0, global_batch_size=8, microbatch_size=8)
+    loader = BatchLoader(trainer.dataset, seed=0, global_batch_size=8, microbatch_size=8)
     ready = Prefetched(loader, 2)
     trainer._step(ready)
     with CountReads() as counter:

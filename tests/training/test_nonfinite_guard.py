@@ -123,7 +123,7 @@ def test_the_sample_is_named_and_a_report_is_left(tmp_path: Path, precision: tup
         assert {"x_embedder.proj", "final_layer.linear"} <= rank["grad_norm_by_module"].keys()
         # The step had spoilt the weights; the examination took others.
         assert rank["weights_not_finite"] and "began with" in content["examined_with"]
-        assert tensors["loss_again"].isnan().tolist() == [True, False]
+        assert tensors["loss_recomputed"].isnan().tolist() == [True, False]
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
@@ -211,7 +211,7 @@ def test_going_back_is_a_run_without_that_step(tmp_path: Path, precision: tuple,
     result = train(config, quiet=True)
     assert result.finished
     told = Trainer(configured(tmp_path, "told", 4, *more), quiet=True)
-    told.safety.left_out = [bad]
+    told.guard.left_out = [bad]
     told.run()
     other = configured(tmp_path, "told", 4, *more)
     for step in (2, 4):
@@ -223,8 +223,8 @@ def test_going_back_is_a_run_without_that_step(tmp_path: Path, precision: tuple,
     last = rows(config)[-1]
     assert (last["skipped"], last["rollbacks"], last["step"]) == (1, 1, 4)
     folder = tmp_path / "back" / "checkpoints" / checkpoint_name(4)
-    safety = json.loads((folder / "state.json").read_text())["safety"]
-    assert safety["left_out"] == [bad] and safety["rollbacks"] == 1
+    guard = json.loads((folder / "state.json").read_text())["guard"]
+    assert guard["left_out"] == [bad] and guard["rollbacks"] == 1
 
 
 def test_going_back_too_often_and_after_a_resume(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_going_back_too_often_and_after_a_resume(tmp_path: Path) -> None:
     state = json.loads(
         (tmp_path / "run" / "checkpoints" / checkpoint_name(4) / "state.json").read_text()
     )
-    assert state["safety"]["left_out"] == [2, 3]
+    assert state["guard"]["left_out"] == [2, 3]
     with pytest.raises(TrainingDiverged, match="went back 1 times already, train.max_rollbacks"):
         train(configured(tmp_path, "few", 4, *more, "train.max_rollbacks=1"), quiet=True)
 
@@ -315,7 +315,7 @@ def test_what_is_float32_under_bf16(tmp_path: Path, stage: int) -> None:
         assert set(tensors.values()) == {torch.float32}
     norm = torch.as_tensor(trainer.engine.grad_norm())  # ZeRO 3: of DeepSpeed
     assert norm.dtype == (torch.float64 if stage == 3 else torch.float32)
-    record = trainer.safety.record
+    record = trainer.guard.record
     assert {t.dtype for t in (record._each, record._losses, record._norms)} == {torch.float32}
     content = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
     for key in ("model", "ema"):

@@ -18,7 +18,7 @@ from mixflow_fast.evaluation.validation_loss import (
     SEED,
     TIMES,
     ValidationLoss,
-    middles,
+    bin_centers,
     validation_data,
 )
 from mixflow_fast.kernels import philox
@@ -55,9 +55,9 @@ def losses_of(config: Config, net: Any, clock: str = "data_at_1", **parts: Any) 
 
 def examples(config: Config, count: int = 10) -> tuple[Tensor, Tensor, Tensor]:
     """(x1, x0, y) of the validation, drawn here."""
-    source, _ = validation_data(config)
+    dataset, _ = validation_data(config)
     place = torch.arange(count)
-    batch = source.get(place * len(source) // count, place, SEED)
+    batch = dataset.get(place * len(dataset) // count, place, SEED)
     x0 = philox.normal(SEED, Stream.VALIDATION_NOISE, place, batch.x[0].numel())
     return batch.x, x0.view_as(batch.x), batch.y
 
@@ -75,11 +75,11 @@ def test_losses_are_those_of_the_formula() -> None:
         return float((answer - (x1 - x0)).square().mean())
 
     found = losses_of(config, net)
-    expected = [truth(t, t) for t in middles(TIMES)]
+    expected = [truth(t, t) for t in bin_centers(TIMES)]
     assert found["loss_by_t"] == pytest.approx(expected, rel=1e-5)
     assert found["loss"] == pytest.approx(sum(expected) / TIMES, rel=1e-5)
     assert len(set(expected)) == TIMES
-    times = middles(GRID)
+    times = bin_centers(GRID)
     for row, m in enumerate(times):
         for column, t in enumerate(times):
             value = found["grid"][row][column]
@@ -129,13 +129,13 @@ def test_ranks_share_the_work_and_have_the_same_numbers() -> None:
 
 
 def test_what_is_validated_on(tmp_path: Path) -> None:
-    source, words = validation_data(small())
-    assert source.name == "photos-16-heldout" and words == "held-out examples"
+    dataset, words = validation_data(small())
+    assert dataset.name == "photos-16-heldout" and words == "held-out examples"
     # The held-out bands are 20 columns wide.
-    source, words = validation_data(small("data.size=24", "model.input_size=24"))
-    assert source.name == "photos-24-train" and words == "training examples"
+    dataset, words = validation_data(small("data.size=24", "model.input_size=24"))
+    assert dataset.name == "photos-24-train" and words == "training examples"
     place = torch.arange(8)
-    same = [source.get(place, place + start, SEED).x for start in (0, 1000)]
+    same = [dataset.get(place, place + start, SEED).x for start in (0, 1000)]
     assert torch.equal(*same)  # no flips
 
 
@@ -276,9 +276,9 @@ def test_ranks_wait_for_a_preview_before_the_next_step(
     trainer = Trainer(tiny(tmp_path, "train.images=16", "train.preview_every=1"), quiet=True)
     order = []
     monkeypatch.setattr(trainer.monitor, "_preview", lambda step: order.append(f"preview {step}"))
-    share, step = trainer.monitor._agreement.share, trainer._step
+    share, step = trainer.monitor._host_group.all_gather, trainer._step
     monkeypatch.setattr(
-        trainer.monitor._agreement, "share", lambda mine: order.append("wait") or share(mine)
+        trainer.monitor._host_group, "share", lambda mine: order.append("wait") or share(mine)
     )
     monkeypatch.setattr(trainer, "_step", lambda loader: order.append("step") or step(loader))
     trainer.run()

@@ -21,7 +21,7 @@ import torch
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data import build_source
+from mixflow_fast.data import build_dataset
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_weights
 from mixflow_fast.training.build import build_model
@@ -83,8 +83,8 @@ def test_a_thousand_steps_of_bf16_follow_float32(tmp_path: Path) -> None:
 
 def test_one_small_batch_is_learnt(tmp_path: Path) -> None:
     """Four images, new noise and times at every step: the loss falls below a third."""
-    source = build_source("photos", size=16)
-    batch = source.get(torch.arange(4) * (len(source) // 4), torch.arange(4), 0)
+    dataset = build_dataset("photos", size=16)
+    batch = dataset.get(torch.arange(4) * (len(dataset) // 4), torch.arange(4), 0)
     np.savez(tmp_path / "set.npz", latents=batch.x.numpy(), labels=batch.y.numpy())
     more = [f"data={{kind: latents, path: {tmp_path / 'set.npz'}}}", "train.label_dropout=0"]
     more += ["model.hidden_size=64", "optim.lr=3e-3", "train.log_every=20"]

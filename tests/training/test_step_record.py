@@ -9,7 +9,7 @@ from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.skip_nonfinite import PIECE, skipping
 from mixflow_fast.training.nonfinite_report import grad_norms
-from mixflow_fast.training.step_record import Record
+from mixflow_fast.training.step_record import StepRecord
 
 
 @pytest.mark.parametrize("impl", ["auto", "foreach"])
@@ -57,7 +57,7 @@ def test_the_record_leaves_loss_and_gradient_as_they_are(impl: str) -> None:
     for noted in (False, True):
         pred = (0.5 * it.x).requires_grad_()
         loss = mix.loss(pred, it)
-        record = Record(x.device, 2, 1, 3)
+        record = StepRecord(x.device, 2, 1, 3)
         back = record.micro_batch(loss, mix, pred, it) if noted else loss
         assert torch.equal(back, loss)
         back.backward()
@@ -69,7 +69,7 @@ def test_the_record_leaves_loss_and_gradient_as_they_are(impl: str) -> None:
     assert loss.isinf()
     plain = torch.autograd.grad(loss, pred, retain_graph=impl == "reference")[0]
     assert plain.isfinite().all()
-    record = Record(x.device, 2, 1, 3)
+    record = StepRecord(x.device, 2, 1, 3)
     loss = mix.loss(pred, it)
     record.micro_batch(loss, mix, pred, it).backward()
     assert pred.grad.isnan().all()
@@ -78,7 +78,7 @@ def test_the_record_leaves_loss_and_gradient_as_they_are(impl: str) -> None:
 def test_the_record_of_several_steps() -> None:
     mix = MixFlow(0.0, "data_at_1", impl="reference")
     x = torch.zeros(2, 1, 2, 2)
-    record = Record(x.device, 3, 1, 2)
+    record = StepRecord(x.device, 3, 1, 2)
     for step in range(1, 4):
         it = mix.prepare(x, ids=torch.arange(2) + 2 * step)
         pred = torch.zeros_like(x)

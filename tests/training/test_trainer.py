@@ -257,7 +257,7 @@ def test_a_step_reads_nothing_from_the_device(
     trainer = Trainer(tiny(tmp_path, *overrides), quiet=True)
     c = trainer.config.train
     loader = BatchLoader(
-        trainer.source, seed=0, global_batch_size=8, microbatch_size=c.microbatch_size
+        trainer.dataset, seed=0, global_batch_size=8, microbatch_size=c.microbatch_size
     )
     ready = Prefetched(loader, 8)
     # The label range is checked on the CPU only.
@@ -276,7 +276,7 @@ def test_a_step_reads_nothing_from_the_device(
 
 def first_positions(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(trainer.config.train.global_batch_size)
-    return sample_index(positions, len(trainer.source), trainer.config.train.seed), positions
+    return sample_index(positions, len(trainer.dataset), trainer.config.train.seed), positions
 
 
 def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
         trainer.run()
         losses[weight] = read_metrics(out / "metrics.jsonl")[0]["loss"]
     # The first step's network and batch are the same: the difference is half the alignment loss.
-    batch = trainer.source.get(*first_positions(trainer), seed=0)
+    batch = trainer.dataset.get(*first_positions(trainer), seed=0)
     model = build_model(config)
     it = MixFlow(0.0, "noise_at_1", timesteps="uniform").prepare(batch.x, ids=batch.positions)
     y = trainer._drop_labels(batch.y, batch.positions)

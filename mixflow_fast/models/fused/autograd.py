@@ -1,7 +1,7 @@
 """Products of the fused block whose gradients cost less than autograd's own.
 
 `linear_leading_bias` sums fewer columns. The others keep less between the passes: what they
-multiply is made again by the pass that computes its gradient anyway, for one more write.
+multiply is recomputed by the pass that computes its gradient anyway, for one more write.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixflow_fast.kernels.activations.gelu import gelu, gelu_again
-from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_again
-from mixflow_fast.kernels.residual_norm.recompute import junction_again, junction_forward
+from mixflow_fast.kernels.activations.gelu import gelu, gelu_recompute
+from mixflow_fast.kernels.activations.swiglu import swiglu, swiglu_recompute
+from mixflow_fast.kernels.residual_norm.recompute import (
+    residual_norm_forward,
+    residual_norm_recompute,
+)
 
 # (h, h_bias, gate) of gate (h + h_bias), which is still to be added to the residual stream.
 Pending = tuple[Tensor, Tensor, Tensor]
@@ -40,7 +43,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            'checkpointing="activation" has no second derivatives (create_graph=True): use '
+            'checkpointing="elementwise" has no second derivatives (create_graph=True): use '
             'checkpointing="none", impl="reference"'
         )
 
@@ -74,14 +77,14 @@ class _ActivatedProduct(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
         x, bias, weight = ctx.saved_tensors
-        again = swiglu_again if ctx.gated else gelu_again
-        dx, dbias, y = again(dh @ weight, x, bias, impl=ctx.impl)
+        recompute = swiglu_recompute if ctx.gated else gelu_recompute
+        dx, dbias, y = recompute(dh @ weight, x, bias, impl=ctx.impl)
         return dx, dbias, dh.flatten(0, -2).t() @ y.flatten(0, -2), None, None
 
 
 class _NormedProduct(torch.autograd.Function):
     """(x', y W^T), or y W^T alone without h. The first seven inputs and the weight stand in the
-    order of `junction_again`'s results, where the weight's gradient asks for y.
+    order of `residual_norm_recompute`'s results, where the weight's gradient asks for y.
     """
 
     @staticmethod
@@ -104,7 +107,7 @@ class _NormedProduct(torch.autograd.Function):
         ctx.leading = 0 if bias is None else bias.shape[0]
         options = {"h_bias": h_bias, "weight": norm_weight, "eps": eps} | ctx.options
         inputs = h, gate, shift, scale
-        x_new, y, *statistics = junction_forward(x, *inputs, **options)
+        x_new, y, *statistics = residual_norm_forward(x, *inputs, **options)
         ctx.save_for_backward(x_new, *inputs, *statistics, h_bias, norm_weight, weight)
         product = _linear(y.to(weight.dtype), weight, bias)
         return product if h is None else (x_new, product)
@@ -118,7 +121,7 @@ class _NormedProduct(torch.autograd.Function):
         rows = dz.flatten(0, -2)
         dy = (rows @ weight).view(inputs[0].shape)
         options = {"h_bias": h_bias, "weight": norm_weight} | ctx.options
-        *gradients, y = junction_again(dy, dx_new, *inputs, needs[:8], **options)
+        *gradients, y = residual_norm_recompute(dy, dx_new, *inputs, needs[:8], **options)
         dweight = None if y is None else rows.t() @ y.flatten(0, -2).to(rows.dtype)
         dbias = rows[:, : ctx.leading].sum(0) if needs[8] else None
         return *gradients, dweight, dbias, None, None, None
@@ -161,12 +164,12 @@ def normed_product(
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(x', y W^T) of a junction's (x', y) without keeping y; x' is x where nothing is pending.
+    """(x', y W^T) of a residual norm's (x', y) without keeping y; x' is x where nothing is pending.
 
     Args:
         x: (B, N, D).
         pending: see `Pending`.
-        shift, scale, weight, norm, eps, impl: as for `kernels.junction.junction`.
+        shift, scale, weight, norm, eps, impl: as for `kernels.residual_norm.residual_norm`.
         product: W (F, D), and a bias of its first columns as in `linear_leading_bias` or None.
     """
     h, h_bias, gate = pending or (None, None, None)

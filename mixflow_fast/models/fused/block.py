@@ -5,10 +5,10 @@ The residual stream is carried as a pair, x and what is still to be added to it:
     x + gate (h + h_bias)
 
 so that each addition shares one pass over memory with the norm that follows it, in the next half of
-the block or in the next block (`kernels.junction`). Biases go where a kernel touches the tokens
-anyway, because their gradients are sums over all tokens:
+the block or in the next block (`kernels.residual_norm`). Biases go where a kernel touches the
+tokens anyway, because their gradients are sums over all tokens:
 
-* of `attn.proj` and the MLP's last product: into the junction;
+* of `attn.proj` and the MLP's last product: into the residual_norm;
 * of the MLP's first product: into the activation;
 * of v: attention weights add up to 1, so attention(v + b_v) = attention(v) + b_v, and W_proj b_v
   joins proj's own bias;
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mixflow_fast.kernels.activations.gelu import gelu
 from mixflow_fast.kernels.activations.swiglu import swiglu
 from mixflow_fast.kernels.attention.op import attention
-from mixflow_fast.kernels.residual_norm.op import junction, modulated_norm
+from mixflow_fast.kernels.residual_norm.op import modulated_norm, residual_norm
 from mixflow_fast.models.blocks import (
     Attention,
     Block,
@@ -46,7 +46,7 @@ from mixflow_fast.models.fused.autograd import (
 )
 
 # x, and what is still to be added: None at the start of a chain.
-Stream = tuple[Tensor, Pending | None]
+ResidualStream = tuple[Tensor, Pending | None]
 
 
 def _norm_options(norm: nn.Module) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _norm_options(norm: nn.Module) -> dict[str, Any]:
 
 
 def _add_and_norm(
-    stream: Stream, norm: nn.Module, shift: Tensor | None, scale: Tensor, impl: str
+    stream: ResidualStream, norm: nn.Module, shift: Tensor | None, scale: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
     """(x', modulated norm of x') where x' is the stream with what was still to be added."""
     x, pending = stream
@@ -64,22 +64,22 @@ def _add_and_norm(
     if pending is None:
         return x, modulated_norm(x, shift, scale, **options)
     h, h_bias, gate = pending
-    return junction(x, h, gate, shift, scale, h_bias=h_bias, **options)
+    return residual_norm(x, h, gate, shift, scale, h_bias=h_bias, **options)
 
 
 def _normed_product(
-    stream: Stream,
+    stream: ResidualStream,
     norm: nn.Module,
     modulation: tuple[Tensor | None, Tensor],
     product: tuple[Tensor, Tensor | None],
     impl: str,
-    again: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """(x', product of x's modulated norm with a weight and a bias of its first columns or None).
 
-    modulation: (shift, scale). `again`: the norm is not kept.
+    modulation: (shift, scale). `recompute`: the norm is not kept.
     """
-    if again:
+    if recompute:
         options = _norm_options(norm) | {"impl": impl}
         return normed_product(*stream, *modulation, product, **options)
     x, y = _add_and_norm(stream, norm, *modulation, impl)
@@ -114,23 +114,23 @@ def _mlp_weights(layer: Mlp | SwiGLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def fused_block(
     block: Block,
-    stream: Stream,
+    stream: ResidualStream,
     c_silu: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     impl: str = "auto",
-    again: bool = False,
-) -> Stream:
+    recompute: bool = False,
+) -> ResidualStream:
     """`Block.forward` on a stream.
 
     Args:
-        stream: see `Stream`; h (B, N, D), h_bias (D,), gate like c.
+        stream: see `ResidualStream`; h (B, N, D), h_bias (D,), gate like c.
         c_silu: SiLU of the condition, (B, D) or (B, N, D): the same for all blocks.
         rope: (cos, sin), each (N, K) float32, or None.
         impl: of the operators.
-        again: norms and the MLP's activation are made again in the backward pass.
+        again: norms and the MLP's activation are recomputed in the backward pass.
     """
     m = modulation_chunks(block.adaLN_modulation[1](c_silu), block.parts)
-    how = {"impl": impl, "again": again}
+    how = {"impl": impl, "recompute": recompute}
     modulation = m.get("shift_msa"), m["scale_msa"]
     product = block.attn.qkv.weight, _leading_bias(block.attn, rope)
     x, qkv = _normed_product(stream, block.norm1, modulation, product, **how)
@@ -139,21 +139,23 @@ def fused_block(
     first, bias, last, last_bias = _mlp_weights(block.mlp)
     x, z = _normed_product((x, pending), block.norm2, modulation, (first, None), **how)
     gated = isinstance(block.mlp, SwiGLU)
-    if again:
+    if recompute:
         h = activated_product(z, bias, last, gated, impl)
     else:
         h = F.linear((swiglu if gated else gelu)(z, bias, impl=impl), last)
     return x, (h, last_bias, m["gate_mlp"])
 
 
-def fused_final(layer: FinalLayer, stream: Stream, c_silu: Tensor, impl: str = "auto") -> Tensor:
+def fused_final(
+    layer: FinalLayer, stream: ResidualStream, c_silu: Tensor, impl: str = "auto"
+) -> Tensor:
     """`FinalLayer.forward` on a stream."""
     m = modulation_chunks(layer.adaLN_modulation[1](c_silu), "shift scale")
     _, y = _add_and_norm(stream, layer.norm_final, m["shift"], m["scale"], impl)
     return layer.linear(y)
 
 
-def settle(stream: Stream) -> Tensor:
+def resolve(stream: ResidualStream) -> Tensor:
     """The residual stream itself, where something other than a norm needs it."""
     x, pending = stream
     if pending is None:
