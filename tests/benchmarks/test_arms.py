@@ -5,7 +5,6 @@ import itertools
 import sys
 import types
 
-import apex_stand_in
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from benchmarks.step_rows import StepRows
 from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.models.execution import Execution
 from mixflow_fast.optim import apex
+from tests.support import apex_stand_in
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}

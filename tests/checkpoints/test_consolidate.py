@@ -25,7 +25,7 @@ from mixflow_fast.checkpoints.shards import (
 from mixflow_fast.cli.main import main
 from mixflow_fast.models import load_model
 from mixflow_fast.training.trainer import train
-from tests.training.test_trainer import ROOT, settings, tiny
+from tests.support.runs import ROOT, settings, tiny
 
 STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 

@@ -15,7 +15,7 @@ from mixflow_fast.cli.main import main
 from mixflow_fast.models import load_model, load_weights
 from mixflow_fast.training.ema_writer import describe_averages
 from mixflow_fast.training.trainer import train
-from tests.training.test_trainer import tiny
+from tests.support.runs import tiny
 
 STEPS = 24
 OPTIONS = (

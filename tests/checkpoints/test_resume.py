@@ -16,7 +16,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.resume_ranks import recording
-from tests.training.test_trainer import ROOT, settings, tiny
+from tests.support.runs import ROOT, settings, tiny
 
 FEW = [("fp32", 3), ("bf16", 2)]
 OTHERS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 3)]

@@ -27,8 +27,8 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.training.trainer import train
+from tests.support.runs import assert_same_bits
 from tests.support.train_ranks import TINY
-from tests.training.test_trainer import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

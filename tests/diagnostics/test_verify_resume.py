@@ -11,8 +11,8 @@ from mixflow_fast.checkpoints.run_folder import newest_checkpoint
 from mixflow_fast.cli.main import main
 from mixflow_fast.diagnostics.verify_resume import Row, compare_checkpoints, compare_streams, table
 from mixflow_fast.training.trainer import train
+from tests.support.runs import tiny
 from tests.support.train_ranks import TINY
-from tests.training.test_trainer import tiny
 
 STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 FEW = [("fp32", 3, 1)]

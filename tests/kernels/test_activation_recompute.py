@@ -9,8 +9,7 @@ import torch
 
 from mixflow_fast.kernels.activations import gelu as gelu_module
 from mixflow_fast.kernels.activations import swiglu as swiglu_module
-from tests.kernels.test_gelu import BF16, FP16, FP32, data, moved
-from tests.support.kernels import assert_as_exact_as_eager
+from tests.support.kernels import BF16, FP16, FP32, assert_as_exact_as_eager, data, moved
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -15,7 +15,7 @@ from mixflow_fast.kernels.attention.op import (
     attention_bytes,
     attention_reference,
 )
-from tests.kernels.test_qk_norm_rope import data, doubled, leaves, tables
+from tests.support.attention import data, exact, leaves, problem, run, tables
 from tests.support.kernels import DEVICE, ON_GPU, assert_as_exact_as_eager, relative_rms
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -23,16 +23,6 @@ HERE = list(BACKENDS) if ON_GPU else ["flash", "math"]
 IMPLS = ["triton", "reference"]
 KINDS = [(None, False), (None, True), ("layer", False), ("rms", True)]
 SHAPES = [(1, 2, 1, 64), (2, 5, 3, 72), (2, 7, 2, 10)]
-
-
-def run(function, qkv, weights, upstream, **options) -> dict[str, torch.Tensor]:
-    """The output and all gradients, by name."""
-    qkv = qkv.detach().requires_grad_()
-    weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    out = function(qkv, **weights, **options)
-    gradients = torch.autograd.grad(out, [qkv, *weights.values()], upstream)
-    names = ["out", "dqkv", *(f"d{name}" for name in weights)]
-    return dict(zip(names, [out.detach(), *gradients], strict=True))
 
 
 def skip_unless_served(backend: str, qkv: torch.Tensor) -> None:
@@ -45,19 +35,6 @@ def skip_unless_served(backend: str, qkv: torch.Tensor) -> None:
             choice.resolve(backend, qkv, True)
         except ValueError as error:
             pytest.skip(str(error))
-
-
-def problem(shape, dtype=torch.float32, norm=None, rotated=False):
-    """(qkv, weights, upstream, options)."""
-    B, N, H, K = shape
-    options = {"norm": norm, **(tables(N, K) if rotated else {})}
-    qkv = data(B, N, 3, H, K, dtype=dtype) * 1.5
-    return qkv, leaves(norm, K, dtype), data(B, N, H * K, dtype=dtype, seed=3) * 1.7, options
-
-
-def exact(qkv, weights, upstream, options) -> dict[str, torch.Tensor]:
-    floats = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    return run(attention_reference, qkv.double(), doubled(weights), upstream.double(), **floats)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -18,8 +18,8 @@ from mixflow_fast.kernels.attention.backends import (
 )
 from mixflow_fast.kernels.attention.choice import BACKENDS, choose_backend
 from mixflow_fast.kernels.attention.op import attention
-from tests.kernels.test_attention import exact, problem, run
 from tests.support import attention_stand_ins
+from tests.support.attention import exact, problem, run
 from tests.support.kernels import DEVICE, ON_GPU, relative_rms
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="backends of the CPU, and stand-ins on it")

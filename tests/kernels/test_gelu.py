@@ -7,22 +7,25 @@ from torch.nn import functional
 from mixflow_fast.kernels.activations import gelu as module
 from mixflow_fast.kernels.activations import rows
 from mixflow_fast.kernels.activations.gelu import gelu, gelu_bytes, gelu_reference
-from tests.support.kernels import DEVICE, assert_as_exact_as_eager, relative_rms
+from tests.support.kernels import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    assert_as_exact_as_eager,
+    data,
+    moved,
+    relative_rms,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     # Meant to: 1 / inf is 0. Devices do not say it, NumPy does.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
 ]
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Several strips, a last one that is not full, several blocks of columns, columns that are not 8 n.
 SHAPES = [(1, 1, 64), (2, 5, 96), (2, 7, 72), (7, 33), (150, 300), (3, 1023)]
 IMPLS = ("triton", "auto", "reference")
-
-
-def data(*shape: int, dtype: torch.dtype = FP32, seed: int = 0, scale: float = 2.0):
-    g = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=g)).to(dtype).to(DEVICE)
 
 
 def run(function, x: torch.Tensor, bias: torch.Tensor | None, dy: torch.Tensor) -> dict:
@@ -246,23 +249,6 @@ def test_meta_tensors_have_the_right_shapes() -> None:
     dx, dbias, _ = torch.ops.mixflow_fast.gelu_backward(y, x, bias, True, False, "reference")
     assert y.shape == dx.shape == x.shape and y.is_contiguous()
     assert dbias.shape == (40,) and dbias.dtype == BF16
-
-
-def moved(monkeypatch: pytest.MonkeyPatch, kernels: list, call) -> int:
-    """Bytes of the tensors given to the kernels while `call` runs."""
-    seen = []
-    for kernel in kernels:
-
-        def spy(*args, run=kernel.run, **kwargs):
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            unique = {v.data_ptr(): v.numel() * v.element_size() for v in tensors if v.numel()}
-            seen.append(sum(unique.values()))
-            return run(*args, **kwargs)
-
-        monkeypatch.setattr(kernel, "run", spy)
-    call()
-    assert seen
-    return sum(seen)
 
 
 @pytest.mark.parametrize("bias_dtype", [FP32, BF16, None])

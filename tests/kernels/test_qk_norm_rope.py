@@ -11,6 +11,7 @@ from mixflow_fast.kernels.attention.qk_norm_rope import (
     qk_norm_rope,
     qk_norm_rope_reference,
 )
+from tests.support.attention import angles, data, doubled, leaves, tables
 from tests.support.kernels import DEVICE, assert_as_exact_as_eager, relative_rms
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -19,33 +20,6 @@ IMPLS = ["triton", "reference"]
 KINDS = [(None, True), ("layer", False), ("layer", True), ("rms", False), ("rms", True)]
 # (B, N, H, K)
 SHAPES = [(1, 1, 1, 64), (2, 5, 3, 72), (2, 7, 2, 10)]
-WEIGHTS = {
-    None: (),
-    "layer": ("q_weight", "q_bias", "k_weight", "k_bias"),
-    "rms": ("q_weight", "k_weight"),
-}
-
-
-def data(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
-
-
-def angles(N: int, K: int) -> torch.Tensor:
-    """(N, K / 2), any: a rotation only needs each pair to share one."""
-    return torch.rand(N, K // 2, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 6.28
-
-
-def tables(N: int, K: int) -> dict[str, torch.Tensor]:
-    theta = angles(N, K).double().repeat_interleave(2, dim=1)
-    return {"cos": theta.cos().float(), "sin": theta.sin().float()}
-
-
-def leaves(norm: str | None, K: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    found = {}
-    for seed, name in enumerate(WEIGHTS[norm]):
-        found[name] = data(K, seed=10 + seed).mul(0.3).add(name.endswith("weight")).to(dtype)
-    return {name: w.requires_grad_() for name, w in found.items()}
 
 
 def eager(qkv, *, cos=None, sin=None, norm=None, eps=1e-6, **weights):
@@ -73,10 +47,6 @@ def run(function, qkv, weights, upstream, **options) -> dict[str, torch.Tensor]:
     gradients = torch.autograd.grad(outputs, [qkv, *weights.values()], list(upstream))
     names = ["q", "k", "dqkv", *(f"d{name}" for name in weights)]
     return dict(zip(names, [*(x.detach() for x in outputs), *gradients], strict=True))
-
-
-def doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: x.detach().double() for name, x in tensors.items()}
 
 
 @pytest.mark.parametrize("impl", IMPLS)

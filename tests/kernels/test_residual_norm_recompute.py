@@ -12,8 +12,7 @@ from mixflow_fast.kernels.residual_norm.recompute import (
     residual_norm_forward,
     residual_norm_recompute,
 )
-from tests.kernels.test_gelu import moved
-from tests.support.kernels import assert_as_exact_as_eager
+from tests.support.kernels import assert_as_exact_as_eager, moved
 from tests.support.residual_norm import (
     NAMES,
     alone,

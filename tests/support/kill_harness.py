@@ -39,8 +39,8 @@ from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.engine import _import_deepspeed
 from mixflow_fast.training.trainer import Trainer
+from tests.support.runs import assert_same_bits
 from tests.support.train_ranks import TINY
-from tests.training.test_trainer import assert_same_bits
 
 BATCH = 8
 WAIT_S = 90.0  # nothing here may take so long

@@ -1,6 +1,6 @@
 """A training run that writes down every batch it prepares: started alone or under torchrun.
 
-python -m tests.train_ranks DUMP_FOLDER section.field=value ...
+python -m tests.support.train_ranks DUMP_FOLDER section.field=value ...
 """
 
 import sys

@@ -17,15 +17,15 @@ from mixflow_fast.models import SiT
 from mixflow_fast.models.teacher import Teacher
 from mixflow_fast.training.build import build_model, check
 from mixflow_fast.training.trainer import Trainer, train
-from tests.support.teacher import images, save_teacher
-from tests.support.train_ranks import TINY
-from tests.training.test_trainer import (
+from tests.support.runs import (
     CountReads,
     Prefetched,
     assert_same_bits,
     checkpoint_leaves,
     first_positions,
 )
+from tests.support.teacher import images, save_teacher
+from tests.support.train_ranks import TINY
 
 REPA = [
     *TINY,

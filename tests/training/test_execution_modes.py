@@ -14,7 +14,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import DiTDH, load_model, load_weights
 from mixflow_fast.training.trainer import Trainer, train
-from tests.training.test_trainer import assert_same_bits, tiny
+from tests.support.runs import assert_same_bits, tiny
 
 DITDH = [
     "model.name=DiTDH-S",

@@ -19,8 +19,8 @@ from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.step_record import T_BUCKETS
 from mixflow_fast.training.trainer import Trainer, TrainingDiverged, train
+from tests.support.runs import assert_same_bits, run_ranks, settings
 from tests.support.train_ranks import TINY
-from tests.training.test_trainer import assert_same_bits, run_ranks, settings
 
 SIZE, BATCH = 16, 4
 NET = "model={name: SiT-S/2, input_size: 4, in_channels: 4, num_classes: 3, class_dropout_prob: 0.1"

@@ -1,36 +1,22 @@
-"""Validation losses against closed forms, previews, and training that does not notice either."""
+"""Previews and validation during a run: training does not notice either."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
 from mixflow_fast.config.loading import load_config
-from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.evaluation.validation_loss import (
-    GRID,
-    SEED,
-    TIMES,
     ValidationLoss,
-    bin_centers,
-    validation_data,
 )
-from mixflow_fast.kernels import philox
-from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
-from mixflow_fast.reports.previews import caption, preview_file, preview_labels, write_preview
-from mixflow_fast.training.build import build_objective
+from mixflow_fast.reports.previews import preview_file, write_preview
 from mixflow_fast.training.trainer import Trainer
-from tests.training.test_trainer import assert_same_bits, run_ranks, tiny
+from tests.support.runs import assert_same_bits, run_ranks, tiny
 
-CPU = torch.device("cpu")
 WATCHED = ["train.preview_every=2", "train.previews=3", "train.preview_steps=2",
            "train.validate_every=3", "train.validate_examples=5"]  # fmt: skip
 
@@ -44,101 +30,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small(*overrides: str) -> Config:
-    return load_config("photos", ["train.microbatch_size=4", "train.validate_examples=10",
-                                  "data.flip=true", *overrides])  # fmt: skip
-
-
-def losses_of(config: Config, net: Any, clock: str = "data_at_1", **parts: Any) -> dict:
-    return ValidationLoss(config, build_objective(config, clock), CPU, **parts)(net)
-
-
-def examples(config: Config, count: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """(x1, x0, y) of the validation, drawn here."""
-    dataset, _ = validation_data(config)
-    place = torch.arange(count)
-    batch = dataset.get(place * len(dataset) // count, place, SEED)
-    x0 = philox.normal(SEED, Stream.VALIDATION_NOISE, place, batch.x[0].numel())
-    return batch.x, x0.view_as(batch.x), batch.y
-
-
-def test_losses_are_those_of_the_formula() -> None:
-    """A network that answers with its input, its label and its time shows where each came from."""
-    config = small("objective.gamma=0.5")
-    x1, x0, y = (value.double() for value in examples(config))
-
-    def net(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return x * t[:, None, None, None] + labels[:, None, None, None]
-
-    def truth(t: float, m: float) -> float:
-        answer = (m * x1 + (1 - m) * x0) * t + y[:, None, None, None]
-        return float((answer - (x1 - x0)).square().mean())
-
-    found = losses_of(config, net)
-    expected = [truth(t, t) for t in bin_centers(TIMES)]
-    assert found["loss_by_t"] == pytest.approx(expected, rel=1e-5)
-    assert found["loss"] == pytest.approx(sum(expected) / TIMES, rel=1e-5)
-    assert len(set(expected)) == TIMES
-    times = bin_centers(GRID)
-    for row, m in enumerate(times):
-        for column, t in enumerate(times):
-            value = found["grid"][row][column]
-            assert value == (pytest.approx(truth(t, m), rel=1e-5) if m <= t else None)
-    assert losses_of(config, net) == found
-    full = losses_of(small("objective.interval=full"), net)["grid"]
-    assert full[7][0] == pytest.approx(truth(times[0], times[7]), rel=1e-5)
-
-
-def test_the_other_clock_gives_the_same_numbers() -> None:
-    config = small()
-
-    def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return x * t[:, None, None, None]
-
-    def backward(x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, str]:
-        return -forward(x, 1 - s, y), "projections of REPA's SiT"
-
-    there, back = losses_of(config, forward), losses_of(config, backward, "noise_at_1")
-    assert back["loss_by_t"] == pytest.approx(there["loss_by_t"], rel=1e-5)
-    assert back["grid"][2][5] == pytest.approx(there["grid"][2][5], rel=1e-5)
-
-
-def test_ranks_share_the_work_and_have_the_same_numbers() -> None:
-    config, calls = small(), [0, 0, 0]
-    parts: list[Any] = [None] * 3
-    barrier = threading.Barrier(3, timeout=60)
-    found: list[Any] = [None] * 3
-
-    def work(rank: int) -> None:
-        def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            calls[rank] += 1
-            return x
-
-        def share(mine: Any) -> list[Any]:
-            parts[rank] = mine
-            barrier.wait()
-            return list(parts)
-
-        found[rank] = losses_of(config, net, rank=rank, ranks=3, share=share)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert max(calls) - min(calls) <= 1 and sum(calls) == 3 * (TIMES + GRID * (GRID + 1) // 2)
-    assert found[0] == found[1] == found[2] == losses_of(config, lambda x, t, y: x)
-
-
-def test_what_is_validated_on(tmp_path: Path) -> None:
-    dataset, words = validation_data(small())
-    assert dataset.name == "photos-16-heldout" and words == "held-out examples"
-    # The held-out bands are 20 columns wide.
-    dataset, words = validation_data(small("data.size=24", "model.input_size=24"))
-    assert dataset.name == "photos-24-train" and words == "training examples"
-    place = torch.arange(8)
-    same = [dataset.get(place, place + start, SEED).x for start in (0, 1000)]
-    assert torch.equal(*same)  # no flips
-
-
 def test_settings_that_are_refused() -> None:
     for override, message in (
         ("train.preview_every=-1", "train.preview_every must be >= 0"),
@@ -150,33 +41,6 @@ def test_settings_that_are_refused() -> None:
             validate(config.replace(**{"train.label_dropout": 0.0}))
     with pytest.raises(ValueError, match="needs objective.prediction=velocity, got noise"):
         validate(load_config("photos", ["train.preview_every=5", "objective.prediction=noise"]))
-
-
-def test_labels_of_previews_are_spread_over_the_classes() -> None:
-    assert preview_labels(4, 1000).tolist() == [0, 250, 500, 750]
-    assert preview_labels(6, 2).tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_latents_are_shown_as_three_channels_and_said_so(tmp_path: Path) -> None:
-    config = load_config("sit-xl2-256", ["data.path=x", "train.init=null", "model.input_size=4",
-                                         "train.previews=5", "train.preview_steps=1"])  # fmt: skip
-    assert "latents, not pictures: the first 3 of 4 channels" in caption(config)
-    assert "latents" not in caption(load_config("photos"))
-
-    class Net:
-        """Brings every channel to its own value in one step."""
-
-        clock = "data_at_1"
-        config = {"in_channels": 4, "input_size": 4, "num_classes": 1000}
-        levels = torch.tensor([0.0, 3.0, -9.0, 1.0])[:, None, None]
-
-        def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return self.levels - x
-
-    write_preview(Net(), config, tmp_path / "a" / "x.png")
-    pixels = np.asarray(Image.open(tmp_path / "a" / "x.png"))
-    assert pixels[:64, :64].reshape(-1, 3).tolist() == [[128, 255, 0]] * 64**2
-    assert pixels.shape == (2 * 66 - 2, 3 * 66 - 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +74,7 @@ def test_training_does_not_notice_being_watched(tmp_path: Path, precision, stage
     net = load_model(out / "weights.pt", "ema").to(value.dtype)
     write_preview(net, trainer.config, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == preview_file(out, 6).read_bytes()
-    again = ValidationLoss(trainer.config, trainer.mix, CPU)(net)
+    again = ValidationLoss(trainer.config, trainer.mix, torch.device("cpu"))(net)
     assert again == rows[2]["ema"]
 
 

@@ -2,23 +2,15 @@
 
 import importlib
 import json
-import operator
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast.config.loading import load_config
-from mixflow_fast.config.schema import Config
-from mixflow_fast.data import Batch, BatchLoader, sample_index
+from mixflow_fast.data import BatchLoader
 from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import SiT, load_model
@@ -26,49 +18,19 @@ from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.sampling.samples import sample
 from mixflow_fast.training.build import build_model
 from mixflow_fast.training.trainer import Trainer, TrainingDiverged, train
-from tests.support.train_ranks import TINY
+from tests.support.runs import (
+    CountReads,
+    Prefetched,
+    assert_same_bits,
+    first_positions,
+    run_ranks,
+    settings,
+    start_cli,
+    tiny,
+    wait_for_step,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)]
-
-
-def tiny(out: Path, *overrides: str) -> Config:
-    return load_config("photos", [*TINY, "train.images=48", f"out={out}", *overrides])
-
-
-def settings(precision: str, stage: int) -> list[str]:
-    return [f"train.precision={precision}", f"train.zero_stage={stage}"]
-
-
-def tensors(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every leaf of nested dicts and lists."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors(item, f"{path}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for key, item in enumerate(value):
-            yield from tensors(item, f"{path}/{key}")
-    elif isinstance(value, (torch.Tensor, int, float, str)):
-        yield path, value
-
-
-def checkpoint_leaves(out: Path) -> dict[str, object]:
-    """All that a run's newest checkpoint holds: weights, master weights, moments, EMA, counters."""
-    (folder,) = (out / "checkpoints").glob("step_*")
-    leaves = {}
-    for file in sorted(folder.rglob("*.pt")):
-        content = torch.load(file, weights_only=False)
-        leaves |= {f"{file.name}{path}": leaf for path, leaf in tensors(content)}
-    return {k: v for k, v in leaves.items() if "args/config" not in k and "ds_version" not in k}
-
-
-def assert_same_bits(a: Path, b: Path) -> None:
-    first, second = checkpoint_leaves(a), checkpoint_leaves(b)
-    assert first.keys() == second.keys()
-    assert any("exp_avg_sq" in key for key in first) and any("ema" in key for key in first)
-    for key, leaf in first.items():
-        same = torch.equal if isinstance(leaf, torch.Tensor) else operator.eq
-        assert same(leaf, second[key]), key
 
 
 @pytest.mark.parametrize(("precision", "stage"), STAGES)
@@ -158,28 +120,6 @@ def test_stages_and_precisions_agree(tmp_path: Path) -> None:
                 torch.testing.assert_close(ema[name], value, rtol=1e-4, atol=2e-6)
 
 
-def run_ranks(ranks: int, dump: Path, out: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    """The stream of a run on `ranks` processes, sorted by global position."""
-    dump.mkdir()
-    command = [sys.executable, "-m", "tests.support.train_ranks"]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    result = subprocess.run(
-        [*command, str(dump), f"out={out}", *overrides],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    parts = [torch.load(file) for file in sorted(dump.glob("rank_*.pt"))]
-    assert len(parts) == ranks
-    stream = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    order = stream["ids"].argsort()
-    return {key: value[order] for key, value in stream.items()}
-
-
 def test_ranks_and_microbatches_train_on_the_same_stream(tmp_path: Path) -> None:
     common = ["train.images=32", "train.zero_stage=1"]
     one = run_ranks(1, tmp_path / "d1", tmp_path / "r1", *common)
@@ -226,29 +166,6 @@ def test_post_training_starts_model_and_ema_from_the_ema(tmp_path: Path) -> None
     )
 
 
-class CountReads(TorchDispatchMode):
-    """Counts reads of a device value on the host: each would stall a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-class Prefetched:
-    """Micro-batches that are made already: what the loader reads, it reads in host memory."""
-
-    def __init__(self, loader: BatchLoader, count: int) -> None:
-        self.microsteps = loader.microsteps
-        self._batches = iter([next(loader) for _ in range(count)])
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_a_step_reads_nothing_from_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, stage: int
@@ -272,11 +189,6 @@ def test_a_step_reads_nothing_from_the_device(
         assert counter.reads == 0 and not waits
         trainer.engine.optimizer.grad_norm.item()
     assert counter.reads == 1  # the counter counts
-
-
-def first_positions(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
-    positions = torch.arange(trainer.config.train.global_batch_size)
-    return sample_index(positions, len(trainer.dataset), trainer.config.train.seed), positions
 
 
 def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
@@ -375,30 +287,6 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> 
         train(tiny(tmp_path, "objective.gamma=0.9"), quiet=True)
     with pytest.raises(ValueError, match="already holds a run"):
         train(tiny(tmp_path), resume="never", quiet=True)
-
-
-def start_cli(out: Path, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mixflow_fast.cli", "train", "photos", *TINY, f"out={out}"]
-        + list(overrides),
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        rows = read_metrics(out / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= step:
-            return
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[1][-3000:])
-        time.sleep(0.02)
-    raise AssertionError("no progress in 120 s")
 
 
 def test_killed_and_interrupted_runs_end_with_the_same_bits(tmp_path: Path) -> None:

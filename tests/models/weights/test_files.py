@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from mixflow_fast.files import replacing
 from mixflow_fast.models import load_weights
 from mixflow_fast.models.weights.files import first_damaged, read_content, write_safetensors
-from tests.models.weights.test_loading import golden
+from tests.support.weights import golden
 
 
 class Malicious:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mixflow_fast.models import (
     DITDH_SIZES,
@@ -23,23 +22,8 @@ from mixflow_fast.models import (
     load_weights,
     save_weights,
 )
-from tests.support.golden import FOLDER, load
-
-HEAD = "final_layer.linear.weight"
-
-
-def golden(name: str = "sit_0") -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    tensors, config = load(name)
-    config.pop("grad_of", None)
-    return {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}, tensors, config
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
-
-
-def shifted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor + 1 for name, tensor in state.items()}
+from tests.support.golden import FOLDER
+from tests.support.weights import HEAD, OFFICIAL, golden, same, shifted
 
 
 def test_reads_an_official_training_checkpoint(tmp_path: Path) -> None:
@@ -262,31 +246,6 @@ def test_meta_tensors_cannot_be_saved(tmp_path: Path) -> None:
     state = {"a": torch.zeros(2, device="meta")}
     with pytest.raises(ValueError, match="model_state holds a on the meta device"):
         save_weights(tmp_path / "a.pt", state, state, {})
-
-
-OFFICIAL = {
-    "SiT": lambda state: {
-        **{"model": shifted(state), "ema": state, "opt": {"state": {}, "param_groups": []}},
-        "args": argparse.Namespace(model="SiT-XL/2", prediction="velocity"),
-    },
-    "REPA": lambda state: {
-        **{"model": shifted(state), "ema": state, "opt": {"state": {}, "param_groups": []}},
-        "args": argparse.Namespace(model="SiT-XL/2", prediction="v", encoder_depth=2),
-        "steps": 400000,
-    },
-    "RAE": lambda state: {
-        **{"step": 5, "epoch": 3, "model": shifted(state), "ema": state},
-        **{"optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}},
-    },
-    "RAE first release": lambda state: {
-        **{"model": shifted(state), "ema": state, "opt": {"state": {}}, "scheduler": {}},
-        **{"train_steps": 7, "config_path": "xl.yaml", "training_cfg": {"epochs": 80}},
-        "cli_overrides": {"data_path": "/data", "global_seed": 0},
-    },
-    "under ema": lambda state: {"ema": state},
-    "bare": lambda state: state,
-    "wrapped": lambda state: {"model": {f"module._orig_mod.{n}": t for n, t in state.items()}},
-}
 
 
 @pytest.mark.parametrize("layout", OFFICIAL)

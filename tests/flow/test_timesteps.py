@@ -1,4 +1,4 @@
-"""Paths and time distributions against the official implementations' tensors and closed forms."""
+"""Time distributions against closed forms and official draws."""
 
 import math
 
@@ -8,68 +8,13 @@ import torch
 from mixflow_fast.flow import (
     DATA_AT_1,
     NOISE_AT_1,
-    PATHS,
     TimeDistribution,
-    get_path,
     shift_time,
     slow_time,
 )
-from mixflow_fast.flow.path import LOSS_WEIGHTS
 from tests.support.golden import load
 
 UNIFORM = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_derivatives_against_autograd(name: str) -> None:
-    path = get_path(name)
-    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
-    c = path.coefficients(t)
-    (d_alpha,) = torch.autograd.grad(c.alpha.sum(), t, retain_graph=True)
-    (d_sigma,) = torch.autograd.grad(c.sigma.sum(), t, retain_graph=True)
-    (d_log_alpha,) = torch.autograd.grad(c.alpha.log().sum(), t)
-    torch.testing.assert_close(c.d_alpha, d_alpha, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(c.d_sigma, d_sigma, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(c.d_log_alpha, d_log_alpha, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_path_ends(name: str) -> None:
-    c = get_path(name).coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    noise_end = {"vp": math.exp(-(20 - 0.1) / 4 - 0.05)}.get(name, 0.0)
-    assert c.alpha.tolist() == pytest.approx([noise_end, 1.0], abs=1e-15)
-    assert c.sigma.tolist() == pytest.approx([math.sqrt(1 - noise_end**2), 0.0], abs=1e-15)
-    if name != "linear":  # variance preserving
-        t = torch.linspace(0, 1, 11, dtype=torch.float64)
-        c = get_path(name).coefficients(t)
-        torch.testing.assert_close(c.alpha**2 + c.sigma**2, torch.ones_like(t))
-
-
-@pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("prediction", ["noise", "score", "data"])
-def test_to_velocity(name: str, prediction: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    x1, x0 = torch.randn(2, 5, 3, 4, 4, generator=g, dtype=torch.float64)
-    t = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.95], dtype=torch.float64)
-    path = get_path(name)
-    sigma = path.coefficients(t).sigma.view(-1, 1, 1, 1)
-    exact = {"noise": x0, "data": x1, "score": -x0 / sigma}[prediction]
-    v = path.to_velocity(exact, path.interpolate(x1, x0, t), t, prediction)
-    torch.testing.assert_close(v, path.velocity(x1, x0, t))
-
-
-@pytest.mark.parametrize("weight", [w for w in LOSS_WEIGHTS if w])
-def test_velocity_weight_turns_noise_error_into_velocity_error(weight: str) -> None:
-    """On the linear path a noise error e is a velocity error e / t."""
-    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    w = get_path("linear").loss_weight(weight, t)
-    expected = {"velocity": 1 / t**2, "likelihood": 1 / (t * (1 - t))}[weight]
-    torch.testing.assert_close(w, expected)
-
-
-def test_unknown_path() -> None:
-    with pytest.raises(ValueError, match="linear.*got 'cosine'"):
-        get_path("cosine")
 
 
 @pytest.mark.parametrize(
