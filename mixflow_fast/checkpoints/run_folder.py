@@ -24,9 +24,9 @@ from typing import IO, Any
 
 import torch
 
-from mixflow_fast import files
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.files import sync, write_text
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -117,7 +117,7 @@ def clean_unfinished(out: Path) -> None:
         final = path.with_name(path.name.partition("_")[2])
         if not final.exists() and manifest.damage(path, checksums=(0, 1)) is None:
             os.rename(path, final)
-            files.sync(path.parent)
+            sync(path.parent)
     for pattern in (".writing_*", ".deleting_*"):
         for path in (out / "checkpoints").glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -228,7 +228,7 @@ def commit(
     """
     folder = out / "checkpoints"
     temporary, final = folder / temporary_name(step), folder / checkpoint_name(step)
-    files.write_text(temporary / "state.json", json.dumps(state, indent=1))
+    write_text(temporary / "state.json", json.dumps(state, indent=1))
     files = dict(files or {})
     if reason := manifest.other_size(temporary, files):
         raise OSError(
@@ -238,9 +238,9 @@ def commit(
     for path in sorted(temporary.rglob("*")):
         name = path.relative_to(temporary).as_posix()
         if path.is_dir():
-            files.sync(path)
+            sync(path)
         elif name not in files:
-            files.sync(path)
+            sync(path)
             files[name] = manifest.entry(path)
     manifest.write(temporary, files)
     aside = final.with_name(f".deleting_{final.name}")
@@ -253,7 +253,7 @@ def commit(
         if aside.exists():
             os.rename(aside, final)
         raise
-    files.sync(folder)
+    sync(folder)
     shutil.rmtree(aside, ignore_errors=True)
     _prune(out, step, keep, keep_every)
     try:
@@ -319,11 +319,11 @@ def publish(checkpoint: Path, out: Path) -> None:
             os.link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-            files.sync(temporary)
+            sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    files.sync(out)
+    sync(out)
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:

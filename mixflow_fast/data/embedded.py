@@ -45,7 +45,7 @@ class Photos:
     Args:
         split: "train", "heldout" or "all".
         size: window side in pixels, at most 20 for "heldout", 33 for "train".
-        flip: random left-right logger.
+        flip: random left-right mirror.
 
     Raises:
         ValueError: unknown split, size that fits no band, scikit-learn is missing.

@@ -45,7 +45,7 @@ class ImageFolder:
     Args:
         path: folder of class folders.
         size: side in pixels.
-        flip: random left-right logger with probability 1/2, a function of (seed, position).
+        flip: random left-right mirror with probability 1/2, a function of (seed, position).
 
     Raises:
         ValueError: missing path, no class, a class without images, a bad size; in `get`, an image

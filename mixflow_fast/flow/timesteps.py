@@ -57,7 +57,7 @@ class TimeDistribution:
     ) -> TimeDistribution:
         """Read "uniform", "beta21", "logit-normal", "logit-normal(mu, sigma)" (RAE: _mu_sigma).
 
-        mu is that of logit(t) in the caller's clock; the logger t -> 1 - t changes its sign.
+        mu is that of logit(t) in the caller's clock; the reflection t -> 1 - t changes its sign.
         """
         text = str(text)
         match = _LOGIT_NORMAL.fullmatch(text) or _RAE_LOGIT_NORMAL.fullmatch(text)

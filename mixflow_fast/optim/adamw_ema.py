@@ -7,7 +7,7 @@
 Decoupled weight decay: arXiv 1711.05101. The EMA starts as a copy of the weights before the first
 step, so a run that starts from a checkpoint's EMA weights starts its EMA there too. Because it is
 ordinary optimizer state, DeepSpeed's ZeRO shards, saves and restores it with the moments. There may
-be several, of fixed decays and of power functions (`mixflow_fast.ema`).
+be several, of fixed decays and of power functions (`power_ema.py`).
 
 Clipping by the global norm is done here, on the device: DeepSpeed's own reads the norm on the host
 every step, which stalls a GPU.

@@ -1,6 +1,6 @@
 """Optimizers by their names in a configuration, and learning rates in images seen.
 
-`AdamWEMA` (`mixflow_fast.adamw`) is the engine's own. `ApexAdamWEMA` leaves all but the EMAs to a
+`AdamWEMA` (`adamw_ema.py`) is the engine's own. `ApexAdamWEMA` leaves all but the EMAs to a
 kernel of NVIDIA apex, on a GPU, and has the same state.
 """
 

@@ -136,7 +136,7 @@ class Trainer:
         self._prepare_folder()
         self.engine.start(self._resume_from, resharded_from=bool(self._resharded_from))
         run = config, self.mix, self.dataset, self.engine, self._forward
-        self.guard = NonFiniteGuard(*run, self._host_group, self.device, state.get("guard"))
+        self.guard = NonFiniteGuard(*run, self._host_group, self.device, state.get("safety"))
         self._saved = self.step if self._resume_from else -1
         self.quiet = quiet or process_group.rank() > 0
         self._stop = StopSignal(ranks, process_group.timeout())
@@ -343,7 +343,7 @@ class Trainer:
             "images_seen": self.images_seen,
             "world_size": process_group.world_size(),
             "attention": [choice.backend for choice in self.attention] or None,
-            "guard": self.guard.state(),
+            "safety": self.guard.state(),
         }
         path = writing.commit(state, self.config.train.keep, self.config.train.keep_every)
         self._saved, self._resharded_from = self.step, ""

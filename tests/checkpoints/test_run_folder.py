@@ -360,21 +360,21 @@ def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path: Path) -> None:
 CHOOSING = """
 import sys
 from pathlib import Path
-from mixflow_fast import distributed
-from mixflow_fast.agreement import Agreement
-from mixflow_fast.checkpoint import choose_checkpoint
+from mixflow_fast.checkpoints.run_folder import choose_checkpoint
+from mixflow_fast.distributed import process_group
+from mixflow_fast.distributed.host_group import HostGroup
 
-distributed.init_process_group("cpu")
-agreement = Agreement()
-chosen, lines = choose_checkpoint(Path(sys.argv[1]), agreement)
+process_group.init_process_group("cpu")
+host_group = HostGroup()
+chosen, lines = choose_checkpoint(Path(sys.argv[1]), host_group)
 print(chosen.name, *lines)
 try:
-    with agreement.raise_together():
-        if agreement.rank == 1:
+    with host_group.raise_together():
+        if host_group.rank == 1:
             raise OSError("rank 1 alone")
 except OSError as error:
     print(error)
-distributed.leave()
+process_group.leave()
 """
 
 
@@ -405,10 +405,10 @@ def test_ranks_share_the_reading_and_take_the_same(tmp_path: Path) -> None:
 
 STOPPING = """
 import hashlib
-from mixflow_fast.stopping import StopRequest
+from mixflow_fast.distributed.stop_signal import StopSignal
 
-request = StopRequest(1)
-with request.listening():
+stop = StopSignal(1)
+with stop.installed():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # no bytecode of the main thread runs
 """

@@ -102,7 +102,7 @@ def test_ranks_share_the_work_and_have_the_same_numbers() -> None:
             barrier.wait()
             return list(parts)
 
-        found[rank] = losses_of(config, net, rank=rank, ranks=3, share=share)
+        found[rank] = losses_of(config, net, rank=rank, ranks=3, all_gather=share)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     [thread.start() for thread in threads]

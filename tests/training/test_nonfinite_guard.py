@@ -223,7 +223,7 @@ def test_going_back_is_a_run_without_that_step(tmp_path: Path, precision: tuple,
     last = rows(config)[-1]
     assert (last["skipped"], last["rollbacks"], last["step"]) == (1, 1, 4)
     folder = tmp_path / "back" / "checkpoints" / checkpoint_name(4)
-    guard = json.loads((folder / "state.json").read_text())["guard"]
+    guard = json.loads((folder / "state.json").read_text())["safety"]
     assert guard["left_out"] == [bad] and guard["rollbacks"] == 1
 
 
@@ -237,7 +237,7 @@ def test_going_back_too_often_and_after_a_resume(tmp_path: Path) -> None:
     state = json.loads(
         (tmp_path / "run" / "checkpoints" / checkpoint_name(4) / "state.json").read_text()
     )
-    assert state["guard"]["left_out"] == [2, 3]
+    assert state["safety"]["left_out"] == [2, 3]
     with pytest.raises(TrainingDiverged, match="went back 1 times already, train.max_rollbacks"):
         train(configured(tmp_path, "few", 4, *more, "train.max_rollbacks=1"), quiet=True)
 

@@ -142,7 +142,7 @@ def test_ranks_wait_for_a_preview_before_the_next_step(
     monkeypatch.setattr(trainer.monitor, "_preview", lambda step: order.append(f"preview {step}"))
     share, step = trainer.monitor._host_group.all_gather, trainer._step
     monkeypatch.setattr(
-        trainer.monitor._host_group, "share", lambda mine: order.append("wait") or share(mine)
+        trainer.monitor._host_group, "all_gather", lambda mine: order.append("wait") or share(mine)
     )
     monkeypatch.setattr(trainer, "_step", lambda loader: order.append("step") or step(loader))
     trainer.run()
