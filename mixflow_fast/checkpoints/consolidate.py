@@ -35,7 +35,7 @@ def consolidate(source: Path, out: Path, force: bool = False) -> dict[str, Any]:
         folder = newest
     if reason := manifest.damage(folder, checksums=(0, 1)):
         raise ValueError(f"{folder} is damaged ({reason}): {COPY_AGAIN}")
-    metadata = run_folder.read_state(folder)["metadata"]
+    metadata = run_folder.read_state(folder).metadata
     found = gather(folder, ("weight", "ema"))
     model_state = {name: values["weight"] for name, values in found.items()}
     ema_state = {name: values.get("ema", values["weight"]) for name, values in found.items()}

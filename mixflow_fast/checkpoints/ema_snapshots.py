@@ -12,19 +12,18 @@ Source: EDM2, arXiv 2312.02696, section 3.2 (post-hoc EMA).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from mixflow_fast import files
 from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import full_states
+from mixflow_fast.files import replacing
 from mixflow_fast.models import save_weights
 from mixflow_fast.optim.power_ema import (
     posthoc_error,
@@ -33,30 +32,40 @@ from mixflow_fast.optim.power_ema import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from safetensors import safe_open as SafetensorsFile
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 
 
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def snapshot_file(run: Path, step: int) -> Path:
+    """Where a run keeps the snapshot of a step."""
+    return run / "ema" / f"step_{step:08d}.safetensors"
+
+
+def write_snapshot(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a snapshot, whole or not at all.
+
+    Args:
+        path: as `snapshot_file` gives it.
+        tensors: "NUMBER/NAME" for each EMA, "frozen/NAME" for what is not trained.
+        header: metadata of a weights file and "sigma_rel", the widths as JSON.
+
+    Raises:
+        OSError: it could not be written (a full disk).
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, str(temporary), header)
-        files.sync(temporary)
-        os.replace(temporary, path)
-        files.sync(path.parent)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        # safetensors has an error of its own for a full disk.
+        with replacing(path) as partial:
+            save_file(dict(tensors), str(partial), dict(header))
+    except SafetensorError as error:  # its own error for a full disk
         raise OSError(f"{path} could not be written: {error}") from error
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One file: where it is, its step, the widths in it."""
+    """One file along a run: its place, step, widths, and the metadata of its header."""
 
     path: Path
     step: int
@@ -89,8 +98,13 @@ def snapshots(run: Path) -> list[Snapshot]:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` made: its step and width, and how far its profile is from the wanted one
-    (relative, in the sense of the square integral)."""
+    """An average that `reconstruct` made.
+
+    Attributes:
+        step: at which it ends.
+        sigma_rel: its relative width.
+        error: how far its profile is from the wanted one, relative, as a root mean square.
+    """
 
     step: int
     sigma_rel: float
@@ -153,7 +167,7 @@ def _sum(columns: Sequence[tuple[Snapshot, int]], weights: np.ndarray) -> dict[s
         return state | dict(_of(file, "frozen/"))
 
 
-def _of(file: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _of(file: SafetensorsFile, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for key in file.keys():
         if key.startswith(prefix):
             yield key.removeprefix(prefix), file.get_tensor(key)
@@ -180,7 +194,7 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
         raise ValueError(f"{run} holds no checkpoint: give the folder of a run")
     if reason := manifest.damage(newest, checksums=(0, 1)):
         raise ValueError(f"{newest} is damaged ({reason}): take a copy of the run from before")
-    metadata = run_folder.read_state(newest)["metadata"]
+    metadata = run_folder.read_state(newest).metadata
     options = json.loads(metadata["config"])["optim"]
     decays = [options["ema_decay"], *options.get("ema_more_decays", ())]
     if decay not in decays:
@@ -194,9 +208,9 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
     return metadata["steps"]
 
 
-def _typed(header: Mapping[str, str]) -> dict[str, Any]:
+def _typed(header: Mapping[str, str]) -> dict[str, str | int]:
     numbers = ("steps", "images_seen")
-    kept = {name: value for name, value in header.items() if name != "sigma_rel"}
+    kept: dict[str, str | int] = {n: v for n, v in header.items() if n != "sigma_rel"}
     return kept | {name: int(kept[name]) for name in numbers if name in kept}
 
 

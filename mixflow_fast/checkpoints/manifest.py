@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from mixflow_fast.files import crc32, write_text
 
@@ -18,12 +19,19 @@ NAME = "manifest.json"
 _FORMAT = 1
 
 
-def entry(path: Path) -> dict[str, int]:
+class Entry(TypedDict):
+    """Size and CRC-32 of a file."""
+
+    bytes: int
+    crc32: int
+
+
+def entry(path: Path) -> Entry:
     """Size and checksum of a file as it is now."""
     return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
-def write(folder: Path, files: dict[str, dict[str, int]]) -> None:
+def write(folder: Path, files: Mapping[str, Entry]) -> None:
     """Write a folder's manifest, the last file in it.
 
     Args:
@@ -61,7 +69,7 @@ def damage(checkpoint: Path, checksums: tuple[int, int] | None = None) -> str | 
     return None
 
 
-def other_size(folder: Path, files: dict[str, dict[str, int]]) -> str | None:
+def other_size(folder: Path, files: Mapping[str, Entry]) -> str | None:
     """The first file that is missing or has another size than its entry says."""
     for name, entry in sorted(files.items()):
         path = folder / name
@@ -72,5 +80,5 @@ def other_size(folder: Path, files: dict[str, dict[str, int]]) -> str | None:
     return None
 
 
-def _crc32_of_json(value: Any) -> int:
+def _crc32_of_json(value: object) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())

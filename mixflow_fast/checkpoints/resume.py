@@ -1,12 +1,19 @@
-"""What a run begins with: a checkpoint that continues under its configuration, or weights."""
+"""Where a run begins: at a checkpoint that continues under its configuration, or with weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mixflow_fast.checkpoints import run_folder
-from mixflow_fast.checkpoints.shards import read_layout
+from mixflow_fast.checkpoints.run_folder import (
+    RunFolder,
+    RunState,
+    choose_checkpoint,
+    read_state,
+    weights_file,
+)
+from mixflow_fast.checkpoints.shards import fill_network, read_layout
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.models import Transformer, load_into, load_weights, read_model_config
@@ -23,35 +30,81 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "train.validate_every", "train.validate_examples"}  # fmt: skip
 
 
-def check_resume(config: Config, newest: Path) -> dict[str, Any]:
-    """The checkpoint's state.json, if the run may go on from there.
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: the newest whole one; None for a new run.
+        state: what it says of the run; None for a new run.
+        resharded_from: how its shards were cut ("2 ranks, ZeRO 1") where this run cuts them
+            otherwise; else "".
+        passed_over: a line on each newer checkpoint that is damaged.
+    """
+
+    checkpoint: Path | None = None
+    state: RunState | None = None
+    resharded_from: str = ""
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done before."""
+        return self.state.step if self.state is not None else 0
+
+    def fill(self, model: Transformer, init: str | None) -> None:
+        """Set a network on the CPU to the weights that the run begins with.
+
+        Args:
+            model: with its random weights, which a new run without `init` keeps.
+            init: checkpoint whose EMA weights start a new run (`train.init`).
+
+        Raises:
+            ValueError: weights that are damaged or do not fit.
+        """
+        if self.checkpoint is not None:
+            fill_network(model, self.checkpoint, trained=bool(self.resharded_from))
+        elif init is not None:
+            start_from(model, weights_file(init))
+
+
+def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") -> ResumePoint:
+    """Look for a checkpoint in a run's folder, which is held from here on. Every rank must call it.
 
     Args:
-        config: of the part of the run that starts now.
-        newest: its newest checkpoint.
+        config: configuration of the part of the run that starts now; the folder is its `out`.
+        folder: that folder.
+        ranks: processes of this part of the run.
+        resume: "auto" continues what is there, "never" refuses it.
 
     Raises:
-        ValueError: another configuration.
+        ValueError: the folder is in use, holds a run with another configuration, a run that must
+            not be resumed, one whose checkpoints are all damaged, or weights without checkpoints.
     """
-    out = Path(config.out)
-    old = _flat(load_config(str(out / "config.yaml")).to_dict())
-    new = _flat(config.to_dict())
-    changed = sorted(k for k in new.keys() | old.keys() if old.get(k) != new.get(k))
-    fixed = {"train.images"} if _descends_to_the_end(config) else set()
-    changed = [key for key in changed if key not in FREE - fixed]
-    if changed:
-        listed = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:5])
+    out = folder.out
+    folder.hold()
+    newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=True)
+    if newest is None:
+        if (out / "weights.pt").exists():
+            raise ValueError(
+                f"{out} holds weights.pt of a run whose checkpoints are gone: choose another "
+                f"out= (train.init={out} starts from those weights), or delete it"
+            )
+        return ResumePoint(passed_over=tuple(passed_over))
+    if resume == "never":
         raise ValueError(
-            f"{out} holds a run with another configuration ({listed}): choose another "
-            "out=, or give the same settings to resume it"
+            f"{out} already holds a run (step {newest.name}): choose another out=, delete it, or "
+            "resume with --resume auto"
         )
-    return run_folder.read_state(newest)
-
-
-def resharded_from(config: Config, newest: Path, ranks: int) -> str:
-    """How the shards of a checkpoint were cut, in words; "" if just as this run cuts them."""
-    layout = read_layout(newest)
+    _check_same_run(config, out)
     stage = config.train.zero_stage
+    before = resharded_from(newest, stage, ranks)
+    return ResumePoint(newest, read_state(newest), before, tuple(passed_over))
+
+
+def resharded_from(checkpoint: Path, stage: int, ranks: int) -> str:
+    """How a checkpoint's shards were cut, in words; "" if just as `ranks` at `stage` cut them."""
+    layout = read_layout(checkpoint)
     if layout.stage == stage and (layout.ranks == ranks or stage == 0):
         return ""
     return f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, ZeRO {layout.stage}"
@@ -74,12 +127,24 @@ def start_from(model: Transformer, path: Path) -> None:
             )
 
 
-def _descends_to_the_end(config: Config) -> bool:
-    return config.optim.schedule != "constant" and not config.optim.decay_images
+def _check_same_run(config: Config, out: Path) -> None:
+    """Refuse a configuration that computes something else than the run in the folder."""
+    old = _flat(load_config(str(out / "config.yaml")).to_dict())
+    new = _flat(config.to_dict())
+    changed = sorted(k for k in new.keys() | old.keys() if old.get(k) != new.get(k))
+    descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
+    fixed = {"train.images"} if descends_to_the_end else set()
+    changed = [key for key in changed if key not in FREE - fixed]
+    if changed:
+        listed = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:5])
+        raise ValueError(
+            f"{out} holds a run with another configuration ({listed}): choose another "
+            "out=, or give the same settings to resume it"
+        )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")

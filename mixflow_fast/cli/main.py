@@ -48,7 +48,7 @@ def _report(error: Exception, code: int) -> int:
 
 
 def _train(options: argparse.Namespace, _arguments: list[str]) -> int:
-    from mixflow_fast.checkpoints.run_folder import SaveError
+    from mixflow_fast.checkpoints.writing import SaveError
     from mixflow_fast.config.loading import load_config
     from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
     from mixflow_fast.distributed.process_group import leave, rank, world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -73,7 +74,16 @@ def check_indices(indices: Tensor, positions: Tensor, size: int) -> None:
         )
 
 
+def without_flips(dataset: Dataset) -> Dataset:
+    """The same examples as they are stored; shares the memory of `dataset`."""
+    if not getattr(dataset, "flip", False):
+        return dataset
+    plain = copy.copy(dataset)
+    plain.flip = False
+    return plain
+
+
 def random_flip(x: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """Loggers each image left-right with probability 1/2, a function of (seed, position) alone."""
+    """Mirrors each image left-right with probability 1/2, a function of (seed, position) alone."""
     mirrored = uniform(seed, Stream.FLIP, positions)[:, 0] < 0.5
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -76,7 +76,7 @@ class Photos:
         self._starts = band_end - self._first - size + 1
         self._rows = height - size + 1
         self._columns = width // period * self._starts
-        self._flip = flip
+        self.flip = flip
         self.shape = (3, size, size)
         self.name = f"photos-{size}-{split}"
 
@@ -94,7 +94,7 @@ class Photos:
         check_indices(indices, positions, len(self))
         photo, row, column = self.locate(indices)
         x = self._windows[photo, :, row, column].contiguous()
-        if self._flip:
+        if self.flip:
             x = random_flip(x, positions, seed)
         return Batch(x, photo, positions)
 

@@ -75,7 +75,7 @@ class ImageFolder:
             self.files += found
             labels += [label] * len(found)
         self._y = torch.tensor(labels, dtype=torch.int64)
-        self._size, self._flip = size, flip
+        self._size, self.flip = size, flip
         self.num_classes = len(self.classes)
         self.shape = (3, size, size)
         self.name = f"folder-{root.resolve().name}-{size}"
@@ -90,7 +90,7 @@ class ImageFolder:
         for row, index in enumerate(indices.tolist()):
             pixels[row] = _decode(self.files[index], self._size)
         x = (pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0).contiguous()
-        if self._flip:
+        if self.flip:
             x = random_flip(x, positions, seed)
         return Batch(x, self._y[indices], positions)
 

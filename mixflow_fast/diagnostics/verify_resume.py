@@ -29,6 +29,7 @@ from mixflow_fast.checkpoints.shards import read_file
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.training.build import check
+from mixflow_fast.training.step_record import StepOutput
 
 # What names the folder or the software and nothing of the run.
 _IGNORED = ("args/config", "metadata/config", "ds_version")
@@ -266,47 +267,40 @@ def _run(config: Config, out: Path, name: str, ranks: int) -> None:
 
 
 def _child(recipe: str, records: Path) -> None:
-    """One rank: a run like any other that writes down what it sees."""
+    """One rank: a run like any other that writes down what its steps see."""
     from mixflow_fast.distributed import process_group
     from mixflow_fast.training.trainer import Trainer
 
+    rows: list[dict[str, str | int]] = []
+
+    def write_down(step: int, outputs: list[StepOutput], means: Tensor) -> None:
+        seen = {
+            "positions": [made.it.ids for made in outputs],
+            "images": [made.it.x1 for made in outputs],
+            "t": [made.it.t for made in outputs],
+            "slowed time m": [made.it.slowed_t for made in outputs],
+            "network input": [made.it.x for made in outputs],
+            "labels": [made.y for made in outputs],
+            "loss": [means],
+        }
+        rows.append({"step": step} | {what: _hash(tensors) for what, tensors in seen.items()})
+
     trainer = Trainer(load_config(recipe), quiet=True)
-    seen: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    prepare, drop_labels, step = trainer.mix.prepare, trainer._drop_labels, trainer._step
-
-    def note(what: str, tensor: Tensor) -> None:
-        raw = tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        seen.setdefault(what, hashlib.sha256()).update(raw)
-
-    def recording_prepare(x: Tensor, ids: Tensor) -> Any:
-        it = prepare(x, ids=ids)
-        for what, tensor in (("positions", ids), ("images", it.x1), ("t", it.t)):
-            note(what, tensor)
-        note("slowed time m", it.slowed_t)
-        note("network input", it.x)
-        return it
-
-    def recording_labels(y: Tensor, positions: Tensor) -> Tensor:
-        dropped = drop_labels(y, positions)
-        note("labels", dropped)
-        return dropped
-
-    def recording_step(loader: Any) -> Tensor:
-        seen.clear()
-        loss = step(loader)
-        note("loss", loss)
-        rows.append({"step": trainer.step, **{k: v.hexdigest() for k, v in seen.items()}})
-        return loss
-
-    trainer.mix.prepare, trainer._drop_labels = recording_prepare, recording_labels
-    trainer._step = recording_step
+    trainer.on_step = write_down
     trainer.run()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (records / f"rank_{process_group.rank()}.jsonl").write_text(lines)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _hash(tensors: list[Tensor]) -> str:
+    """SHA-256 of the bytes of some tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

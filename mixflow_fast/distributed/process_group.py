@@ -23,6 +23,35 @@ _timeout = timedelta(minutes=30)
 _ours = False
 
 
+def local_device(device: str = "auto") -> torch.device:
+    """The device of this rank, which becomes the process's current one. Needs no process group.
+
+    Args:
+        device: "auto" (CUDA where there is a GPU), "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" without a usable GPU, more ranks than GPUs, or Slurm's variables without
+            an address to meet at.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _adopt_slurm()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not on_gpu:
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if chosen.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPUs, but a rank was started for "
+            f"number {chosen.index}: start as many processes per machine as it has GPUs"
+        )
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
 def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch.device:
     """Join the launcher's process group, or make a group of one; return this rank's device.
 
@@ -31,33 +60,19 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
     no port is opened. A group that exists already is used as it is.
 
     Args:
-        device: "auto" (CUDA where there is a GPU), "cpu" or "cuda".
+        device: as for `local_device`.
         timeout_s: after which a collective that a rank does not join fails. A save of one rank
             which the others wait for must fit into it.
 
     Raises:
-        ValueError: "cuda" without a usable GPU, more ranks than GPUs, an incomplete environment, or
-            ranks that did not come or cannot reach each other.
+        ValueError: as `local_device`, an incomplete environment, or ranks that did not come or
+            cannot reach each other.
     """
     global _store, _timeout, _ours
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    _adopt_slurm()
-    os.environ.setdefault("LOCAL_RANK", "0")
-    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        if chosen.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"this machine has {torch.cuda.device_count()} GPUs, but a rank was started for "
-                f"number {chosen.index}: start as many processes per machine as it has GPUs"
-            )
-        torch.cuda.set_device(chosen)
+    chosen = local_device(device)
     _timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        backend, _ours = "nccl" if on_gpu else "gloo", True
+        backend, _ours = "nccl" if chosen.type == "cuda" else "gloo", True
         _store = _meet() if "RANK" in os.environ else dist.HashStore()
         try:
             dist.init_process_group(

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.config.schema import Config
-from mixflow_fast.data import Batch, Dataset, build_dataset
+from mixflow_fast.data import Batch, Dataset
 from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.objective.mixflow import MixFlow
-from mixflow_fast.training.build import build_data
 
+Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+Part = tuple[int, int, float]  # chunk, point, sum of its losses
 # Of noise, posterior samples and labels: the same for every run, so that runs can be compared.
 SEED = 0
-
-
 TIMES = 16
-
-
 GRID = 8
-
-
-# Data kinds with a held-out set of their own.
-_HELD_OUT = ("photos", "digits")
 
 
 def bin_centers(count: int) -> list[float]:
@@ -35,20 +27,19 @@ def bin_centers(count: int) -> list[float]:
     return [(i + 0.5) / count for i in range(count)]
 
 
-def validation_data(config: Config) -> tuple[Dataset, str]:
-    """The examples to validate on, and what they are, in words.
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one set of weights, means over the examples.
 
-    A set that training does not see where the data kind has one; else training data, without
-    flips.
+    Attributes:
+        loss: mean over the times.
+        loss_by_t: TIMES losses at `bin_centers(TIMES)`.
+        grid: rows m, columns t at `bin_centers(GRID)`; None where m > t is not trained.
     """
-    d = config.data
-    if d.kind in _HELD_OUT:
-        size = d.size or config.model.input_size
-        try:
-            return build_dataset(d.kind, size=size, split="heldout"), "held-out examples"
-        except ValueError:  # windows larger than the held-out bands
-            pass
-    return build_data(config.replace(**{"data.flip": False})), "training examples"
+
+    loss: float
+    loss_by_t: list[float]
+    grid: list[list[float | None]]
 
 
 class ValidationLoss:
@@ -64,33 +55,40 @@ class ValidationLoss:
     m > t too.
 
     Args:
-        config: of the run.
-        mix: its objective.
+        dataset: the examples, without flips.
+        mix: the objective.
         device: where the network is.
+        examples: K, at most.
+        batch_size: examples in one forward pass, at most.
         rank, ranks: the ranks share the work. The numbers do not depend on their number but for
             rounding.
         all_gather: exchanges values between the ranks, as `HostGroup.all_gather`.
+
+    Attributes:
+        examples: K.
     """
 
     def __init__(
         self,
-        config: Config,
+        dataset: Dataset,
         mix: MixFlow,
         device: torch.device,
+        *,
+        examples: int,
+        batch_size: int,
         rank: int = 0,
         ranks: int = 1,
-        all_gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+        all_gather: Callable[[list[Part]], list[list[Part]]] = lambda mine: [mine],
     ) -> None:
         self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
         self._all_gather = all_gather
-        dataset, self.data = validation_data(config)
-        self.examples = min(config.train.validate_examples, len(dataset))
+        self.examples = min(examples, len(dataset))
         index = torch.arange(self.examples) * len(dataset) // self.examples
-        size = min(self.examples, config.train.microbatch_size)
+        size = min(self.examples, batch_size)
         positions = torch.arange(self.examples)
         self._chunks = [dataset.get(index[place], place, SEED) for place in positions.split(size)]
         self._held: tuple[int, Batch, Tensor] | None = None
-        full = config.objective.interval == "full"
+        full = mix.schedule.interval == "full"
         self._grid = [
             (row, column) for row in range(GRID) for column in range(GRID) if full or row <= column
         ]
@@ -99,14 +97,8 @@ class ValidationLoss:
         self._points += [(g[column], g[row]) for row, column in self._grid]
 
     @torch.no_grad()
-    def __call__(self, net: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Any]:
-        """The losses of one set of weights; every rank must call it.
-
-        Returns:
-            "loss": mean over the times; "loss_by_t": at `bin_centers(TIMES)`; "grid": rows m,
-            columns t at `bin_centers(GRID)`, None where m > t is not trained. Means over
-            the examples.
-        """
+    def __call__(self, net: Network) -> Losses:
+        """The losses of one set of weights; every rank must call it."""
         tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(self._points))]
         mine = [(c, p, self._losses(net, c, p)) for c, p in tasks[self._rank :: self._ranks]]
         sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
@@ -121,9 +113,9 @@ class ValidationLoss:
             grid[row][column] = value
         at_times = means[:TIMES]
         self._held = None
-        return {"loss": sum(at_times) / TIMES, "loss_by_t": at_times, "grid": grid}
+        return Losses(sum(at_times) / TIMES, at_times, grid)
 
-    def _losses(self, net: Callable[..., Any], chunk: int, point: int) -> Tensor:
+    def _losses(self, net: Network, chunk: int, point: int) -> Tensor:
         """Sum of a chunk's losses at one pair of times, float64 on the device."""
         batch, noise = self._on_device(chunk)
         t, m = (

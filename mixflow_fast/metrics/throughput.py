@@ -1,10 +1,12 @@
-"""Waiting times and peak memory."""
+"""What training costs: images a second, FLOPs, waiting for data, peak memory."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -41,3 +43,74 @@ def peak_memory_mib(device: torch.device) -> float:
         return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class Throughput:
+    """Images, seconds and memory of training since the last row; what is paused is left out.
+
+    Args:
+        device: device of this rank.
+        train_flops: FLOPs of the formula per image and training step, nothing computed twice.
+        peak_tflops: dense bf16 peak of the device, where that is known and what training uses.
+        ranks: how many processes there are.
+        all_gather: exchanges values between the ranks, as `HostGroup.all_gather`.
+
+    Attributes:
+        waiting: runs while the loop waits for data.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        train_flops: int,
+        peak_tflops: float | None,
+        ranks: int,
+        all_gather: Callable[[tuple[float, float]], list[tuple[float, float]]],
+    ) -> None:
+        self._device, self._flops, self._peak = device, train_flops, peak_tflops
+        self._ranks, self._all_gather = ranks, all_gather
+        self.waiting = Stopwatch()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a window."""
+        self._images = 0
+        self._started = time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """A step with so many images over all ranks is queued."""
+        self._images += images
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training time."""
+        if self._device.type == "cuda":  # steps that are still queued are training's time
+            torch.cuda.synchronize(self._device)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - started
+
+    def take(self) -> dict[str, float | None]:
+        """What the window took, for its metrics row; begins the next. Every rank must call it.
+
+        Returns:
+            "images_per_s" over all ranks; "seconds"; "model_tflops" a device; "peak_tflops";
+            "data_wait_s" and "peak_memory_mib" (tensors of the GPU; on a CPU the process) of the
+            rank that has most; "time": seconds since 1970.
+        """
+        seconds = time.perf_counter() - self._started
+        mine = self.waiting.take(), peak_memory_mib(self._device)
+        waited, memory = (max(values) for values in zip(*self._all_gather(mine), strict=True))
+        rate = self._images / seconds
+        self.restart()
+        return {
+            "images_per_s": rate,
+            "seconds": seconds,
+            "model_tflops": rate * self._flops / 1e12 / self._ranks,
+            "peak_tflops": self._peak,
+            "data_wait_s": waited,
+            "peak_memory_mib": memory,
+            "time": time.time(),
+        }

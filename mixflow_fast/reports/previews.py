@@ -7,6 +7,7 @@ of different steps, and of different runs on the same data, can be laid side by 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,49 +33,85 @@ def preview_labels(num: int, num_classes: int) -> Tensor:
     return torch.arange(num) * num_classes // num
 
 
-def is_latent(config: Config) -> bool:
-    """Whether a preview can only show channels of a latent, no picture."""
-    return config.data.kind == "latents" or config.model.in_channels not in (1, 3)
+@dataclass(frozen=True)
+class PreviewOptions:
+    """How the pictures of a run come about.
+
+    Attributes:
+        pictures: how many in one preview.
+        steps: Euler steps.
+        cfg_scale: guidance; 1 is none.
+        shift: of the time grid, as the objective's.
+        batch_size: pictures in one forward pass, at most.
+        num_classes, channels: of the network.
+        latent: the network makes latents, of which only channels can be shown.
+    """
+
+    pictures: int
+    steps: int
+    cfg_scale: float
+    shift: float
+    batch_size: int
+    num_classes: int
+    channels: int
+    latent: bool
+
+    @classmethod
+    def of(cls, config: Config) -> PreviewOptions:
+        """Those of a run's configuration."""
+        c, m = config.train, config.model
+        return cls(
+            pictures=c.previews,
+            steps=c.preview_steps,
+            cfg_scale=c.preview_cfg,
+            shift=config.objective.shift,
+            batch_size=min(c.previews, c.microbatch_size),
+            num_classes=m.num_classes,
+            channels=m.in_channels,
+            latent=config.data.kind == "latents" or m.in_channels not in (1, 3),
+        )
+
+    @property
+    def shown(self) -> int:
+        """Channels of a latent that a picture shows."""
+        return 3 if self.channels >= 3 else 1
 
 
-def caption(config: Config) -> str:
+def caption(options: PreviewOptions) -> str:
     """How the pictures came about, in a sentence."""
-    c = config.train
-    words = f"{c.preview_steps} Euler steps from EMA weights, the same noise and labels each time"
-    if c.preview_cfg != 1:
-        words += f", guidance {c.preview_cfg:g}"
-    if is_latent(config):
-        shown = min(config.model.in_channels, 3 if config.model.in_channels >= 3 else 1)
+    words = f"{options.steps} Euler steps from EMA weights, the same noise and labels each time"
+    if options.cfg_scale != 1:
+        words += f", guidance {options.cfg_scale:g}"
+    if options.latent:
         words += (
-            f". These are latents, not pictures: the first {shown} of {config.model.in_channels} "
+            f". These are latents, not pictures: the first {options.shown} of {options.channels} "
             f"channels, values from -{_LATENT_RANGE:g} to {_LATENT_RANGE:g}, without the decoder"
         )
     return words
 
 
-def write_preview(net: Transformer, config: Config, path: Path) -> None:
+def write_preview(net: Transformer, options: PreviewOptions, path: Path) -> None:
     """Sample and write one preview, whole or not at all.
 
     Args:
         net: with the weights to show, on the device where to sample.
-        config: of the run.
+        options: how the pictures come about.
         path: the PNG; its folder is made.
 
     Raises:
         ValueError: the samples are not finite.
         OSError: the file could not be written.
     """
-    c = config.train
     x = sample(
         net,
-        labels=preview_labels(c.previews, config.model.num_classes),
-        steps=c.preview_steps,
-        cfg_scale=c.preview_cfg,
-        shift=config.objective.shift,
+        labels=preview_labels(options.pictures, options.num_classes),
+        steps=options.steps,
+        cfg_scale=options.cfg_scale,
+        shift=options.shift,
         seed=SEED,
-        batch_size=min(c.previews, c.microbatch_size),
+        batch_size=options.batch_size,
     ).x
-    if is_latent(config):
-        x = x[:, : 3 if x.shape[1] >= 3 else 1] / _LATENT_RANGE
-    columns = min(8, math.isqrt(c.previews - 1) + 1)
+    if options.latent:
+        x = x[:, : options.shown] / _LATENT_RANGE
+    columns = min(8, math.isqrt(options.pictures - 1) + 1)
     save_grid(path, x, columns=columns, scale=max(1, _SMALLEST // x.shape[-1]))

@@ -17,7 +17,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.files import write_bytes
 from mixflow_fast.reports.html import STYLE, duration, number, picture
 from mixflow_fast.reports.plots import grid_map, loss_over_times, plot
-from mixflow_fast.reports.previews import caption
+from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.reports.run_history import Run, flat, read_recipe, read_run
 
 MOST_PREVIEWS = 12
@@ -230,7 +230,9 @@ def _previews(run: Run) -> str:
             figures.append(picture(path, f"step {step:,}"))
         except ValueError:  # half of a copied folder
             continue
-    words = caption(run.config) if run.config else "the same noise and labels each time"
+    words = "the same noise and labels each time"
+    if run.config:
+        words = caption(PreviewOptions.of(run.config))
     words = words[0].upper() + words[1:] + "."
     if len(figures) < count:
         words += f" {len(figures)} of the {count} in {run.out / 'previews'}."

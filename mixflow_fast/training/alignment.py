@@ -12,34 +12,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.config.schema import Config
+from mixflow_fast.config.schema import ObjectiveConfig
 from mixflow_fast.data import Batch
 from mixflow_fast.models import repa_alignment_loss
+from mixflow_fast.models.teacher import Teacher
 from mixflow_fast.objective.mixflow import Interpolation, MixFlow
-from mixflow_fast.training.build import build_teacher
 
 
 class Alignment:
-    """The term of one run; zero where the configuration has none.
+    """The term; zero where the configuration has none.
 
     Args:
-        config: the run's configuration, validated.
-        mix: its objective, which prepares x_t for `alignment_input: label`.
-        device: where the teacher stays and the batches come.
+        section: its weight, and whether it looks at x_m or at x_t.
+        teacher: the encoder that is run at each step, on `device`; None where the features come
+            with the batch, or without the term.
+        mix: the objective, which prepares x_t for `alignment_input: label`.
+        device: where the batches come.
 
     Attributes:
         weight: what the trainer multiplies the term by.
-        teacher: the encoder that is run at each step, or None.
-
-    Raises:
-        ValueError: a teacher that is not there or does not fit the model.
+        teacher: as given.
     """
 
-    def __init__(self, config: Config, mix: MixFlow, device: torch.device) -> None:
-        self.weight = config.objective.alignment_weight
-        self.teacher = build_teacher(config, device) if self.weight else None
+    def __init__(
+        self, section: ObjectiveConfig, teacher: Teacher | None, mix: MixFlow, device: torch.device
+    ) -> None:
+        self.weight, self.teacher = section.alignment_weight, teacher
         self._mix, self._device = mix, device
-        self._at_label = config.objective.alignment_input == "label"
+        self._at_label = section.alignment_input == "label"
 
     def __call__(
         self, net: nn.Module, zs: list[Tensor] | None, batch: Batch, it: Interpolation, y: Tensor

@@ -1,113 +1,188 @@
-"""From a configuration to its objects: network, objective, data. Nothing is written."""
+"""From a configuration to the objects of a run, each built once. Nothing is written.
+
+Components take these objects and their own section of the configuration, never the whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 
-from mixflow_fast.config.schema import DATA_FIELDS, Config
+from mixflow_fast.config.schema import (
+    DATA_FIELDS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+)
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
+from mixflow_fast.data.dataset import without_flips
 from mixflow_fast.models import Execution, Transformer, build
 from mixflow_fast.models.teacher import Teacher, TeacherFiles
 from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.training.alignment import Alignment
 
 # Fields of the section `model` that are not arguments of the class.
 _NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
+# Data kinds with a held-out set of their own.
+_HELD_OUT = ("photos", "digits")
 
 
-def build_model(config: Config, device: str | torch.device = "cpu") -> Transformer:
+@dataclass(frozen=True)
+class ValidationData:
+    """Examples to validate on.
+
+    Attributes:
+        dataset: the examples, without flips.
+        description: what they are: "held-out examples" or "training examples".
+    """
+
+    dataset: Dataset
+    description: str
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is made of.
+
+    Attributes:
+        model: the network with its random initial weights, on the CPU.
+        execution: how it is run on the device.
+        mix: the objective, in the model's clock.
+        alignment: REPA's term; zero where the configuration has none.
+        dataset: training examples.
+        validation: examples to validate on; None where the run does not validate.
+    """
+
+    model: Transformer
+    execution: Execution
+    mix: MixFlow
+    alignment: Alignment
+    dataset: Dataset
+    validation: ValidationData | None
+
+
+def build_run(config: Config, device: torch.device) -> RunParts:
+    """Everything that a run needs, from a validated configuration.
+
+    Args:
+        config: of the run.
+        device: where it trains; a teacher goes there at once.
+
+    Raises:
+        ValueError: data, teacher or network that are not there or do not fit each other.
+    """
+    c = config
+    model = build_model(c.model)
+    mix = build_objective(c.objective, model.clock, c.train.seed)
+    dataset = build_data(c.data, c.model)
+    teacher = None
+    if c.teacher.path is not None:
+        precision = c.teacher.precision or c.train.precision
+        teacher = build_teacher(c.teacher, c.model, precision, device)
+    elif c.objective.alignment_weight:
+        _check_features(dataset, c.model, _token_side(model))
+    return RunParts(
+        model=model,
+        execution=build_execution(c.model, c.train.zero_stage, device),
+        mix=mix,
+        alignment=Alignment(c.objective, teacher, mix, device),
+        dataset=dataset,
+        validation=build_validation(c.data, c.model, dataset) if c.train.validate_every else None,
+    )
+
+
+def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Transformer:
     """The network of a configuration with its random initial weights (a function of init_seed)."""
-    options = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
+    options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     options = {k: v for k, v in options.items() if v is not None and k not in _NOT_ARGUMENTS}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    if config.model.name.startswith("DiTDH") and "qk_norm" in options:
+    if section.name.startswith("DiTDH") and "qk_norm" in options:
         options["use_qknorm"] = options.pop("qk_norm")
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(config.model.init_seed)
-        return build(config.model.name, **options)
+        torch.manual_seed(section.init_seed)
+        return build(section.name, **options)
 
 
-def build_execution(config: Config, device: torch.device) -> Execution:
+def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:
     """How the network of a configuration is run on a device."""
-    m = config.model
-    mode = m.mode
+    mode = section.mode
     if mode == "auto":
-        compiles = device.type == "cuda" and config.train.zero_stage < 3
-        mode = "compile" if compiles else "eager"
-    return Execution(mode=mode, attention=m.attention, checkpointing=m.checkpointing)
+        # ZeRO 3 gathers weights in the modules' own forward pass, which the other modes leave out.
+        mode = "compile" if device.type == "cuda" and zero_stage < 3 else "eager"
+    return Execution(mode=mode, attention=section.attention, checkpointing=section.checkpointing)
 
 
-def build_objective(config: Config, clock: str) -> MixFlow:
+def build_objective(section: ObjectiveConfig, clock: str, seed: int) -> MixFlow:
     """The objective of a configuration, in the clock of its model."""
-    options = dataclasses.asdict(config.objective)
-    for name in ("alignment_weight", "alignment_input"):  # the trainer's: see alignment.py
+    options = dataclasses.asdict(section)
+    for name in ("alignment_weight", "alignment_input"):  # belong to alignment.py
         options.pop(name)
-    return MixFlow(**options, clock=clock, seed=config.train.seed)
+    return MixFlow(**options, clock=clock, seed=seed)
 
 
-def build_data(config: Config) -> Dataset:
-    """The source of training examples; ValueError if it does not fit the model."""
-    d, m = config.data, config.model
-    options = {name: getattr(d, name) for name in DATA_FIELDS[d.kind]}
-    if d.kind == "latents":
-        options["features"] = d.features or False
-        options["images"] = d.images
+def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
+    """The training examples; ValueError if they do not fit the model."""
+    options = {name: getattr(section, name) for name in DATA_FIELDS[section.kind]}
+    if section.kind == "latents":
+        options["features"] = section.features or False
+        options["images"] = section.images
     elif options["size"] is None:
-        options["size"] = m.input_size
-    dataset = build_dataset(d.kind, **options)
-    expected = (m.in_channels, m.input_size, m.input_size)
+        options["size"] = model.input_size
+    dataset = build_dataset(section.kind, **options)
+    expected = (model.in_channels, model.input_size, model.input_size)
     if tuple(dataset.shape) != expected:
         raise ValueError(
             f"data gives examples of shape {tuple(dataset.shape)}, the model takes {expected}: set "
             "model.in_channels and model.input_size, or data.size"
         )
-    if dataset.num_classes > m.num_classes:
+    if dataset.num_classes > model.num_classes:
         raise ValueError(
-            f"data has {dataset.num_classes} classes, the model only {m.num_classes}: set "
+            f"data has {dataset.num_classes} classes, the model only {model.num_classes}: set "
             "model.num_classes"
         )
-    if config.objective.alignment_weight and config.teacher.path is None:
-        index = torch.zeros(1, dtype=torch.int64)
-        features = dataset.get(index, index, 0).features
-        tokens = _token_side(config) ** 2
-        fits = None if features is None else tuple(features.shape[1:])
-        if fits != (tokens, *m.z_dims):
-            raise ValueError(
-                f"data.features must be (N, {tokens}, {m.z_dims[0]}): one row per token and "
-                f"model.z_dims channels, got (N, *{fits})"
-            )
     return dataset
 
 
-def build_teacher(config: Config, device: str | torch.device = "cpu") -> Teacher | None:
-    """The frozen teacher of a configuration on its device; None without one.
+def build_validation(section: DataConfig, model: ModelConfig, dataset: Dataset) -> ValidationData:
+    """A set that training does not see where the data kind has one; else training examples.
+
+    Args:
+        section, model: of the configuration.
+        dataset: the training examples.
+    """
+    if section.kind in _HELD_OUT:
+        size = section.size or model.input_size
+        try:
+            heldout = build_dataset(section.kind, size=size, split="heldout")
+            return ValidationData(heldout, "held-out examples")
+        except ValueError:  # windows larger than the held-out bands
+            pass
+    return ValidationData(without_flips(dataset), "training examples")
+
+
+def build_teacher(
+    section: TeacherConfig, model: ModelConfig, precision: str, device: str | torch.device = "cpu"
+) -> Teacher:
+    """The frozen teacher of a configuration on its device.
+
+    Args:
+        section: names the teacher.
+        model: whose tokens it must fit.
+        precision: "fp32" or "bf16".
+        device: where it stays.
 
     Raises:
         ValueError: files that are missing, or tokens that do not fit the model's.
     """
-    if config.teacher.path is None:
-        return None
-    _check_teacher(config)
-    options = dataclasses.asdict(config.teacher)
-    options["precision"] = options["precision"] or config.train.precision
-    return Teacher(options.pop("path"), _token_side(config), device=device, **options)
-
-
-def _token_side(config: Config) -> int:
-    return config.model.input_size // build_model(config, "meta").patch_size
-
-
-def _check_teacher(config: Config) -> None:
-    """What the teacher's config.json can tell."""
-    files, (width,) = TeacherFiles.read(config.teacher.path), config.model.z_dims
-    files.resolution(_token_side(config), config.teacher.resolution)
-    if files.hidden_size != width:
-        raise ValueError(
-            f"the teacher {config.teacher.path} has {files.hidden_size} channels, the model's "
-            f"projector {width}: set model.z_dims=[{files.hidden_size}], or take another teacher"
-        )
+    side = _token_side(build_model(model, "meta"))
+    _check_teacher(section, model, side)
+    options = dataclasses.asdict(section) | {"precision": precision}
+    return Teacher(options.pop("path"), side, device=device, **options)
 
 
 def check(config: Config, world_size: int = 1) -> None:
@@ -116,6 +191,34 @@ def check(config: Config, world_size: int = 1) -> None:
     Of a teacher it reads the config.json.
     """
     validate(config, world_size)
-    build_objective(config, build_model(config, "meta").clock)
+    model = build_model(config.model, "meta")
+    build_objective(config.objective, model.clock, config.train.seed)
     if config.teacher.path is not None:
-        _check_teacher(config)
+        _check_teacher(config.teacher, config.model, _token_side(model))
+
+
+def _token_side(model: Transformer) -> int:
+    return model.input_size // model.patch_size
+
+
+def _check_features(dataset: Dataset, model: ModelConfig, side: int) -> None:
+    """Features from a file must be one row per token."""
+    index = torch.zeros(1, dtype=torch.int64)
+    features = dataset.get(index, index, 0).features
+    fits = None if features is None else tuple(features.shape[1:])
+    if fits != (side**2, *model.z_dims):
+        raise ValueError(
+            f"data.features must be (N, {side**2}, {model.z_dims[0]}): one row per token and "
+            f"model.z_dims channels, got (N, *{fits})"
+        )
+
+
+def _check_teacher(section: TeacherConfig, model: ModelConfig, side: int) -> None:
+    """What the teacher's config.json can tell."""
+    files, (width,) = TeacherFiles.read(section.path), model.z_dims
+    files.resolution(side, section.resolution)
+    if files.hidden_size != width:
+        raise ValueError(
+            f"the teacher {section.path} has {files.hidden_size} channels, the model's "
+            f"projector {width}: set model.z_dims=[{files.hidden_size}], or take another teacher"
+        )

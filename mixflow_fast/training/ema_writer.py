@@ -1,82 +1,86 @@
-"""Snapshots of power-function EMAs along a run."""
+"""EMA snapshots along a run: the duty that writes the power-function EMAs of a step."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mixflow_fast.config.schema import Config
-from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.optim.power_ema import (
-    window_steps,
-)
-
-if TYPE_CHECKING:
-    from mixflow_fast.training.engine import Engine
-from mixflow_fast.checkpoints.ema_snapshots import _write
+from mixflow_fast.checkpoints.ema_snapshots import snapshot_file, write_snapshot
+from mixflow_fast.config.schema import OptimConfig
+from mixflow_fast.optim.power_ema import window_steps
+from mixflow_fast.training.duty import RunContext, Timetable
 
 
-class SnapshotWriter:
-    """Writes a run's snapshots.
+class EmaSnapshots:
+    """The duty that writes OUT/ema/step_N.safetensors, before the checkpoint of the same step.
 
     Args:
-        config: of the run.
-        agreement: the ranks'.
+        context: of the run; its engine holds the EMAs.
+        timetable: when.
+        widths: sigma_rel of each EMA, as in `optim.ema_sigma_rel`.
+        metadata: of a weights file at this step.
+        check: raises where the EMAs must not be written; called just before.
     """
 
-    def __init__(self, config: Config, host_group: HostGroup) -> None:
-        self._config = config
-        self._host_group = host_group
-        self._every = config.optim.snapshot_every or config.train.save_every
-
-    def look(
+    def __init__(
         self,
-        engine: Engine,
-        step: int,
-        metadata: Mapping[str, Any],
-        check: Callable[[], None] = lambda: None,
+        context: RunContext,
+        timetable: Timetable,
+        widths: tuple[float, ...],
+        metadata: Callable[[], Mapping[str, object]],
+        check: Callable[[], None],
     ) -> None:
-        """Write the snapshot of this step where it is time to; every rank must call it.
+        self._context, self._timetable, self._widths = context, timetable, widths
+        self._metadata, self._check = metadata, check
 
-        Args:
-            engine: holds the EMAs.
-            step: optimizer steps done.
-            metadata: of a weights file at this step.
-            check: raises where the EMAs must not be written; called just before.
+    def due(self, step: int) -> bool:
+        """Every so many steps, and at the end of the run."""
+        return self._timetable.due(step)
+
+    def run(self, step: int) -> None:
+        """Write the snapshot of this step; every rank must call it.
 
         Raises:
             OSError: it could not be written (a full disk); on all ranks.
         """
-        widths, last = self._config.optim.ema_sigma_rel, step == self._config.steps
-        if not widths or not step or not (last or (self._every and step % self._every == 0)):
-            return
-        check()
+        self._timetable.done(step)
+        with self._context.throughput.paused():
+            self._check()
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        engine, group = self._context.engine, self._context.host_group
         tensors = {}
-        writer = self._host_group.rank == 0
-        for number in range(len(widths)):
+        writes = group.rank == 0
+        for number in range(len(self._widths)):
             for name, value in engine.gathered(f"ema_power_{number}", stepped=True):
-                if writer:
+                if writes:
                     tensors[f"{number}/{name}"] = value.cpu().contiguous()
-        with self._host_group.raise_together():
-            if writer:
+        with group.raise_together():
+            if writes:
                 trained = {name.partition("/")[2] for name in tensors}
                 frozen = {n: t for n, t in engine.initial.items() if n not in trained}
                 tensors |= {f"frozen/{name}": tensor for name, tensor in frozen.items()}
-                path = Path(self._config.out) / "ema" / f"step_{step:08d}.safetensors"
-                header = {name: str(value) for name, value in metadata.items()}
-                _write(path, tensors, header | {"sigma_rel": json.dumps(widths)})
+                header = {name: str(value) for name, value in self._metadata().items()}
+                header["sigma_rel"] = json.dumps(self._widths)
+                write_snapshot(snapshot_file(self._context.out, step), tensors, header)
 
 
-def describe_averages(config: Config) -> str:
-    """The averages that a run keeps, for its log, with what is wrong with them."""
+def describe_averages(section: OptimConfig, steps: int) -> str:
+    """The averages that a run keeps, for its log, with what is wrong with them.
+
+    Args:
+        section: the optimizer's configuration.
+        steps: optimizer steps of the run.
+    """
     words = []
-    for decay in (config.optim.ema_decay, *config.optim.ema_more_decays):
+    for decay in (section.ema_decay, *section.ema_more_decays):
         window = window_steps(decay)
         text = f"decay {decay:g} (window {window:,.0f} steps)"
-        if window > config.steps:
-            text += f", longer than the run's {config.steps:,}: it is mostly the start"
+        if window > steps:
+            text += f", longer than the run's {steps:,}: it is mostly the start"
         words.append(text)
-    widths = ", ".join(f"{width:g}" for width in config.optim.ema_sigma_rel)
-    return "; ".join([*words, *([f"power functions of width {widths}"] if widths else [])])
+    if section.ema_sigma_rel:
+        widths = ", ".join(f"{width:g}" for width in section.ema_sigma_rel)
+        words.append(f"power functions of width {widths}")
+    return "; ".join(words)

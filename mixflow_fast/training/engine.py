@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixflow_fast.checkpoints.run_folder import Writing
 from mixflow_fast.checkpoints.shards import (
     Fragment,
     Piece,
@@ -29,7 +28,8 @@ from mixflow_fast.checkpoints.shards import (
     layout_file,
     read_layout,
 )
-from mixflow_fast.config.schema import Config
+from mixflow_fast.checkpoints.writing import CheckpointWriter
+from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import Transformer
 from mixflow_fast.optim.apex import OPTIMIZERS
@@ -40,9 +40,9 @@ class Engine:
     """A network under DeepSpeed, from its weights at this moment or from a checkpoint.
 
     Args:
-        config: of the run.
+        train, optim: sections of the configuration.
+        microbatch: examples of this rank in one forward pass.
         model: on the CPU; DeepSpeed casts, moves and shards it.
-        device: this rank's.
 
     Attributes:
         module: the network as DeepSpeed runs it.
@@ -53,26 +53,28 @@ class Engine:
         ValueError: DeepSpeed is not installed.
     """
 
-    def __init__(self, config: Config, model: Transformer, device: torch.device) -> None:
+    def __init__(
+        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
+    ) -> None:
         self._deepspeed = _import_deepspeed()
-        self._config = config
+        self._train, self._optim, self._microbatch = train, optim, microbatch
         self._model = model
-        self._device = device
         self.initial = {n: p.detach().clone() for n, p in model.state_dict().items()}
 
-    def start(self, resume_from: Path | None, resharded_from: bool = False) -> None:
+    def start(self, resume_from: Path | None, resharded: bool = False) -> None:
         """Hand the network to DeepSpeed.
 
         Args:
             resume_from: checkpoint folder, or None for the weights as they are.
-            other_layout: its shards are those of another number of ranks or ZeRO stage: the network
+            resharded: its shards are those of another number of ranks or ZeRO stage: the network
                 has its weights already, the optimizer's state is put together here.
 
         Raises:
             ValueError: the checkpoint could not be loaded.
         """
-        c, p = self._config.train, self._config.optim
+        c, p = self._train, self._optim
         optimizer = OPTIMIZERS[p.name]
+        own = {"impl": p.impl} if p.name == "adamw_ema" else {}
         if c.on_nonfinite == "skip" and c.zero_stage < 3:  # DeepSpeed's own always skips
             optimizer = skipping(optimizer)
         self.optimizer = optimizer(
@@ -83,7 +85,7 @@ class Engine:
             weight_decay=p.weight_decay,
             ema_decay=(p.ema_decay, *p.ema_more_decays) if p.ema_more_decays else p.ema_decay,
             ema_sigma_rel=p.ema_sigma_rel,
-            **({"impl": p.impl} if p.name == "adamw_ema" else {}),
+            **own,
             grad_clip=0.0 if c.zero_stage == 3 else p.grad_clip,
             sharded=c.zero_stage in (1, 2),
         )
@@ -100,7 +102,7 @@ class Engine:
             parameter.data = self.initial[name].to(parameter.device)
         if c.zero_stage == 3:
             self._clear_padding()
-        if resume_from is None or resharded_from:
+        if resume_from is None or resharded:
             self._set_master_weights()
             if resume_from is not None:
                 self._set_optimizer_state(iter_shards(resume_from))
@@ -116,7 +118,7 @@ class Engine:
         Raises:
             ValueError: the checkpoint could not be loaded.
         """
-        layout, stage = read_layout(checkpoint), self._config.train.zero_stage
+        layout, stage = read_layout(checkpoint), self._train.zero_stage
         ranks = process_group.world_size()
         if layout.stage != stage or (stage and layout.ranks != ranks):
             return False
@@ -146,8 +148,7 @@ class Engine:
                 self._partitions()[partition].data[offset + own : offset + size].zero_()
 
     def _settings(self) -> dict[str, Any]:
-        c, ranks = self._config.train, process_group.world_size()
-        micro = self._config.microbatch(ranks)
+        c, micro, ranks = self._train, self._microbatch, process_group.world_size()
         zero: dict[str, Any] = {"stage": c.zero_stage}
         if c.zero_stage == 2 or (c.zero_stage == 1 and c.precision == "fp32"):
             zero["compute_grad_norm"] = False  # read on the host each step; AdamWEMA has its own
@@ -159,7 +160,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             # Its overflow check reads a flag on the host each step; bf16 has float32's range.
             "bf16": {"enabled": c.precision == "bf16", "check_grad_overflow": False},
-            "gradient_clipping": self._config.optim.grad_clip if c.zero_stage == 3 else 0.0,
+            "gradient_clipping": self._optim.grad_clip if c.zero_stage == 3 else 0.0,
             "steps_per_print": sys.maxsize,
             # It waits for the device twice in each micro-batch.
             "timers": {"throughput": {"enabled": False}},
@@ -170,7 +171,7 @@ class Engine:
 
     def _set_master_weights(self) -> None:
         """Give bf16's float32 master weights the digits that the cast of the module took away."""
-        if self._config.train.precision == "bf16":
+        if self._train.precision == "bf16":
             partitions = self._partitions()
             for name, partition, offset, start, numel in self._fragments():
                 values = self.initial[name].view(-1)[start : start + numel]
@@ -205,13 +206,13 @@ class Engine:
 
     def _partitions(self) -> list[Tensor]:
         """The float32 tensors that the optimizer updates, in its state_dict's order."""
-        if self._config.train.zero_stage == 3:
+        if self._train.zero_stage == 3:
             return self._engine.optimizer.fp32_partitioned_groups_flat
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _fragments(self) -> Iterator[Fragment]:
         """Where the trained parameters stand in this rank's partitions."""
-        zero, stage = self._engine.optimizer, self._config.train.zero_stage
+        zero, stage = self._engine.optimizer, self._train.zero_stage
         trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         for place, (name, parameter) in enumerate(trained):
             numel = self.initial[name].numel()
@@ -249,27 +250,27 @@ class Engine:
         if getattr(self._engine.optimizer, "overflow", False):
             return math.inf  # bf16 at ZeRO 1, and ZeRO 3: DeepSpeed looked, and made no step
         norm = self.optimizer.grad_norm
-        if norm is None or self._config.train.zero_stage == 3:
+        if norm is None or self._train.zero_stage == 3:
             norm = self._engine.get_global_grad_norm()
         return norm
 
-    def save(self, writing: Writing) -> None:
+    def save(self, writer: CheckpointWriter) -> None:
         """DeepSpeed's sharded state, and what `consolidation` needs; every rank must call it."""
-        engine, folder = self._engine, writing.folder
+        engine, folder = self._engine, writer.folder
         # Errors are kept for the end: raised in here they would leave the other ranks in a barrier.
-        engine.checkpoint_engine.save = writing.write
+        engine.checkpoint_engine.save = writer.write
         engine._copy_recovery_script = lambda _: None  # knows no EMA; `consolidate` does
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        stage, rank = self._config.train.zero_stage, process_group.rank()
+        stage, rank = self._train.zero_stage, process_group.rank()
         if stage or rank == 0:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.initial.items()}
             fragments = tuple(fragment for fragment in self._fragments() if fragment.numel)
             layout = ShardLayout(stage, process_group.world_size(), shapes, fragments)
-            writing.write(layout.to_dict(), layout_file(folder, rank))
+            writer.write(layout.to_dict(), layout_file(folder, rank))
         if rank == 0:
             trained = {n for n, p in self.module.named_parameters() if p.requires_grad}
             frozen = {n: t for n, t in self.initial.items() if n not in trained}
-            writing.write(frozen, frozen_file(folder))
+            writer.write(frozen, frozen_file(folder))
 
     def full_states(self, stepped: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Master weights and EMA by official name, gathered from the shards, on the CPU.

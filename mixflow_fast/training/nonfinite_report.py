@@ -17,22 +17,24 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast import files
-from mixflow_fast.checkpoints import run_folder
-from mixflow_fast.config.schema import Config
+from mixflow_fast.checkpoints.run_folder import checkpoint_name, choose_checkpoint
+from mixflow_fast.checkpoints.writing import temporary_name
+from mixflow_fast.config.schema import TrainConfig
 from mixflow_fast.data import Batch, BatchLoader, Dataset, sample_index
 from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.files import sync, write_text
 from mixflow_fast.messages import error_line
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.step_record import BadStep, StepOutput
 
+Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, list[Tensor]]]
 # Samples that a report names for each rank.
 NAMED = 16
 
@@ -59,239 +61,287 @@ def damaged_weights(module: nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def report(
-    bad: BadStep,
-    now: int,
-    folder: Path | None,
-    *,
-    config: Config,
-    dataset: Dataset,
-    mix: MixFlow,
-    engine: Engine,
-    forward: Callable[[Any, Batch], StepOutput],
-    host_group: HostGroup,
-    device: torch.device,
-    untouched: bool,
-) -> str:
-    """Find a bad step's samples and write the folder. Every rank must call it.
+@dataclass(frozen=True)
+class SampleReport:
+    """A sample of a bad step. What an examination could not find is None.
 
-    Args:
-        bad: the step.
-        now: the last step made.
-        folder: OUT/nonfinite, or None to write nothing.
-        config, source, mix, engine, agreement, device: of the run.
-        forward: what a training step does with a network and a micro-batch.
-        untouched: bad steps changed no weight. Where they did, weights that are not finite are
-            replaced by the newest checkpoint's or the first ones: the run must not go on with them.
-
-    Returns:
-        what was found, in one to three sentences; the same on all ranks.
+    Attributes:
+        position: global sample position, which fixes its noise and times.
+        index: its place in the data; `file`: its file, where the data have one a sample.
+        label: as the network saw it, maybe the null class.
+        t, m: label and slowed time.
+        loss: as the step had it; `loss_recomputed`: as the examination has it.
+        data_not_finite: how many of its numbers are not finite.
     """
-    weights = f"of step {now}" if now > bad.step else "of this step"
-    damaged = damaged_weights(engine.module)
-    if not untouched and any(host_group.all_gather(bool(damaged))):
-        weights = _replace_weights(engine, config, host_group) or f"of step {now}, not finite"
-    try:
-        found, tensors = _examine(bad, config, dataset, mix, engine, forward, host_group, device)
-    except Exception as error:  # no memory left, on this rank perhaps: the run's own way goes on
-        if config.train.zero_stage == 3:  # whose forward pass the other ranks wait in
-            raise
-        found, tensors = _recorded(bad, config, host_group), {"loss": bad.each}
-        found["error"] = error_line(error, 200)
-    found |= {"weights_not_finite": damaged}
-    ranks = host_group.all_gather(found)
-    path = None
-    if folder is not None:
-        c = config.train
-        content = {
-            "step": bad.step,
-            "positions": [(bad.step - 1) * c.global_batch_size, bad.step * c.global_batch_size - 1],
-            "grad_norm": bad.norm,
-            "on_nonfinite": c.on_nonfinite,
-            "examined_with": f"weights {weights}",
-            "ranks": ranks,
+
+    position: int
+    index: int | None = None
+    file: str | None = None
+    label: int | None = None
+    t: float | None = None
+    m: float | None = None
+    loss: float | None = None
+    loss_recomputed: float | None = None
+    data_not_finite: int | None = None
+
+    def describe(self) -> str:
+        """The sample in an error message."""
+        if self.index is None:
+            return f"the sample at position {self.position}"
+        file = f" ({self.file})" if self.file is not None else ""
+        bad = self.data_not_finite
+        data = f", {bad} of its numbers are not finite" if bad else ""
+        return (
+            f"sample {self.index} of the data{file} at position {self.position}, label "
+            f"{self.label}, t {self.t:.4g}, m {self.m:.4g}{data}"
+        )
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank found of a bad step.
+
+    Attributes:
+        rank: its number.
+        loss_of_micro_batches: as the step had them.
+        micro_batch: the one that was run once more; None where that failed.
+        samples_not_finite: how many losses were not finite.
+        samples: these, or the largest losses; at most NAMED.
+        grad_norm_by_module: of the micro-batch; empty under ZeRO 3, None where that failed.
+        error: why it could not be run once more.
+        weights_not_finite: elements that are not finite, by parameter.
+    """
+
+    rank: int
+    loss_of_micro_batches: list[float]
+    samples_not_finite: int
+    samples: list[SampleReport]
+    micro_batch: int | None = None
+    grad_norm_by_module: dict[str, float] | None = None
+    error: str | None = None
+    weights_not_finite: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Finds the samples behind a bad step and writes what it found.
+
+    Attributes:
+        section: of the configuration.
+        out: run folder.
+        dataset, mix, engine: of the run, the engine started.
+        forward: what a training step does with a network and a micro-batch.
+        host_group: exchange between the ranks.
+        device: device of this rank.
+    """
+
+    section: TrainConfig
+    out: Path
+    dataset: Dataset
+    mix: MixFlow
+    engine: Engine
+    forward: Callable[[Network, Batch], StepOutput]
+    host_group: HostGroup
+    device: torch.device
+
+    def report(self, bad: BadStep, now: int, folder: Path | None) -> str:
+        """Find a bad step's samples and write the folder. Every rank must call it.
+
+        Where bad steps change weights (all but `on_nonfinite: skip`), weights that are not finite
+        are replaced by the newest checkpoint's or the first ones: the run must not go on with them.
+
+        Args:
+            bad: the step.
+            now: the last step made.
+            folder: OUT/nonfinite, or None to write nothing.
+
+        Returns:
+            what was found, in one to three sentences; the same on all ranks.
+        """
+        c, group = self.section, self.host_group
+        weights = f"of step {now}" if now > bad.step else "of this step"
+        damaged = damaged_weights(self.engine.module)
+        if c.on_nonfinite != "skip" and any(group.all_gather(bool(damaged))):
+            weights = self._replace_weights() or f"of step {now}, not finite"
+        try:
+            found, tensors = self._examine(bad, damaged)
+        except (
+            Exception
+        ) as error:  # no memory left, on this rank perhaps: the run's own way goes on
+            if c.zero_stage == 3:  # whose forward pass the other ranks wait in
+                raise
+            found, tensors = self._recorded(bad, damaged, error), {"loss": bad.each}
+        ranks = group.all_gather(found)
+        path = None
+        if folder is not None:
+            first = (bad.step - 1) * c.global_batch_size
+            content = {
+                "step": bad.step,
+                "positions": [first, first + c.global_batch_size - 1],
+                "grad_norm": bad.norm,
+                "on_nonfinite": c.on_nonfinite,
+                "examined_with": f"weights {weights}",
+                "ranks": [asdict(rank) for rank in ranks],
+            }
+            path = self._write(folder, bad.step, content, tensors)
+        return self._sentences(bad, ranks, path)
+
+    def _replace_weights(self) -> str | None:
+        """Finite weights for the examination; what they are."""
+        with contextlib.suppress(ValueError):  # all damaged: the error that comes says more
+            newest, _ = choose_checkpoint(self.out, self.host_group)
+            if newest is not None and self.engine.load(newest):
+                return f"of the checkpoint {newest.name}"
+        if self.section.zero_stage == 3:
+            return None
+        with torch.no_grad():
+            for name, parameter in self.engine.module.named_parameters():
+                parameter.copy_(self.engine.initial[name])
+        return "that this part of the run began with"
+
+    def _examine(
+        self, bad: BadStep, damaged: dict[str, int]
+    ) -> tuple[RankReport, dict[str, Tensor]]:
+        """The worst micro-batch of this rank in the step, run once more."""
+        wrong = ~bad.each.isfinite()
+        order = wrong.sum(1) + (~bad.losses.isfinite()).int()
+        # Where every loss is finite, the largest: its gradient may not have been.
+        part = int(order.argmax()) if order.any() else int(bad.losses.argmax())
+        batch = self._micro_batch(bad, part)
+        made, norms = self._run(batch)
+        with torch.no_grad():
+            recomputed = self.mix.loss(made.pred.detach(), made.it, reduction="none").cpu()
+        tensors = {
+            "positions": batch.positions,
+            "indices": sample_index(batch.positions, len(self.dataset), self.section.seed),
+            "y": made.y.cpu(),
+            "t": made.it.t.cpu(),
+            "slowed_t": made.it.slowed_t.cpu(),
+            "loss": bad.each[part],
+            "loss_recomputed": recomputed,
+            "x1": batch.x,
         }
-        path = _write(folder, bad.step, content, tensors, host_group)
-    return _sentences(bad, ranks, config, path, host_group)
+        suspects = wrong[part].nonzero()[:, 0].tolist()
+        suspects = suspects or bad.each[part].argsort(descending=True).tolist()
+        found = RankReport(
+            rank=self.host_group.rank,
+            loss_of_micro_batches=bad.losses.tolist(),
+            micro_batch=part,
+            samples_not_finite=int(wrong.sum()),
+            samples=[self._sample(i, tensors) for i in suspects[:NAMED]],
+            grad_norm_by_module=norms,
+            weights_not_finite=damaged,
+        )
+        return found, tensors
 
+    def _micro_batch(self, bad: BadStep, part: int) -> Batch:
+        loader = BatchLoader(
+            self.dataset,
+            seed=self.section.seed,
+            global_batch_size=self.section.global_batch_size,
+            microbatch_size=bad.each.shape[1],
+            rank=self.host_group.rank,
+            world_size=self.host_group.ranks,
+            start_position=(bad.step - 1) * self.section.global_batch_size,
+        )
+        with loader:
+            return [next(loader) for _ in range(part + 1)][-1]
 
-def _replace_weights(engine: Engine, config: Config, host_group: HostGroup) -> str | None:
-    """Finite weights for the examination; what they are."""
-    with contextlib.suppress(ValueError):  # all are damaged: the error that comes is more important
-        newest, _ = run_folder.choose_checkpoint(Path(config.out), host_group)
-        if newest is not None and engine.load(newest):
-            return f"of the checkpoint {newest.name}"
-    if config.train.zero_stage == 3:
-        return None
-    with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            parameter.copy_(engine.initial[name])
-    return "that this part of the run began with"
-
-
-def _examine(
-    bad: BadStep,
-    config: Config,
-    dataset: Dataset,
-    mix: MixFlow,
-    engine: Engine,
-    forward: Callable[[Any, Batch], StepOutput],
-    host_group: HostGroup,
-    device: torch.device,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """This rank's worst micro-batch of the step, recomputed."""
-    wrong = ~bad.each.isfinite()
-    order = wrong.sum(1) + (~bad.losses.isfinite()).int()
-    # Where every loss is finite, the largest: its gradient may not have been.
-    part = int(order.argmax()) if order.any() else int(bad.losses.argmax())
-    c = config.train
-    loader = BatchLoader(
-        dataset,
-        seed=c.seed,
-        global_batch_size=c.global_batch_size,
-        microbatch_size=bad.each.shape[1],
-        rank=host_group.rank,
-        world_size=host_group.ranks,
-        start_position=(bad.step - 1) * c.global_batch_size,
-    )
-    with loader:
-        batch = [next(loader) for _ in range(part + 1)][-1]
-    indices = sample_index(batch.positions, len(dataset), c.seed)
-    # ZeRO 3 gathers weights for its own backward pass only.
-    with_gradients = c.zero_stage < 3
-    with torch.enable_grad() if with_gradients else torch.no_grad():
-        made = forward(engine.module, batch.to(device))
-    norms = {}
-    if with_gradients:
-        trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    def _run(self, batch: Batch) -> tuple[StepOutput, dict[str, float]]:
+        """Forward pass and, but under ZeRO 3, gradient norms by module."""
+        module = self.engine.module
+        # ZeRO 3 gathers weights for its own backward pass only.
+        with_gradients = self.section.zero_stage < 3
+        with torch.enable_grad() if with_gradients else torch.no_grad():
+            made = self.forward(module, batch.to(self.device))
+        if not with_gradients:
+            return made, {}
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(made.loss, list(trained.values()), allow_unused=True)
-        norms = grad_norms(dict(zip(trained, gradients, strict=True)))
-    with torch.no_grad():
-        again = mix.loss(made.pred.detach(), made.it, reduction="none").cpu()
-    each, x1 = bad.each[part], batch.x
-    data_wrong = (~x1.isfinite()).flatten(1).sum(1)
-    tensors = {
-        "positions": batch.positions,
-        "indices": indices,
-        "y": made.y.cpu(),
-        "t": made.it.t.cpu(),
-        "slowed_t": made.it.slowed_t.cpu(),
-        "loss": each,
-        "loss_recomputed": again,
-        "x1": x1,
-    }
-    suspects = wrong[part].nonzero()[:, 0].tolist()
-    suspects = suspects or each.argsort(descending=True).tolist()
-    files = getattr(dataset, "files", ())
-    files = files if len(files) == len(dataset) else ()
-    samples = [
-        {
-            "position": int(batch.positions[i]),
-            "index": int(indices[i]),
-            **({"file": str(files[int(indices[i])])} if files else {}),
-            "label": int(tensors["y"][i]),
-            "t": float(tensors["t"][i]),
-            "m": float(tensors["slowed_t"][i]),
-            "loss": float(each[i]),
-            "loss_recomputed": float(again[i]),
-            "data_not_finite": int(data_wrong[i]),
-        }
-        for i in suspects[:NAMED]
-    ]
-    found = {
-        "rank": host_group.rank,
-        "loss_of_micro_batches": bad.losses.tolist(),
-        "micro_batch": part,
-        "samples_not_finite": int(wrong.sum()),
-        "samples": samples,
-        "grad_norm_by_module": norms,
-    }
-    return found, tensors
+        return made, grad_norms(dict(zip(trained, gradients, strict=True)))
+
+    def _sample(self, place: int, tensors: Mapping[str, Tensor]) -> SampleReport:
+        """One sample of the micro-batch that was run once more."""
+        index = int(tensors["indices"][place])
+        files = getattr(self.dataset, "files", ())
+        return SampleReport(
+            position=int(tensors["positions"][place]),
+            index=index,
+            file=str(files[index]) if len(files) == len(self.dataset) else None,
+            label=int(tensors["y"][place]),
+            t=float(tensors["t"][place]),
+            m=float(tensors["slowed_t"][place]),
+            loss=float(tensors["loss"][place]),
+            loss_recomputed=float(tensors["loss_recomputed"][place]),
+            data_not_finite=int((~tensors["x1"][place].isfinite()).sum()),
+        )
+
+    def _recorded(self, bad: BadStep, damaged: dict[str, int], error: Exception) -> RankReport:
+        """What `_examine` finds, of what was noted during the step alone."""
+        size, start = bad.each.shape[1], (bad.step - 1) * self.section.global_batch_size
+        rank, ranks = self.host_group.rank, self.host_group.ranks
+        wrong = (~bad.each.isfinite()).nonzero().tolist()
+        places = [start + (part * ranks + rank) * size + i for part, i in wrong]
+        return RankReport(
+            rank=rank,
+            loss_of_micro_batches=bad.losses.tolist(),
+            samples_not_finite=len(wrong),
+            samples=[SampleReport(place) for place in places[:NAMED]],
+            error=error_line(error, 200),
+            weights_not_finite=damaged,
+        )
+
+    def _write(
+        self, folder: Path, step: int, content: Mapping[str, object], tensors: dict[str, Tensor]
+    ) -> Path | None:
+        """The folder of one step, complete or not there; None where it could not be written."""
+        final, temporary = folder / checkpoint_name(step), folder / temporary_name(step)
+        failed = False
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            file = temporary / f"rank_{self.host_group.rank}.pt"
+            torch.save(tensors, file)
+            sync(file)
+            if self.host_group.rank == 0:
+                text = json.dumps(_plain(content), indent=1, allow_nan=False)
+                write_text(temporary / "report.json", text)
+        except (OSError, RuntimeError):  # a full disk must not hide what happened
+            failed = True
+        failed = any(self.host_group.all_gather(failed))
+        if self.host_group.rank == 0:
+            with contextlib.suppress(OSError):
+                if not failed:
+                    shutil.rmtree(final, ignore_errors=True)
+                    os.rename(temporary, final)
+                    sync(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+        return None if failed else final
+
+    def _sentences(self, bad: BadStep, ranks: list[RankReport], path: Path | None) -> str:
+        batch = self.section.global_batch_size
+        first = (bad.step - 1) * batch
+        losses = [loss for rank in ranks for loss in rank.loss_of_micro_batches]
+        text = (
+            f"loss {sum(losses) / len(losses):g}, gradient norm {bad.norm:g} at step {bad.step} "
+            f"(samples at positions {first} to {first + batch - 1})."
+        )
+        count = sum(rank.samples_not_finite for rank in ranks)
+        if count:
+            named = [s for rank in ranks if rank.samples_not_finite for s in rank.samples]
+            listed = "; ".join(sample.describe() for sample in named[:4])
+            text += f" Not finite: {listed}{f' and {count - 4} more' if count > 4 else ''}."
+        else:
+            text += " Every sample's loss was finite: the gradient alone was not."
+        for rank in ranks:
+            if rank.error is not None:
+                text += f" Rank {rank.rank} could not make it again ({rank.error})."
+        return text + (f" See {path}." if path is not None else "")
 
 
-def _recorded(bad: BadStep, config: Config, host_group: HostGroup) -> dict[str, Any]:
-    """What `_examine` finds, of what was noted during the step alone."""
-    size, start = bad.each.shape[1], (bad.step - 1) * config.train.global_batch_size
-    wrong = (~bad.each.isfinite()).nonzero().tolist()
-    places = [start + (part * host_group.ranks + host_group.rank) * size + i for part, i in wrong]
-    return {
-        "rank": host_group.rank,
-        "loss_of_micro_batches": bad.losses.tolist(),
-        "samples_not_finite": len(wrong),
-        "samples": [{"position": place} for place in places[:NAMED]],
-    }
-
-
-def _write(
-    folder: Path, step: int, content: dict, tensors: dict[str, Tensor], host_group: HostGroup
-) -> Path | None:
-    """The folder of one step, complete or not there; None where it could not be written."""
-    final = folder / run_folder.checkpoint_name(step)
-    temporary = folder / run_folder.temporary_name(step)
-    failed = False
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        file = temporary / f"rank_{host_group.rank}.pt"
-        torch.save(tensors, file)
-        files.sync(file)
-        if host_group.rank == 0:
-            text = json.dumps(_plain(content), indent=1, allow_nan=False)
-            files.write_text(temporary / "report.json", text)
-    except (OSError, RuntimeError):  # a full disk must not hide what happened
-        failed = True
-    failed = any(host_group.all_gather(failed))
-    if host_group.rank == 0:
-        with contextlib.suppress(OSError):
-            if not failed:
-                shutil.rmtree(final, ignore_errors=True)
-                os.rename(temporary, final)
-                files.sync(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-    return None if failed else final
-
-
-def _sentences(
-    bad: BadStep, ranks: list[dict], config: Config, path: Path | None, host_group: HostGroup
-) -> str:
-    c = config.train
-    first = (bad.step - 1) * c.global_batch_size
-    losses = [loss for rank in ranks for loss in rank["loss_of_micro_batches"]]
-    text = (
-        f"loss {sum(losses) / len(losses):g}, gradient norm {bad.norm:g} at step {bad.step} "
-        f"(samples at positions {first} to {first + c.global_batch_size - 1})."
-    )
-    count = sum(rank["samples_not_finite"] for rank in ranks)
-    if count:
-        named = [s for rank in ranks for s in rank["samples"] if rank["samples_not_finite"]]
-        listed = "; ".join(_sample(sample) for sample in named[:4])
-        text += f" Not finite: {listed}{f' and {count - 4} more' if count > 4 else ''}."
-    else:
-        text += " Every sample's loss was finite: the gradient alone was not."
-    text += "".join(
-        f" Rank {rank['rank']} could not make it again ({rank['error']})."
-        for rank in ranks
-        if "error" in rank
-    )
-    return text + (f" See {path}." if path is not None else "")
-
-
-def _sample(sample: dict[str, Any]) -> str:
-    if "index" not in sample:
-        return f"the sample at position {sample['position']}"
-    what = f"sample {sample['index']} of the data"
-    what += f" ({sample['file']})" if "file" in sample else ""
-    bad = sample["data_not_finite"]
-    data = f", {bad} of its numbers are not finite" if bad else ""
-    return (
-        f"{what} at position {sample['position']}, label {sample['label']}, t {sample['t']:.4g}, "
-        f"m {sample['m']:.4g}{data}"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no NaN: they become text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+def _plain(value: object) -> object:
+    """As JSON has it, which knows no NaN: they become text. What is None is left out."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

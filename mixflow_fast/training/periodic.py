@@ -1,200 +1,239 @@
-"""What is looked at beside training: validation losses, previews, and what training costs.
+"""Duties between steps: rows of metrics, previews, validation, checkpoints.
 
-Everything here reads a copy of the network, so that training's bits do not depend on whether, or
-how often, it is looked at. The copy is made once, in eager mode and in training's own precision.
+Previews and validation read a copy of the network, so that training's bits do not depend on
+whether, or how often, it is looked at. The copy is made once, in eager mode and in training's own
+precision.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from mixflow_fast.config.schema import Config
-from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.environment import environment
 from mixflow_fast.evaluation.validation_loss import GRID, TIMES, ValidationLoss, bin_centers
 from mixflow_fast.messages import error_line
-from mixflow_fast.metrics.loggers import Loggers
-from mixflow_fast.metrics.metrics_file import MetricsFile
-from mixflow_fast.metrics.throughput import Stopwatch, peak_memory_mib
 from mixflow_fast.models import Transformer
-from mixflow_fast.models.flops import peak_tflops, train_flops
-from mixflow_fast.reports.previews import caption, preview_file, write_preview
-from mixflow_fast.training.build import build_objective
+from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
+from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.nonfinite_guard import NonFiniteGuard
 
 
-class Monitor:
-    """Looks at a run while it goes: costs in each metrics row, previews, validation, loggers.
+class WatchedCopy:
+    """The network once more, as training computes it, but eager and without gradients.
 
     Args:
-        config: of the run.
-        model: the network before DeepSpeed has it, with its starting weights.
-        device: this rank's.
-        agreement: of the ranks.
+        model: the network before DeepSpeed has it.
+        precision: "fp32" or "bf16", as training's.
+        device: device of this rank.
+        kept: whether this rank keeps a copy; one that does not still takes part in gathering.
 
     Attributes:
-        waiting: runs while the loop waits for data.
+        net: the copy; None where this rank keeps none.
+    """
 
-    Raises:
-        ValueError: no data to validate on.
+    def __init__(
+        self, model: Transformer, precision: str, device: torch.device, kept: bool
+    ) -> None:
+        self.net: Transformer | None = None
+        self._holds: tuple[str, int] | None = None
+        if not kept:
+            return
+        net = copy.deepcopy(model).set_execution(mode="eager").eval().requires_grad_(False)
+        float32 = {name: net.get_parameter(name).data.clone() for name in net.float32_names}
+        net = net.to(device)
+        if precision == "bf16":
+            net = net.to(torch.bfloat16)
+        for name, value in float32.items():
+            net.get_parameter(name).data = value.to(device)
+        self.net = net
+
+    @torch.no_grad()
+    def take(self, engine: Engine, which: str, step: int) -> None:
+        """Fill the copy with "model" or "ema" weights; every rank must call it.
+
+        Two duties at one step gather once.
+        """
+        if self._holds == (which, step):
+            return
+        own = {} if self.net is None else dict(self.net.named_parameters())
+        for name, value in engine.gathered(which, stepped=step > 0):
+            if name in own:
+                own[name].copy_(value)
+        self._holds = which, step
+
+    def release(self) -> None:
+        """What it holds is no weights of the run any more: the run went back."""
+        self._holds = None
+
+
+class Logging:
+    """The duty that writes a row of metrics.
+
+    Args:
+        context: of the run.
+        timetable: when.
+        guard: has the losses, and checks them first.
+        learning_rate: as a function of the images seen.
+        global_batch_size: images a step.
     """
 
     def __init__(
         self,
-        config: Config,
-        model: Transformer,
-        device: torch.device,
-        host_group: HostGroup,
+        context: RunContext,
+        timetable: Timetable,
+        guard: NonFiniteGuard,
+        learning_rate: Callable[[int], float],
+        global_batch_size: int,
     ) -> None:
-        c = config.train
-        self._config, self._device, self._host_group = config, device, host_group
-        self._out = Path(config.out)
-        self._flops = train_flops(model)
-        self._clock = model.clock
-        on_gpu = device.type == "cuda" and c.precision == "bf16"
-        self._peak = peak_tflops(torch.cuda.get_device_name(device)) if on_gpu else None
-        self.waiting = Stopwatch()
-        self._validation = self._net = None
-        if c.validate_every:
-            mix = build_objective(config, model.clock)
-            ranks = host_group.rank, host_group.ranks, host_group.share
-            self._validation = ValidationLoss(config, mix, device, *ranks)
-        if c.validate_every or (c.preview_every and host_group.rank == 0):
-            self._net = _eager_copy(model, c.precision, device)
-        self._seen = -1  # step of the last look
-        self._metrics: MetricsFile | None = None
-        self._log: Callable[[str], None] = lambda _: None
+        self._context, self._timetable, self._guard = context, timetable, guard
+        self._learning_rate, self._batch = learning_rate, global_batch_size
 
-    def open(self, step: int, log: Callable[[str], None], **facts: Any) -> MetricsFile | None:
-        """Start the record of this part of the run; None on ranks that do not write it.
+    def due(self, step: int) -> bool:
+        """Every so many steps, and at the end of the run."""
+        return self._timetable.due(step)
 
-        Args:
-            step: steps done.
-            say: prints a line.
-            facts: what else the row of kind "start" is to tell.
+    def run(self, step: int) -> None:
+        """Read the losses of the steps since the last row. Every rank must call it.
+
+        Raises:
+            TrainingDiverged, RollBack: a step was not finite; see `NonFiniteGuard.check`.
         """
-        self._log = log
-        self._seen = step or -1  # a resumed run has looked at that step already
-        if self._host_group.rank:
-            return None
-        c = self._config.train
-        loggers = None
-        if c.loggers:
-            loggers = Loggers(c.loggers, self._out, self._config.to_dict(), step, log)
-        self._metrics = MetricsFile(self._out / "metrics.jsonl", step, loggers)
-        row = {
-            "ranks": self._host_group.ranks,
-            "clock": self._clock,
-            "train_gflops_per_image": self._flops / 1e9,
-        }
-        self._write("start", step, **row, **facts, environment=environment(self._device))
-        if c.preview_every:
-            log(f"previews: {self._out / 'previews'}: {caption(self._config)}")
-        return self._metrics
+        self._timetable.done(step)
+        images_seen = step * self._batch
+        row: dict[str, object] = {"step": step, "images_seen": images_seen}
+        row |= self._guard.row()
+        row |= {"lr": self._learning_rate(images_seen)}
+        row |= self._context.throughput.take()
+        self._context.log.training_row(row)
 
-    def cost(self, images: int, seconds: float) -> dict[str, Any]:
-        """What a window of training took, for its metrics row; every rank must call it.
 
-        Returns:
-            "seconds"; "images_per_s" over all ranks; "model_tflops" a device: FLOPs of the formula,
-            nothing that is computed twice; "peak_tflops": dense bf16 of the device where that is
-            known and what training uses; "data_wait_s" and "peak_memory_mib" (tensors of the GPU;
-            on a CPU the process) of the rank that has most.
-        """
-        mine = self.waiting.take(), peak_memory_mib(self._device)
-        waited, memory = (
-            max(values) for values in zip(*self._host_group.all_gather(mine), strict=True)
-        )
-        rate = images / seconds
-        return {
-            "images_per_s": rate,
-            "seconds": seconds,
-            "model_tflops": rate * self._flops / 1e12 / self._host_group.ranks,
-            "peak_tflops": self._peak,
-            "data_wait_s": waited,
-            "peak_memory_mib": memory,
-            "time": time.time(),
-        }
+class Previews:
+    """The duty that draws pictures from the EMA weights on rank 0, into OUT/previews.
 
-    def look(self, engine: Engine, step: int) -> float:
-        """Preview and validate where it is time to; every rank must call it after each step.
+    Args:
+        context: of the run.
+        timetable: when.
+        options: how the pictures come about.
+        watched: the copy to sample with.
+    """
 
-        Returns:
-            seconds that it took.
-        """
-        c = self._config.train
-        preview, validate = (
-            bool(every) and step != self._seen and (step % every == 0 or step == self._config.steps)
-            for every in (c.preview_every, c.validate_every)
-        )
-        if not (preview or validate):
-            return 0.0
-        if self._device.type == "cuda":  # steps that are still queued are training's time
-            torch.cuda.synchronize(self._device)
-        started = time.perf_counter()
-        self._seen = step
-        self._take(engine.gathered("ema", stepped=step > 0))
-        if preview and self._metrics is not None:
-            self._preview(step)
-        if preview:  # the others wait here, on the host, and not inside the next step's collective
-            self._host_group.all_gather(None)
-        if validate:
-            found = {"ema": self._validation(self._net)}
-            self._take(engine.gathered("model", stepped=step > 0))
-            found["model"] = self._validation(self._net)
-            self._tell(step, found)
-        return time.perf_counter() - started
+    def __init__(
+        self,
+        context: RunContext,
+        timetable: Timetable,
+        options: PreviewOptions,
+        watched: WatchedCopy,
+    ) -> None:
+        self._context, self._timetable = context, timetable
+        self._options, self._watched = options, watched
 
-    @torch.no_grad()
-    def _take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the copy; ranks without one go through the weights all the same."""
-        own = {} if self._net is None else dict(self._net.named_parameters())
-        for name, value in weights:
-            if name in own:
-                own[name].copy_(value)
+    def due(self, step: int) -> bool:
+        """Every so many steps, at the start and at the end of the run."""
+        return self._timetable.due(step)
 
-    def _preview(self, step: int) -> None:
-        path = preview_file(self._out, step)
+    def run(self, step: int) -> None:
+        """Sample on rank 0 while the others wait."""
+        self._timetable.done(step)
+        group = self._context.host_group
+        with self._context.throughput.paused():
+            self._watched.take(self._context.engine, "ema", step)
+            if group.rank == 0:
+                self.draw(step)
+            # The others wait here, on the host, and not inside the next step's collective.
+            group.all_gather(None)
+
+    def draw(self, step: int) -> None:
+        """Write the preview; training does not need it, so failing is a warning."""
+        path, log = preview_file(self._context.out, step), self._context.log
         try:
-            write_preview(self._net, self._config, path)
-            self._metrics.picture(path, step)
-        # A full disk, samples that are not finite, no room on the GPU: training does not need them.
+            write_preview(self._watched.net, self._options, path)
+            log.picture(path, step)
+        # A full disk, samples that are not finite, no room on the GPU.
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            self._log(f"warning: no preview of step {step} ({error_line(error, 200)})")
+            log.log(f"warning: no preview of step {step} ({error_line(error, 200)})")
 
-    def _tell(self, step: int, found: dict[str, Any]) -> None:
-        if self._metrics is None:
-            return
-        data = {"examples": self._validation.examples, "data": self._validation.data}
-        self._write(
-            "validation", step, **data, t=bin_centers(TIMES), grid_t=bin_centers(GRID), **found
+
+class Validation:
+    """The duty that measures losses at fixed times, of the EMA and of the live weights.
+
+    Args:
+        context: of the run.
+        timetable: when.
+        losses: what is measured.
+        description: of the examples, in words.
+        watched: the copy to measure.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        timetable: Timetable,
+        losses: ValidationLoss,
+        description: str,
+        watched: WatchedCopy,
+    ) -> None:
+        self._context, self._timetable = context, timetable
+        self._losses, self._description, self._watched = losses, description, watched
+
+    def due(self, step: int) -> bool:
+        """Every so many steps, at the start and at the end of the run."""
+        return self._timetable.due(step)
+
+    def run(self, step: int) -> None:
+        """Measure and write a row."""
+        self._timetable.done(step)
+        context, found = self._context, {}
+        with context.throughput.paused():
+            for which in ("ema", "model"):
+                self._watched.take(context.engine, which, step)
+                found[which] = self._losses(self._watched.net)
+        examples = self._losses.examples
+        context.log.row(
+            "validation",
+            step,
+            examples=examples,
+            data=self._description,
+            t=bin_centers(TIMES),
+            grid_t=bin_centers(GRID),
+            **{which: asdict(losses) for which, losses in found.items()},
         )
-        losses = ", ".join(f"{name} {loss['loss']:.4f}" for name, loss in found.items())
-        what = f"{self._validation.examples} {self._validation.data}"
-        self._log(f"{self._out.name}: step {step} validation loss {losses} ({what})")
-
-    def _write(self, kind: str, step: int, **values: Any) -> None:
-        images = step * self._config.train.global_batch_size
-        now = time.time()
-        self._metrics.write(
-            {"kind": kind, "step": step, "images_seen": images, "time": now, **values}
-        )
+        values = ", ".join(f"{which} {losses.loss:.4f}" for which, losses in found.items())
+        what = f"{examples} {self._description}"
+        context.log.log(f"{context.out.name}: step {step} validation loss {values} ({what})")
 
 
-def _eager_copy(model: Transformer, precision: str, device: torch.device) -> Transformer:
-    """The network once more, as training computes it, but eager and without gradients."""
-    net = copy.deepcopy(model).set_execution(mode="eager").eval().requires_grad_(False)
-    kept = {name: net.get_parameter(name).data.clone() for name in net.float32_names}
-    net = net.to(device)
-    if precision == "bf16":
-        net = net.to(torch.bfloat16)
-    for name, value in kept.items():
-        net.get_parameter(name).data = value.to(device)
-    return net
+class Checkpoints:
+    """The duty that writes resumable checkpoints.
+
+    Args:
+        context: of the run.
+        timetable: when.
+        check: raises where the weights must not be saved.
+        save: writes the checkpoint.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        timetable: Timetable,
+        check: Callable[[], None],
+        save: Callable[[], Path],
+    ) -> None:
+        self._context, self._timetable = context, timetable
+        self._check, self._save = check, save
+
+    def due(self, step: int) -> bool:
+        """Every so many steps, and at the end of the run."""
+        return self._timetable.due(step)
+
+    def run(self, step: int) -> None:
+        """Check the steps since the last look, and save."""
+        self._timetable.done(step)
+        with self._context.throughput.paused():
+            self._check()
+            self._save()

@@ -15,14 +15,56 @@ from mixflow_fast.objective.mixflow import Interpolation, MixFlow
 T_BUCKETS = 8
 
 
+@dataclass(frozen=True)
+class BadStep:
+    """One rank's record of a step, on the CPU.
+
+    Attributes:
+        step: its number, from 1 on.
+        norm: the global gradient norm, not finite.
+        losses: (A,) of the rank's micro-batches.
+        each: (A, M) of their samples.
+    """
+
+    step: int
+    norm: float
+    losses: Tensor
+    each: Tensor
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What the network made of a micro-batch of M examples.
+
+    Attributes:
+        it: what the network was fed, with its times.
+        y: (M,) int64 labels as the network saw them, some dropped.
+        pred: the prediction, of the shape of it.x.
+        alignment: scalar term of the teacher, not weighted.
+        loss: scalar loss with the weighted term.
+    """
+
+    it: Interpolation
+    y: Tensor
+    pred: Tensor
+    alignment: Tensor
+    loss: Tensor
+
+
 class StepRecord:
-    """What the steps since the last look were, on the device.
+    """Losses and gradient norms of the steps since they were drained, on the device.
+
+    A step that waited for its loss would leave the device idle: so it is only noted, and read where
+    metrics are written and before each save.
 
     Args:
-        device: of the run.
-        steps: that may pass between two looks.
+        device: device of this rank.
+        steps: how many may pass before `drain`.
         microsteps: micro-batches of a step on this rank.
         microbatch: samples in one.
+
+    Attributes:
+        last_norm: gradient norm of the last step that was drained; None without any.
     """
 
     def __init__(self, device: torch.device, steps: int, microsteps: int, microbatch: int) -> None:
@@ -32,6 +74,12 @@ class StepRecord:
         self._numbers: list[int] = []
         self._t: list[Tensor] = []
         self._edges = torch.arange(T_BUCKETS, device=device)
+        self.last_norm: float | None = None
+        self.clear_means()
+
+    def reset(self) -> None:
+        """Begin anew: the steps in it are not the run's any more."""
+        self._numbers, self._t = [], []
         self.clear_means()
 
     def clear_means(self) -> None:
@@ -71,8 +119,8 @@ class StepRecord:
         self._numbers.append(number)
         self._t = []
 
-    def look(self) -> list[tuple[int, BadStep | None]]:
-        """Every step since the last look, with its record if it was bad. Waits for the device."""
+    def drain(self) -> list[tuple[int, BadStep | None]]:
+        """Every step since the last call, with its record if it was bad. Waits for the device."""
         count = min(len(self._numbers), len(self._norms))
         first = len(self._numbers) - count
         norms = self._norms.tolist()
@@ -96,39 +144,3 @@ class StepRecord:
         dist.all_reduce(whole)
         whole = whole.cpu()
         return whole[:3] / dist.get_world_size(), whole[3:].view(2, T_BUCKETS)
-
-
-@dataclass(frozen=True)
-class BadStep:
-    """One rank's record of a step, on the CPU.
-
-    Attributes:
-        step: its number, from 1 on.
-        norm: the global gradient norm, not finite.
-        losses: (A,) of the rank's micro-batches.
-        each: (A, M) of their samples.
-    """
-
-    step: int
-    norm: float
-    losses: Tensor
-    each: Tensor
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What the network made of a micro-batch.
-
-    Attributes:
-        it: what it was fed, with its times.
-        y: (M,) labels as it saw them.
-        pred: its prediction.
-        alignment: term of the teacher, not weighted.
-        loss: all of it.
-    """
-
-    it: Interpolation
-    y: Tensor
-    pred: Tensor
-    alignment: Tensor
-    loss: Tensor

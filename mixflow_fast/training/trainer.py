@@ -1,4 +1,4 @@
-"""Post-training loop on DeepSpeed. The way of a batch is in `Trainer._step`, top to bottom.
+"""Post-training loop on DeepSpeed. The way of a batch is in `train_step` and `forward`.
 
 Every draw is a function of (seed, global position), so a run's examples and noise do not depend on
 the number of ranks, the micro-batch or interruptions: resuming needs a counter and DeepSpeed's
@@ -8,37 +8,62 @@ state. Nothing in a step waits for the device; the loss is read every `train.log
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from mixflow_fast import files
-from mixflow_fast.checkpoints import run_folder
-from mixflow_fast.checkpoints.resume import check_resume, resharded_from, start_from
-from mixflow_fast.checkpoints.shards import fill_network
+from mixflow_fast.checkpoints.resume import find
+from mixflow_fast.checkpoints.run_folder import (
+    RunFolder,
+    RunState,
+    choose_checkpoint,
+    read_state,
+)
+from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch, BatchLoader
 from mixflow_fast.distributed import lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
+from mixflow_fast.environment import environment
+from mixflow_fast.evaluation.validation_loss import ValidationLoss
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.choice import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.metrics.progress import Progress
+from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.flops import peak_tflops, train_flops
 from mixflow_fast.optim.lr_schedule import learning_rate
-from mixflow_fast.training.alignment import Alignment
-from mixflow_fast.training.build import build_data, build_execution, build_model, build_objective
-from mixflow_fast.training.ema_writer import SnapshotWriter, describe_averages
+from mixflow_fast.reports.previews import PreviewOptions, caption
+from mixflow_fast.training.attention import agree_on_attention, describe_network
+from mixflow_fast.training.build import RunParts, build_run
+from mixflow_fast.training.duty import Duty, RunContext, Timetable
+from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.nonfinite_guard import NonFiniteGuard, RollBack, TrainingDiverged
-from mixflow_fast.training.periodic import Monitor
-from mixflow_fast.training.step_record import StepOutput
+from mixflow_fast.training.nonfinite_guard import (
+    GuardState,
+    NonFiniteGuard,
+    RollBack,
+    TrainingDiverged,
+)
+from mixflow_fast.training.nonfinite_report import Examiner, Network
+from mixflow_fast.training.periodic import (
+    Checkpoints,
+    Logging,
+    Previews,
+    Validation,
+    WatchedCopy,
+)
+from mixflow_fast.training.run_log import RunLog
+from mixflow_fast.training.step_record import StepOutput, StepRecord
+
+# Called after a step with its number, what its micro-batches gave on this rank, and this rank's
+# mean (loss, alignment). Whoever sets it keeps a step's tensors alive until it returns.
+OnStep = Callable[[int, list[StepOutput], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -60,11 +85,20 @@ class Trainer:
     """One run: everything is checked and built here, `run` trains.
 
     Args:
-        config: the run's configuration.
+        config: configuration of the run.
         resume: "auto" continues the run in `config.out` if there is one, "never" refuses a folder
             that already holds one.
         quiet: print no progress.
         recipe: where the configuration came from, for the run's report.
+
+    Attributes:
+        step: optimizer steps done.
+        model, mix, dataset, alignment: network, objective, examples and REPA's term.
+        engine: DeepSpeed around the network.
+        guard: what to do with steps that are not finite.
+        objective: which implementation of it runs, in words.
+        attention: the chosen attention backends.
+        on_step: a hook, None by default; see `OnStep`.
 
     Raises:
         ValueError: anything wrong with the configuration, data, starting weights or the run folder,
@@ -76,69 +110,37 @@ class Trainer:
     ) -> None:
         if resume not in ("auto", "never"):
             raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
-        self.config = config
-        self.out = Path(config.out)
         ranks = process_group.world_size()
         validate(config, ranks)
-        self.model = build_model(config)
-        self.mix = build_objective(config, self.model.clock)
-        self.dataset = build_data(config)
-        self.device = process_group.init_process_group(
-            config.train.device, 60 * config.train.timeout_minutes
-        )
-        self._host_group = HostGroup(process_group.timeout())
-        self._lock: IO[str] | None = None
-        try:
-            self._prepare(config, resume, quiet, recipe, ranks)
-        except BaseException:
-            self._unlock()
-            raise
-
-    def _prepare(
-        self, config: Config, resume: str, quiet: bool, recipe: str | None, ranks: int
-    ) -> None:
-        if (self.out / "checkpoints").is_dir():
-            self._take_lock()  # another run may be writing its last checkpoint
-        chosen = run_folder.choose_checkpoint(self.out, self._host_group, set_aside=True)
-        self._resume_from, self._passed_over = chosen
-        self.step = 0
-        self._resharded_from = ""
-        self._attention_before: list[str] | None = None
-        state: dict[str, Any] = {}
-        if self._resume_from is not None:
-            if resume == "never":
-                raise ValueError(
-                    f"{self.out} already holds a run (step {self._resume_from.name}): choose "
-                    "another out=, delete it, or resume with --resume auto"
-                )
-            state = check_resume(config, self._resume_from)
-            self.step = state["step"]
-            if config.model.attention == "auto":
-                self._attention_before = state.get("attention")
-            self._resharded_from = resharded_from(config, self._resume_from, ranks)
-            fill_network(self.model, self._resume_from, trained=bool(self._resharded_from))
-        elif (self.out / "weights.pt").exists():
-            raise ValueError(
-                f"{self.out} holds weights.pt of a run whose checkpoints are gone: choose another "
-                f"out= (train.init={self.out} starts from those weights), or delete it"
-            )
-        elif config.train.init is not None:
-            start_from(self.model, run_folder.weights_file(config.train.init))
-        self.alignment = Alignment(config, self.mix, self.device)
+        self.config, self.out, self._recipe = config, Path(config.out), recipe
+        self.microbatch = config.microbatch(ranks)
+        self.quiet = quiet or process_group.rank() > 0
+        self.on_step: OnStep | None = None
+        self.device = process_group.local_device(config.train.device)
+        parts = build_run(config, self.device)
+        self.model, self.mix, self.alignment = parts.model, parts.mix, parts.alignment
+        self.dataset = parts.dataset
         fused = runtime.use_kernels(self.mix.impl, self.device)
         self.objective = "Triton kernels" if fused else "PyTorch reference"
-        self.model.set_execution(build_execution(config, self.device))
-        self.attention = self._choose_attention(ranks)
-        self.engine = Engine(config, self.model, self.device)
-        self.monitor = Monitor(config, self.model, self.device, self._host_group)
-        self.snapshots = SnapshotWriter(config, self._host_group)
-        self._recipe = recipe
-        self._prepare_folder()
-        self.engine.start(self._resume_from, resharded_from=bool(self._resharded_from))
-        run = config, self.mix, self.dataset, self.engine, self._forward
-        self.guard = NonFiniteGuard(*run, self._host_group, self.device, state.get("safety"))
-        self._saved = self.step if self._resume_from else -1
-        self.quiet = quiet or process_group.rank() > 0
+        process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
+        self.host_group = HostGroup(process_group.timeout())
+        self._folder = RunFolder(self.out, self.host_group)
+        try:
+            self._start = find(config, self._folder, ranks, resume)
+            self._start.fill(self.model, config.train.init)
+            self.model.set_execution(parts.execution)
+            self.attention = self._choose_attention()
+            self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
+            self._watch(parts)
+            self._folder.make(config.to_yaml(), self._start.checkpoint)
+            self.engine.start(self._start.checkpoint, resharded=bool(self._start.resharded_from))
+        except BaseException:
+            self._folder.close()
+            raise
+        self.step = self._start.step
+        self._saved = self.step if self._start.checkpoint else -1
+        self._resharded = bool(self._start.resharded_from)
+        self.guard = self._build_guard()
         self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
@@ -158,102 +160,82 @@ class Trainer:
                 while not self._train(messages):
                     messages = [self._go_back()]
         finally:
-            self._unlock()
-            self.engine.close()
+            self.close()
         return TrainResult(self.out, self.step, self.images_seen, self.step >= self.config.steps)
 
+    def close(self) -> None:
+        """Let go of the run folder, and take back what DeepSpeed changed for the process."""
+        self._folder.close()
+        self.engine.close()
+
     def _train(self, messages: list[str]) -> bool:
-        """From this step on; False where a step was bad and the run is to go back."""
-        c, total = self.config.train, self.config.steps
-        loader = BatchLoader(
-            self.dataset,
-            seed=c.seed,
-            global_batch_size=c.global_batch_size,
-            microbatch_size=self.config.microbatch(process_group.world_size()),
-            rank=process_group.rank(),
-            world_size=process_group.world_size(),
-            start_position=self.images_seen,
-            num_workers=self.config.data.workers,
-        )
-        progress = Progress(total, self.step, self.out.name, self.quiet)
-        facts = {"objective": f"{self.objective} on {self.device}",
-                 "network": self._describe_network(),
-                 "averages": describe_averages(self.config)}  # fmt: skip
-        for name, words in facts.items():
-            progress.log(f"{name}: {words}")
-        metrics = self.monitor.open(self.step, progress.log, **facts, recipe=self._recipe)
-        self.guard.log = progress.log
-        for line in messages:
-            progress.log(line)
-        window = _Window()
-        try:
-            with loader:
-                if c.on_nonfinite == "rollback" and (self._saved < 0 or self._resharded_from):
-                    self.save()  # else there is nothing to go back to
-                window.started += self.monitor.look(self.engine, self.step)
-                while self.step < total and not self._stop.requested():
-                    self._step(loader)
-                    window.images += c.global_batch_size
-                    progress.step()
-                    if self.step % c.log_every == 0 or self.step == total:
-                        row = self._metrics_row(window)
-                        window = _Window()
-                        if metrics is not None:
-                            metrics.write(row)
-                        progress.report(row)
-                    window.started += self.monitor.look(self.engine, self.step)
-                    self.snapshots.look(self.engine, self.step, self._metadata(), self.guard.check)
-                    if c.save_every and self.step % c.save_every == 0:
-                        started = time.perf_counter()
-                        self.guard.check()
-                        self.save()
-                        window.started += time.perf_counter() - started
-                if self._saved != self.step:
-                    self.guard.check()
-                    self.save()
-        except RollBack as bad:
-            progress.log(f"{self.out}: {bad}")
-            return False
-        finally:
-            progress.close()
-            if metrics is not None:
-                metrics.close()
-        if self.step < total:
-            progress.log(f"{self.out}: stopped after step {self.step}; the same command resumes")
+        """Train from this step on; False where a step was bad and the run is to go back."""
+        total = self.config.steps
+        with self._open_log(messages) as log, self._loader() as loader:
+            duties = self._duties(log)
+            self._throughput.restart()
+            try:
+                if self._wants_a_checkpoint_first():
+                    duties[-1].run(self.step)
+                while True:
+                    for duty in duties:
+                        if duty.due(self.step):
+                            duty.run(self.step)
+                    if self.step >= total or self._stop.requested():
+                        break
+                    self.train_step(loader)
+                    self._throughput.add(self.config.train.global_batch_size)
+                    log.step()
+                if self._saved != self.step:  # asked to stop
+                    duties[-1].run(self.step)
+            except RollBack as bad:
+                log.log(f"{self.out}: {bad}")
+                return False
+            if self.step < total:
+                log.log(f"{self.out}: stopped after step {self.step}; the same command resumes")
         return True
 
-    def _go_back(self) -> str:
-        """To the newest checkpoint; what was done, in words."""
-        newest, _ = run_folder.choose_checkpoint(self.out, self._host_group)
-        if newest is None or not self.engine.load(newest):
-            raise TrainingDiverged(f"{self.out} holds no checkpoint to go back to")
-        self.step = self._saved = run_folder.read_state(newest)["step"]
-        return f"{self.out}: back after step {self.step}, without {self.guard.left_out[-1]} now"
+    def train_step(self, loader: BatchLoader) -> Tensor:
+        """One optimizer step over the next micro-batches of a loader. Every rank must call it.
 
-    def _step(self, loader: BatchLoader) -> Tensor:
-        """One optimizer step; this rank's mean (loss, alignment term in it), on the device."""
-        if self.step + 1 in self.guard.left_out:  # the run went back before it
-            nothing = [torch.nan for _ in range(loader.microsteps) if next(loader)]
+        Returns:
+            (2,) float32 on the device: this rank's mean loss, and the alignment term in it before
+            its weight; NaN for a step that the run passes over after going back before it.
+        """
+        if self.step + 1 in self.guard.state.left_out:
+            for _ in range(loader.microsteps):
+                next(loader)
             self.step += 1
-            return torch.tensor(nothing)
+            return torch.full((2,), torch.nan)
         end = self.images_seen + self.config.train.global_batch_size
         self.engine.set_lr(self._learning_rate(end))
         totals = torch.zeros(2, device=self.device)
+        outputs: list[StepOutput] = []
         for _ in range(loader.microsteps):
-            with self.monitor.waiting:
+            with self._throughput.waiting:
                 batch = next(loader)
-            made = self._forward(self.engine, batch.to(self.device))
+            made = self.forward(self.engine, batch.to(self.device))
             loss = self.guard.record.micro_batch(made.loss, self.mix, made.pred, made.it)
             self.engine.backward(loss)
             self.engine.step()
             totals += torch.stack([made.loss, made.alignment]).detach()
+            if self.on_step is not None:
+                outputs.append(made)
         self.step += 1
         means = totals / loader.microsteps
         self.guard.record.end_step(self.step, means, self.engine.grad_norm())
+        if self.on_step is not None:
+            self.on_step(self.step, outputs, means)
         return means
 
-    def _forward(self, net: Any, batch: Batch) -> StepOutput:
-        y = self._drop_labels(batch.y, batch.positions)
+    def forward(self, net: Network, batch: Batch) -> StepOutput:
+        """From a micro-batch on the device to its loss.
+
+        Args:
+            net: the engine, or the network itself.
+            batch: M examples.
+        """
+        y = self.drop_labels(batch.y, batch.positions)
         it = self.mix.prepare(batch.x, ids=batch.positions)
         output = net(it.x, it.t, y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
@@ -261,12 +243,56 @@ class Trainer:
         loss = self.mix.loss(pred, it) + self.alignment.weight * alignment
         return StepOutput(it, y, pred, alignment, loss)
 
-    def _drop_labels(self, y: Tensor, positions: Tensor) -> Tensor:
+    def drop_labels(self, y: Tensor, positions: Tensor) -> Tensor:
+        """(M,) labels with the null class in place of some, a function of (seed, position)."""
         probability = self.config.train.label_dropout
         if not probability:
             return y
         u = philox.uniform(self.config.train.seed, Stream.LABEL_DROPOUT, positions)[:, 0]
         return torch.where(u < probability, self.model.null_class, y)
+
+    def save(self) -> Path:
+        """Write a resumable checkpoint; complete or not there. Every rank must call it.
+
+        Raises:
+            SaveError: a rank could not write (a full disk); on all. Older checkpoints stay.
+        """
+        c = self.config.train
+        writer = CheckpointWriter(self.out, self.step, self.host_group)
+        self.engine.save(writer)
+        metadata = self._metadata()
+        ended = self.step >= self.config.steps
+        if c.save_weights == "always" or (c.save_weights == "end" and ended):
+            model_state, ema_state = self.engine.full_states(stepped=self.step > 0)
+            if self.host_group.rank == 0:
+                with writer.attempt():
+                    save_weights(writer.folder / "weights.pt", model_state, ema_state, metadata)
+        state = RunState(
+            metadata=metadata,
+            step=self.step,
+            images_seen=self.images_seen,
+            world_size=self.host_group.ranks,
+            attention=[choice.backend for choice in self.attention] or None,
+            safety=asdict(self.guard.state),
+        )
+        path = writer.commit(state, c.keep, c.keep_every)
+        self._saved, self._resharded = self.step, False
+        return path
+
+    def _go_back(self) -> str:
+        """Load the newest checkpoint; what was done, in words."""
+        newest, _ = choose_checkpoint(self.out, self.host_group)
+        if newest is None or not self.engine.load(newest):
+            raise TrainingDiverged(f"{self.out} holds no checkpoint to go back to")
+        self.step = self._saved = read_state(newest).step
+        self.watched.release()
+        left_out = self.guard.state.left_out[-1]
+        return f"{self.out}: back after step {self.step}, without {left_out} now"
+
+    def _wants_a_checkpoint_first(self) -> bool:
+        """Whether there is nothing to go back to: no checkpoint, or shards cut for other ranks."""
+        none = self._saved < 0 or self._resharded
+        return self.config.train.on_nonfinite == "rollback" and none
 
     def _learning_rate(self, images_seen: int) -> float:
         p = self.config.optim
@@ -279,77 +305,8 @@ class Trainer:
             final_lr=p.final_lr,
         )
 
-    def _choose_attention(self, ranks: int) -> list[AttentionChoice]:
-        """One choice on all ranks, and the one from before where a run goes on: the same bits."""
-        micro = self.config.microbatch(ranks)
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
-        shape = micro, dtype, self.device
-        names = self._attention_before
-        with self._host_group.raise_together():
-            if self._is_writer:
-                try:
-                    choices = self.model.choose_attention(*shape, names)
-                except ValueError:
-                    if names is None:
-                        raise
-                    # Another GPU, or a package that is gone: it gives other last bits anyway.
-                    choices = self.model.choose_attention(*shape)
-                names = [choice.backend for choice in choices] or None
-        return self.model.choose_attention(*shape, self._host_group.all_gather(names)[0])
-
-    def _describe_start(self) -> list[str]:
-        messages = list(self._passed_over)
-        if self.step and self.step < self.config.steps:
-            messages.append(f"{self.out}: resumed after step {self.step} of {self.config.steps}")
-            if self._resharded_from:
-                messages.append(
-                    f"{self.out}: its checkpoint is of {self._resharded_from}: the same examples "
-                    "and noise, sums equal to rounding"
-                )
-        return messages
-
-    def _describe_network(self) -> str:
-        how = self.model.execution
-        words = [f"mode {how.mode}"]
-        for choice in self.attention:
-            words.append(f"attention {choice.backend} ({choice.tested[choice.backend]})")
-        before = self._attention_before
-        if before and before != [choice.backend for choice in self.attention]:
-            words.append(f"not {', '.join(before)} as before, which does not pass here")
-        if not self.attention:
-            words.append("attention by PyTorch's choice")
-        if how.checkpointing != "none":
-            words.append(f"activation checkpointing: {how.checkpointing}")
-        return ", ".join(words)
-
-    def save(self) -> Path:
-        """Write a resumable checkpoint; complete or not there. Every rank must call it.
-
-        Raises:
-            SaveError: a rank could not write (a full disk); on all. Older checkpoints stay.
-        """
-        writing = run_folder.Writing(self.out, self.step, self._host_group)
-        self.engine.save(writing)
-        metadata = self._metadata()
-        wanted, ended = self.config.train.save_weights, self.step >= self.config.steps
-        if wanted == "always" or (wanted == "end" and ended):
-            model_state, ema_state = self.engine.full_states(stepped=self.step > 0)
-            if self._is_writer:
-                with writing.attempt():
-                    save_weights(writing.folder / "weights.pt", model_state, ema_state, metadata)
-        state = {
-            "metadata": metadata,
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "world_size": process_group.world_size(),
-            "attention": [choice.backend for choice in self.attention] or None,
-            "safety": self.guard.state(),
-        }
-        path = writing.commit(state, self.config.train.keep, self.config.train.keep_every)
-        self._saved, self._resharded_from = self.step, ""
-        return path
-
-    def _metadata(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, str | int]:
+        """Metadata of a weights file at this step."""
         return {
             "steps": self.step,
             "images_seen": self.images_seen,
@@ -358,52 +315,151 @@ class Trainer:
             "config": json.dumps(self.config.to_dict()),
         }
 
-    def _prepare_folder(self) -> None:
-        """Make the run's folder."""
-        if self._resume_from is None:
-            with self._host_group.raise_together():
-                if self._is_writer:
-                    (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-        with self._host_group.raise_together():
-            if self._is_writer:
-                if self._resume_from is not None:
-                    run_folder.publish(self._resume_from, self.out)
-                files.write_text(self.out / "config.yaml", self.config.to_yaml())
+    def _choose_attention(self) -> list[AttentionChoice]:
+        precision = self.config.train.precision
+        return agree_on_attention(
+            self.model, self.microbatch, precision, self.device, self.host_group, self._used_before
+        )
 
-    def _take_lock(self) -> None:
-        """Keep other runs out of the folder, and put what killed ones left in order."""
-        with self._host_group.raise_together():
-            if self._is_writer and self._lock is None:
-                self._lock = run_folder.lock(self.out)
-                run_folder.clean_unfinished(self.out)
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-    def _metrics_row(self, window: _Window) -> dict[str, Any]:
-        losses = self.guard.row()
-        seconds = time.perf_counter() - window.started
-        return {
-            "step": self.step,
-            "images_seen": self.images_seen,
-            **losses,
-            "lr": self._learning_rate(self.images_seen),
-            **self.monitor.cost(window.images, seconds),
-        }
+    def describe_network(self) -> str:
+        """How the network is run: mode, attention, checkpointing."""
+        return describe_network(self.model, self.attention, self._used_before)
 
     @property
-    def _is_writer(self) -> bool:
-        return process_group.rank() == 0
+    def _used_before(self) -> list[str] | None:
+        """Attention backends that the run used up to here, where this part does not name one."""
+        state = self._start.state
+        named = self.config.model.attention != "auto"
+        return None if state is None or named else state.attention
 
+    def _watch(self, parts: RunParts) -> None:
+        """What looks at the run from outside: costs, previews, validation."""
+        c, group, flops = self.config.train, self.host_group, train_flops(self.model)
+        peak = None
+        if self.device.type == "cuda" and c.precision == "bf16":
+            peak = peak_tflops(torch.cuda.get_device_name(self.device))
+        self._train_flops, self._previews = flops, PreviewOptions.of(self.config)
+        self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
+        kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
+        self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
+        self._validation: tuple[ValidationLoss, str] | None = None
+        if parts.validation is not None:
+            losses = ValidationLoss(
+                parts.validation.dataset,
+                self.mix,
+                self.device,
+                examples=c.validate_examples,
+                batch_size=c.microbatch_size,
+                rank=group.rank,
+                ranks=group.ranks,
+                all_gather=group.all_gather,
+            )
+            self._validation = losses, parts.validation.description
 
-class _Window:
-    """What was done since the last report."""
+    def _build_guard(self) -> NonFiniteGuard:
+        c, state = self.config.train, self._start.state
+        share = c.global_batch_size // self.host_group.ranks
+        steps = min(c.log_every, self.config.steps)
+        return NonFiniteGuard(
+            c,
+            self.out,
+            StepRecord(self.device, steps, share // self.microbatch, self.microbatch),
+            Examiner(
+                section=c,
+                out=self.out,
+                dataset=self.dataset,
+                mix=self.mix,
+                engine=self.engine,
+                forward=self.forward,
+                host_group=self.host_group,
+                device=self.device,
+            ),
+            aligned=bool(self.config.objective.alignment_weight),
+            state=None if state is None else GuardState(**state.safety),
+        )
 
-    def __init__(self) -> None:
-        self.images = 0
-        self.started = time.perf_counter()
+    def _loader(self) -> BatchLoader:
+        """Micro-batches of this rank from this step on."""
+        c = self.config.train
+        return BatchLoader(
+            self.dataset,
+            seed=c.seed,
+            global_batch_size=c.global_batch_size,
+            microbatch_size=self.microbatch,
+            rank=self.host_group.rank,
+            world_size=self.host_group.ranks,
+            start_position=self.images_seen,
+            num_workers=self.config.data.workers,
+        )
+
+    def _open_log(self, messages: list[str]) -> RunLog:
+        """Begin the record of this part of the run, and tell people what runs."""
+        c = self.config.train
+        log = RunLog(
+            self.out,
+            self.step,
+            self.config.steps,
+            global_batch_size=c.global_batch_size,
+            loggers=c.loggers,
+            config=self.config.to_dict(),
+            writes=self.host_group.rank == 0,
+            quiet=self.quiet,
+        )
+        facts = {
+            "objective": f"{self.objective} on {self.device}",
+            "network": self.describe_network(),
+            "averages": describe_averages(self.config.optim, self.config.steps),
+        }
+        for name, words in facts.items():
+            log.log(f"{name}: {words}")
+        log.row(
+            "start",
+            self.step,
+            ranks=self.host_group.ranks,
+            clock=self.model.clock,
+            train_gflops_per_image=self._train_flops / 1e9,
+            recipe=self._recipe,
+            environment=environment(self.device),
+            **facts,
+        )
+        if c.preview_every:
+            log.log(f"previews: {self.out / 'previews'}: {caption(self._previews)}")
+        for line in messages:
+            log.log(line)
+        self.guard.log = log.log
+        return log
+
+    def _duties(self, log: RunLog) -> list[Duty]:
+        """What is done between steps, in this order; checkpoints come last."""
+        c, p, total, step = self.config.train, self.config.optim, self.config.steps, self.step
+        beginning = step or -1  # a resumed run has looked at that step already
+        context = RunContext(self.out, self.engine, self.host_group, self._throughput, log)
+        check, batch = self.guard.check, c.global_batch_size
+        rows = Timetable(c.log_every, total, step)
+        duties: list[Duty] = [Logging(context, rows, self.guard, self._learning_rate, batch)]
+        if c.preview_every:
+            when, options = Timetable(c.preview_every, total, beginning), self._previews
+            duties.append(Previews(context, when, options, self.watched))
+        if self._validation is not None:
+            when, (losses, words) = Timetable(c.validate_every, total, beginning), self._validation
+            duties.append(Validation(context, when, losses, words, self.watched))
+        if p.ema_sigma_rel:
+            when = Timetable(p.snapshot_every or c.save_every, total, step)
+            duties.append(EmaSnapshots(context, when, p.ema_sigma_rel, self._metadata, check))
+        when = Timetable(c.save_every, total, step)
+        return [*duties, Checkpoints(context, when, check, self.save)]
+
+    def _describe_start(self) -> list[str]:
+        """Lines on how the run came to this step."""
+        messages, start = list(self._start.passed_over), self._start
+        if self.step and self.step < self.config.steps:
+            messages.append(f"{self.out}: resumed after step {self.step} of {self.config.steps}")
+            if start.resharded_from:
+                messages.append(
+                    f"{self.out}: its checkpoint is of {start.resharded_from}: the same examples "
+                    "and noise, sums equal to rounding"
+                )
+        return messages
 
 
 def train(

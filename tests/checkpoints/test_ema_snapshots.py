@@ -150,7 +150,8 @@ def test_damaged_snapshot(run: Path, tmp_path: Path) -> None:
 
 
 def test_windows_in_words(tmp_path: Path) -> None:
-    words = describe_averages(tiny(tmp_path, *OPTIONS, "optim.ema_sigma_rel=[0.1]"))
+    config = tiny(tmp_path, *OPTIONS, "optim.ema_sigma_rel=[0.1]")
+    words = describe_averages(config.optim, config.steps)
     assert "decay 0.995 (window 200 steps), longer than the run's 24" in words
     assert "decay 0.5 (window 2 steps); decay 0.9 (window 10 steps)" in words
     assert "power functions of width 0.1" in words

@@ -68,7 +68,7 @@ def test_one_rank_two_ranks_one_rank(tmp_path: Path, layouts: list[tuple[str, in
         two = newest_checkpoint(out)
         shutil.copytree(two, f"{out}.two")
         config = configured(out, precision, stage, 48)
-        assert resharded_from(config, two, 1) == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
+        assert resharded_from(two, stage, 1) == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
         trainer = Trainer(config, quiet=True)
         assert_same_states(Path(f"{out}.two"), trainer.save())
         last = recording(trainer)
@@ -105,8 +105,7 @@ def test_another_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         before = shutil.copytree(newest_checkpoint(out), tmp_path / f"before_{number}")
         trainer = Trainer(configured(out, "fp32", stage, 24), quiet=True)
         assert_same_states(before, trainer.save())
-        trainer._lock.close()
-        trainer.engine.close()
+        trainer.close()
     train(configured(out, "fp32", 0, 24))
     assert "its checkpoint is of" not in capsys.readouterr().err
     train(configured(tmp_path / "whole", "fp32", 0, 24), quiet=True)
@@ -119,7 +118,7 @@ def test_another_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_saved_before_the_first_step(tmp_path: Path) -> None:
     trainer = Trainer(configured(tmp_path, "fp32", 1, 16), quiet=True)
     first = trainer.save()
-    trainer._lock.close()
+    trainer.close()
     assert {tuple(values) for values in full_states(first).values()} == {("weight",)}
     assert train(configured(tmp_path, "fp32", 2, 16), quiet=True).step == 2
 

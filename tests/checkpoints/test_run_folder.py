@@ -16,12 +16,12 @@ import pytest
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.run_folder import (
+    RunState,
     choose_checkpoint,
     clean_unfinished,
-    commit,
     newest_checkpoint,
-    temporary_name,
 )
+from mixflow_fast.checkpoints.writing import commit, temporary_name
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group
@@ -40,12 +40,16 @@ def host_group() -> HostGroup:
     return HostGroup()
 
 
+def state_of(step: int) -> RunState:
+    return RunState(metadata={}, step=step, images_seen=8 * step, world_size=1)
+
+
 def write_checkpoint(out: Path, step: int, keep: int = 2, keep_every: int = 0) -> Path:
     temporary = out / "checkpoints" / temporary_name(step)
     (temporary / "part").mkdir(parents=True)
     for name in ("weights.pt", "rank_0.pt", "part/rank_1.pt"):
         (temporary / name).write_bytes(f"{step} {name}".encode() * 1000)
-    return commit(out, step, {"step": step}, keep, keep_every)
+    return commit(out, state_of(step), keep, keep_every)
 
 
 def names(out: Path) -> list[str]:
@@ -200,7 +204,7 @@ def test_nothing_is_deleted_before_the_new_one_is_complete(tmp_path: Path) -> No
     temporary.mkdir()
     listed = {"rank_1.pt": {"bytes": 5, "crc32": 0}}
     with pytest.raises(OSError, match="rank_1.pt is missing as rank 0 sees.*machines share"):
-        commit(tmp_path, 2, {"step": 2}, keep=1, files=listed)
+        commit(tmp_path, state_of(2), keep_last=1, entries=listed)
     assert manifest.damage(older, checksums=(0, 1)) is None
     assert not (temporary / "manifest.json").exists()
     (tmp_path / "checkpoints" / ".deleting_step_00000000").mkdir()
@@ -292,9 +296,10 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
 
 LIMITED = """
 import os, resource, sys
-from mixflow_fast import checkpoint, cli
+from mixflow_fast import cli
+from mixflow_fast.checkpoints.writing import CheckpointWriter
 
-plain = checkpoint.Writing.commit
+plain = CheckpointWriter.commit
 
 def commit(self, *args, **kwargs):
     path = plain(self, *args, **kwargs)
@@ -302,7 +307,7 @@ def commit(self, *args, **kwargs):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     return path
 
-checkpoint.Writing.commit = commit
+CheckpointWriter.commit = commit
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -58,7 +58,7 @@ def test_rae_recipes_match_the_published_model(name: str, side: int) -> None:
     assert c.objective.shift == pytest.approx((768 * side * side / 4096) ** 0.5, rel=1e-12)
     assert (c.objective.gamma, c.steps, c.optim.ema_decay) == (0.4, 250_000, 0.9995)
     assert (c.optim.beta2, c.optim.grad_clip) == (0.95, 1.0)
-    model = build_model(c, "meta")
+    model = build_model(c.model, "meta")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 838_380_628
 
 

@@ -133,7 +133,7 @@ def test_a_killed_rank_ends_the_run_which_then_resumes(tmp_path: Path) -> None:
     assert "mixflow-fast: error: rank 0 does not answer (killed" in text
 
     # The same command (with an end to it), under the other launcher, which ends in order.
-    step = run_folder.read_state(run_folder.newest_checkpoint(killed))["step"]
+    step = run_folder.read_state(run_folder.newest_checkpoint(killed)).step
     again = under_deepspeed(killed, f"train.images={8 * (step + 5)}", "train.save_every=5")
     assert ended_within(again, 240) == 0, Path(f"{killed}.log").read_text()[-3000:]
     text = Path(f"{killed}.log").read_text()

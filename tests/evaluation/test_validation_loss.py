@@ -16,13 +16,18 @@ from mixflow_fast.evaluation.validation_loss import (
     GRID,
     SEED,
     TIMES,
+    Losses,
     ValidationLoss,
     bin_centers,
-    validation_data,
 )
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.training.build import build_objective
+from mixflow_fast.training.build import (
+    ValidationData,
+    build_data,
+    build_objective,
+    build_validation,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,13 +37,23 @@ def small(*overrides: str) -> Config:
                                   "data.flip=true", *overrides])  # fmt: skip
 
 
-def losses_of(config: Config, net: Any, clock: str = "data_at_1", **parts: Any) -> dict:
-    return ValidationLoss(config, build_objective(config, clock), CPU, **parts)(net)
+def validation(config: Config) -> ValidationData:
+    dataset = build_data(config.data, config.model)
+    return build_validation(config.data, config.model, dataset)
+
+
+def losses_of(config: Config, net: Any, clock: str = "data_at_1", **parts: Any) -> Losses:
+    mix = build_objective(config.objective, clock, config.train.seed)
+    sizes = {
+        "examples": config.train.validate_examples,
+        "batch_size": config.train.microbatch_size,
+    }
+    return ValidationLoss(validation(config).dataset, mix, CPU, **sizes, **parts)(net)
 
 
 def examples(config: Config, count: int = 10) -> tuple[Tensor, Tensor, Tensor]:
     """(x1, x0, y) of the validation, drawn here."""
-    dataset, _ = validation_data(config)
+    dataset = validation(config).dataset
     place = torch.arange(count)
     batch = dataset.get(place * len(dataset) // count, place, SEED)
     x0 = philox.normal(SEED, Stream.VALIDATION_NOISE, place, batch.x[0].numel())
@@ -59,16 +74,16 @@ def test_losses_are_those_of_the_formula() -> None:
 
     found = losses_of(config, net)
     expected = [truth(t, t) for t in bin_centers(TIMES)]
-    assert found["loss_by_t"] == pytest.approx(expected, rel=1e-5)
-    assert found["loss"] == pytest.approx(sum(expected) / TIMES, rel=1e-5)
+    assert found.loss_by_t == pytest.approx(expected, rel=1e-5)
+    assert found.loss == pytest.approx(sum(expected) / TIMES, rel=1e-5)
     assert len(set(expected)) == TIMES
     times = bin_centers(GRID)
     for row, m in enumerate(times):
         for column, t in enumerate(times):
-            value = found["grid"][row][column]
+            value = found.grid[row][column]
             assert value == (pytest.approx(truth(t, m), rel=1e-5) if m <= t else None)
     assert losses_of(config, net) == found
-    full = losses_of(small("objective.interval=full"), net)["grid"]
+    full = losses_of(small("objective.interval=full"), net).grid
     assert full[7][0] == pytest.approx(truth(times[0], times[7]), rel=1e-5)
 
 
@@ -82,8 +97,8 @@ def test_the_other_clock_gives_the_same_numbers() -> None:
         return -forward(x, 1 - s, y), "projections of REPA's SiT"
 
     there, back = losses_of(config, forward), losses_of(config, backward, "noise_at_1")
-    assert back["loss_by_t"] == pytest.approx(there["loss_by_t"], rel=1e-5)
-    assert back["grid"][2][5] == pytest.approx(there["grid"][2][5], rel=1e-5)
+    assert back.loss_by_t == pytest.approx(there.loss_by_t, rel=1e-5)
+    assert back.grid[2][5] == pytest.approx(there.grid[2][5], rel=1e-5)
 
 
 def test_ranks_share_the_work_and_have_the_same_numbers() -> None:
@@ -112,11 +127,12 @@ def test_ranks_share_the_work_and_have_the_same_numbers() -> None:
 
 
 def test_what_is_validated_on(tmp_path: Path) -> None:
-    dataset, words = validation_data(small())
-    assert dataset.name == "photos-16-heldout" and words == "held-out examples"
+    found = validation(small())
+    assert found.dataset.name == "photos-16-heldout" and found.description == "held-out examples"
     # The held-out bands are 20 columns wide.
-    dataset, words = validation_data(small("data.size=24", "model.input_size=24"))
-    assert dataset.name == "photos-24-train" and words == "training examples"
+    found = validation(small("data.size=24", "model.input_size=24"))
+    dataset = found.dataset
+    assert dataset.name == "photos-24-train" and found.description == "training examples"
     place = torch.arange(8)
     same = [dataset.get(place, place + start, SEED).x for start in (0, 1000)]
     assert torch.equal(*same)  # no flips

@@ -36,8 +36,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from mixflow_fast.cli import main as run_command
 from mixflow_fast.metrics.metrics_file import read_metrics
-from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.engine import _import_deepspeed
+from mixflow_fast.training.step_record import StepOutput
 from mixflow_fast.training.trainer import Trainer
 from tests.support.runs import assert_same_bits
 from tests.support.train_ranks import TINY
@@ -123,27 +123,22 @@ def _child(command: list[str], folder: Path, rank: int, ranks: int, port: int) -
 
 
 def _record(trace: int) -> None:
-    seen: list[int] = []
-    init, step, prepare = Trainer.__init__, Trainer._step, MixFlow.prepare
+    """Every trainer of this process writes down its start and the positions of each step."""
+    init = Trainer.__init__
 
     def log(row: dict) -> None:
         os.write(trace, (json.dumps(row) + "\n").encode())
 
+    def write_down(step: int, outputs: list[StepOutput], means: object) -> None:
+        positions = [position for made in outputs for position in made.it.ids.tolist()]
+        log({"step": step, "positions": positions})
+
     def built(self, *args, **kwargs):
         init(self, *args, **kwargs)
+        self.on_step = write_down
         log({"start": self.step})
 
-    def stepped(self, loader):
-        seen.clear()
-        totals = step(self, loader)
-        log({"step": self.step, "positions": list(seen)})
-        return totals
-
-    def prepared(self, x1, *args, ids, **kwargs):
-        seen.extend(ids.tolist())
-        return prepare(self, x1, *args, ids=ids, **kwargs)
-
-    Trainer.__init__, Trainer._step, MixFlow.prepare = built, stepped, prepared
+    Trainer.__init__ = built
 
 
 def _until(condition, start: Start) -> None:

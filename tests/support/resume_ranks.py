@@ -1,6 +1,6 @@
 """Continues runs on the ranks it is started on, and keeps what they were at the start.
 
-torchrun ... -m tests.resume_ranks CONFIG.yaml ...
+torchrun ... -m tests.support.resume_ranks CONFIG.yaml ...
 
 Per configuration: the run is taken up, saved at once (into OUT.taken_up, before any step), and run
 to its end; what its steps saw goes to OUT.seen_RANK.
@@ -13,25 +13,24 @@ import torch
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
+from mixflow_fast.training.step_record import StepOutput
 from mixflow_fast.training.trainer import Trainer
 
 
 def recording(trainer: Trainer) -> dict[int, tuple[float, float, float]]:
     """Filled while the trainer runs: position -> (t, slowed t, sum of the network's input)."""
     seen: dict[int, tuple[float, float, float]] = {}
-    prepare = trainer.mix.prepare
 
-    def recorded(x: torch.Tensor, ids: torch.Tensor) -> object:
-        it = prepare(x, ids=ids)
-        sums = it.x.double().flatten(1).sum(1)
-        for row in zip(
-            ids.tolist(), it.t.tolist(), it.slowed_t.tolist(), sums.tolist(), strict=True
-        ):
-            assert row[0] not in seen, "the same position twice"
-            seen[row[0]] = row[1:]
-        return it
+    def write_down(step: int, outputs: list[StepOutput], means: torch.Tensor) -> None:
+        for it in (made.it for made in outputs):
+            sums = it.x.double().flatten(1).sum(1)
+            for position, *values in zip(
+                it.ids.tolist(), it.t.tolist(), it.slowed_t.tolist(), sums.tolist(), strict=True
+            ):
+                assert position not in seen, "the same position twice"
+                seen[position] = tuple(values)
 
-    trainer.mix.prepare = recorded
+    trainer.on_step = write_down
     return seen
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mixflow_fast.config.loading import load_config
-from mixflow_fast.objective.mixflow import Interpolation, MixFlow
+from mixflow_fast.objective.mixflow import Interpolation
 from mixflow_fast.training.trainer import Trainer
 
 TINY = [
@@ -31,14 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = Trainer(load_config("photos", [*TINY, *sys.argv[2:]]), quiet=True)
     rows: list[Interpolation] = []
-    prepare = trainer.mix.prepare
-
-    def recording(x1: torch.Tensor, ids: torch.Tensor) -> Interpolation:
-        rows.append(prepare(x1, ids=ids))
-        return rows[-1]
-
-    assert isinstance(trainer.mix, MixFlow)
-    trainer.mix.prepare = recording
+    trainer.on_step = lambda step, outputs, means: rows.extend(made.it for made in outputs)
     trainer.run()
     stream = {
         "ids": torch.cat([row.ids for row in rows]),

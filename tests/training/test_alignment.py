@@ -81,9 +81,9 @@ def test_the_loss_is_flow_plus_half_the_alignment_and_goes_down(
 
     batch = trainer.dataset.get(*first_positions(trainer), seed=0)
     assert not torch.equal(batch.x, batch.x.flip(-1))
-    model = build_model(config)
+    model = build_model(config.model)
     it = trainer.mix.prepare(batch.x, ids=batch.positions)
-    z = model(it.x, it.t, trainer._drop_labels(batch.y, batch.positions))[1][0]
+    z = model(it.x, it.t, trainer.drop_labels(batch.y, batch.positions))[1][0]
     # What the crops become without going through the library's preprocessing.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     unit = ((batch.x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -119,7 +119,7 @@ def test_resume_is_bit_identical_and_no_checkpoint_holds_the_teacher(
         assert (a["step"], a["loss"], a["alignment"]) == (b["step"], b["loss"], b["alignment"])
 
     content = torch.load(result.weights, weights_only=True)
-    names = build_model(whole.config).state_dict().keys()
+    names = build_model(whole.config.model).state_dict().keys()
     assert content["model"].keys() == content["ema"].keys() == names
     sizes = sum(leaf.numel() for leaf in content["model"].values())
     moments = [leaf for key, leaf in checkpoint_leaves(whole.out).items() if "exp_avg_sq" in key]
@@ -177,12 +177,12 @@ def test_label_input_projects_x_at_the_label_with_the_same_noise(
         trainer.run()
         found[stage] = rows(tmp_path / str(stage))
     batch = trainer.dataset.get(*first_positions(trainer), seed=0)
-    y = trainer._drop_labels(batch.y, batch.positions)
+    y = trainer.drop_labels(batch.y, batch.positions)
     it = trainer.mix.prepare(batch.x, ids=batch.positions)
     assert trainer.mix.clock == "noise_at_1" and (it.t != it.slowed_t).all()
     t = it.t.view(-1, 1, 1, 1)
     x_t = (1 - t) * batch.x + t * it.x0()
-    model = build_model(config)
+    model = build_model(config.model)
     z = model(x_t, it.t, y)[1][0]
     target = Teacher(teacher, 4)(batch.x)
     expected = -F.cosine_similarity(z, target, dim=-1).mean()
@@ -217,9 +217,9 @@ def test_a_step_with_a_teacher_reads_nothing_from_the_device(
     trainer = Trainer(repa(tmp_path / "run", teacher), quiet=True)
     loader = BatchLoader(trainer.dataset, seed=0, global_batch_size=8, microbatch_size=8)
     ready = Prefetched(loader, 2)
-    trainer._step(ready)
+    trainer.train_step(ready)
     with CountReads() as counter:
-        losses = trainer._step(ready)
+        losses = trainer.train_step(ready)
         assert counter.reads == 0
     assert losses.shape == (2,) and not losses.requires_grad
 

@@ -89,14 +89,14 @@ def test_the_recorded_backend_wins_over_the_fastest(tmp_path: Path) -> None:
     record("math")
     resumed = Trainer(configured(tmp_path, ["model.mode=fused"]), quiet=True)
     assert [choice.backend for choice in resumed.attention] == ["math"]
-    assert "attention math (ok" in resumed._describe_network()
-    resumed._lock.close()
+    assert "attention math (ok" in resumed.describe_network()
+    resumed.close()
     # What this machine does not have gives way, and the run says so.
     record("flash3")
     elsewhere = Trainer(configured(tmp_path, ["model.mode=fused"]), quiet=True)
     assert [choice.backend for choice in elsewhere.attention] == ["flash"]
-    assert "not flash3 as before, which does not pass here" in elsewhere._describe_network()
-    elsewhere._lock.close()
+    assert "not flash3 as before, which does not pass here" in elsewhere.describe_network()
+    elsewhere.close()
     named = ["model.mode=fused", "model.attention=flash"]
     assert Trainer(configured(tmp_path, named), quiet=True).attention[0].backend == "flash"
 

@@ -132,7 +132,7 @@ def test_a_gradient_alone_and_the_older_checkpoint(tmp_path: Path, monkeypatch) 
     latents(tmp_path)
     config = configured(tmp_path, "run", 6, "train.save_every=2", "train.log_every=6")
     trainer = Trainer(config, quiet=True)
-    forward = trainer._forward
+    forward = trainer.forward
 
     def spoilt(net, batch):
         made = forward(net, batch)
@@ -140,7 +140,7 @@ def test_a_gradient_alone_and_the_older_checkpoint(tmp_path: Path, monkeypatch) 
             made.pred.register_hook(lambda g: g * torch.inf)
         return made
 
-    monkeypatch.setattr(trainer, "_forward", spoilt)
+    monkeypatch.setattr(trainer, "forward", spoilt)
     with pytest.raises(TrainingDiverged, match="at step 3.*Every sample's loss was finite"):
         trainer.run()
     folder = tmp_path / "run" / "nonfinite" / checkpoint_name(3)

@@ -1,5 +1,6 @@
 """Previews and validation during a run: training does not notice either."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
+from mixflow_fast.data import build_dataset
 from mixflow_fast.evaluation.validation_loss import (
     ValidationLoss,
 )
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
-from mixflow_fast.reports.previews import preview_file, write_preview
+from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
+from mixflow_fast.training.periodic import Previews
 from mixflow_fast.training.trainer import Trainer
 from tests.support.runs import assert_same_bits, run_ranks, tiny
 
@@ -66,16 +69,17 @@ def test_training_does_not_notice_being_watched(tmp_path: Path, precision, stage
     assert pictures == [preview_file(out, step) for step in (0, 2, 4, 6)]
     # What was looked at last are the weights that the run exported, in training's precision.
     saved = torch.load(out / "weights.pt", weights_only=True)
-    own = dict(trainer.monitor._net.named_parameters())
+    own = dict(trainer.watched.net.named_parameters())
     assert own.keys() == saved["model"].keys()
     for name, value in own.items():
         assert value.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         assert torch.equal(value, saved["model"][name].to(value.dtype)), name
     net = load_model(out / "weights.pt", "ema").to(value.dtype)
-    write_preview(net, trainer.config, tmp_path / "again.png")
+    write_preview(net, PreviewOptions.of(trainer.config), tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == preview_file(out, 6).read_bytes()
-    again = ValidationLoss(trainer.config, trainer.mix, torch.device("cpu"))(net)
-    assert again == rows[2]["ema"]
+    heldout = build_dataset("photos", size=trainer.config.model.input_size, split="heldout")
+    losses = ValidationLoss(heldout, trainer.mix, torch.device("cpu"), examples=5, batch_size=8)
+    assert asdict(losses(net)) == rows[2]["ema"]
 
 
 def test_a_resumed_run_looks_when_the_whole_one_does(tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_time_spent_looking_is_not_trainings(tmp_path: Path, monkeypatch) -> Non
             time.sleep(0.5)
             return super().__call__(net)
 
-    monkeypatch.setattr("mixflow_fast.training.periodic.ValidationLoss", Slow)
+    monkeypatch.setattr("mixflow_fast.training.trainer.ValidationLoss", Slow)
     extra = ["train.images=16", "train.log_every=2", "train.validate_every=1"]
     trainer = Trainer(tiny(tmp_path, *extra, "train.validate_examples=1"), quiet=True)
     started = time.perf_counter()
@@ -139,12 +143,12 @@ def test_ranks_wait_for_a_preview_before_the_next_step(
     """On the host: rank 0 samples while no other rank is inside a step's collective."""
     trainer = Trainer(tiny(tmp_path, "train.images=16", "train.preview_every=1"), quiet=True)
     order = []
-    monkeypatch.setattr(trainer.monitor, "_preview", lambda step: order.append(f"preview {step}"))
-    share, step = trainer.monitor._host_group.all_gather, trainer._step
+    monkeypatch.setattr(Previews, "draw", lambda self, step: order.append(f"preview {step}"))
+    gather = trainer.host_group.all_gather
     monkeypatch.setattr(
-        trainer.monitor._host_group, "all_gather", lambda mine: order.append("wait") or share(mine)
+        trainer.host_group, "all_gather", lambda mine: order.append("wait") or gather(mine)
     )
-    monkeypatch.setattr(trainer, "_step", lambda loader: order.append("step") or step(loader))
+    trainer.on_step = lambda step, outputs, means: order.append("step")
     trainer.run()
     for at in [place for place, what in enumerate(order) if what.startswith("preview")]:
         assert order[at + 1] == "wait"

@@ -62,7 +62,7 @@ def drift(folder: Path, steps: int) -> tuple[list[float], float]:
         found.append((losses(folder / precision), ema))
     (exact, ema), (rounded, other) = found
     assert exact[-1] < 0.8 * exact[0]  # it is training that is compared
-    moved = distance(ema, build_model(config).state_dict())
+    moved = distance(ema, build_model(config.model).state_dict())
     return [b / a - 1 for a, b in zip(exact, rounded, strict=True)], distance(ema, other) / moved
 
 

@@ -46,10 +46,10 @@ def test_the_record_of_several_steps() -> None:
         pred[1] = torch.inf if step == 2 else float(step)
         loss = record.micro_batch(mix.loss(pred, it), mix, pred, it)
         record.end_step(step, torch.stack([loss, loss]), torch.inf if step == 2 else 1.0)
-    seen = record.look()
+    seen = record.drain()
     assert [number for number, _ in seen] == [1, 2, 3]
     assert [bad is None for _, bad in seen] == [True, False, True]
     bad = seen[1][1]
     assert (bad.step, bad.norm) == (2, torch.inf)
     assert bad.each.isfinite().tolist() == [[True, False]] and bad.losses.isinf().all()
-    assert record.look() == []
+    assert record.drain() == []

@@ -51,7 +51,7 @@ def test_resume_is_bit_identical(tmp_path: Path, precision: str, stage: int) -> 
 def test_exported_ema_and_weights(tmp_path: Path, precision: str, stage: int) -> None:
     """After one step the EMA is decay * initial + (1 - decay) * new, under the official names."""
     config = tiny(tmp_path, *settings(precision, stage), "train.images=8", "optim.ema_decay=0.75")
-    initial = build_model(config).state_dict()
+    initial = build_model(config.model).state_dict()
     content = torch.load(train(config, quiet=True).weights, weights_only=True)
     assert content["ema"].keys() == content["model"].keys() == initial.keys()
     moved = 0
@@ -180,12 +180,12 @@ def test_a_step_reads_nothing_from_the_device(
     # The label range is checked on the CPU only.
     monkeypatch.setattr(SiT, "_check_inputs", lambda *_: None)
     for _ in range(3):  # DeepSpeed's timer, if it is on, begins with the third
-        trainer._step(ready)
+        trainer.train_step(ready)
     waits: list[object] = []
     accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
     monkeypatch.setattr(accelerator, "synchronize", lambda *device: waits.append(device))
     with CountReads() as counter:
-        trainer._step(ready)
+        trainer.train_step(ready)
         assert counter.reads == 0 and not waits
         trainer.engine.optimizer.grad_norm.item()
     assert counter.reads == 1  # the counter counts
@@ -229,9 +229,9 @@ def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
         losses[weight] = read_metrics(out / "metrics.jsonl")[0]["loss"]
     # The first step's network and batch are the same: the difference is half the alignment loss.
     batch = trainer.dataset.get(*first_positions(trainer), seed=0)
-    model = build_model(config)
+    model = build_model(config.model)
     it = MixFlow(0.0, "noise_at_1", timesteps="uniform").prepare(batch.x, ids=batch.positions)
-    y = trainer._drop_labels(batch.y, batch.positions)
+    y = trainer.drop_labels(batch.y, batch.positions)
     z = model(it.x, it.t, y)[1][0].double()
     cosine = torch.nn.functional.cosine_similarity(z, batch.features.double(), dim=-1).mean()
     assert losses[0.5] - losses[0.0] == pytest.approx(-0.5 * cosine.item(), rel=1e-4)
@@ -320,7 +320,7 @@ def test_zero_3_exports_parameters_that_it_really_shards(tmp_path: Path) -> None
     wide = ["model.hidden_size=400", "model.num_heads=2", "model.name=SiT-S/2", "data.size=32"]
     wide += ["model.input_size=32", "train.images=8", "train.zero_stage=3"]
     config = tiny(tmp_path, *wide, "optim.ema_decay=0.75")
-    initial = build_model(config).state_dict()
+    initial = build_model(config.model).state_dict()
     content = torch.load(train(config, quiet=True).weights, weights_only=True)
     for name, new in content["model"].items():
         expected = 0.75 * initial[name] + 0.25 * new

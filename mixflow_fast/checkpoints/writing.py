@@ -1,0 +1,200 @@
+"""One checkpoint while the ranks write it: it becomes the newest, or nothing of it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from mixflow_fast.checkpoints import manifest
+from mixflow_fast.checkpoints.run_folder import (
+    RunState,
+    checkpoint_folders,
+    checkpoint_name,
+    publish,
+    step_of,
+)
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.files import sync, write_text
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; raised on every rank with the same text."""
+
+
+def temporary_name(step: int) -> str:
+    """Folder name while the checkpoint is being written."""
+    return f".writing_{checkpoint_name(step)}"
+
+
+class CheckpointWriter:
+    """Writes one checkpoint: every rank makes a writer and calls `commit`.
+
+    A rank's error is kept until `commit`, where all hear of it: raised at once it would leave the
+    other ranks waiting in DeepSpeed's barriers.
+
+    Args:
+        out: run folder.
+        step: optimizer steps done.
+        host_group: exchange between the ranks.
+
+    Attributes:
+        folder: temporary folder in which the files go.
+    """
+
+    def __init__(self, out: Path, step: int, host_group: HostGroup) -> None:
+        self._out, self._step, self._host_group = out, step, host_group
+        self._error: str | None = None
+        self._files: dict[str, manifest.Entry] = {}
+        self.folder = out / "checkpoints" / temporary_name(step)
+        with self.attempt():
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Errors of writing inside are kept for `commit`."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if self._error is None:
+                free = ""
+                with contextlib.suppress(OSError):
+                    free = f" ({shutil.disk_usage(self._out).free / 2**20:.0f} MiB free)"
+                self._error = f"{_root(error)}{free}"
+
+    def write(self, state_dict: object, path: str | os.PathLike[str]) -> None:
+        """`torch.save` of this rank's own file, flushed to the disk; nothing after an error.
+
+        The arguments have the names by which DeepSpeed gives them.
+        """
+        if self._error is not None:
+            return
+        with self.attempt():
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._files[Path(path).relative_to(self.folder).as_posix()] = manifest.entry(Path(path))
+
+    def commit(self, state: RunState, keep_last: int, keep_every: int = 0) -> Path:
+        """Make it the newest checkpoint if every rank wrote its part; arguments as `commit`.
+
+        Raises:
+            SaveError: a rank could not; nothing of it stays, and older checkpoints are whole.
+        """
+        parts = self._host_group.all_gather((self._error, self._files))
+        entries = {name: entry for _, own in parts for name, entry in own.items()}
+        errors = [error for error, _ in parts]
+        if not any(errors):
+            if self._host_group.rank == 0:
+                with self.attempt():
+                    commit(self._out, state, keep_last, keep_every, entries)
+            errors = self._host_group.all_gather(self._error)
+        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+        if failed:
+            if self._host_group.rank == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._host_group.all_gather(None)  # a launcher ends all ranks when the first has ended
+            who = f"rank {min(failed)}: " if self._host_group.ranks > 1 else ""
+            raise SaveError(
+                f"checkpoint of step {self._step} could not be written to {self._out}: "
+                f"{who}{failed[min(failed)]}; the checkpoints from before stay. With that put "
+                "right, the same command resumes"
+            )
+        return self._out / "checkpoints" / checkpoint_name(self._step)
+
+
+def commit(
+    out: Path,
+    state: RunState,
+    keep_last: int,
+    keep_every: int = 0,
+    entries: Mapping[str, manifest.Entry] | None = None,
+) -> Path:
+    """Make a fully written temporary checkpoint the newest one. One rank only, after all wrote.
+
+    Args:
+        out: run folder.
+        state: goes to state.json, and says the step.
+        keep_last: newest checkpoints that stay; older ones are deleted.
+        keep_every: checkpoints whose step is a multiple stay for good; 0 = none.
+        entries: manifest entries of files that their ranks flushed; the others are made here.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    folder = out / "checkpoints"
+    temporary, final = folder / temporary_name(state.step), folder / checkpoint_name(state.step)
+    write_text(temporary / "state.json", state.to_json())
+    entries = dict(entries or {})
+    if reason := manifest.other_size(temporary, entries):
+        raise OSError(
+            f"{reason} as rank 0 sees {temporary}: out= must be on a file system that all machines "
+            "share"
+        )
+    for path in sorted(temporary.rglob("*")):
+        name = path.relative_to(temporary).as_posix()
+        if path.is_dir():
+            sync(path)
+        elif name not in entries:
+            sync(path)
+            entries[name] = manifest.entry(path)
+    manifest.write(temporary, entries)
+    aside = final.with_name(f".deleting_{final.name}")
+    if final.exists():  # written again, by a run that resumed from it in another layout
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
+    sync(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    _prune(out, state.step, keep_last, keep_every)
+    try:
+        publish(final, out)
+    except OSError as error:
+        warnings.warn(
+            f"{final} is complete, but {out / 'weights.pt'} is still an older one: {error}",
+            stacklevel=2,
+        )
+    return final
+
+
+def _prune(out: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Delete older checkpoints than the `keep_last` newest whole ones up to `step`, which was just
+    written; not multiples of keep_every. Later ones are damaged: the run did not begin with them.
+    """
+    up_to = [path for path in checkpoint_folders(out) if step_of(path) <= step]
+    whole = [path for path in up_to if manifest.damage(path) is None]
+    oldest = step_of(whole[-keep_last:][0])
+    for path in checkpoint_folders(out):
+        if step_of(path) < oldest and not (keep_every and step_of(path) % keep_every == 0):
+            with contextlib.suppress(OSError):
+                _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Under another name first, so that a kill leaves no half of it under its own."""
+    aside = checkpoint.with_name(f".deleting_{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The system's error behind torch's own ("unexpected pos 832 vs 790" is a full disk)."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error

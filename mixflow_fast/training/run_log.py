@@ -1,0 +1,85 @@
+"""What a run tells while it goes: the progress line, metrics.jsonl, TensorBoard and wandb."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from mixflow_fast.metrics.loggers import Loggers
+from mixflow_fast.metrics.metrics_file import MetricsFile
+from mixflow_fast.metrics.progress import Progress
+
+
+class RunLog:
+    """The record of one part of a run: rows, and lines for people. Only rank 0 writes.
+
+    Args:
+        out: run folder.
+        step: optimizer steps done.
+        total: optimizer steps of the whole run.
+        global_batch_size: images a step.
+        loggers: names of copies of metrics.jsonl.
+        config: the configuration as plain values, for the loggers.
+        writes: whether this rank is the one that writes rows.
+        quiet: print nothing.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        total: int,
+        *,
+        global_batch_size: int,
+        loggers: tuple[str, ...],
+        config: Mapping[str, object],
+        writes: bool,
+        quiet: bool,
+    ) -> None:
+        self._batch = global_batch_size
+        self._progress = Progress(total, step, out.name, quiet)
+        self._metrics: MetricsFile | None = None
+        if writes:
+            copies = Loggers(loggers, out, config, step, self.log) if loggers else None
+            self._metrics = MetricsFile(out / "metrics.jsonl", step, copies)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def log(self, text: str) -> None:
+        """A line for people."""
+        self._progress.log(text)
+
+    def step(self) -> None:
+        """One more optimizer step is queued."""
+        self._progress.step()
+
+    def training_row(self, row: dict[str, object]) -> None:
+        """A row of losses, rates and costs, in the file and on the screen."""
+        if self._metrics is not None:
+            self._metrics.write(row)
+        self._progress.report(row)
+
+    def row(self, kind: str, step: int, **values: object) -> None:
+        """A row of another kind: "start", "validation"."""
+        if self._metrics is None:
+            return
+        place = {"kind": kind, "step": step, "images_seen": step * self._batch}
+        self._metrics.write(place | {"time": time.time()} | values)
+
+    def picture(self, path: Path, step: int) -> None:
+        """A preview that was written."""
+        if self._metrics is not None:
+            self._metrics.picture(path, step)
