@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ try:
 except ImportError:
     triton = tl = None
 
-IMPLS = ("auto", "triton", "reference")
+Impl = Literal["auto", "triton", "reference"]
+IMPLS = get_args(Impl)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One-dimensional grids: CUDA's limit.
 MAX_PROGRAMS = 2**31 - 1

@@ -10,7 +10,7 @@ import importlib.util
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,8 @@ APEX_MESSAGES = {
         "(https://github.com/NVIDIA/apex), or go without: it is optional"
     ),
 }
+# The packages that can follow a run; each has the module's name.
+LoggerName = Literal["tensorboard", "wandb"]
 # Modules that FlashAttention 3 has been installed as.
 _FLASH_ATTN_3 = ("flash_attn_interface", "flash_attn_3")
 
@@ -35,6 +37,17 @@ def _find_spec(name: str) -> object | None:
     # A module that was put in `sys.modules` without a spec.
     except ValueError:
         return None
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module could be imported."""
+    try:
+        spec = importlib.util.find_spec(module)
+    # A module that was put in `sys.modules` without a spec is there all the same.
+    except ValueError:
+        return True
+    # A folder of that name, as wandb itself makes in the working directory, is no package.
+    return spec is not None and spec.origin is not None
 
 
 def detect_apex() -> str:

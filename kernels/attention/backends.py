@@ -24,6 +24,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,11 @@ HALF = (torch.bfloat16, torch.float16)
 # Scores that "math" holds at a time: 256 MiB in float32.
 MATH_SCORES = 2**26
 aten = torch.ops.aten
+
+
+# In order of preference.
+BackendName = Literal["flash3", "flash2", "cudnn", "flash", "efficient", "math"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Backend:
         multiple: of which the head dimension must be one; not on CPUs.
     """
 
-    name: str
+    name: BackendName
     missing: Callable[[torch.device, torch.dtype], str]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Gradients]
@@ -359,4 +365,3 @@ REGISTRY = {
         Backend("math", lambda device, dtype: "", math_forward, math_backward),
     )
 }
-BACKENDS = tuple(REGISTRY)

@@ -178,7 +178,7 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
 
     Args:
         run: folder of a run.
-        decay: optim.ema_decay or one of optim.ema_more_decays.
+        decay: one of optim.ema_decays.
         out: the .pt to write; "model" has the live weights.
         force: replace what is at `out`.
 
@@ -196,7 +196,9 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
         raise ValueError(f"{newest} is damaged ({reason}): take a copy of the run from before")
     metadata = run_folder.read_state(newest).metadata
     options = json.loads(metadata["config"])["optim"]
-    decays = [options["ema_decay"], *options.get("ema_more_decays", ())]
+    # Checkpoints from before optim.ema_decays hold the same numbers under two names.
+    former = [options.get("ema_decay"), *options.get("ema_more_decays", ())]
+    decays = options.get("ema_decays", former)
     if decay not in decays:
         raise ValueError(f"decay must be one of the run's ({decays}), got {decay}")
     number = decays.index(decay)

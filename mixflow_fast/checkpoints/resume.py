@@ -20,7 +20,7 @@ from mixflow_fast.models import Transformer, load_into, load_weights, read_model
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
 # train.images does where the learning rate descends towards it).
-FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep",
+FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep_last",
         "optim.snapshot_every", "optim.impl", "train.keep_every", "train.save_weights",
         "train.zero_stage", "train.device",
         "train.on_nonfinite", "train.max_skips", "train.max_rollbacks",

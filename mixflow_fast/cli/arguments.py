@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="train or post-train from a recipe",
         description="Train or post-train. Started again in the same folder, it resumes. Several "
-        "processes: torchrun --nproc-per-node N -m mixflow_fast.cli train ... The train.keep "
+        "processes: torchrun --nproc-per-node N -m mixflow_fast.cli train ... The train.keep_last "
         "newest checkpoints stay, and those of each train.keep_every steps. Ctrl-C, SIGTERM or "
         "SIGUSR1 saves and ends with exit code 0; a second one ends at once.",
         epilog="example: mixflow-fast train sit-xl2-256 data.path=latents/ "
@@ -213,7 +213,7 @@ def _add_ema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command.add_argument("folder", metavar="run", help="run folder")
     width = command.add_mutually_exclusive_group()
     width.add_argument("--sigma-rel", type=float, metavar="S", help="relative width, 0.05 to 0.15")
-    width.add_argument("--decay", type=float, metavar="D", help="one of optim.ema_*decay*")
+    width.add_argument("--decay", type=float, metavar="D", help="one of optim.ema_decays")
     command.add_argument("--step", type=int, help="snapshot that it ends at (default: the last)")
     command.add_argument("--out", help="the .pt to write")
     command.add_argument("--force", action="store_true", help="replace what is at --out")

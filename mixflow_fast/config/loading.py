@@ -1,21 +1,23 @@
-"""Recipes, dotted overrides, and the types that values must have."""
+"""Recipes by name or file, and dotted overrides.
+
+The marker `???` in a recipe stands for a value that the user has to give.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from mixflow_fast.config.schema import Config
+from mixflow_fast.config.renamed import refuse_former_value
+from mixflow_fast.config.schema import SECTIONS, Config, check_key
 from mixflow_fast.messages import did_you_mean
 
 REQUIRED = "???"
-
-
 RECIPES = Path(__file__).parent.parent / "recipes"
+_HELP = {
+    "train.init": " (the checkpoint to post-train; null trains from random weights)",
+    "data.path": " (latents: .npz, .npy or a folder; folder: class folders with images)",
+}
 
 
 def recipe_names() -> list[str]:
@@ -24,13 +26,39 @@ def recipe_names() -> list[str]:
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe by name or path, apply `section.field=value` overrides, check names and types.
+    """Read a recipe by name or path, apply `section.field=value` overrides, check every field.
 
     Raises:
-        ValueError: unknown recipe, key or type, or a `???` left unset; names the nearest valid one.
+        ValueError: unknown recipe, a key or value that a field refuses, or a `???` left unset;
+            names the nearest valid one.
     """
-    import yaml
+    file = _recipe_file(recipe)
+    tree = _read(file)
+    tree.setdefault("out", f"runs/{file.stem}")
+    for override in overrides:
+        _apply(tree, override)
+    return from_dict(tree)
 
+
+def from_dict(tree: Mapping[str, object]) -> Config:
+    """Build a `Config` from nested mappings.
+
+    Raises:
+        ValueError: an unknown key, a value that its field refuses, a `???` left unset.
+    """
+    _check_keys(tree)
+    values: dict[str, object] = {}
+    for key, value in tree.items():
+        _check_given(key, value)
+        if key in SECTIONS and isinstance(value, Mapping):
+            for name, item in value.items():
+                _check_given(f"{key}.{name}", item)
+            value = SECTIONS[key](**value)
+        values[key] = value
+    return Config(**values)
+
+
+def _recipe_file(recipe: str) -> Path:
     file = Path(recipe)
     if file.suffix not in (".yaml", ".yml"):
         if recipe not in recipe_names():
@@ -38,106 +66,59 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
                 f"recipe {recipe!r} is not one of {', '.join(recipe_names())}"
                 f"{did_you_mean(recipe, recipe_names())}; or give the path of a .yaml file"
             )
-        file = RECIPES / f"{recipe}.yaml"
+        return RECIPES / f"{recipe}.yaml"
     if not file.is_file():
         raise ValueError(f"recipe file {recipe} does not exist")
+    return file
+
+
+def _read(file: Path) -> dict[str, object]:
+    """The tree of a recipe file, whose keys are checked here: the error then names the file."""
+    import yaml
+
     try:
         tree = yaml.safe_load(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe file {recipe} is not valid YAML: {error}") from None
+        raise ValueError(f"recipe file {file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"recipe file {recipe} must hold sections, got {type(tree).__name__}")
-    tree.setdefault("out", f"runs/{file.stem}")
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} must have the form section.field=value")
-        try:
-            _set(tree, dotted, yaml.safe_load(text) if text else None)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r}: value is not valid YAML: {error}") from None
-    return from_dict(tree)
+        raise ValueError(f"recipe file {file} must hold sections, got {type(tree).__name__}")
+    try:
+        _check_keys(tree)
+    except ValueError as error:
+        raise ValueError(f"recipe file {file}: {error}") from None
+    return tree
 
 
-def from_dict(tree: dict[str, Any]) -> Config:
-    """Build a `Config` from nested dicts; ValueError on unknown keys, wrong types, unset `???`."""
-    return _build(Config, tree, "")
+def _apply(tree: dict[str, object], override: str) -> None:
+    import yaml
+
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} must have the form section.field=value")
+    check_key(dotted)
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: value is not valid YAML: {error}") from None
+    section, _, name = dotted.rpartition(".")
+    if section:
+        fields = tree.setdefault(section, {})
+        # Another value than a section is refused with the whole tree.
+        if isinstance(fields, dict):
+            fields[name] = value
+    else:
+        tree[name] = value
 
 
-def _build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values = {}
+def _check_keys(tree: Mapping[str, object]) -> None:
     for key, value in tree.items():
-        name = prefix + str(key)
-        if key not in fields:
-            every = [prefix + f for f in fields] if prefix else _all_names()
-            raise ValueError(f"unknown key {name!r}{did_you_mean(name, every)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{name} must be a section, got {value!r}")
-            values[key] = _build(hints[key], value, f"{name}.")
-        else:
-            values[key] = _convert(name, value, hints[key])
-    return cls(**values)
+        check_key(str(key))
+        if key in SECTIONS and isinstance(value, Mapping):
+            for name, item in value.items():
+                check_key(f"{key}.{name}")
+                refuse_former_value(f"{key}.{name}", item)
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
+def _check_given(name: str, value: object) -> None:
     if value == REQUIRED:
         raise ValueError(f"{name} must be given: add {name}=VALUE{_HELP.get(name, '')}")
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            item = typing.get_args(option)[0]
-            if all(isinstance(v, item) and not isinstance(v, bool) for v in value):
-                return tuple(value)
-        elif option is float and isinstance(value, (int, float, str)):
-            # YAML reads 1e-4 as text: it wants 1.0e-4.
-            try:
-                if not isinstance(value, bool):
-                    return float(value)
-            except ValueError:
-                continue
-        elif option is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        elif option is int and isinstance(value, str) and _is_integer(value):
-            return int(float(value))
-        elif isinstance(option, type) and isinstance(value, option):
-            if option is bool or not isinstance(value, bool):
-                return value
-    names = ["null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options]
-    expected = " or ".join(names)
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-_HELP = {
-    "train.init": " (the checkpoint to post-train; null trains from random weights)",
-    "data.path": " (latents: .npz, .npy or a folder; folder: class folders with images)",
-}
-
-
-def _is_integer(text: str) -> bool:
-    try:
-        return float(text).is_integer()
-    except ValueError:
-        return False
-
-
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, name = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"unknown key {dotted!r}{did_you_mean(dotted, _all_names())}")
-    tree[name] = value
-
-
-def _all_names() -> list[str]:
-    names = []
-    for name, hint in typing.get_type_hints(Config).items():
-        names.append(name)
-        if dataclasses.is_dataclass(hint):
-            names += [f"{name}.{f.name}" for f in dataclasses.fields(hint)]
-    return names

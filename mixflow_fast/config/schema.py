@@ -1,18 +1,54 @@
-"""The configuration of a run: frozen dataclasses, YAML recipes, dotted overrides.
+"""The sections of a run's configuration: frozen dataclasses whose hints say what a field takes.
 
-A recipe is a YAML file with the sections below; `section.field=value` overrides one field. Every
-name is checked, every value has its field's type, and `validate` refuses impossible combinations
-before any work is done. The marker `???` stands for a value that the user has to give.
+A recipe is a YAML file with the sections below; `section.field=value` overrides one field. Types,
+choices and ranges stand in a field's hint and are checked when its section is made; what spans
+sections or needs the machine is refused by `validate`, before any work is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Literal
+
+from mixflow_fast.config.renamed import refuse_former_key
+from mixflow_fast.config.section import Rule, Section, at_least
+from mixflow_fast.environment import LoggerName
+from mixflow_fast.flow.path import LossWeight, PathName, Prediction
+from mixflow_fast.flow.schedule import Interval, TargetAt
+from mixflow_fast.kernels.attention.backends import BackendName
+from mixflow_fast.kernels.runtime import Impl
+from mixflow_fast.messages import did_you_mean
+from mixflow_fast.models.execution import Checkpointing, Mode
+from mixflow_fast.models.teacher import Positions, Precision
+from mixflow_fast.optim.adamw_ema import OptimizerImpl
+from mixflow_fast.optim.apex import OptimizerName
+from mixflow_fast.optim.lr_schedule import LrSchedule
+from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
+
+AlignmentInput = Literal["slowed", "label"]
+DataKind = Literal["photos", "digits", "folder", "latents"]
+Device = Literal["auto", "cpu", "cuda"]
+OnNonfinite = Literal["stop", "skip", "rollback"]
+SaveWeights = Literal["always", "end", "never"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+Positive = Annotated[int, at_least(1)]
+NotNegative = Annotated[int, at_least(0)]
+NotNegativeFloat = Annotated[float, at_least(0)]
+Fraction = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
+Seed = Annotated[int, Rule("in [0, 2**63)", lambda value: 0 <= value < 1 << 63)]
+SigmaRel = Annotated[
+    float,
+    Rule(
+        f"in (0, {LARGEST_SIGMA_REL:.4f}] (EDM2 uses 0.05 and 0.1)",
+        lambda value: 0 < value <= LARGEST_SIGMA_REL,
+    ),
+]
 
 # What each kind of data takes from the section `data`; anything else that is set is refused.
-DATA_FIELDS = {
+DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
     "photos": ("size", "flip"),
     "digits": ("size",),
     "folder": ("path", "size", "flip"),
@@ -21,7 +57,7 @@ DATA_FIELDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section, name="model"):
     """The network, and how it is run. Fields that are None keep the named model's own value."""
 
     name: str = "SiT-XL/2"  # SiT-{S,B,L,XL}/{2,4,8} | DiTDH-{S,B,L,XL}
@@ -39,35 +75,61 @@ class ModelConfig:
     projector_dim: int | None = None
     qk_norm: bool | None = None
     train_embeddings: bool | None = None  # DiTDH: positions and Fourier frequencies too (false)
-    init_seed: int = 0  # of the random initial weights
-    mode: str = "auto"  # eager | compile | fused; auto = compile on a GPU, eager on a CPU
-    attention: str = "auto"  # flash3 | flash2 | cudnn | flash | efficient | math
-    checkpointing: str = "none"  # none | elementwise | selective | full: recomputed
+    init_seed: Seed = 0  # of the random initial weights
+    mode: Literal["auto", Mode] = "auto"  # auto = compile on a GPU, eager on a CPU
+    attention: Literal["auto", BackendName] = "auto"
+    checkpointing: Checkpointing = "none"  # what is recomputed in the backward pass
+
+    @property
+    def is_ditdh(self) -> bool:
+        """Whether the named network is a DiT-DH, which has an encoder and a head."""
+        return self.name.startswith("DiTDH")
+
+    def check(self) -> None:
+        if self.checkpointing == "elementwise" and self.mode != "fused":
+            raise ValueError(
+                f"model.checkpointing=elementwise needs model.mode=fused, got {self.mode}: set "
+                "it, or model.checkpointing=selective"
+            )
+        where = f"for {self.name}" if self.is_ditdh else "without model.z_dims"
+        for name in ("z_dims", "learn_sigma", "encoder_depth", "projector_dim"):
+            projects = name in ("encoder_depth", "projector_dim")
+            idle = self.is_ditdh or (self.z_dims is None and projects)
+            if idle and getattr(self, name) is not None:
+                raise ValueError(f"model.{name} has no meaning {where}: leave it out")
+        for name in ("depth", "hidden_size", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and isinstance(value, tuple) != self.is_ditdh:
+                expected = "a pair, [encoder, head]," if self.is_ditdh else "a number"
+                raise ValueError(f"model.{name} must be {expected} for {self.name}, got {value}")
+        if self.train_embeddings is not None and not self.is_ditdh:
+            raise ValueError(f"model.train_embeddings has no meaning for {self.name}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section, name="objective"):
     """`MixFlow`'s arguments; the clock is the model's own."""
 
     gamma: float = 0.8
     timesteps: str = "beta21"
-    path: str = "linear"
+    path: PathName = "linear"
     shift: float = 1.0
-    prediction: str = "velocity"
-    target_at: str = "slowed"
-    loss_weight: str | None = None
-    interval: str = "shifted"
-    impl: str = "auto"
-    alignment_weight: float = 0.0  # of REPA's projection loss (REPA: 0.5); needs model.z_dims and
-    # teacher.path or data.features
-    alignment_input: str = "slowed"  # slowed: projections of the training forward; label: of x_t
+    prediction: Prediction = "velocity"
+    target_at: TargetAt = "slowed"
+    loss_weight: LossWeight | None = None
+    interval: Interval = "shifted"
+    impl: Impl = "auto"
+    alignment_weight: NotNegativeFloat = 0.0  # of REPA's projection loss (REPA: 0.5); needs
+    # model.z_dims and teacher.path or data.features
+    alignment_input: AlignmentInput = "slowed"  # slowed: projections of the training forward;
+    # label: of x_t
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, name="data"):
     """Where the examples come from."""
 
-    kind: str = "latents"  # photos | digits | folder | latents
+    kind: DataKind = "latents"
     path: str | None = None  # folder and latents
     size: int | None = None  # side in pixels: photos, digits, folder
     flip: bool = False  # random horizontal flips: photos, folder
@@ -75,75 +137,107 @@ class DataConfig:
     scale: float = 1.0  # latents are multiplied by this (SD-VAE: 0.18215)
     features: str | None = None  # .npy of teacher features (N, T, z) for REPA
     images: str | None = None  # uint8 images of the latents, for the teacher: folder, .npy, .npz
-    workers: int = 0  # decoding threads
+    workers: NotNegative = 0  # decoding threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Section, name="teacher"):
     """REPA's frozen DINOv2, run during training instead of reading `data.features`."""
 
     path: str | None = None  # local folder with config.json and model.safetensors
     resolution: int | None = None  # pixels it sees; null = REPA's: 224 for 256 px, 448 for 512 px
-    precision: str | None = None  # fp32 | bf16; null = train.precision
-    positions: str = "repa"  # resampled once as REPA does; model: by transformers
+    precision: Precision | None = None  # null = train.precision
+    positions: Positions = "repa"  # resampled once as REPA does; model: by transformers
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Section, name="optim"):
     """AdamW with EMA; lengths in images seen, so that they do not depend on the batch."""
 
-    name: str = "adamw_ema"  # adamw_ema | apex_fused_adam (needs NVIDIA apex and a GPU)
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
+    name: OptimizerName = "adamw_ema"  # apex_fused_adam needs NVIDIA apex and a GPU
+    lr: NotNegativeFloat = 1e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0  # global norm; 0 = off
-    ema_decay: float = 0.9999  # per step
-    ema_more_decays: tuple[float, ...] = ()  # further EMAs; `mixflow-fast ema --decay`
-    ema_sigma_rel: tuple[float, ...] = ()  # widths of power-function EMAs, [0.05, 0.1] in EDM2
+    weight_decay: NotNegativeFloat = 0.0
+    grad_clip: NotNegativeFloat = 0.0  # global norm; 0 = off
+    ema_decays: tuple[Fraction, ...] = (0.9999,)  # per step; the first is the EMA of weights
+    # files and pictures, `mixflow-fast ema --decay` writes out the others
+    ema_sigma_rel: tuple[SigmaRel, ...] = ()  # widths of power-function EMAs, [0.05, 0.1] in EDM2
     snapshot_every: int = 0  # steps; those EMAs go to OUT/ema; 0 = with every checkpoint
-    impl: str = "auto"  # csrc (one pass, built with the package) | foreach; auto = what is there
-    schedule: str = "constant"  # constant | linear | cosine
-    warmup_images: int = 0
-    decay_images: int = 0  # 0 = train.images
+    impl: OptimizerImpl = "auto"  # csrc: one pass, built with the package; auto = what is there
+    schedule: LrSchedule = "constant"
+    warmup_images: NotNegative = 0
+    decay_images: NotNegative = 0  # 0 = train.images
     final_lr: float = 0.0
 
+    def check(self) -> None:
+        if not self.ema_decays:
+            raise ValueError("optim.ema_decays must name at least one decay, got []")
+        if self.snapshot_every and not self.ema_sigma_rel:
+            raise ValueError(
+                f"optim.snapshot_every = {self.snapshot_every} has no meaning without "
+                "optim.ema_sigma_rel: add optim.ema_sigma_rel=[0.05,0.1]"
+            )
+        if not 0 <= self.final_lr <= self.lr:
+            raise ValueError(
+                f"optim.final_lr must be in [0, optim.lr = {self.lr}], got {self.final_lr}"
+            )
+        if self.schedule != "constant" and 0 < self.decay_images <= self.warmup_images:
+            raise ValueError(
+                f"optim.decay_images = {self.decay_images} must be larger than "
+                f"optim.warmup_images = {self.warmup_images}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section, name="train"):
     """Length, batch, precision, saving."""
 
-    images: int = 1_000_000  # training images to see in all
-    global_batch_size: int = 256
-    microbatch_size: int = 32  # at most this many examples per rank and forward pass
-    label_dropout: float = 0.1  # probability of the null class (for guidance)
-    precision: str = "bf16"  # bf16 | fp32
-    zero_stage: int = 2  # DeepSpeed ZeRO 0-3; bf16 at 1 waits for the host once a step
-    seed: int = 0
+    images: Positive = 1_000_000  # training images to see in all
+    global_batch_size: Positive = 256
+    microbatch_size: Positive = 32  # at most this many examples per rank and forward pass
+    label_dropout: Fraction = 0.1  # probability of the null class (for guidance)
+    precision: Precision = "bf16"
+    zero_stage: ZeroStage = 2  # of DeepSpeed; bf16 at 1 waits for the host once a step
+    seed: NotNegative = 0
     init: str | None = None  # checkpoint whose EMA weights start model and EMA; null = random
-    device: str = "auto"  # auto | cpu | cuda
-    timeout_minutes: float = 30.0  # a rank that hangs so long ends the run; saves must fit in
-    on_nonfinite: str = "stop"  # stop | skip | rollback: where loss or gradient is not finite
-    max_skips: int = 10  # steps in a row; more stop the run
-    max_rollbacks: int = 3  # of the whole run; one more stops it
-    log_every: int = 50  # steps
-    save_every: int = 5000  # steps; 0 = only at the end
-    keep: int = 2  # newest resumable checkpoints that stay on disk
-    keep_every: int = 0  # steps, a multiple of save_every; those checkpoints stay for good
-    save_weights: str = "always"  # always | end | never: weights.pt in each checkpoint, in the last
-    # one, in none (`mixflow-fast consolidate` makes it from the shards)
-    loggers: tuple[str, ...] = ()  # of metrics.jsonl: tensorboard, wandb (offline by default)
-    preview_every: int = 0  # steps; OUT/previews/step_N.png from the EMA; 0 = none
-    previews: int = 16  # pictures in each
-    preview_steps: int = 50  # Euler steps
+    device: Device = "auto"
+    timeout_minutes: Annotated[float, at_least(0.1)] = 30.0  # a rank that hangs so long ends the
+    # run; saves must fit in
+    on_nonfinite: OnNonfinite = "stop"  # where loss or gradient is not finite
+    max_skips: NotNegative = 10  # steps in a row; more stop the run
+    max_rollbacks: NotNegative = 3  # of the whole run; one more stops it
+    log_every: Positive = 50  # steps
+    save_every: NotNegative = 5000  # steps; 0 = only at the end
+    keep_last: Positive = 2  # newest resumable checkpoints that stay on disk
+    keep_every: NotNegative = 0  # steps, a multiple of save_every; those checkpoints stay for good
+    save_weights: SaveWeights = "always"  # weights.pt in each checkpoint, in the last one, in none
+    # (`mixflow-fast consolidate` makes it from the shards)
+    loggers: tuple[LoggerName, ...] = ()  # copies of metrics.jsonl; wandb is offline by default
+    preview_every: NotNegative = 0  # steps; OUT/previews/step_N.png from the EMA; 0 = none
+    previews: Positive = 16  # pictures in each
+    preview_steps: Positive = 50  # Euler steps
     preview_cfg: float = 1.0  # guidance scale; 1 = none
-    validate_every: int = 0  # steps; losses at fixed times and noise; 0 = none
-    validate_examples: int = 128  # held-out where the data kind has such, else training examples
+    validate_every: NotNegative = 0  # steps; losses at fixed times and noise; 0 = none
+    validate_examples: Positive = 128  # held-out where the data kind has such, else training ones
+
+    def check(self) -> None:
+        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
+            raise ValueError(
+                f"train.keep_every must be a multiple of train.save_every = {self.save_every}, or "
+                f"no checkpoint falls on it, got {self.keep_every}"
+            )
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "train.precision=bf16 needs train.zero_stage >= 1: DeepSpeed's bf16 optimizer "
+                "without ZeRO takes a step with zero gradients when it is built. On one rank ZeRO "
+                "1 shards nothing and costs nothing"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Section):
     """Everything that decides a run's result, and `out`, where it goes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -154,9 +248,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/default"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain nested dict of scalars and lists."""
-        return _plain(dataclasses.asdict(self))
+        return dataclasses.asdict(self, dict_factory=_plain)
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML; `load_config` reads it back."""
@@ -164,14 +258,17 @@ class Config:
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, **changes: object) -> Config:
         """A copy with changes by field or dotted name: `replace(**{"train.seed": 1})`."""
-        from mixflow_fast.config.loading import _set, from_dict
-
-        tree = self.to_dict()
-        for dotted, value in changes.items():
-            _set(tree, dotted, value)
-        return from_dict(tree)
+        by_section: dict[str, dict[str, object]] = {}
+        for name, value in changes.items():
+            check_key(name)
+            section, _, own = name.rpartition(".")
+            by_section.setdefault(section, {})[own] = value
+        top = by_section.pop("", {})
+        for section, values in by_section.items():
+            top[section] = dataclasses.replace(getattr(self, section), **values)
+        return dataclasses.replace(self, **top)
 
     def microbatch(self, world_size: int) -> int:
         """Examples per forward pass: the largest equal parts of a rank's share that are allowed."""
@@ -184,7 +281,32 @@ class Config:
         return -(-self.train.images // self.train.global_batch_size)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+SECTIONS: Mapping[str, type[Section]] = {
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "data": DataConfig,
+    "teacher": TeacherConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+
+
+def check_key(name: str) -> None:
+    """Refuse a dotted name that no field and no section has.
+
+    Raises:
+        ValueError: with the nearest name, or with the new one of a key that was renamed.
+    """
+    section = name.partition(".")[0]
+    if section not in SECTIONS and section != name:
+        name = section
+    own = [f.name for f in dataclasses.fields(Config)]
+    below = {s: [f"{s}.{f.name}" for f in dataclasses.fields(cls)] for s, cls in SECTIONS.items()}
+    every = [*own, *(n for names in below.values() for n in names)]
+    if name not in every:
+        refuse_former_key(name)
+        raise ValueError(f"unknown key {name!r}{did_you_mean(name, below.get(section, every))}")
+
+
+def _plain(items: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in items}

@@ -90,7 +90,7 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
     batch, p = config.train.global_batch_size, config.optim
     common: dict[str, Any] = {
         "train.save_every": 0,
-        "train.keep": 2,
+        "train.keep_last": 2,
         "train.save_weights": "always",
         "train.loggers": [],
     }

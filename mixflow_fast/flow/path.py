@@ -14,13 +14,16 @@ their precision.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-PREDICTIONS = ("velocity", "noise", "data", "score")
-LOSS_WEIGHTS = (None, "velocity", "likelihood")
+PathName = Literal["linear", "gvp", "vp"]
+Prediction = Literal["velocity", "noise", "data", "score"]
+PREDICTIONS = get_args(Prediction)
+LossWeight = Literal["velocity", "likelihood"]
+LOSS_WEIGHTS = (None, *get_args(LossWeight))
 
 
 class Coefficients(NamedTuple):
@@ -137,7 +140,7 @@ class VPPath(Path):
         return (0.0, 1 - 1e-5)
 
 
-PATHS: dict[str, Path] = {path.name: path for path in (LinearPath(), GVPPath(), VPPath())}
+PATHS: dict[PathName, Path] = {path.name: path for path in (LinearPath(), GVPPath(), VPPath())}
 
 
 def get_path(name: str) -> Path:

@@ -9,6 +9,7 @@ here and the device code of `kernels/times.py` compute the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from torch import Tensor
 from mixflow_fast.flow.clock import DATA_AT_1, engine_times
 from mixflow_fast.flow.timesteps import TimeDistribution, shift_time, slow_time
 
-INTERVALS = ("shifted", "raw", "full")
+Interval = Literal["shifted", "raw", "full"]
+INTERVALS = get_args(Interval)
+# Which time the target, the score's scale and the loss weight are taken at.
+TargetAt = Literal["slowed", "label"]
 
 
 @dataclass(frozen=True)

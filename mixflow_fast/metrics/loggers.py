@@ -6,50 +6,25 @@ machine until `wandb sync`.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixflow_fast.environment import LoggerName
 from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.metrics_file import Logger
 
-NAMES = ("tensorboard", "wandb")
 # Numbers of a row that say where it belongs, not how the run does.
 _PLACES = ("step", "time", "kind", "t", "grid_t", "examples")
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """ValueError for a logger that is not known, or whose package is not installed."""
-    for name in names:
-        if name not in NAMES:
-            raise ValueError(
-                f"train.loggers may name {', '.join(NAMES)}, got {name!r}: for example "
-                "train.loggers=[tensorboard]"
-            )
-        if not _installed(name):
-            raise ValueError(
-                f"train.loggers={list(names)} needs the package {name}: pip install {name}, or "
-                "leave it out (metrics.jsonl is written anyway)"
-            )
-
-
-def _installed(name: str) -> bool:
-    try:
-        spec = importlib.util.find_spec(name)
-    except ValueError:  # put in `sys.modules` without one
-        return True
-    # A folder of that name, as wandb itself makes in the working directory, is no package.
-    return spec is not None and spec.origin is not None
 
 
 class Loggers:
     """The loggers of a run. One that raises is warned of once and left out from then on.
 
     Args:
-        names: of `NAMES`.
+        names: `environment.LoggerName`s.
         out: run folder.
         config: the run's, as plain values.
         start_step: steps done.
@@ -58,7 +33,7 @@ class Loggers:
 
     def __init__(
         self,
-        names: Sequence[str],
+        names: Sequence[LoggerName],
         out: Path,
         config: dict[str, Any],
         start_step: int,
@@ -66,7 +41,10 @@ class Loggers:
     ) -> None:
         self._log = log
         self._open: dict[str, Logger] = {}
-        makers = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+        makers: dict[LoggerName, Callable[..., Logger]] = {
+            "tensorboard": _TensorBoard,
+            "wandb": _Wandb,
+        }
         given = out, config, start_step
         for name in names:
             self._try(name, lambda name=name: self._add(name, makers[name], *given))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mixflow_fast.kernels.attention.backends import BACKENDS
-from mixflow_fast.kernels.runtime import IMPLS
+from mixflow_fast.kernels.attention.backends import BACKENDS, BackendName
+from mixflow_fast.kernels.runtime import IMPLS, Impl
 
 _NUMBERS = itertools.count()
-MODES = ("eager", "compile", "fused")
-CHECKPOINTING = ("none", "elementwise", "selective", "full")
+Mode = Literal["eager", "compile", "fused"]
+Checkpointing = Literal["none", "elementwise", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +50,17 @@ class Execution:
         impl: of the fused operators: "auto", "triton" or "reference".
     """
 
-    mode: str = "eager"
-    attention: str = "auto"
-    checkpointing: str = "none"
+    mode: Mode = "eager"
+    attention: Literal["auto", BackendName] = "auto"
+    checkpointing: Checkpointing = "none"
     compiled: bool = True
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("mode", self.mode, MODES),
+            ("mode", self.mode, get_args(Mode)),
             ("attention", self.attention, ("auto", *BACKENDS)),
-            ("checkpointing", self.checkpointing, CHECKPOINTING),
+            ("checkpointing", self.checkpointing, get_args(Checkpointing)),
             ("impl", self.impl, IMPLS),
         ):
             if value not in allowed:

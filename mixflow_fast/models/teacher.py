@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-POSITIONS = ("repa", "model")
+Precision = Literal["bf16", "fp32"]
+PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Positions = Literal["repa", "model"]
+POSITIONS = get_args(Positions)
 _DOWNLOAD = (
     "download one first, for example `hf download facebook/dinov2-base config.json "
     "model.safetensors --local-dir dinov2-base`, and give that folder (768 channels, REPA's "
@@ -165,8 +167,8 @@ class Teacher:
         side: int,
         *,
         resolution: int | None = None,
-        precision: str = "fp32",
-        positions: str = "repa",
+        precision: Precision = "fp32",
+        positions: Positions = "repa",
         device: str | torch.device = "cpu",
     ) -> None:
         if precision not in PRECISIONS:

@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import CLOCKS, check_clock
 from mixflow_fast.flow.path import LOSS_WEIGHTS, PREDICTIONS, get_path
-from mixflow_fast.flow.schedule import INTERVALS, Schedule
+from mixflow_fast.flow.schedule import INTERVALS, Schedule, TargetAt
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.interpolate import (
     Moments,
@@ -46,8 +47,6 @@ from mixflow_fast.objective.checks import (
     check_times,
     check_weight,
 )
-
-TARGETS_AT = ("slowed", "label")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class MixFlow:
                 f"shift must be a number >= 1 (RAE: sqrt(C*h*w / 4096)), got {shift!r}"
             )
         check_choice("prediction", prediction, PREDICTIONS)
-        check_choice("target_at", target_at, TARGETS_AT)
+        check_choice("target_at", target_at, get_args(TargetAt))
         check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
         check_choice("interval", interval, INTERVALS)
         check_choice("impl", impl, runtime.IMPLS)

@@ -22,7 +22,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ from torch import Tensor
 from mixflow_fast import extension
 from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL, power_decay, sigma_rel_to_gamma
 
-IMPLS = ("auto", "csrc", "foreach")
+OptimizerImpl = Literal["auto", "csrc", "foreach"]
+IMPLS = get_args(OptimizerImpl)
 # What one call of the operator in `csrc/` updates.
 MAX_EMAS = 16
 
@@ -76,7 +77,7 @@ class AdamWEMA(torch.optim.Optimizer):
         grad_clip: float = 0.0,
         sharded: bool = False,
         ema_sigma_rel: Sequence[float] = (),
-        impl: str = "auto",
+        impl: OptimizerImpl = "auto",
     ) -> None:
         several = not isinstance(ema_decay, int | float)
         decays = tuple(ema_decay) if several else (ema_decay,)

@@ -7,7 +7,7 @@ kernel of NVIDIA apex, on a GPU, and has the same state.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +74,11 @@ class ApexAdamWEMA(AdamWEMA):
 
 
 # By `optim.name`.
-OPTIMIZERS: dict[str, type[AdamWEMA]] = {"adamw_ema": AdamWEMA, "apex_fused_adam": ApexAdamWEMA}
+OptimizerName = Literal["adamw_ema", "apex_fused_adam"]
+OPTIMIZERS: dict[OptimizerName, type[AdamWEMA]] = {
+    "adamw_ema": AdamWEMA,
+    "apex_fused_adam": ApexAdamWEMA,
+}
 
 
 def _fused_adam(params: list[Tensor]) -> Any:

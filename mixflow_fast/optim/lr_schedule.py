@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
-SCHEDULES = ("constant", "linear", "cosine")
+LrSchedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = get_args(LrSchedule)
 
 
 def learning_rate(
     images_seen: int,
     *,
     lr: float,
-    schedule: str = "constant",
+    schedule: LrSchedule = "constant",
     warmup_images: int = 0,
     decay_images: int = 0,
     final_lr: float = 0.0,

@@ -74,7 +74,7 @@ def describe_averages(section: OptimConfig, steps: int) -> str:
         steps: optimizer steps of the run.
     """
     words = []
-    for decay in (section.ema_decay, *section.ema_more_decays):
+    for decay in section.ema_decays:
         window = window_steps(decay)
         text = f"decay {decay:g} (window {window:,.0f} steps)"
         if window > steps:

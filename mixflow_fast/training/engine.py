@@ -83,7 +83,7 @@ class Engine:
             betas=(p.beta1, p.beta2),
             eps=p.eps,
             weight_decay=p.weight_decay,
-            ema_decay=(p.ema_decay, *p.ema_more_decays) if p.ema_more_decays else p.ema_decay,
+            ema_decay=p.ema_decays if len(p.ema_decays) > 1 else p.ema_decays[0],
             ema_sigma_rel=p.ema_sigma_rel,
             **own,
             grad_clip=0.0 if c.zero_stage == 3 else p.grad_clip,

@@ -275,7 +275,7 @@ class Trainer:
             attention=[choice.backend for choice in self.attention] or None,
             safety=asdict(self.guard.state),
         )
-        path = writer.commit(state, c.keep, c.keep_every)
+        path = writer.commit(state, c.keep_last, c.keep_every)
         self._saved, self._resharded = self.step, False
         return path
 

@@ -44,7 +44,7 @@ def assert_same_file(first: Path, second: Path) -> None:
 
 def two_steps(out: Path, precision: str = "fp32", stage: int = 1) -> Path:
     """A checkpoint after two steps."""
-    config = tiny(out, *settings(precision, stage), "train.images=16", "optim.ema_decay=0.75")
+    config = tiny(out, *settings(precision, stage), "train.images=16", "optim.ema_decays=[0.75]")
     train(config, quiet=True)
     return newest_checkpoint(out)
 

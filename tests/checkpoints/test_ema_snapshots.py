@@ -20,7 +20,7 @@ from tests.support.runs import tiny
 STEPS = 24
 OPTIONS = (
     *(f"train.images={8 * STEPS}", "train.save_every=12", "optim.lr=3e-3"),
-    *("optim.snapshot_every=3", "optim.ema_more_decays=[0.5,0.9]"),
+    *("optim.snapshot_every=3", "optim.ema_decays=[0.995,0.5,0.9]"),
 )
 
 
@@ -162,7 +162,7 @@ def test_windows_in_words(tmp_path: Path) -> None:
     [
         ("optim.ema_sigma_rel=[0.4]", "optim.ema_sigma_rel must be in"),
         ("optim.snapshot_every=5", "no meaning without optim.ema_sigma_rel"),
-        ("optim.ema_more_decays=[1.0]", r"optim.ema_more_decays must be in \[0, 1\)"),
+        ("optim.ema_decays=[0.9,1.0]", r"optim.ema_decays must be in \[0, 1\)"),
         ("optim.impl=fast", "optim.impl"),
     ],
 )

@@ -21,7 +21,7 @@ from tests.support.runs import ROOT, settings, tiny
 FEW = [("fp32", 3), ("bf16", 2)]
 OTHERS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 3)]
 # Two micro-batches a step on one rank, one on two: the sums are made otherwise.
-COMMON = ["train.microbatch_size=4", "optim.grad_clip=0.5", "optim.ema_decay=0.75"]
+COMMON = ["train.microbatch_size=4", "optim.grad_clip=0.5", "optim.ema_decays=[0.75]"]
 
 
 def configured(out: Path, precision: str, stage: int, images: int) -> Config:

@@ -228,14 +228,14 @@ def tiny(out: Path, *overrides: str) -> Config:
 def test_a_run_goes_on_from_the_one_before_the_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny(tmp_path / "whole", "train.keep=1"), quiet=True)
+    train(tiny(tmp_path / "whole", "train.keep_last=1"), quiet=True)
     train(tiny(tmp_path / "run", "train.images=24", "train.save_every=1"), quiet=True)
     (shard,) = (tmp_path / "run" / "checkpoints" / "step_00000003").glob("zero_*.pt")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     capsys.readouterr()
-    train(tiny(tmp_path / "run", "train.keep=1"))
+    train(tiny(tmp_path / "run", "train.keep_last=1"))
     said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
     assert len(said) == 1 and f"{shard.name} has another checksum" in said[0]
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
     script = script.replace('"$@"', 'disk=$1; shift; "$@"').replace('"$1/run"', '"$disk/run"')
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, str(kept), str(disk)]
-        + [sys.executable, "-m", "mixflow_fast.cli", *arguments(disk / "run", "train.keep=3")],
+        + [sys.executable, "-m", "mixflow_fast.cli", *arguments(disk / "run", "train.keep_last=3")],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -327,7 +327,7 @@ def start_ranks(ranks: int, *command: str) -> subprocess.Popen:
 def test_a_full_disk_of_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
     script = tmp_path / "limited.py"
     script.write_text(LIMITED)
-    overrides = ["train.microbatch_size=4", "train.keep=3"]
+    overrides = ["train.microbatch_size=4", "train.keep_last=3"]
     process = start_ranks(2, str(script), *arguments(tmp_path / "run", *overrides))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0

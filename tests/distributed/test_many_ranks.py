@@ -26,7 +26,7 @@ ON_PATH = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH'
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
 RUN = ["train", "photos", *TINY, "train.microbatch_size=4", "train.zero_stage=1"]
-RUN += ["train.precision=fp32", "train.device=cpu", "train.keep=1"]
+RUN += ["train.precision=fp32", "train.device=cpu", "train.keep_last=1"]
 ENDLESS = ["train.images=100000000", "train.save_every=5"]
 # What torch and DeepSpeed print where a process group is not ended in order, or ends too early.
 CHATTER = (

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from mixflow_fast.config.loading import load_config
-from mixflow_fast.config.validate import validate
 from mixflow_fast.metrics import loggers
-from mixflow_fast.metrics.loggers import Loggers, check_loggers, numbers
+from mixflow_fast.metrics.loggers import Loggers, numbers
 from mixflow_fast.metrics.metrics_file import MetricsFile, read_metrics
 from tests.support.runs import training_row
 
@@ -38,7 +34,7 @@ class Recorder:
         self._call("close")
 
 
-def test_a_mirror_that_fails_is_warned_of_once_and_the_others_go_on(tmp_path, monkeypatch) -> None:
+def test_a_logger_that_fails_is_warned_of_once_and_the_others_go_on(tmp_path, monkeypatch) -> None:
     good, bad, messages = [], [], []
     monkeypatch.setattr(loggers, "_TensorBoard", lambda *args: Recorder(bad, fails_at=1))
     monkeypatch.setattr(loggers, "_Wandb", lambda *args: Recorder(good))
@@ -54,7 +50,7 @@ def test_a_mirror_that_fails_is_warned_of_once_and_the_others_go_on(tmp_path, mo
     assert len(read_metrics(tmp_path / "m.jsonl")) == 3
 
 
-def test_a_mirror_that_cannot_be_opened_does_not_stop_the_run(tmp_path, monkeypatch) -> None:
+def test_a_logger_that_cannot_be_opened_does_not_stop_the_run(tmp_path, monkeypatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("no network")
 
@@ -77,24 +73,6 @@ def test_numbers_of_a_row() -> None:
     row = {"kind": "validation", "step": 3, "t": [0.5], "ema": {"loss": 2.0, "grid": [[1.0]]}}
     assert numbers(row) == {"validation/ema/loss": 2.0}
     assert numbers({"kind": "start", "step": 0, "ranks": 2}) == {}
-
-
-def test_mirrors_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="may name tensorboard, wandb, got 'mlflow'"):
-        check_loggers(["mlflow"])
-    # What wandb leaves in the working directory is not the package.
-    (tmp_path / "wandb").mkdir()
-    config = load_config("photos", ["train.loggers=[wandb]"])
-    assert config.train.loggers == ("wandb",)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "path", [str(tmp_path)])
-        patch.delitem(sys.modules, "wandb", raising=False)
-        with pytest.raises(ValueError, match="needs the package wandb: pip install wandb"):
-            validate(config)
-    with pytest.raises(ValueError, match="train.loggers must be tuple"):
-        load_config("photos", ["train.loggers=[1]"])
-    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
-    validate(config)
 
 
 def test_tensorboard_itself(tmp_path: Path) -> None:

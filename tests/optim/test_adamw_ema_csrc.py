@@ -266,7 +266,12 @@ def test_bad_settings(settings: dict, message: str) -> None:
 def test_inside_deepspeed(tmp_path: Path, precision: str, stage: int) -> None:
     """Whole runs on the operator alone: resumed to the same bits, and close to foreach's."""
     common = [*TINY, f"train.precision={precision}", f"train.zero_stage={stage}"]
-    common += ["train.device=cpu", "optim.lr=0.001", "optim.grad_clip=0.5", "optim.ema_decay=0.9"]
+    common += [
+        "train.device=cpu",
+        "optim.lr=0.001",
+        "optim.grad_clip=0.5",
+        "optim.ema_decays=[0.9]",
+    ]
 
     def weights(out: str, impl: str, images: int = 32) -> dict[str, dict[str, Tensor]]:
         given = [*common, f"optim.impl={impl}", f"train.images={images}", f"out={tmp_path / out}"]

@@ -151,8 +151,12 @@ def _until(condition, start: Start) -> None:
 
 
 def command(out: Path, ranks: int, steps: int) -> list[str]:
-    own = [f"out={out}", f"train.images={BATCH * steps}", "train.save_every=2", "train.keep=1"]
-    own += ["train.zero_stage=1", f"train.microbatch_size={BATCH // ranks}", "optim.ema_decay=0.9"]
+    own = [f"out={out}", f"train.images={BATCH * steps}", "train.save_every=2", "train.keep_last=1"]
+    own += [
+        "train.zero_stage=1",
+        f"train.microbatch_size={BATCH // ranks}",
+        "optim.ema_decays=[0.9]",
+    ]
     return ["train", "photos", *TINY, *own]
 
 

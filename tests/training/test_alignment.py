@@ -105,7 +105,7 @@ def test_the_loss_is_flow_plus_half_the_alignment_and_goes_down(
 def test_resume_is_bit_identical_and_no_checkpoint_holds_the_teacher(
     tmp_path: Path, teacher: Path, precision: str, stage: int
 ) -> None:
-    extra = [f"train.precision={precision}", f"train.zero_stage={stage}", "train.keep=1"]
+    extra = [f"train.precision={precision}", f"train.zero_stage={stage}", "train.keep_last=1"]
     extra += ["train.microbatch_size=4", "optim.grad_clip=0.5", "objective.alignment_input=label"]
     whole = Trainer(repa(tmp_path / "whole", teacher, *extra), quiet=True)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

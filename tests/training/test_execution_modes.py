@@ -61,7 +61,7 @@ def test_every_mode_trains_alike(
 
 def test_fused_resume_keeps_bits_and_backend(tmp_path: Path) -> None:
     """2 + 2 steps are 4; the attention that the first part chose is taken again."""
-    options = [*DITDH, "model.mode=fused", "model.checkpointing=selective", "train.keep=1"]
+    options = [*DITDH, "model.mode=fused", "model.checkpointing=selective", "train.keep_last=1"]
     train(configured(tmp_path / "whole", options), quiet=True)
     out = tmp_path / "parts"
     train(configured(out, [*options, "train.images=16"]), quiet=True)

@@ -55,9 +55,9 @@ def overrides(folder: Path, *more: str) -> list[str]:
         f"data={{kind: latents, path: {folder / 'set.npz'}}}",
         f"train.global_batch_size={BATCH}",
         "train.microbatch_size=2",
-        "train.keep=20",
+        "train.keep_last=20",
         "optim.grad_clip=0.5",
-        "optim.ema_decay=0.75",
+        "optim.ema_decays=[0.75]",
         "optim.weight_decay=0.1",
         *more,
     ]
@@ -170,7 +170,12 @@ def test_a_skipped_step_changes_nothing(tmp_path: Path, precision: tuple) -> Non
 
 def test_a_run_with_skips_resumes_to_the_bit_and_fails_after_too_many(tmp_path: Path) -> None:
     latents(tmp_path, (2, 3), np.inf)
-    more = ["train.on_nonfinite=skip", "train.zero_stage=1", "train.keep=1", "train.max_skips=2"]
+    more = [
+        "train.on_nonfinite=skip",
+        "train.zero_stage=1",
+        "train.keep_last=1",
+        "train.max_skips=2",
+    ]
     train(configured(tmp_path, "whole", 4, *more), quiet=True)
     train(configured(tmp_path, "parts", 2, *more), quiet=True)
     train(configured(tmp_path, "parts", 4, *more), quiet=True)

@@ -39,8 +39,8 @@ def test_settings_that_are_refused() -> None:
         ("train.validate_examples=0", "train.validate_examples must be >= 1"),
         ("train={preview_cfg: 2.0, label_dropout: 0.0}", "train.preview_cfg = 2.0 needs a null"),
     ):
-        config = load_config("photos", ["model.class_dropout_prob=0", override])
         with pytest.raises(ValueError, match=message):
+            config = load_config("photos", ["model.class_dropout_prob=0", override])
             validate(config.replace(**{"train.label_dropout": 0.0}))
     with pytest.raises(ValueError, match="needs objective.prediction=velocity, got noise"):
         validate(load_config("photos", ["train.preview_every=5", "objective.prediction=noise"]))
@@ -50,8 +50,8 @@ def test_settings_that_are_refused() -> None:
     ("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 2), ("fp32", 3)]
 )
 def test_training_does_not_notice_being_watched(tmp_path: Path, precision, stage) -> None:
-    extra = [f"train.precision={precision}", f"train.zero_stage={stage}", "train.keep=1",
-             "optim.ema_decay=0.7", "model.init_seed=3"]  # fmt: skip
+    extra = [f"train.precision={precision}", f"train.zero_stage={stage}", "train.keep_last=1",
+             "optim.ema_decays=[0.7]", "model.init_seed=3"]  # fmt: skip
     Trainer(tiny(tmp_path / "plain", *extra), quiet=True).run()
     state = torch.random.get_rng_state()
     trainer = Trainer(tiny(tmp_path / "watched", *extra, *WATCHED), quiet=True)

@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 def configured(out: Path, precision: str, steps: int, *more: str) -> Config:
     own = [f"out={out}", f"train.precision={precision}", f"train.images={8 * steps}"]
-    own += ["train.zero_stage=2", "optim.lr=1e-3", "optim.ema_decay=0.98", "train.log_every=10"]
+    own += ["train.zero_stage=2", "optim.lr=1e-3", "optim.ema_decays=[0.98]", "train.log_every=10"]
     return load_config("photos", [*TINY, *own, *more])
 
 

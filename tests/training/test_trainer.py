@@ -36,7 +36,7 @@ STAGES = [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)]
 @pytest.mark.parametrize(("precision", "stage"), STAGES)
 def test_resume_is_bit_identical(tmp_path: Path, precision: str, stage: int) -> None:
     """6 steps = 3 steps + save + a new process's worth of state + 3 steps."""
-    extra = [*settings(precision, stage), "train.keep=1", "optim.grad_clip=0.5"]
+    extra = [*settings(precision, stage), "train.keep_last=1", "optim.grad_clip=0.5"]
     train(tiny(tmp_path / "whole", *extra), quiet=True)
     half = train(tiny(tmp_path / "parts", *extra, "train.images=24"), quiet=True)
     assert (half.step, half.finished) == (3, True)
@@ -50,7 +50,9 @@ def test_resume_is_bit_identical(tmp_path: Path, precision: str, stage: int) -> 
 @pytest.mark.parametrize(("precision", "stage"), [*STAGES, ("fp32", 3)])
 def test_exported_ema_and_weights(tmp_path: Path, precision: str, stage: int) -> None:
     """After one step the EMA is decay * initial + (1 - decay) * new, under the official names."""
-    config = tiny(tmp_path, *settings(precision, stage), "train.images=8", "optim.ema_decay=0.75")
+    config = tiny(
+        tmp_path, *settings(precision, stage), "train.images=8", "optim.ema_decays=[0.75]"
+    )
     initial = build_model(config.model).state_dict()
     content = torch.load(train(config, quiet=True).weights, weights_only=True)
     assert content["ema"].keys() == content["model"].keys() == initial.keys()
@@ -98,7 +100,7 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_written(
 def test_stages_and_precisions_agree(tmp_path: Path) -> None:
     """ZeRO changes where numbers live: warm-up, decay, clipping and accumulation stay."""
     common = ["optim.grad_clip=0.3", "optim.weight_decay=0.1", "optim.warmup_images=24"]
-    common += ["optim.ema_decay=0.5", "train.microbatch_size=4", "optim.schedule=cosine"]
+    common += ["optim.ema_decays=[0.5]", "train.microbatch_size=4", "optim.schedule=cosine"]
     found = {}
     for precision, stage in (*(("fp32", stage) for stage in range(4)), ("bf16", 2)):
         out = tmp_path / f"{precision}_{stage}"
@@ -145,7 +147,7 @@ def test_ranks_and_microbatches_train_on_the_same_stream(tmp_path: Path) -> None
 
 
 def test_two_ranks_resume_bit_identically(tmp_path: Path) -> None:
-    common = ["train.microbatch_size=4", "train.zero_stage=1", "train.keep=1"]
+    common = ["train.microbatch_size=4", "train.zero_stage=1", "train.keep_last=1"]
     run_ranks(2, tmp_path / "d0", tmp_path / "whole", *common, "train.images=32")
     run_ranks(2, tmp_path / "d1", tmp_path / "parts", *common, "train.images=16")
     second = run_ranks(2, tmp_path / "d2", tmp_path / "parts", *common, "train.images=32")
@@ -154,7 +156,7 @@ def test_two_ranks_resume_bit_identically(tmp_path: Path) -> None:
 
 
 def test_post_training_starts_model_and_ema_from_the_ema(tmp_path: Path) -> None:
-    base = train(tiny(tmp_path / "base", "optim.ema_decay=0.5"), quiet=True)
+    base = train(tiny(tmp_path / "base", "optim.ema_decays=[0.5]"), quiet=True)
     content = torch.load(base.weights, weights_only=True)
     config = tiny(tmp_path / "post", f"train.init={base.out}", "optim.lr=0", "train.images=16")
     after = torch.load(train(config, quiet=True).weights, weights_only=True)
@@ -291,7 +293,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> 
 
 def test_killed_and_interrupted_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     """kill -9, then Ctrl-C, then to the end: as if nothing had happened."""
-    length = ["train.images=640", "train.save_every=5", "train.keep=1"]
+    length = ["train.images=640", "train.save_every=5", "train.keep_last=1"]
     killed = start_cli(tmp_path / "run", "train.images=1000000", *length[1:])
     wait_for_step(killed, tmp_path / "run", 12)
     killed.kill()
@@ -319,7 +321,7 @@ def test_zero_3_exports_parameters_that_it_really_shards(tmp_path: Path) -> None
     """Above 1e5 elements ZeRO 3 empties a parameter; pos_embed (256 x 400) is frozen and large."""
     wide = ["model.hidden_size=400", "model.num_heads=2", "model.name=SiT-S/2", "data.size=32"]
     wide += ["model.input_size=32", "train.images=8", "train.zero_stage=3"]
-    config = tiny(tmp_path, *wide, "optim.ema_decay=0.75")
+    config = tiny(tmp_path, *wide, "optim.ema_decays=[0.75]")
     initial = build_model(config.model).state_dict()
     content = torch.load(train(config, quiet=True).weights, weights_only=True)
     for name, new in content["model"].items():

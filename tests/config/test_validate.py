@@ -1,0 +1,71 @@
+"""What only the whole configuration, or the machine, can refuse."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.validate import validate
+from tests.support.configs import resolved
+
+IMPOSSIBLE = [
+    ("model.class_dropout_prob=0", "null class"),
+    ("objective.alignment_weight=1", "z_dims"),
+    ("data.kind=latents", "data.path"),
+    ("data.moments=true", "data.moments has no meaning"),
+    ("data={kind: latents, path: x, flip: true}", "data.flip has no meaning"),
+    ("data={kind: latents, path: x, features: y}", "without objective.alignment_weight"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)
+def test_impossible_combinations(override: str, message: str) -> None:
+    config = load_config("photos", [override])
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.mode=fused", "train.zero_stage=3"], r"model.mode=fused .* train.zero_stage=2"),
+        (["model.checkpointing=full", "train.zero_stage=3"], "model.checkpointing=full"),
+    ],
+)
+def test_refuses_networks_that_cannot_run(overrides: list[str], message: str) -> None:
+    config = load_config("photos", overrides)
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+def test_trained_embeddings_need_float32() -> None:
+    c = resolved("rae-xl-256").replace(**{"model.train_embeddings": True})
+    with pytest.raises(ValueError, match="train.precision=fp32"):
+        validate(c)
+    validate(c.replace(**{"train.precision": "fp32"}))
+    c = resolved("rae-xl-256").replace(**{"train.zero_stage": 3})
+    with pytest.raises(ValueError, match="train.zero_stage=2"):
+        validate(c)
+
+
+def test_batch_must_divide_by_the_ranks_and_microbatches_fit() -> None:
+    config = load_config("photos", ["train.global_batch_size=96", "train.microbatch_size=40"])
+    assert [config.microbatch(ranks) for ranks in (1, 2, 3, 4)] == [32, 24, 32, 24]
+    with pytest.raises(ValueError, match="ranks, got 5"):
+        validate(config, world_size=5)
+
+
+def test_loggers_need_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What wandb leaves in the working directory is not the package.
+    (tmp_path / "wandb").mkdir()
+    config = load_config("photos", ["train.loggers=[wandb]"])
+    assert config.train.loggers == ("wandb",)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        patch.delitem(sys.modules, "wandb", raising=False)
+        with pytest.raises(ValueError, match="needs the package wandb: pip install wandb"):
+            validate(config)
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    validate(config)
