@@ -107,7 +107,8 @@ def _check_alignment(config: Config) -> None:
     taught = teacher.path is not None
     given = [f"teacher.{f.name}" for f in _changed(teacher)]
     if not o.alignment_weight:
-        given += ["objective.alignment_input"] * (o.alignment_input != "slowed")
+        if o.alignment_input != "slowed":
+            given.append("objective.alignment_input")
         if given:
             raise ValueError(
                 f"{given[0]} has no meaning without objective.alignment_weight: leave it out"
@@ -160,10 +161,11 @@ def _check_data(config: Config) -> None:
         raise ValueError(f"data.path must be given for data.kind={d.kind}: add data.path=PATH")
     for f in _changed(d):
         if f.name not in (*taken, "kind", "workers"):
-            why = {"features": "without objective.alignment_weight"}.get(f.name, "")
-            if f.name == "images" and d.kind == "latents":
-                why = "without objective.alignment_weight and teacher.path"
+            why = ""
+            if f.name == "features":
+                why = " without objective.alignment_weight"
+            elif f.name == "images" and d.kind == "latents":
+                why = " without objective.alignment_weight and teacher.path"
             raise ValueError(
-                f"data.{f.name} has no meaning for data.kind={d.kind} {why}".rstrip()
-                + ": leave it out"
+                f"data.{f.name} has no meaning for data.kind={d.kind}{why}: leave it out"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.checkpoints.ema_snapshots import extract, reconstruct, snapshots
 from mixflow_fast.cli.main import main
 from mixflow_fast.models import load_model, load_weights
@@ -127,6 +129,27 @@ def test_further_fixed_decays(run: Path, tmp_path: Path) -> None:
     assert 0 < away[0] < away[1] < away[2]
     ema = load_weights(run / "weights.pt", "ema")
     assert all(torch.equal(v, ema[k]) for k, v in load_weights(out, "ema").items())
+
+
+def test_checkpoints_that_hold_the_former_names_of_the_decays(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_state = run_folder.read_state
+
+    def former(folder: Path) -> dict:
+        state = read_state(folder)
+        config = json.loads(state["metadata"]["config"])
+        first, *more = config["optim"].pop("ema_decays")
+        config["optim"] |= {"ema_decay": first, "ema_more_decays": more}
+        state["metadata"]["config"] = json.dumps(config)
+        return state
+
+    extract(run, 0.9, tmp_path / "now.pt")
+    monkeypatch.setattr(run_folder, "read_state", former)
+    extract(run, 0.9, tmp_path / "former.pt")
+    now = load_weights(tmp_path / "now.pt", "ema")
+    for name, weight in load_weights(tmp_path / "former.pt", "ema").items():
+        assert torch.equal(weight, now[name])
 
 
 def test_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
