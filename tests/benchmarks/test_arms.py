@@ -162,7 +162,7 @@ def test_micro_batches_fit_the_memory_and_are_the_same(tmp_path, memory, micro) 
 def test_activation_is_made_again_in_its_arm_only() -> None:
     made = {n for n, r in arms.RECIPES.items() if r.execution.checkpointing != "none"}
     assert made == {"mixflow_fast_recompute"}
-    assert "checkpointing activation" in arms.RECIPES["mixflow_fast_recompute"].note
+    assert "checkpointing elementwise" in arms.RECIPES["mixflow_fast_recompute"].note
     # Where the batch fits at once, so that peak memory compares, the row before is there, too.
     both = {"mixflow_fast_adamwema", "mixflow_fast_recompute"}
     assert all(both <= set(workload.arms) for workload in arms.workloads(smoke=False)[:2])
