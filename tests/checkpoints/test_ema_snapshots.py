@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.checkpoints.ema_snapshots import extract, reconstruct, snapshots
+from mixflow_fast.checkpoints.run_folder import RunState
 from mixflow_fast.cli.main import main
 from mixflow_fast.models import load_model, load_weights
 from mixflow_fast.training.ema_writer import describe_averages
@@ -136,13 +138,12 @@ def test_checkpoints_that_hold_the_former_names_of_the_decays(
 ) -> None:
     read_state = run_folder.read_state
 
-    def former(folder: Path) -> dict:
+    def former(folder: Path) -> RunState:
         state = read_state(folder)
-        config = json.loads(state["metadata"]["config"])
+        config = json.loads(state.metadata["config"])
         first, *more = config["optim"].pop("ema_decays")
         config["optim"] |= {"ema_decay": first, "ema_more_decays": more}
-        state["metadata"]["config"] = json.dumps(config)
-        return state
+        return replace(state, metadata={**state.metadata, "config": json.dumps(config)})
 
     extract(run, 0.9, tmp_path / "now.pt")
     monkeypatch.setattr(run_folder, "read_state", former)
