@@ -96,7 +96,9 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
             f"{out} already holds a run (step {newest.name}): choose another out=, delete it, or "
             "resume with --resume auto"
         )
-    _check_same_run(config, out)
+    descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
+    free = FREE - {"train.images"} if descends_to_the_end else FREE
+    _check_same_run(_flat(config.to_dict()), out, free)
     stage = config.train.zero_stage
     before = resharded_from(newest, stage, ranks)
     return ResumePoint(newest, read_state(newest), before, tuple(passed_over))
@@ -127,14 +129,17 @@ def start_from(model: Transformer, path: Path) -> None:
             )
 
 
-def _check_same_run(config: Config, out: Path) -> None:
-    """Refuse a configuration that computes something else than the run in the folder."""
+def _check_same_run(new: Mapping[str, object], out: Path, free: set[str]) -> None:
+    """Refuse settings that compute something else than the run in the folder.
+
+    Args:
+        new: settings by dotted name.
+        out: run folder.
+        free: names whose values may change between the parts of a run.
+    """
     old = _flat(load_config(str(out / "config.yaml")).to_dict())
-    new = _flat(config.to_dict())
     changed = sorted(k for k in new.keys() | old.keys() if old.get(k) != new.get(k))
-    descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
-    fixed = {"train.images"} if descends_to_the_end else set()
-    changed = [key for key in changed if key not in FREE - fixed]
+    changed = [key for key in changed if key not in free]
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:5])
         raise ValueError(

@@ -7,7 +7,16 @@ import dataclasses
 import torch
 
 from mixflow_fast import extension
-from mixflow_fast.config.schema import DATA_FIELDS, Config, OptimConfig
+from mixflow_fast.config.schema import (
+    DATA_FIELDS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from mixflow_fast.config.section import Section
 from mixflow_fast.environment import apex_message, detect_apex, is_installed
 
@@ -20,30 +29,29 @@ def validate(config: Config, world_size: int = 1) -> None:
     Raises:
         ValueError: names the field, what came, what is expected.
     """
-    _check_data(config)
-    _check_optimizer(config.optim, config.train.device)
-    _check_batch(config, world_size)
-    _check_model(config)
-    _check_alignment(config)
-    _check_watching(config)
+    c = config
+    _check_data(c.data, c.objective.alignment_weight > 0, c.teacher.path is not None)
+    _check_optimizer(c.optim, c.train.device)
+    _check_batch(c.train, c.model, world_size)
+    _check_model(c.model, c.train)
+    _check_alignment(c.objective, c.model, c.data, c.teacher, c.train.zero_stage)
+    _check_watching(c.train, c.model, c.objective)
 
 
-def _check_batch(config: Config, world_size: int) -> None:
-    t = config.train
+def _check_batch(t: TrainConfig, m: ModelConfig, world_size: int) -> None:
     if t.global_batch_size % world_size:
         raise ValueError(
             f"train.global_batch_size = {t.global_batch_size} must be a multiple of the number of "
             f"ranks, got {world_size}"
         )
-    if t.label_dropout and not config.model.class_dropout_prob:
+    if t.label_dropout and not m.class_dropout_prob:
         raise ValueError(
             f"train.label_dropout = {t.label_dropout} needs a null class: set "
             "model.class_dropout_prob > 0, or train.label_dropout=0"
         )
 
 
-def _check_model(config: Config) -> None:
-    m, t = config.model, config.train
+def _check_model(m: ModelConfig, t: TrainConfig) -> None:
     if t.zero_stage == 3 and (m.mode not in ("auto", "eager") or m.checkpointing != "none"):
         name = "checkpointing" if m.mode in ("auto", "eager") else "mode"
         raise ValueError(
@@ -63,20 +71,19 @@ def _check_model(config: Config) -> None:
         )
 
 
-def _check_watching(config: Config) -> None:
-    t = config.train
+def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig) -> None:
     for name in t.loggers:
         if not is_installed(name):
             raise ValueError(
                 f"train.loggers={list(t.loggers)} needs the package {name}: pip install {name}, or "
                 "leave it out (metrics.jsonl is written anyway)"
             )
-    if t.preview_every and config.objective.prediction != "velocity":
+    if t.preview_every and o.prediction != "velocity":
         raise ValueError(
             f"train.preview_every = {t.preview_every} needs objective.prediction=velocity, got "
-            f"{config.objective.prediction}: the samplers integrate velocities; set it to 0"
+            f"{o.prediction}: the samplers integrate velocities; set it to 0"
         )
-    if t.preview_cfg != 1 and not config.model.class_dropout_prob:
+    if t.preview_cfg != 1 and not m.class_dropout_prob:
         raise ValueError(
             f"train.preview_cfg = {t.preview_cfg} needs a null class: set "
             "model.class_dropout_prob > 0, or train.preview_cfg=1"
@@ -102,8 +109,9 @@ def _check_optimizer(p: OptimConfig, device: str) -> None:
         )
 
 
-def _check_alignment(config: Config) -> None:
-    m, o, d, teacher = config.model, config.objective, config.data, config.teacher
+def _check_alignment(
+    o: ObjectiveConfig, m: ModelConfig, d: DataConfig, teacher: TeacherConfig, zero_stage: int
+) -> None:
     taught = teacher.path is not None
     given = [f"teacher.{f.name}" for f in _changed(teacher)]
     if not o.alignment_weight:
@@ -140,7 +148,7 @@ def _check_alignment(config: Config) -> None:
             f"the teacher sees RGB images, got model.in_channels = {m.in_channels} for "
             f"data.kind={d.kind}"
         )
-    if o.alignment_input == "label" and config.train.zero_stage == 3:
+    if o.alignment_input == "label" and zero_stage == 3:
         raise ValueError(
             "objective.alignment_input=label runs some blocks outside of DeepSpeed's forward, "
             "where ZeRO 3 does not gather their weights: set train.zero_stage=2, or "
@@ -152,11 +160,10 @@ def _changed(section: Section) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(section) if getattr(section, f.name) != f.default]
 
 
-def _check_data(config: Config) -> None:
-    d, aligned = config.data, config.objective.alignment_weight > 0
+def _check_data(d: DataConfig, aligned: bool, taught: bool) -> None:
     taken = DATA_FIELDS[d.kind]
     if d.kind == "latents" and aligned:
-        taken += ("features",) if config.teacher.path is None else ("features", "images")
+        taken += ("features", "images") if taught else ("features",)
     if "path" in taken and d.path is None:
         raise ValueError(f"data.path must be given for data.kind={d.kind}: add data.path=PATH")
     for f in _changed(d):

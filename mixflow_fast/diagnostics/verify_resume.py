@@ -105,7 +105,10 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
         run = config.replace(**common, **{"train.images": images, "out": str(out / folder)})
         if name == "whole":
             check(run, ranks)
-        _run(run, out, name, ranks)
+        recipe = out / f"{name}.yaml"
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(run.to_yaml())
+        _run(recipe, ranks)
     _require_movement(out / "parts", steps // 2)
     rows = compare_checkpoints(_newest(out / "whole"), _newest(out / "parts"))
     return rows + compare_streams(
@@ -222,12 +225,15 @@ def _records(folder: Path) -> dict[tuple[int, int], dict[str, str]]:
     return found
 
 
-def _run(config: Config, out: Path, name: str, ranks: int) -> None:
-    """One run in fresh processes, which meet as torchrun's do; ends when all or one of them did."""
-    records = out / f"{name}.records"
+def _run(recipe: Path, ranks: int) -> None:
+    """One run in fresh processes, which meet as torchrun's do; ends when all or one of them did.
+
+    Args:
+        recipe: OUT/NAME.yaml; OUT/NAME.records and OUT/NAME_RANK.log are written beside it.
+        ranks: processes.
+    """
+    records = recipe.with_suffix(".records")
     records.mkdir(parents=True)
-    recipe = out / f"{name}.yaml"
-    recipe.write_text(config.to_yaml())
     env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     env["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).resolve().parents[2]), *env.get("PYTHONPATH", "").split(os.pathsep)]
@@ -245,7 +251,7 @@ def _run(config: Config, out: Path, name: str, ranks: int) -> None:
         str(recipe),
         str(records),
     ]
-    logs = [out / f"{name}_{rank}.log" for rank in range(ranks)]
+    logs = [recipe.with_name(f"{recipe.stem}_{rank}.log") for rank in range(ranks)]
     processes = []
     try:
         for rank, log in enumerate(logs):
@@ -263,7 +269,7 @@ def _run(config: Config, out: Path, name: str, ranks: int) -> None:
     if failed:
         log = logs[failed[0]]
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-        raise ValueError(f"the run in {config.out} failed, see {log}: {' | '.join(last)}")
+        raise ValueError(f"the run of {recipe} failed, see {log}: {' | '.join(last)}")
 
 
 def _child(recipe: str, records: Path) -> None:
