@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -29,30 +28,21 @@ from mixflow_fast.messages import shorten
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights import diffusers_dit
 from mixflow_fast.models.weights.files import (
+    WeightsFile,
     is_finite,
     portable,
-    read_content,
-    read_metadata,
-    state_of,
     write_pt,
     write_safetensors,
 )
-from mixflow_fast.models.weights.loading import (
-    compare,
-    load_into,
-    official_settings,
-    on_meta,
-    recorded_config,
-)
-from mixflow_fast.models.weights.naming import (
-    infer_kwargs,
-    kind_of,
-    with_sigma_head,
-    with_velocity_head,
-)
+from mixflow_fast.models.weights.loading import compare, load_into, network_spec, on_meta
+from mixflow_fast.models.weights.metadata import Scalar
+from mixflow_fast.models.weights.naming import ClassName, with_sigma_head, with_velocity_head
 
-FORMATS = {"official": ".pt", "ema": ".safetensors", "diffusers": ""}
-HEADS = ("velocity", "sigma", "as-is")
+Format = Literal["official", "ema", "diffusers"]
+Head = Literal["velocity", "sigma", "as-is"]
+Which = Literal["ema", "model"]
+FORMATS: dict[Format, str] = {"official": ".pt", "ema": ".safetensors", "diffusers": ""}
+HEADS: tuple[Head, ...] = get_args(Head)
 _RECORD = "mixflow.json"
 _OWN_NAMES = ("source_args", "kwargs", "format", "steps")
 # Relative RMS difference to the diffusers class in float32, usually below 1e-6; without the change
@@ -62,7 +52,13 @@ _TOLERANCE, _TOLERANCE_WITH_DRIFT = 1e-4, 2e-3
 
 @dataclass(kw_only=True)
 class Exported:
-    """What was written: the file or folder, its size, tensors, the network, remarks."""
+    """What was written.
+
+    Attributes:
+        path, size_bytes, tensors: the file or folder.
+        model, clock: the network in words, and its clock.
+        notes: what a user should know of the conversion.
+    """
 
     path: Path
     size_bytes: int
@@ -73,27 +69,37 @@ class Exported:
 
 
 @dataclass(kw_only=True)
-class _Source:
-    """Weights to export and everything that is known of their network."""
+class _Weights:
+    """Weights to export and everything that is known of their network.
+
+    Attributes:
+        model: the network on the meta device.
+        which: the state dict that was read from `file`.
+        recorded_args: settings in the file that are passed on.
+    """
 
     state: dict[str, Tensor]
-    model: Transformer  # on the meta device
-    class_name: str
+    model: Transformer
+    class_name: ClassName
     prediction: str
     steps: int
-    file: str
-    weights: str
-    recorded_args: dict[str, Any]
+    file: Path
+    which: Which
+    recorded_args: dict[str, Scalar]
     notes: list[str]
+
+    @property
+    def name(self) -> str:
+        return model_name(self.class_name, self.model.config)
 
 
 def export(
     checkpoint: str | os.PathLike[str],
-    to: str,
+    to: Format,
     out: str | os.PathLike[str],
     *,
-    weights: str = "ema",
-    head: str | None = None,
+    weights: Which = "ema",
+    head: Head | None = None,
     bare: bool = False,
     clock: str | None = None,
     num_heads: int | tuple[int, int] | None = None,
@@ -124,23 +130,28 @@ def export(
     _check_options(to, out, weights, head, bare)
     file = weights_file(checkpoint)
     _check_free(file, out, to, force)
-    source = _read(file, weights, clock, num_heads)
-    _set_head(source, head or ("as-is" if to == "ema" else "velocity"), head is not None)
-    _check_fit(source)
-    count = {"official": _official, "ema": _ema, "diffusers": _diffusers}[to](source, out, bare)
+    loaded = _read(file, weights, clock, num_heads)
+    _set_head(loaded, head or ("as-is" if to == "ema" else "velocity"), head is not None)
+    _check_fit(loaded)
+    if to == "official":
+        count = _write_official(loaded, out, bare)
+    elif to == "ema":
+        count = _write_ema(loaded, out)
+    else:
+        count = _write_diffusers(loaded, out)
     files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
     return Exported(
         path=out,
         size_bytes=sum(path.stat().st_size for path in files),
         tensors=count,
-        model=model_name(source.class_name, source.model.config),
-        clock=source.model.clock,
-        notes=source.notes,
+        model=loaded.name,
+        clock=loaded.model.clock,
+        notes=loaded.notes,
     )
 
 
-def _check_options(to: str, out: Path, weights: str, head: str | None, bare: bool) -> None:
-    for name, value, choices in (("to", to, FORMATS), ("weights", weights, ("ema", "model"))):
+def _check_options(to: Format, out: Path, weights: Which, head: Head | None, bare: bool) -> None:
+    for name, value, choices in (("to", to, FORMATS), ("weights", weights, get_args(Which))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if head is not None and head not in HEADS:
@@ -154,7 +165,7 @@ def _check_options(to: str, out: Path, weights: str, head: str | None, bare: boo
         raise ValueError(f"out must be a folder for --to {to}, got {out}")
 
 
-def _check_free(file: Path, out: Path, to: str, force: bool) -> None:
+def _check_free(file: Path, out: Path, to: Format, force: bool) -> None:
     if not out.exists():
         return
     if out.samefile(file):
@@ -171,155 +182,147 @@ def _check_free(file: Path, out: Path, to: str, force: bool) -> None:
 
 
 def _read(
-    file: Path, weights: str, clock: str | None, num_heads: int | tuple[int, int] | None
-) -> _Source:
-    content, metadata = read_content(file), read_metadata(file)
-    said = official_settings(content)
+    path: Path, which: Which, clock: str | None, num_heads: int | tuple[int, int] | None
+) -> _Weights:
+    file = WeightsFile.open(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = portable(state_of(content, weights, file), str(file))
-        class_name, kwargs = None, {}
-        args = metadata or content.get("args")
-        args = args if isinstance(args, Mapping) else {}
-        if recorded := recorded_config(args, file):
-            class_name = "DiTDH" if "s_embedder.proj.weight" in state else "SiT"
-            kwargs = {name: value for name, value in recorded.items() if name != "prediction"}
-        else:
-            depth = said.get("encoder_depth") if kind_of(state) == "REPA SiT" else None
-            class_name, kwargs = infer_kwargs(state, num_heads, depth)
-    kwargs |= {} if clock is None else {"clock": clock}
-    counts = [content.get(name) for name in ("steps", "train_steps", "step")]
-    steps = next((n for n in (*counts, metadata.get("steps")) if str(n).isdigit()), 0)
-    return _Source(
+        state = portable(file.state(which), str(path))
+        spec = network_spec(file, state, num_heads)
+    return _Weights(
         state=state,
-        model=on_meta(class_name, kwargs),
-        class_name=class_name,
-        prediction=recorded.get("prediction") or said.get("prediction", "velocity"),
-        steps=int(steps),
-        file=str(file),
-        weights=weights,
-        recorded_args={n: v for n, v in args.items() if isinstance(v, str | int | float | bool)},
+        model=spec.on_meta(clock),
+        class_name=spec.class_name,
+        prediction=spec.prediction,
+        steps=file.steps or 0,
+        file=path,
+        which=which,
+        recorded_args={
+            name: value
+            for name, value in file.args.items()
+            if isinstance(value, str | int | float | bool)
+        },
         notes=[str(warning.message) for warning in caught],
     )
 
 
-def _set_head(source: _Source, head: str, asked: bool) -> None:
+def _set_head(loaded: _Weights, head: Head, asked: bool) -> None:
     if head == "as-is":
         return
-    kwargs = source.model.config
-    if source.class_name != "SiT" or kwargs["z_dims"] is not None:
+    kwargs = loaded.model.config
+    if loaded.class_name != "SiT" or kwargs["z_dims"] is not None:
         if asked and head == "sigma":
             raise ValueError(
-                f"head sigma is for SiT; {model_name(source.class_name, kwargs)} has no sigma "
-                "channels: leave --head out"
+                f"head sigma is for SiT; {loaded.name} has no sigma channels: leave --head out"
             )
         return
     change = with_sigma_head if head == "sigma" else with_velocity_head
-    source.state = change(source.state)
+    loaded.state = change(loaded.state)
     if kwargs["learn_sigma"] != (head == "sigma"):
         did = "zero sigma rows added to" if head == "sigma" else "unused sigma rows dropped from"
-        source.notes.append(f"{did} the head (--head {head})")
-    source.model = on_meta("SiT", kwargs | {"learn_sigma": head == "sigma"})
+        loaded.notes.append(f"{did} the head (--head {head})")
+    loaded.model = on_meta("SiT", kwargs | {"learn_sigma": head == "sigma"})
 
 
-def _check_fit(source: _Source) -> None:
-    missing, unexpected, shapes = compare(source.state, source.model.state_dict())
+def _check_fit(loaded: _Weights) -> None:
+    missing, unexpected, shapes = compare(loaded.state, loaded.model.state_dict())
     wrong = [f"{n} {h} instead of {w}" for n, (h, w) in shapes.items()]
     parts = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
     if any(names for _, names in parts):
         listing = "; ".join(
             f"{len(names)} {what}: {shorten(names)}" for what, names in parts if names
         )
-        name = model_name(source.class_name, source.model.config)
-        raise ValueError(f"{source.file} does not fit {name}: {listing}: see mixflow-fast inspect")
-    bad = [name for name, tensor in source.state.items() if not is_finite(tensor)]
+        raise ValueError(
+            f"{loaded.file} does not fit {loaded.name}: {listing}: see mixflow-fast inspect"
+        )
+    bad = [name for name, tensor in loaded.state.items() if not is_finite(tensor)]
     if bad:
-        raise ValueError(f"{source.file} holds values that are not finite in {shorten(bad)}")
+        raise ValueError(f"{loaded.file} holds values that are not finite in {shorten(bad)}")
 
 
-def _metadata(source: _Source) -> dict[str, str]:
-    """How the network is built and where it is from, as strings."""
-    config = source.model.config
+def _metadata(loaded: _Weights) -> dict[str, str]:
+    """Network and origin of the weights, as strings."""
     return {
-        "name": model_name(source.class_name, config),
-        "class": source.class_name,
-        "clock": source.model.clock,
-        "prediction": source.prediction,
-        "source": Path(source.file).name,
-        "weights": source.weights,
+        "name": loaded.name,
+        "class": loaded.class_name,
+        "clock": loaded.model.clock,
+        "prediction": loaded.prediction,
+        "source": loaded.file.name,
+        "weights": loaded.which,
         "written_by": f"mixflow-fast {__version__}",
     }
 
 
-def _official(source: _Source, out: Path, bare: bool) -> int:
-    if source.weights != "ema" and not bare:
-        source.notes.append("the online weights stand under 'ema', where official samplers look")
-    if source.prediction != "velocity":
-        source.notes.append(f"the network predicts {source.prediction}: tell the sampler so")
+def _write_official(loaded: _Weights, out: Path, bare: bool) -> int:
+    if loaded.which != "ema" and not bare:
+        loaded.notes.append("the online weights stand under 'ema', where official samplers look")
+    if loaded.prediction != "velocity":
+        loaded.notes.append(f"the network predicts {loaded.prediction}: tell the sampler so")
     if bare:
-        implied = on_meta(source.class_name, source.model.config | {"clock": None}).clock
-        if implied != source.model.clock:
-            source.notes.append(f"a bare file does not say its clock, {source.model.clock}")
-        write_pt(out, source.state)
-        return len(source.state)
-    args = _metadata(source) | {"model": json.dumps(source.model.config)}
-    rest = {n: v for n, v in source.recorded_args.items() if n not in (*args, *_OWN_NAMES)}
+        implied = on_meta(loaded.class_name, loaded.model.config | {"clock": None}).clock
+        if implied != loaded.model.clock:
+            loaded.notes.append(f"a bare file does not say its clock, {loaded.model.clock}")
+        write_pt(out, loaded.state)
+        return len(loaded.state)
+    args = _metadata(loaded) | {"model": json.dumps(loaded.model.config)}
+    rest = {n: v for n, v in loaded.recorded_args.items() if n not in args and n not in _OWN_NAMES}
     if rest:
         args["source_args"] = json.dumps(rest)
-    write_pt(out, {"ema": source.state, "args": args, "steps": source.steps})
-    return len(source.state)
+    write_pt(out, {"ema": loaded.state, "args": args, "steps": loaded.steps})
+    return len(loaded.state)
 
 
-def _ema(source: _Source, out: Path, _bare: bool) -> int:
-    metadata = _metadata(source) | {
+def _write_ema(loaded: _Weights, out: Path) -> int:
+    metadata = _metadata(loaded) | {
         "format": "pt",
-        "model": _metadata(source)["name"],
-        "kwargs": json.dumps(source.model.config),
-        "steps": str(source.steps),
+        "model": loaded.name,
+        "kwargs": json.dumps(loaded.model.config),
+        "steps": str(loaded.steps),
     }
-    write_safetensors(out, source.state, metadata)
-    return len(source.state)
+    write_safetensors(out, loaded.state, metadata)
+    return len(loaded.state)
 
 
-def _diffusers(source: _Source, out: Path, _bare: bool) -> int:
-    if source.class_name != "SiT":
+def _write_diffusers(loaded: _Weights, out: Path) -> int:
+    if loaded.class_name != "SiT":
         raise ValueError(
-            f"diffusers has no class for {model_name(source.class_name, source.model.config)}: "
-            "export --to official or --to ema"
+            f"diffusers has no class for {loaded.name}: export --to official or --to ema"
         )
-    kwargs = source.model.config
+    kwargs = loaded.model.config
     if kwargs["z_dims"] is not None:
-        source.notes.append("REPA's projectors, used in training only, are left out")
-    drift = diffusers_dit.position_drift(source.state)
-    theirs = diffusers_dit.build_diffusers(source.state, kwargs)
+        loaded.notes.append("REPA's projectors, used in training only, are left out")
+    drift = diffusers_dit.position_drift(loaded.state)
+    theirs = diffusers_dit.build_diffusers(loaded.state, kwargs)
     count = len(theirs.state_dict())
-    record = _metadata(source) | {
-        "steps": source.steps,
+    record = _metadata(loaded) | {
+        "steps": loaded.steps,
         "kwargs": kwargs,
         "timestep": "t in [0, 1], unscaled, in the clock above; the sample is dx/dt by that t"
-        if source.prediction == "velocity"
+        if loaded.prediction == "velocity"
         else "t in [0, 1], unscaled, in the clock above",
     }
     with replacing(out) as partial:
         theirs.save_pretrained(partial)
         del theirs  # of an XL, 3 GB
         (partial / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        ours = on_meta("SiT", kwargs)
-        load_into(ours, source.state)
-        read_back = diffusers_dit.diffusers_class().from_pretrained(
-            partial, low_cpu_mem_usage=False
-        )
-        read_back.eval()
-        error = diffusers_dit.largest_difference(ours.eval(), read_back)
+        error = _read_back_error(loaded, partial)
         if not error <= (_TOLERANCE_WITH_DRIFT if drift else _TOLERANCE):
             raise ValueError(
                 f"the diffusers model differs from this one by {error:.2g} (relative RMS) on "
                 "random inputs; nothing was written: please report it with the versions of torch "
                 "and diffusers"
             )
-    source.notes.append(
+    loaded.notes.append(
         f"read back with diffusers: relative difference {error:.1e} on random inputs"
     )
     if drift:
-        source.notes.append(f"diffusers computes pos_embed itself, up to {drift:.1e} away")
+        loaded.notes.append(f"diffusers computes pos_embed itself, up to {drift:.1e} away")
     return count
+
+
+def _read_back_error(loaded: _Weights, folder: Path) -> float:
+    """Relative RMS difference of what diffusers reads from the folder to the network here."""
+    ours = on_meta("SiT", loaded.model.config)
+    load_into(ours, loaded.state)
+    read_back = diffusers_dit.diffusers_class().from_pretrained(folder, low_cpu_mem_usage=False)
+    return diffusers_dit.largest_difference(ours.eval(), read_back.eval())

@@ -1,7 +1,7 @@
 """What is in a checkpoint: whose it is, which network, and whether the weights fit it.
 
 `inspect_file` reads without executing anything in the file and returns an `Inspection`;
-`inspection_text.as_text` words it for people, `as_json` for programs.
+`cli.inspect.as_text` words it for people, `as_json` for programs.
 """
 
 from __future__ import annotations
@@ -10,49 +10,92 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.checkpoints.run_folder import weights_file
-from mixflow_fast.models import DITDH_SIZES, SIT_SIZES, build, infer_kwargs
-from mixflow_fast.models.weights.files import (
-    first_damaged,
-    is_finite,
-    is_safetensors,
-    read_content,
-    read_metadata,
-    state_of,
-    tensors_in,
-    weights_keys,
-)
-from mixflow_fast.models.weights.loading import compare, official_settings, on_meta, recorded_config
-from mixflow_fast.models.weights.naming import depth, kind_of
+from mixflow_fast.models import DITDH_SIZES, SIT_SIZES, build
+from mixflow_fast.models.transformer import ModelConfig
+from mixflow_fast.models.weights.files import WeightsFile, first_damaged, is_finite, tensors_in
+from mixflow_fast.models.weights.loading import NetworkSpec, compare, network_spec, on_meta
+from mixflow_fast.models.weights.naming import ClassName, depth, kind_of
 
 _OPTIMIZERS = ("opt", "optimizer")
+# What RAE's first release records beside `args`.
+_FURTHER_SETTINGS = ("training_cfg", "cli_overrides", "config_path")
+Json = str | int | float | bool | list["Json"] | dict[str, "Json"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRow:
+    """An optimizer's state among the top-level entries of a file."""
+
+    name: str
+    kind: Literal["optimizer"] = "optimizer"
+    parameters: int
+    used: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateDictRow:
+    """A state dict among the top-level entries of a file."""
+
+    name: str
+    kind: Literal["state dict"] = "state dict"
+    tensors: int
+    values: int
+    dtypes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsRow:
+    """A dict without tensors among the top-level entries of a file."""
+
+    name: str
+    kind: Literal["settings"] = "settings"
+    entries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueRow:
+    """A single value among the top-level entries of a file."""
+
+    name: str
+    kind: Literal["value"] = "value"
+    value: Json
+
+
+Row = OptimizerRow | StateDictRow | SettingsRow | ValueRow
 
 
 @dataclass(kw_only=True)
 class Inspection:
     """The findings; names of tensors are without wrapper prefixes, legacy names renamed.
 
-    path, size_bytes, format, layout: the file. contents: one row per top-level entry. weights: the
-    container that was looked at ("" for a bare state dict). kind: "SiT", "REPA SiT", "DiT-DH" or
-    "unknown". model: its name in words. class_name, kwargs: what builds it. clock_from: who says
-    so. misshaped: name -> [shape in the file, shape expected]. non_finite: container and name.
+    Attributes:
+        path, size_bytes, format, layout: the file.
+        contents: one row per top-level entry.
+        weights: the container that was looked at ("" for a bare state dict).
+        kind: "SiT", "REPA SiT", "DiT-DH" or "unknown".
+        model: its name in words.
+        class_name, kwargs: what builds it.
+        clock_from: what the clock is known from.
+        misshaped: name -> [shape in the file, shape expected].
+        non_finite: container and name.
     """
 
     path: str
     size_bytes: int
     format: str
     layout: str
-    contents: list[dict[str, Any]]
+    contents: list[Row]
     weights: str
     kind: str = "unknown"
     model: str = "unknown"
-    class_name: str | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    class_name: ClassName | None = None
+    kwargs: ModelConfig = field(default_factory=dict)
     tokens: int | None = None
     clock: str | None = None
     clock_from: str | None = None
@@ -62,7 +105,7 @@ class Inspection:
     dtypes: list[str] = field(default_factory=list)
     steps: int | None = None
     epoch: int | None = None
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Json] = field(default_factory=dict)
     against: str | None = None
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -81,7 +124,7 @@ class Inspection:
 def inspect_file(
     path: str | os.PathLike[str], key: str = "ema", against: str | None = None
 ) -> Inspection:
-    """Read a checkpoint and hold it against the network it seems to belong to.
+    """Read a checkpoint and compare it with the network it seems to belong to.
 
     Args:
         path: a .pt or .safetensors file, or a run folder.
@@ -91,57 +134,58 @@ def inspect_file(
     Raises:
         ValueError: the file cannot be read, holds no weights, or `against` is unknown.
     """
-    path = weights_file(path)
-    content, metadata = read_content(path), read_metadata(path)
+    file = WeightsFile.open(weights_file(path))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = state_of(content, key, path)
-    containers = {name: content[name] for name in weights_keys(content)} or {"": content}
+        state = file.state(key)
+    bare = {"": file.entries}
+    containers = file.containers() or bare
+    entries = bare if containers is bare else file.entries
     found = Inspection(
-        path=str(path),
-        size_bytes=path.stat().st_size,
-        format="safetensors" if is_safetensors(path) else "torch.save",
-        layout=_layout(content, metadata),
-        contents=[_row(name, value) for name, value in content.items()] if "" not in containers
-        else [_row("", content)],
+        path=str(file.path),
+        size_bytes=file.path.stat().st_size,
+        format=file.format,
+        layout=_layout(file),
+        contents=[_row(name, value) for name, value in entries.items()],
         weights=next((name for name, held in containers.items() if _holds(held, state)), ""),
-        args=_jsonable(_args(content, metadata)),
+        args=_recorded_settings(file),
         parameters=sum(tensor.numel() for tensor in state.values()),
         dtypes=_dtypes(state.values()),
-        damaged=first_damaged(path),
+        steps=file.steps,
+        epoch=file.number("epoch"),
+        non_finite=_non_finite(containers),
+        damaged=first_damaged(file.path),
         notes=[str(warning.message) for warning in caught],
-    )  # fmt: skip
-    for name in ("training_cfg", "cli_overrides", "config_path"):
-        if content.get(name) and not isinstance(content[name], Tensor):
-            found.args[name] = _jsonable(content[name])
-    found.steps = _number(content, metadata, "steps", "train_steps", "step")
-    found.epoch = _number(content, metadata, "epoch")
-    found.non_finite = [
+    )
+    if any("decoder_blocks." in name for held in containers.values() for name in held):
+        found.notes.append("legacy REPA names decoder_blocks.* were read as blocks.*")
+    _find_network(found, file, state)
+    _compare_with(found, state, against)
+    _add_notes(found, file.entries)
+    return found
+
+
+def _holds(container: Mapping[str, object], state: Mapping[str, Tensor]) -> bool:
+    first = next(iter(state.values()))
+    return any(tensor is first for tensor in container.values())
+
+
+def _non_finite(containers: Mapping[str, Mapping[str, object]]) -> list[str]:
+    return [
         f"{container}: {name}" if container else name
         for container, held in containers.items()
         for name, tensor in held.items()
         if isinstance(tensor, Tensor) and not is_finite(tensor)
     ]
-    if any("decoder_blocks." in name for held in containers.values() for name in held):
-        found.notes.append("legacy REPA names decoder_blocks.* were read as blocks.*")
-    _find_network(found, state, recorded_config(_args(content, metadata), path), content)
-    _compare_with(found, state, against)
-    _add_notes(found, content)
-    return found
 
 
-def _holds(container: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    first = next(iter(state.values()))
-    return any(tensor is first for tensor in container.values())
-
-
-def _layout(content: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    names = set(content)
-    if "kwargs" in metadata:
+def _layout(file: WeightsFile) -> str:
+    names = set(file.entries)
+    if "kwargs" in file.header:
         return "mixflow-fast export"
-    if not weights_keys(content):
+    if not file.containers():
         return "bare state dict"
-    args = content.get("args")
+    args = file.entries.get("args")
     if isinstance(args, dict) and str(args.get("model", "")).startswith("{"):
         return "mixflow-fast weights"
     for needed, name in (
@@ -155,90 +199,76 @@ def _layout(content: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     return "state dicts by name"
 
 
-def _row(name: str, value: Any) -> dict[str, Any]:
+def _row(name: str, value: object) -> Row:
     """One top-level entry of the file."""
-    row: dict[str, Any] = {"name": name}
     if name in _OPTIMIZERS and isinstance(value, Mapping):
         states = value.get("state")
         count = len(states) if isinstance(states, Mapping) else 0
-        return row | {"kind": "optimizer", "parameters": count, "used": False}
+        return OptimizerRow(name=name, parameters=count)
     tensors = list(tensors_in(value))
     if tensors and isinstance(value, Mapping):
-        return row | {
-            "kind": "state dict",
-            "tensors": len(tensors),
-            "values": sum(tensor.numel() for tensor in tensors),
-            "dtypes": _dtypes(tensors),
-        }
+        return StateDictRow(
+            name=name,
+            tensors=len(tensors),
+            values=sum(tensor.numel() for tensor in tensors),
+            dtypes=_dtypes(tensors),
+        )
     if isinstance(value, Mapping):
-        return row | {"kind": "settings", "entries": len(value)}
-    return row | {"kind": "value", "value": _jsonable(value)}
+        return SettingsRow(name=name, entries=len(value))
+    return ValueRow(name=name, value=_jsonable(value))
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> list[str]:
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
 
 
-def _number(content: Mapping[str, Any], metadata: Mapping[str, str], *names: str) -> int | None:
-    for name in names:
-        value = content.get(name, metadata.get(name))
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.isdigit():
-            return int(value)
-    return None
+def _recorded_settings(file: WeightsFile) -> dict[str, Json]:
+    settings = {str(name): _jsonable(value) for name, value in file.args.items()}
+    for name in _FURTHER_SETTINGS:
+        value = file.entries.get(name)
+        if not isinstance(value, Tensor) and value:
+            settings[name] = _jsonable(value)
+    return settings
 
 
-def _args(content: Mapping[str, Any], metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    args = metadata or content.get("args")
-    return args if isinstance(args, Mapping) else {}
-
-
-def _find_network(
-    found: Inspection, state: dict[str, Tensor], recorded: dict[str, Any], content: Any
-) -> None:
+def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> None:
+    recorded = file.metadata  # a damaged record is an error, an unknown network a note
     found.kind = kind_of(state) or "unknown"
     if found.kind == "unknown":
         found.notes.append("the names are those of no network that this engine knows")
         return
-    said = official_settings(content)
-    prediction = recorded.pop("prediction", said.get("prediction", "velocity"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            if recorded:
-                class_name = "DiTDH" if found.kind == "DiT-DH" else "SiT"
-                kwargs = {name: value for name, value in recorded.items() if name != "clock"}
-            else:
-                class_name, kwargs = _infer(found, state, said.get("encoder_depth"))
-            model = on_meta(class_name, kwargs)
+            spec = _spec(found, file, state)
+            model = spec.on_meta()
         except ValueError as error:
             found.notes.append(f"no network can be built for these shapes: {error}")
             return
-    found.class_name, found.kwargs = class_name, kwargs
+    found.class_name, found.kwargs = spec.class_name, spec.kwargs
     found.notes += [str(warning.message) for warning in caught]
-    found.clock = recorded.get("clock") or model.clock
-    found.clock_from = "recorded in the file" if recorded.get("clock") else "implied by the class"
-    found.prediction = prediction
+    found.clock = model.clock
+    found.clock_from = "implied by the class"
+    if recorded is not None and recorded.clock:
+        found.clock_from = "recorded in the file"
+    found.prediction = spec.prediction
     found.tokens = (model.input_size // model.patch_size) ** 2
-    found.model = model_name(found.class_name, found.kwargs)
+    found.model = model_name(spec.class_name, spec.kwargs)
     found.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if found.kind == "SiT" and not model.learn_sigma and not recorded.get("clock"):
+    if found.kind == "SiT" and not model.learn_sigma and not spec.clock:
         found.notes.append(
             "a SiT without sigma channels and projectors may be REPA's, whose clock is noise_at_1: "
             "`sample` and `export` take --clock"
         )
 
 
-def _infer(
-    found: Inspection, state: dict[str, Tensor], projected: int | None
-) -> tuple[str, dict[str, Any]]:
-    if found.kind != "REPA SiT":
-        projected = None
-    elif projected is None:  # REPA's default, 8, where the network is deep enough
-        projected = min(8, depth(state))
+def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> NetworkSpec:
+    """The network, with heads of one where their number cannot be read and does not matter here."""
+    projected = None
+    if found.kind == "REPA SiT" and file.official.encoder_depth is None:
+        projected = min(8, depth(state))  # REPA's default, where the network is deep enough
     try:
-        return infer_kwargs(state, encoder_depth=projected)
+        return network_spec(file, state, encoder_depth=projected)
     except ValueError as error:
         if "num_heads" not in str(error):
             raise
@@ -246,19 +276,18 @@ def _infer(
             "the number of heads cannot be read from these shapes: load_model needs num_heads=; "
             "names and shapes do not depend on it"
         )
-        heads = (1, 1) if found.kind == "DiT-DH" else 1
-        return infer_kwargs(state, heads, projected)
+        return network_spec(file, state, (1, 1) if found.kind == "DiT-DH" else 1, projected)
 
 
-def model_name(class_name: str, kwargs: Mapping[str, Any]) -> str:
+def model_name(class_name: ClassName, kwargs: ModelConfig) -> str:
     """A network in words: its published name if it has one, and the resolution."""
     sizes = SIT_SIZES if class_name == "SiT" else DITDH_SIZES
     keys = ("hidden_size", "depth", "num_heads")
     own = [_flat(kwargs[key]) for key in keys]
     size = next((n for n, s in sizes.items() if [_flat(s[key]) for key in keys] == own), None)
     if size is None:
-        shape = "width {}, depth {}".format(*("+".join(map(str, part)) for part in own[:2]))
-        name = f"{'DiT-DH' if class_name == 'DiTDH' else 'SiT'} of {shape}"
+        width, blocks = ("+".join(map(str, part)) for part in own[:2])
+        name = f"{'DiT-DH' if class_name == 'DiTDH' else 'SiT'} of width {width}, depth {blocks}"
     else:
         name = f"SiT-{size}/{kwargs['patch_size']}" if class_name == "SiT" else f"DiTDH-{size}"
     if kwargs.get("z_dims"):
@@ -271,7 +300,7 @@ def model_name(class_name: str, kwargs: Mapping[str, Any]) -> str:
     return f"{name}, {side * cell} px" if cell else f"{name}, latents {channels}x{side}x{side}"
 
 
-def _flat(value: Any) -> tuple[int, ...]:
+def _flat(value: int | Iterable[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
@@ -294,22 +323,22 @@ def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | No
     found.misshaped = {name: list(pair) for name, pair in shapes.items()}
 
 
-def _add_notes(found: Inspection, content: Mapping[str, Any]) -> None:
+def _add_notes(found: Inspection, entries: Mapping[str, object]) -> None:
     """Notes about what is in the file and not used, and what is not in it."""
     for row in found.contents:
-        if row["kind"] != "optimizer":
+        if not isinstance(row, OptimizerRow):
             continue
-        note = f"{row['name']!r} (optimizer state) is not read by mixflow-fast"
+        note = f"{row.name!r} (optimizer state) is not read by mixflow-fast"
         if found.class_name is not None:
             parameters = list(on_meta(found.class_name, found.kwargs).parameters())
             frozen = sum(not p.requires_grad for p in parameters)
-            if found.class_name == "DiTDH" and frozen and row["parameters"] == len(parameters):
+            if found.class_name == "DiTDH" and frozen and row.parameters == len(parameters):
                 note += (
                     f"; it holds {frozen} parameters more than are trainable here: RAE's main "
                     "branch trains pos_embed and t_embedder.W too (train_embeddings=True)"
                 )
         found.notes.append(note)
-    if "scheduler" in content:
+    if "scheduler" in entries:
         found.notes.append("'scheduler' is not read by mixflow-fast")
     if found.damaged:
         found.notes.append(
@@ -317,7 +346,7 @@ def _add_notes(found: Inspection, content: Mapping[str, Any]) -> None:
         )
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: object) -> Json:
     if isinstance(value, Mapping):
         return {str(name): _jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -325,6 +354,6 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)[:200]
 
 
-def as_json(found: Inspection) -> dict[str, Any]:
+def as_json(found: Inspection) -> dict[str, Json]:
     """The findings as JSON-able values, `fits` among them."""
     return {"fits": found.fits} | asdict(found)

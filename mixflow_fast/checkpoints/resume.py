@@ -16,7 +16,8 @@ from mixflow_fast.checkpoints.run_folder import (
 from mixflow_fast.checkpoints.shards import fill_network, read_layout
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
-from mixflow_fast.models import Transformer, load_into, load_weights, read_model_config
+from mixflow_fast.models import Transformer, load_into
+from mixflow_fast.models.weights.files import WeightsFile
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
 # train.images does where the learning rate descends towards it).
@@ -119,8 +120,9 @@ def start_from(model: Transformer, path: Path) -> None:
         ValueError: they do not fit, or were trained with another clock, head count or depth of
             REPA's encoder, which shapes do not show and which would train without an error.
     """
-    load_into(model, load_weights(path, key="ema"))
-    recorded, own = read_model_config(path), model.config | {"clock": model.clock}
+    file = WeightsFile.open(path)
+    load_into(model, file.state("ema"))
+    recorded, own = file.model_config(), model.config | {"clock": model.clock}
     for name in ("clock", "num_heads", "encoder_depth"):
         if name in recorded and recorded[name] != own[name]:
             raise ValueError(

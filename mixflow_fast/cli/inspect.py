@@ -1,4 +1,4 @@
-"""The findings of `inspection` in words, for a terminal."""
+"""The findings of `checkpoints.inspect` in words, for a terminal."""
 
 from __future__ import annotations
 
@@ -74,17 +74,16 @@ def size_text(count: float) -> str:
 def _table(found: Inspection) -> list[str]:
     lines = []
     for row in found.contents:
-        if row["kind"] == "state dict":
-            text = f"{row['tensors']:>6} tensors {row['values']:>15,} values  "
-            text += ", ".join(row["dtypes"])
-            text += "  <- read" if row["name"] == found.weights else ""
-        elif row["kind"] == "optimizer":
-            text = f"{row['parameters']:>6} parameters with state, not read"
-        elif row["kind"] == "settings":
-            text = f"{row['entries']:>6} " + ("entry" if row["entries"] == 1 else "entries")
+        if row.kind == "state dict":
+            text = f"{row.tensors:>6} tensors {row.values:>15,} values  {', '.join(row.dtypes)}"
+            text += "  <- read" if row.name == found.weights else ""
+        elif row.kind == "optimizer":
+            text = f"{row.parameters:>6} parameters with state, not read"
+        elif row.kind == "settings":
+            text = f"{row.entries:>6} " + ("entry" if row.entries == 1 else "entries")
         else:
-            text = " " * 7 + str(row["value"])[:50]
-        lines.append(f"  {row['name'] or '(bare)':<14} {row['kind']:<11} {text}")
+            text = " " * 7 + str(row.value)[:50]
+        lines.append(f"  {row.name or '(bare)':<14} {row.kind:<11} {text}")
     return lines
 
 

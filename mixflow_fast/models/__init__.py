@@ -6,8 +6,13 @@ from mixflow_fast.models.registry import DITDH_SIZES, MODELS, SIT_SIZES, build
 from mixflow_fast.models.sit import SiT, repa_alignment_loss
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.files import load_weights, save_weights
-from mixflow_fast.models.weights.loading import load_into, load_model, read_model_config
-from mixflow_fast.models.weights.naming import export_official_sit, infer_kwargs, infer_sit_kwargs
+from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
+from mixflow_fast.models.weights.loading import (
+    export_official_sit,
+    load_into,
+    load_model,
+    read_model_config,
+)
 
 __all__ = [
     "DITDH_SIZES",

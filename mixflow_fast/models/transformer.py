@@ -14,6 +14,8 @@ from mixflow_fast.models.execution import BACKENDS, Execution, runner
 from mixflow_fast.models.fused.block import ResidualStream, fused_block, fused_final, resolve
 
 CLOCKS = ("data_at_1", "noise_at_1")
+# A constructor's arguments by name, as JSON keeps them.
+ModelConfig = dict[str, int | float | str | list[int] | None]
 
 
 def check(ok: bool, message: str) -> None:

@@ -14,12 +14,13 @@ to below float32 rounding. Everything else is renamed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixflow_fast.models.embedders import TIME_FEATURES, sincos_position_embedding
+from mixflow_fast.models.sit import SiT
+from mixflow_fast.models.transformer import ModelConfig
 
 _POINTS = 12  # error 2e-13; the sum of |L| stays below 2, so rounding is not amplified
 # What the class's own position table may differ by: SiT's EMA shifts its copy by rounding.
@@ -44,7 +45,7 @@ def time_basis() -> Tensor:
     return torch.block_diag(basis, basis)
 
 
-def diffusers_config(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_config(kwargs: ModelConfig) -> ModelConfig:
     """`DiTTransformer2DModel`'s arguments for a SiT's (`SiT.config`).
 
     Raises:
@@ -127,7 +128,7 @@ def to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     return out
 
 
-def build_diffusers(state: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> nn.Module:
+def build_diffusers(state: Mapping[str, Tensor], kwargs: ModelConfig) -> nn.Module:
     """The diffusers model with a SiT's weights, float32 on the CPU, in eval mode.
 
     Raises:
@@ -141,7 +142,7 @@ def build_diffusers(state: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> n
     return model.eval()
 
 
-def diffusers_class() -> Any:
+def diffusers_class() -> type[nn.Module]:
     """`diffusers.DiTTransformer2DModel`; ImportError that says how to get it."""
     try:
         from diffusers import DiTTransformer2DModel
@@ -153,7 +154,7 @@ def diffusers_class() -> Any:
 
 
 @torch.no_grad()
-def largest_difference(ours: nn.Module, theirs: nn.Module, batch: int = 3) -> float:
+def largest_difference(ours: SiT, theirs: nn.Module, batch: int = 3) -> float:
     """Relative RMS difference of the two networks on random inputs, times from 0 to 1.
 
     `ours` is a SiT whose head has as many channels as it gives velocities, or more; sigma channels

@@ -1,4 +1,4 @@
-"""Weight files, read safely and written whole or not at all.
+"""Weight files, opened once and read safely, written whole or not at all.
 
 A file of ours holds {"model", "ema", "args", "steps"} with float32 CPU tensors, no wrapper prefixes
 and no pickled classes, so SiT's, REPA's and RAE's samplers find the `ema` they look for, and
@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 from warnings import warn
 
 import torch
@@ -19,11 +20,126 @@ from torch import Tensor
 
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
+from mixflow_fast.models.transformer import ModelConfig
+from mixflow_fast.models.weights.metadata import Metadata, OfficialArgs, Scalar, count
 from mixflow_fast.models.weights.naming import rename_legacy_repa
 from mixflow_fast.models.weights.safe_unpickling import harmless_globals, plain
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _CONTAINER_KEYS = ("ema", "model", "state_dict")
+_STEPS_KEYS = ("steps", "train_steps", "step")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A .pt or .safetensors file, opened once.
+
+    Attributes:
+        path: the file.
+        format: how it is stored.
+        entries: top-level entries; tensors on the CPU and mapped from the file.
+        header: strings in the header of a .safetensors file.
+    """
+
+    path: Path
+    format: Literal["safetensors", "torch.save"]
+    entries: Mapping[str, object]
+    header: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> WeightsFile:
+        """Read a file without executing anything in it.
+
+        Pickles go through `weights_only=True` with the names of `safe_unpickling` allowed;
+        namespaces and the like become plain dicts.
+
+        Raises:
+            ValueError: missing, damaged, foreign or unsafe file, or one that holds no dict.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"weights file not found: {path}: check the path or download the file")
+        try:
+            if is_safetensors(path):
+                from safetensors import safe_open
+
+                with safe_open(path, "pt", device="cpu") as file:
+                    entries = {name: file.get_tensor(name) for name in file.offset_keys()}
+                    return cls(path, "safetensors", entries, file.metadata() or {})
+            with harmless_globals():
+                mapped = zipfile.is_zipfile(path)  # only this layout of torch.save can be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = plain(content)
+        except Exception as error:  # a broken pickle can raise anything
+            raise ValueError(f"cannot read weights from {path}: {_why(path, error)}") from error
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path} must hold a dict, got {type(content).__name__}")
+        return cls(path, "torch.save", content)
+
+    def containers(self) -> dict[str, Mapping[str, object]]:
+        """State dicts of a training checkpoint by name; empty for a bare state dict."""
+        found = {name: self.entries.get(name) for name in _CONTAINER_KEYS}
+        return {name: value for name, value in found.items() if isinstance(value, Mapping)}
+
+    def state(self, key: str = "ema", encoder_depth: int | None = None) -> dict[str, Tensor]:
+        """The state dict under `key`, mapped from the file; see `load_weights`."""
+        state = self._select(key)
+        wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if wrong or not state:
+            what = f"not tensors: {shorten(map(str, wrong))}" if wrong else "no entries at all"
+            raise ValueError(f"{self.path} must hold a state dict of tensors, got {what}")
+        return rename_legacy_repa(_unwrap(state, str(self.path)), encoder_depth, self.path)
+
+    def _select(self, key: str) -> Mapping[str, object]:
+        found = self.containers()
+        if isinstance(chosen := self.entries.get(key), Mapping):
+            return chosen
+        if not found:
+            return self.entries
+        fallback = [name for name in found if name != "ema"]
+        if key != "ema" or not fallback:
+            raise ValueError(
+                f"{self.path} has no weights under {key!r}, got {list(found)}: choose one of these"
+            )
+        warn(f"{self.path} has no 'ema' weights: took {fallback[0]!r}", stacklevel=4)
+        return found[fallback[0]]
+
+    @property
+    def args(self) -> Mapping[str, object]:
+        """What the file records of its making: its header, or else its entry `args`."""
+        args = self.header or self.entries.get("args")
+        return args if isinstance(args, Mapping) else {}
+
+    @property
+    def metadata(self) -> Metadata | None:
+        """The record of a file that this engine wrote; None for others.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        found = Metadata.from_record(self.args, self.path)
+        return None if found is None else found.at(self.steps)
+
+    def model_config(self) -> ModelConfig:
+        """Arguments, clock and prediction of the network; empty where the file does not say it."""
+        metadata = self.metadata
+        return {} if metadata is None else metadata.model_config()
+
+    @property
+    def official(self) -> OfficialArgs:
+        """Settings of an official training checkpoint; the defaults where it records none."""
+        args = self.entries.get("args")
+        return OfficialArgs.from_args(args if isinstance(args, Mapping) else {})
+
+    @property
+    def steps(self) -> int | None:
+        """Number of optimizer steps under any of its official names; None where not recorded."""
+        return self.number(*_STEPS_KEYS)
+
+    def number(self, *names: str) -> int | None:
+        """The first of the named entries that is a whole number."""
+        found = (count(self.entries.get(name, self.header.get(name))) for name in names)
+        return next((value for value in found if value is not None), None)
 
 
 def load_weights(
@@ -31,7 +147,7 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Read one state dict from an official .pt or .safetensors file, on the CPU.
 
-    Nothing in the file is executed: see `read_content`.
+    Nothing in the file is executed: see `WeightsFile.open`.
 
     Args:
         path: a training checkpoint (`model`, `ema`, ...) or a bare state dict.
@@ -47,34 +163,9 @@ def load_weights(
     Raises:
         ValueError: missing, unreadable or unsafe file; no weights in it.
     """
-    state = state_of(read_content(path), key, path, encoder_depth)
+    state = WeightsFile.open(path).state(key, encoder_depth)
     # The clone detaches the tensors from the mapped file and from storages larger than they are.
     return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def read_content(path: str | os.PathLike[str]) -> Any:
-    """What a .pt or .safetensors file holds, tensors on the CPU and mapped from the file.
-
-    Nothing in the file is executed: pickles go through `weights_only=True` with the names of
-    `safe_unpickling` allowed; namespaces and the like come back as plain dicts.
-
-    Raises:
-        ValueError: missing, damaged, foreign or unsafe file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights file not found: {path}: check the path or download the file")
-    try:
-        if is_safetensors(path):
-            from safetensors.torch import load_file
-
-            return load_file(path, device="cpu")
-        with harmless_globals():
-            mapped = zipfile.is_zipfile(path)  # only this layout of torch.save can be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        return plain(content)
-    except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"cannot read weights from {path}: {_why(path, error)}") from error
 
 
 def is_safetensors(path: Path) -> bool:
@@ -85,24 +176,6 @@ def is_safetensors(path: Path) -> bool:
         head = file.read(9)
     # A length that fits in the file, then a JSON object.
     return len(head) == 9 and head[8:] == b"{" and 0 < int.from_bytes(head[:8], "little") < 2**32
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The strings in a .safetensors file's header; empty for other files.
-
-    Raises:
-        ValueError: the header cannot be read.
-    """
-    path = Path(path)
-    if not path.is_file() or not is_safetensors(path):
-        return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"cannot read weights from {path}: {_why(path, error)}") from error
 
 
 def _why(path: Path, error: Exception) -> str:
@@ -132,48 +205,14 @@ def _why(path: Path, error: Exception) -> str:
     )
 
 
-def state_of(
-    content: Any, key: str, path: str | os.PathLike[str], encoder_depth: int | None = None
-) -> dict[str, Tensor]:
-    """The state dict under `key` of what `read_content` returned; see `load_weights`."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold a dict, got {type(content).__name__}")
-    state = _select(content, key, path)
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if wrong or not state:
-        what = f"not tensors: {shorten(map(str, wrong))}" if wrong else "no entries at all"
-        raise ValueError(f"{path} must hold a state dict of tensors, got {what}")
-    return rename_legacy_repa(_unwrap(state, str(path)), encoder_depth, path)
-
-
-def weights_keys(content: Mapping[str, Any]) -> list[str]:
-    """The containers of weights in a training checkpoint; empty for a bare state dict."""
-    return [name for name in _CONTAINER_KEYS if isinstance(content.get(name), Mapping)]
-
-
-def _select(
-    content: Mapping[str, Any], key: str, path: str | os.PathLike[str]
-) -> Mapping[str, Any]:
-    found = weights_keys(content)
-    if isinstance(content.get(key), Mapping):
-        return content[key]
-    if not found:
-        return content
-    fallback = [name for name in found if name != "ema"]
-    if key != "ema" or not fallback:
-        raise ValueError(f"{path} has no weights under {key!r}, got {found}: choose one of these")
-    warn(f"{path} has no 'ema' weights: took {fallback[0]!r}", stacklevel=4)
-    return content[fallback[0]]
-
-
-def _unwrap(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def _unwrap(state: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = str(name)
         while name.startswith(_WRAPPERS):
             name = name.split(".", 1)[1]
         if name in out:
-            raise ValueError(f"{source} holds {name} twice, with and without a wrapper prefix")
+            raise ValueError(f"{owner} holds {name} twice, with and without a wrapper prefix")
         out[name] = tensor
     return out
 
@@ -199,7 +238,7 @@ def save_weights(
     path: str | os.PathLike[str],
     model_state: Mapping[str, Tensor],
     ema_state: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Scalar],
 ) -> None:
     """Write {"model", "ema", "args", "steps"} so that an interruption leaves the old file or none.
 
@@ -237,7 +276,7 @@ def save_weights(
     write_pt(path, {"model": model, "ema": ema, "args": args, "steps": steps})
 
 
-def write_pt(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write_pt(path: str | os.PathLike[str], content: Mapping[str, object]) -> None:
     """`torch.save` through `replacing`."""
     with replacing(path) as partial, open(partial, "wb") as file:
         torch.save(content, file)
@@ -267,7 +306,7 @@ def first_damaged(path: str | os.PathLike[str]) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
-def tensors_in(value: Any) -> Iterable[Tensor]:
+def tensors_in(value: object) -> Iterable[Tensor]:
     """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value

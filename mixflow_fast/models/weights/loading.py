@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,18 @@ from torch import Tensor, nn
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import Transformer
-from mixflow_fast.models.weights.files import read_content, read_metadata, state_of
-from mixflow_fast.models.weights.naming import fit_head, infer_kwargs, kind_of
+from mixflow_fast.models.transformer import ModelConfig, Transformer
+from mixflow_fast.models.weights.files import WeightsFile
+from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
+from mixflow_fast.models.weights.naming import (
+    ClassName,
+    class_of,
+    fit_head,
+    kind_of,
+    with_velocity_head,
+)
 
-CLASSES: dict[str, type[Transformer]] = {"SiT": SiT, "DiTDH": DiTDH}
+CLASSES: dict[ClassName, type[Transformer]] = {"SiT": SiT, "DiTDH": DiTDH}
 
 
 def load_into(
@@ -82,7 +88,7 @@ def compare(
     )
 
 
-def read_model_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
     """How the network in a file that this engine wrote is built: the class's arguments, its clock.
 
     "prediction" is there too. Empty for other files, which do not say.
@@ -90,47 +96,67 @@ def read_model_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, or what it says of itself is damaged.
     """
-    metadata = read_metadata(path)
-    if metadata:
-        return recorded_config(metadata, path)
-    content = read_content(path)
-    args = content.get("args") if isinstance(content, Mapping) else None
-    return recorded_config(args, path) if isinstance(args, Mapping) else {}
+    return WeightsFile.open(path).model_config()
 
 
-def recorded_config(args: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """`read_model_config` of what a file holds under `args`, or of a .safetensors header."""
-    kwargs = args.get("kwargs", args.get("model"))
-    if not isinstance(kwargs, str) or not kwargs.startswith("{"):
-        return {}  # an official file: its args.model is a name
-    try:
-        recorded = json.loads(kwargs) | {"clock": args.get("clock")}
-        run = json.loads(args["config"]) if isinstance(args.get("config"), str) else {}
-        prediction = args.get("prediction") or run.get("objective", {}).get("prediction")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"what {path} says of its network is damaged ({error}): write the file again"
-        ) from None
-    return recorded | {"prediction": prediction or "velocity"}
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """The network that a file's weights belong to.
 
-
-def official_settings(content: Any) -> dict[str, Any]:
-    """What an official training checkpoint's `args` say that its shapes do not.
-
-    "prediction" ("velocity", "noise" or "score"; REPA writes "v") and "encoder_depth", where there.
+    Attributes:
+        class_name: the class that computes it.
+        kwargs: constructor arguments, the clock excepted.
+        clock: as recorded in the file; None leaves it to the class.
+        prediction: what its output is.
     """
-    args = content.get("args") if isinstance(content, Mapping) else None
-    args = args if isinstance(args, Mapping) else {}
-    out: dict[str, Any] = {}
-    prediction = {"v": "velocity"}.get(args.get("prediction"), args.get("prediction"))
-    if prediction in ("velocity", "noise", "score"):
-        out["prediction"] = prediction
-    if type(args.get("encoder_depth")) is int:
-        out["encoder_depth"] = args["encoder_depth"]
-    return out
+
+    class_name: ClassName
+    kwargs: ModelConfig
+    clock: str | None
+    prediction: str
+
+    def on_meta(self, clock: str | None = None) -> Transformer:
+        """The network without storage; `clock` overrides its own."""
+        return on_meta(self.class_name, self.kwargs | {"clock": clock or self.clock})
 
 
-def on_meta(class_name: str, kwargs: Mapping[str, Any]) -> Transformer:
+def network_spec(
+    file: WeightsFile,
+    state: Mapping[str, Tensor],
+    num_heads: int | tuple[int, int] | None = None,
+    encoder_depth: int | None = None,
+) -> NetworkSpec:
+    """Which network a state dict of a file belongs to.
+
+    A file that this engine wrote says it; of an official one the shapes do (`infer_kwargs`), and
+    its `args` where REPA's projectors start.
+
+    Args:
+        file: where `state` was read.
+        state: name -> tensor; only names and shapes are looked at.
+        num_heads, encoder_depth: where neither file nor shapes tell.
+
+    Raises:
+        ValueError: as `infer_kwargs`; a damaged record.
+    """
+    if (recorded := file.metadata) is not None:
+        # The names decide: a record of an early version does not name the class.
+        return NetworkSpec(
+            class_name=class_of(state),
+            kwargs=recorded.kwargs,
+            clock=recorded.clock,
+            prediction=recorded.prediction,
+        )
+    official = file.official
+    if encoder_depth is None and kind_of(state) == "REPA SiT":
+        encoder_depth = official.encoder_depth
+    class_name, kwargs = infer_kwargs(state, num_heads, encoder_depth)
+    return NetworkSpec(
+        class_name=class_name, kwargs=kwargs, clock=None, prediction=official.prediction
+    )
+
+
+def on_meta(class_name: ClassName, kwargs: ModelConfig) -> Transformer:
     """A network without storage, for its names and shapes or to be loaded into.
 
     Raises:
@@ -169,19 +195,23 @@ def load_model(
     Raises:
         ValueError: whatever `load_weights`, `infer_kwargs` and `load_into` refuse.
     """
-    content = read_content(path)
-    state = state_of(content, key, path)
-    kwargs, said = read_model_config(path), official_settings(content)
-    prediction = kwargs.pop("prediction", said.get("prediction", "velocity"))
-    if kwargs:
-        class_name = "DiTDH" if "s_embedder.proj.weight" in state else "SiT"
-    else:
-        if encoder_depth is None and kind_of(state) == "REPA SiT":
-            encoder_depth = said.get("encoder_depth")
-        class_name, kwargs = infer_kwargs(state, num_heads, encoder_depth)
-    if clock is not None:
-        kwargs["clock"] = clock
-    model = on_meta(class_name, kwargs)
+    file = WeightsFile.open(path)
+    state = file.state(key)
+    spec = network_spec(file, state, num_heads, encoder_depth)
+    model = spec.on_meta(clock)
     load_into(model, state)  # copies, so that nothing hangs on the mapped file
-    model.prediction = prediction
+    model.prediction = spec.prediction
     return model.eval()
+
+
+def export_official_sit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with a head of velocity channels only, as SiT's samplers demand of `--ckpt`.
+
+    Head row r = (pixel of the patch) * 2 C + channel is kept where channel < C. A head without
+    sigma channels stays as it is.
+
+    Raises:
+        ValueError: if this is not the state dict of a SiT.
+    """
+    infer_sit_kwargs(state, num_heads=1)
+    return with_velocity_head(state)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +34,16 @@ class _Foreign:
     """An object of a class that is not built: what the file says of it, unused."""
 
     name = ""
+    args: tuple[object, ...]
+    state: Mapping[str, object]
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: object) -> None:
         self.args, self.state = args, {}
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state if isinstance(state, Mapping) else {}
 
-    def __getattr__(self, name: str) -> Any:  # NEWOBJ makes it without __init__
+    def __getattr__(self, name: str) -> object:  # NEWOBJ makes it without __init__
         if name in ("args", "state"):
             return () if name == "args" else {}
         raise AttributeError(name)
@@ -53,7 +54,7 @@ class _Dtype(_Foreign):
 
     name, order = "numpy.dtype", "<"
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] == ">":
             self.order = ">"
 
@@ -62,7 +63,7 @@ class _Array(_Foreign):
     name = "numpy array"
 
 
-def _scalar(dtype: Any, data: Any = None) -> Any:
+def _scalar(dtype: object, data: object = None) -> object:
     """A numpy scalar as a Python number."""
     code = dtype.args[0] if isinstance(dtype, _Dtype) and dtype.args else None
     if code not in _FORMATS or not isinstance(data, bytes):
@@ -70,7 +71,7 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
     return struct.unpack(dtype.order + _FORMATS[code], data)[0]
 
 
-def _array(*_args: Any) -> _Array:
+def _array(*_args: object) -> _Array:
     return _Array()
 
 
@@ -78,15 +79,20 @@ def _path(*parts: str) -> str:
     return str(PurePosixPath(*parts)) if all(isinstance(part, str) for part in parts) else ""
 
 
-def _dict(*_args: Any) -> dict[Any, Any]:
+def _dict(*_args: object) -> dict[object, object]:
     return {}
 
 
-def _stand_in(name: str) -> type[_Foreign]:
-    return type("_Foreign", (_Foreign,), {"name": name})
+def _stand_in(full_name: str) -> type[_Foreign]:
+    """A class for each name: a file may hold the class itself, whose name is all that is kept."""
+
+    class StandIn(_Foreign):
+        name = full_name
+
+    return StandIn
 
 
-_HARMLESS: dict[str, Any] = {
+_HARMLESS: dict[str, Callable[..., object]] = {
     "argparse.Namespace": argparse.Namespace,
     "collections.defaultdict": _dict,
     "numpy.dtype": _Dtype,
@@ -109,7 +115,7 @@ def harmless_globals() -> AbstractContextManager[None]:
     return torch.serialization.safe_globals([(value, name) for name, value in _HARMLESS.items()])
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Stand-ins turned into dicts, lists and numbers; tensors and containers of them as they are.
 
     An OmegaConf container becomes its dict or list with interpolations unresolved; what is not

@@ -1,6 +1,7 @@
 """Files that are no weights, damaged, or meant to run code: one clear error, nothing executed."""
 
 import argparse
+import json
 import os
 import pathlib
 import pickle
@@ -9,6 +10,7 @@ import sys
 import types
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mixflow_fast.checkpoints.export import export
+from mixflow_fast.checkpoints.inspect import inspect_file
+from mixflow_fast.checkpoints.resume import start_from
 from mixflow_fast.files import replacing
-from mixflow_fast.models import load_weights
-from mixflow_fast.models.weights.files import first_damaged, read_content, write_safetensors
-from tests.support.weights import golden
+from mixflow_fast.models import load_model, load_weights, read_model_config, save_weights
+from mixflow_fast.models.weights.files import WeightsFile, first_damaged, write_safetensors
+from tests.support.weights import golden, network
 
 
 class Malicious:
@@ -124,7 +129,7 @@ def test_bookkeeping_of_others_becomes_plain(tmp_path: Path) -> None:
     }
     args = argparse.Namespace(**extra, resume=None)
     torch.save({"ema": state, "args": args, "empty": defaultdict(dict)}, tmp_path / "a.pt")
-    content = read_content(tmp_path / "a.pt")
+    content = WeightsFile.open(tmp_path / "a.pt").entries
     assert content["empty"] == {}
     assert content["args"] == {
         **{"path": "/data/imagenet", "loss": 0.25, "count": -3, "big": 7, "flag": True},
@@ -170,7 +175,7 @@ def test_omegaconf_becomes_plain_without_omegaconf(
     content = {"ema": {"a": torch.ones(2)}, "training_cfg": build(settings, None)}
     torch.save(content, tmp_path / "a.pt")
     monkeypatch.undo()
-    assert read_content(tmp_path / "a.pt")["training_cfg"] == settings
+    assert WeightsFile.open(tmp_path / "a.pt").entries["training_cfg"] == settings
 
 
 def test_any_truncation_is_one_clear_error(tmp_path: Path) -> None:
@@ -259,3 +264,47 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (partial / "half").write_text("half")
         raise OSError("disk full")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that a reader was opened on, one entry for each time."""
+    opened: list[str] = []
+
+    def counted(reader: Callable[..., object]) -> Callable[..., object]:
+        def opens_it(path: Any, *args: Any, **kwargs: Any) -> object:
+            opened.append(Path(path).name)
+            return reader(path, *args, **kwargs)
+
+        return opens_it
+
+    for place in ("torch.load", "safetensors.safe_open", "safetensors.torch.safe_open"):
+        module, name = place.rsplit(".", 1)
+        monkeypatch.setattr(place, counted(getattr(sys.modules[module], name)))
+    return opened
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_is_opened_once(suffix: str, tmp_path: Path, opens: list[str]) -> None:
+    model, path = network(), tmp_path / f"a.{suffix}"
+    record = {"clock": model.clock, "steps": 3}
+    if suffix == "pt":
+        state = model.state_dict()
+        save_weights(path, state, state, record | {"model": json.dumps(model.config)})
+    else:
+        header = {"clock": model.clock, "steps": "3", "kwargs": json.dumps(model.config)}
+        write_safetensors(path, model.state_dict(), header)
+    for read in (
+        load_weights,
+        load_model,
+        read_model_config,
+        inspect_file,
+        lambda file: export(file, "official", tmp_path / "out.pt"),
+        lambda file: export(file, "ema", tmp_path / "out.safetensors"),
+        lambda file: start_from(network(), file),
+    ):
+        opens.clear()
+        read(path)
+        assert opens == [path.name]
+    assert read_model_config(path) == model.config | {"prediction": "velocity"}
+    assert inspect_file(path).steps == 3 and inspect_file(path).fits

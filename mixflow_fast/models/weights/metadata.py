@@ -1,0 +1,100 @@
+"""What stands in a weights file beside the tensors: our own record, or an official `args`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mixflow_fast.models.transformer import ModelConfig
+
+# What `save_weights` and a JSON file can hold under a name.
+Scalar = str | int | float | bool | None
+_OFFICIAL_PREDICTIONS = ("velocity", "noise", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Record of this engine about the weights that it wrote.
+
+    Attributes:
+        kwargs: constructor arguments of the network, the clock excepted.
+        clock: the network's; None in a file that leaves it to the class.
+        prediction: "velocity", "noise", "data" or "score".
+        steps, images_seen: progress of the run.
+        config: run configuration as a JSON text; None outside a run.
+    """
+
+    kwargs: ModelConfig
+    clock: str | None
+    prediction: str = "velocity"
+    steps: int = 0
+    images_seen: int = 0
+    config: str | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object], path: str | Path) -> Metadata | None:
+        """The record under `args` of a .pt file, in a .safetensors header or in a state.json.
+
+        Returns:
+            None for an official file, whose `args.model` is a name and not a JSON text.
+
+        Raises:
+            ValueError: a record of ours that cannot be read.
+        """
+        arguments = record.get("kwargs", record.get("model"))
+        if not isinstance(arguments, str) or not arguments.startswith("{"):
+            return None
+        config = record.get("config")
+        try:
+            kwargs = json.loads(arguments)
+            run = json.loads(config) if isinstance(config, str) else {}
+            prediction = record.get("prediction") or run.get("objective", {}).get("prediction")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"what {path} says of its network is damaged ({error}): write the file again"
+            ) from None
+        return cls(
+            kwargs={name: value for name, value in kwargs.items() if name != "clock"},
+            clock=record.get("clock"),
+            prediction=prediction or "velocity",
+            steps=count(record.get("steps")) or 0,
+            images_seen=count(record.get("images_seen")) or 0,
+            config=config if isinstance(config, str) else None,
+        )
+
+    def at(self, steps: int | None) -> Metadata:
+        """The same record after `steps` steps, which a .pt file keeps outside `args`."""
+        return self if steps is None else replace(self, steps=steps)
+
+    def model_config(self) -> ModelConfig:
+        """`kwargs`, clock and prediction in one dict, as `read_model_config` returns them."""
+        return self.kwargs | {"clock": self.clock, "prediction": self.prediction}
+
+
+@dataclass(frozen=True)
+class OfficialArgs:
+    """What the `args` of an official training checkpoint say that its shapes do not.
+
+    Attributes:
+        prediction: "velocity" (REPA writes "v"), "noise" or "score".
+        encoder_depth: number of the block that REPA projects; None where the file does not say it.
+    """
+
+    prediction: str = "velocity"
+    encoder_depth: int | None = None
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, object]) -> OfficialArgs:
+        said, depth = args.get("prediction"), args.get("encoder_depth")
+        prediction = "velocity" if said not in _OFFICIAL_PREDICTIONS else str(said)
+        # A bool is an int too, and no number of a block.
+        return cls(prediction, depth if type(depth) is int else None)
+
+
+def count(value: object) -> int | None:
+    """A number of steps or images, which a .safetensors header keeps as text; None for others."""
+    if isinstance(value, str) and value.isdigit():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
