@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import COPY_AGAIN, gather
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.weights.metadata import Metadata
 
 
-def consolidate(source: Path, out: Path, force: bool = False) -> dict[str, Any]:
+def consolidate(run: Path, out: Path, force: bool = False) -> Metadata:
     """Write the weights.pt that the trainer writes online, from the shards alone.
 
     Args:
-        source: a run folder (its newest checkpoint is taken) or a checkpoint folder.
+        run: a run folder (its newest checkpoint is taken) or a checkpoint folder.
         out: the file; same content as the trainer's, bit for bit.
         force: replace what is there.
 
     Returns:
-        the file's metadata: steps, images_seen, clock, model, config.
+        what the file records of the run.
 
     Raises:
         ValueError: no checkpoint there, one that is damaged, or `out` exists.
     """
     if out.exists() and not force:
         raise ValueError(f"{out} exists: choose another file, or replace it with --force")
-    folder = source
-    if not (source / "state.json").is_file():
-        newest = run_folder.newest_checkpoint(source) if source.is_dir() else None
+    folder = run
+    if not (run / "state.json").is_file():
+        newest = run_folder.newest_checkpoint(run) if run.is_dir() else None
         if newest is None:
-            raise ValueError(f"{source} holds no checkpoint: give a run folder or one of its "
+            raise ValueError(f"{run} holds no checkpoint: give a run folder or one of its "
                              "checkpoints/step_N")  # fmt: skip
         folder = newest
     if reason := manifest.damage(folder, checksums=(0, 1)):
         raise ValueError(f"{folder} is damaged ({reason}): {COPY_AGAIN}")
-    metadata = run_folder.read_state(folder).metadata
+    record = run_folder.read_state(folder).metadata
     found = gather(folder, ("weight", "ema"))
     model_state = {name: values["weight"] for name, values in found.items()}
     ema_state = {name: values.get("ema", values["weight"]) for name, values in found.items()}
-    save_weights(out, model_state, ema_state, metadata)
-    return metadata
+    save_weights(out, model_state, ema_state, record)
+    return Metadata.from_record(record, folder)

@@ -1,47 +1,64 @@
 """The shards of a checkpoint by parameter name: for one file, or for another number of ranks.
 
-DeepSpeed's shards hold flat stretches of numbers. Beside each, its rank leaves a layout: which
-elements of which parameter stand where. With it the shards are read without DeepSpeed and without
-a process group, one after the other and mapped from the disk.
+DeepSpeed's shards hold flat stretches of numbers. Beside each of them its rank writes a layout:
+which elements of which parameter stand where. With the layouts the shards are read without
+DeepSpeed and without a process group, one after the other and mapped from the disk.
 
-    CHECKPOINT/layout_R.pt      rank R's `ShardLayout`
-    CHECKPOINT/frozen.pt        what is not trained, float32
-    CHECKPOINT/*_states.pt      DeepSpeed's
+    CHECKPOINT/layout_R.pt      `ShardLayout` of rank R
+    CHECKPOINT/frozen.pt        tensors that are not trained, float32
+    CHECKPOINT/*_states.pt      shards that DeepSpeed writes
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 COPY_AGAIN = "copy the whole checkpoint again, or take an older one"
+# What the optimizer keeps for a parameter, by name: tensors of its shape, or one number for all of
+# its elements, such as "step". "weight" is the float32 master.
+ParameterState = dict[str, Tensor | int | float]
 
 
 class Fragment(NamedTuple):
-    """`numel` elements of a parameter, from its element `start` on, in a flat partition."""
+    """`numel` elements of a parameter, from its element `start` on, in a flat partition.
+
+    Attributes:
+        partition: number of the tensor that the optimizer updates, in the order of its state_dict.
+        offset: first of the elements in the partition.
+    """
 
     name: str
-    partition: int  # which of the tensors that the optimizer updates, in its state_dict's order
-    offset: int  # where in it
+    partition: int
+    offset: int
     start: int
     numel: int
 
 
+class StoredLayout(TypedDict):
+    """A `ShardLayout` in plain values, which a file holds without naming a class."""
+
+    stage: int
+    ranks: int
+    shapes: dict[str, tuple[int, ...]]
+    fragments: list[tuple[str, int, int, int, int]]
+
+
 @dataclass(frozen=True)
 class ShardLayout:
-    """What one rank's shard holds.
+    """Content of the shard of one rank.
 
     Attributes:
-        stage: of ZeRO.
-        ranks: how many there were.
+        stage: ZeRO stage that cut the shards.
+        ranks: number of ranks that wrote them.
         shapes: official name -> shape of the whole tensor, trained or not, in official order.
-        fragments: of the trained parameters, on this rank.
+        fragments: parts of the trained parameters in this shard.
     """
 
     stage: int
@@ -51,48 +68,48 @@ class ShardLayout:
 
     @property
     def shards(self) -> int:
-        """How many there are of them: without ZeRO every rank has all."""
+        """Number of different shards: without ZeRO every rank holds the same."""
         return self.ranks if self.stage else 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """Of plain values."""
+    def to_dict(self) -> StoredLayout:
+        """The layout in plain values, as `from_dict` takes them."""
         fragments = [tuple(fragment) for fragment in self.fragments]
         return dataclasses.asdict(self) | {"fragments": fragments}
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> ShardLayout:
-        """What `to_dict` made."""
-        fragments = tuple(Fragment(*fragment) for fragment in tree["fragments"])
-        return cls(tree["stage"], tree["ranks"], tree["shapes"], fragments)
+    def from_dict(cls, stored: StoredLayout) -> ShardLayout:
+        """The layout that `to_dict` stored."""
+        fragments = tuple(Fragment(*fragment) for fragment in stored["fragments"])
+        return cls(stored["stage"], stored["ranks"], stored["shapes"], fragments)
 
 
 class Piece(NamedTuple):
-    """One fragment's numbers.
+    """Numbers of one fragment.
 
     Attributes:
-        name: of the parameter.
-        start: its first element here.
-        values: "weight" (the float32 master) and the optimizer's state of these elements, such as
-            "step", "exp_avg", "exp_avg_sq", "ema": flat tensors, or numbers.
+        name: official name of the parameter.
+        start: the first of its elements that stand here.
+        values: "weight" and the optimizer's state of these elements, such as "step", "exp_avg",
+            "exp_avg_sq", "ema": flat tensors, or numbers.
     """
 
     name: str
     start: int
-    values: dict[str, Any]
+    values: ParameterState
 
 
 def layout_file(folder: Path, rank: int) -> Path:
-    """Where a rank's `ShardLayout.to_dict()` stands."""
+    """File of the `ShardLayout.to_dict()` of a rank."""
     return folder / f"layout_{rank:05d}.pt"
 
 
 def frozen_file(folder: Path) -> Path:
-    """Where the tensors that are not trained stand, by name; written by rank 0."""
+    """File of the tensors that are not trained, by name; rank 0 writes it."""
     return folder / "frozen.pt"
 
 
 def read_layout(folder: Path, rank: int = 0) -> ShardLayout:
-    """A rank's layout.
+    """Shard layout of one rank.
 
     Raises:
         ValueError: it cannot be read.
@@ -114,9 +131,10 @@ def iter_shards(folder: Path) -> Iterator[Piece]:
         layout = read_layout(folder, rank)
         if (layout.stage, layout.ranks) != (first.stage, first.ranks):
             raise ValueError(f"{folder} is mixed from two checkpoints (rank {rank}): {COPY_AGAIN}")
-        masters, states = _read_shard(folder, rank, layout)
+        shard = _read_shard(folder, rank, layout)
         for fragment in layout.fragments:
-            values = _cut(fragment, masters[fragment.partition], states.get(fragment.partition, {}))
+            number = fragment.partition
+            values = _cut(fragment, shard.masters[number], shard.states.get(number, {}))
             for key, value in values.items():
                 if is_flat(value) and value.numel() != fragment.numel:
                     raise ValueError(f"{folder}: {key} of {fragment.name} is cut off: {COPY_AGAIN}")
@@ -127,13 +145,13 @@ def iter_shards(folder: Path) -> Iterator[Piece]:
         raise ValueError(f"{folder} does not hold all of {', '.join(odd[:5])}: {COPY_AGAIN}")
 
 
-def full_states(folder: Path) -> dict[str, dict[str, Any]]:
+def full_states(folder: Path) -> dict[str, ParameterState]:
     """Whole tensors by official name: {name: {"weight", "step", "exp_avg", "ema", ...}}, float32.
 
     Trained parameters have all of it (only "weight" before the first step), the rest "weight".
 
     Args:
-        folder: of a checkpoint.
+        folder: checkpoint.
 
     Raises:
         ValueError: as `iter_shards`.
@@ -141,10 +159,10 @@ def full_states(folder: Path) -> dict[str, dict[str, Any]]:
     return gather(folder, None)
 
 
-def gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, dict[str, Any]]:
+def gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, ParameterState]:
     """`full_states` of some keys alone, such as ("weight", "ema"); None gives all."""
     shapes = read_layout(folder).shapes
-    found: dict[str, dict[str, Any]] = {name: {} for name in shapes}
+    found: dict[str, ParameterState] = {name: {} for name in shapes}
     for name, tensor in _frozen(folder).items():
         found[name]["weight"] = tensor
     for piece in iter_shards(folder):
@@ -161,7 +179,7 @@ def gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, dict[str, An
     return found
 
 
-def is_flat(value: Any) -> bool:
+def is_flat(value: object) -> TypeGuard[Tensor]:
     """Whether a value of a `Piece` has an entry for each element (a step count has one for all)."""
     return isinstance(value, Tensor) and value.dim() > 0
 
@@ -170,8 +188,8 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
     """Set a network on the CPU to a checkpoint's master weights.
 
     Args:
-        model: with the official names.
-        folder: of the checkpoint.
+        model: network with the official names.
+        folder: checkpoint.
         trained: False sets only what is not trained, because DeepSpeed loads the rest.
 
     Raises:
@@ -199,7 +217,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _cut(fragment: Fragment, master: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+def _cut(fragment: Fragment, master: Tensor, state: ParameterState) -> ParameterState:
     def part(tensor: Tensor) -> Tensor:
         return tensor.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
 
@@ -207,33 +225,37 @@ def _cut(fragment: Fragment, master: Tensor, state: Mapping[str, Any]) -> dict[s
     return {"weight": part(master).float(), **cut}
 
 
-def _read_shard(
-    folder: Path, rank: int, layout: ShardLayout
-) -> tuple[dict[int, Tensor], dict[int, dict[str, Any]]]:
-    """By partition: the float32 master weights, and the optimizer's state."""
+class _Shard(NamedTuple):
+    """Float32 master weights and state of the optimizer, by number of the partition."""
+
+    masters: dict[int, Tensor]
+    states: dict[int, ParameterState]
+
+
+def _read_shard(folder: Path, rank: int, layout: ShardLayout) -> _Shard:
     if layout.stage == 0:
         content = read_file(folder / "mp_rank_00_model_states.pt")
         masters = {f.partition: content["module"][f.name] for f in layout.fragments}
-        return masters, content["optimizer"]["state"]
+        return _Shard(masters, content["optimizer"]["state"])
     files = sorted(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     if len(files) != 1:
         raise ValueError(f"{folder} has no shard of rank {rank} of {layout.ranks}: {COPY_AGAIN}")
     content = read_file(files[0])["optimizer_state_dict"]
     if layout.stage == 3:
-        return dict(enumerate(content["fp32_flat_groups"])), content["optimizer_state_dict"][
-            "state"
-        ]
-    flat = content["single_partition_of_fp32_groups"]
-    return dict(enumerate(flat)), content["base_optimizer_state"]["state"]
+        flat, state = content["fp32_flat_groups"], content["optimizer_state_dict"]["state"]
+    else:
+        flat = content["single_partition_of_fp32_groups"]
+        state = content["base_optimizer_state"]["state"]
+    return _Shard(dict(enumerate(flat)), state)
 
 
 class _Unused:
     """Stands in for DeepSpeed's own objects in a shard, so that none of its code runs on them."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -250,7 +272,7 @@ def read_file(file: Path) -> Any:
     Raises:
         ValueError: missing, damaged, or with anything in it that would have to be executed.
     """
-    names = [(type("_Unused", (_Unused,), {}), name) for name in _UNUSED]
+    names = [(_Unused, name) for name in _UNUSED]
     try:
         with torch.serialization.safe_globals(names):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

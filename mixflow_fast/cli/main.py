@@ -195,7 +195,7 @@ def _consolidate(options: argparse.Namespace, _arguments: list[str]) -> int:
     from mixflow_fast.checkpoints.consolidate import consolidate
 
     metadata = consolidate(Path(options.checkpoint), Path(options.out), options.force)
-    print(f"{options.out}: {metadata['images_seen']} images, step {metadata['steps']}")
+    print(f"{options.out}: {metadata.images_seen} images, step {metadata.steps}")
     return 0
 
 

@@ -66,8 +66,8 @@ def run(tmp_path: Path, kept: Path) -> Path:
 @pytest.mark.parametrize(("precision", "stage"), STAGES)
 def test_the_offline_file_is_the_trainers(tmp_path: Path, precision: str, stage: int) -> None:
     folder = two_steps(tmp_path / "run", precision, stage)
-    said = consolidate(tmp_path / "run", tmp_path / "new" / "one.pt")
-    assert (said["steps"], said["images_seen"]) == (2, 16)
+    metadata = consolidate(tmp_path / "run", tmp_path / "new" / "one.pt")
+    assert (metadata.steps, metadata.images_seen) == (2, 16)
     assert_same_file(folder / "weights.pt", tmp_path / "new" / "one.pt")
     states = full_states(folder)
     assert states["x_embedder.proj.weight"]["step"] == 2

@@ -117,8 +117,9 @@ class WeightsFile:
         Raises:
             ValueError: the record is damaged.
         """
-        found = Metadata.from_record(self.args, self.path)
-        return None if found is None else found.at(self.steps)
+        if not Metadata.is_in(self.args):
+            return None
+        return Metadata.from_record(self.args, self.path).at(self.steps)
 
     def model_config(self) -> ModelConfig:
         """Arguments, clock and prediction of the network; empty where the file does not say it."""

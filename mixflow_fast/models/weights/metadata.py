@@ -33,22 +33,22 @@ class Metadata:
     images_seen: int = 0
     config: str | None = None
 
+    @staticmethod
+    def is_in(record: Mapping[str, object]) -> bool:
+        """Whether this engine wrote a record; in an official one `model` is a name, not JSON."""
+        arguments = _arguments(record)
+        return isinstance(arguments, str) and arguments.startswith("{")
+
     @classmethod
-    def from_record(cls, record: Mapping[str, object], path: str | Path) -> Metadata | None:
+    def from_record(cls, record: Mapping[str, object], path: str | Path) -> Metadata:
         """The record under `args` of a .pt file, in a .safetensors header or in a state.json.
 
-        Returns:
-            None for an official file, whose `args.model` is a name and not a JSON text.
-
         Raises:
-            ValueError: a record of ours that cannot be read.
+            ValueError: it cannot be read.
         """
-        arguments = record.get("kwargs", record.get("model"))
-        if not isinstance(arguments, str) or not arguments.startswith("{"):
-            return None
         config = record.get("config")
         try:
-            kwargs = json.loads(arguments)
+            kwargs = json.loads(_arguments(record))
             run = json.loads(config) if isinstance(config, str) else {}
             prediction = record.get("prediction") or run.get("objective", {}).get("prediction")
         except (ValueError, TypeError, AttributeError) as error:
@@ -91,6 +91,10 @@ class OfficialArgs:
         prediction = "velocity" if said not in _OFFICIAL_PREDICTIONS else str(said)
         # A bool is an int too, and no number of a block.
         return cls(prediction, depth if type(depth) is int else None)
+
+
+def _arguments(record: Mapping[str, object]) -> object:
+    return record.get("kwargs", record.get("model"))
 
 
 def count(value: object) -> int | None:
