@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixflow_fast.flow.clock import CLOCKS
 from mixflow_fast.models.blocks import Block, FinalLayer
 from mixflow_fast.models.embedders import (
     GaussianFourierEmbedder,
@@ -26,7 +26,7 @@ from mixflow_fast.models.embedders import (
 )
 from mixflow_fast.models.fused.block import resolve
 from mixflow_fast.models.transformer import (
-    CLOCKS,
+    ModelConfig,
     Transformer,
     check,
     check_sizes,
@@ -93,50 +93,71 @@ class DiTDH(Transformer):
         clock: str | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = _pair("hidden_size", hidden_size)
-        depth = _pair("depth", depth)
-        num_heads = _pair("num_heads", num_heads)
-        clock = "noise_at_1" if clock is None else clock
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.config: dict[str, Any] = config
-        _check_config(config)
-        self.clock = clock
-        self.input_size = input_size
-        self.patch_size = patch_size
+        self.config = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": _pair("hidden_size", hidden_size),
+            "depth": _pair("depth", depth),
+            "num_heads": _pair("num_heads", num_heads),
+            "mlp_ratio": mlp_ratio,
+            "class_dropout_prob": class_dropout_prob,
+            "num_classes": num_classes,
+            "use_qknorm": use_qknorm,
+            "use_swiglu": use_swiglu,
+            "use_rope": use_rope,
+            "use_rmsnorm": use_rmsnorm,
+            "wo_shift": wo_shift,
+            "use_pos_embed": use_pos_embed,
+            "train_embeddings": train_embeddings,
+            "clock": "noise_at_1" if clock is None else clock,
+        }
+        _check_config(self.config)
+        self.clock = self.config["clock"]
+        self.input_size, self.patch_size = input_size, patch_size
         self.in_channels = self.out_channels = in_channels
         self.num_classes = num_classes
-        self.null_class: int | None = num_classes if class_dropout_prob > 0 else None
-        self.cfg_channels: int | None = None
-        self.encoder_depth = depth[0]
+        self.null_class = num_classes if class_dropout_prob > 0 else None
+        self.cfg_channels = None
+        self.encoder_depth: int = self.config["depth"][0]
         self.use_pos_embed = use_pos_embed
-        width, head_width = hidden_size
-        side = input_size // patch_size
+        self._build_layers()
+        self.initialize_weights()
+        self.set_execution()
 
-        if use_pos_embed:
+    def _build_layers(self) -> None:
+        c, patch_size, in_channels = self.config, self.patch_size, self.in_channels
+        width, head_width = c["hidden_size"]
+        side = self.input_size // patch_size
+        if self.use_pos_embed:
             self.pos_embed = nn.Parameter(
-                torch.zeros(1, side * side, width), requires_grad=train_embeddings
+                torch.zeros(1, side * side, width), requires_grad=c["train_embeddings"]
             )
         self.x_embedder = PatchEmbed(patch_size, in_channels, head_width)
         self.s_embedder = PatchEmbed(patch_size, in_channels, width)
         self.s_projector = nn.Identity() if width == head_width else nn.Linear(width, head_width)
         self.t_embedder = GaussianFourierEmbedder(width)
-        self.t_embedder.W.requires_grad_(train_embeddings)
-        self.y_embedder = LabelEmbedder(num_classes + (self.null_class is not None), width)
-        self.final_layer = FinalLayer(head_width, patch_size, in_channels, rms_norm=use_rmsnorm)
+        self.t_embedder.W.requires_grad_(c["train_embeddings"])
+        self.y_embedder = LabelEmbedder(self.num_classes + (self.null_class is not None), width)
+        self.final_layer = FinalLayer(head_width, patch_size, in_channels, c["use_rmsnorm"])
         self.enc_feat_rope: RotaryEmbedding | None = None
         self.dec_feat_rope: RotaryEmbedding | None = None
-        if use_rope:
-            self.enc_feat_rope = RotaryEmbedding(width // num_heads[0], side)
-            self.dec_feat_rope = RotaryEmbedding(head_width // num_heads[1], side)
-        options = {"qk_norm": use_qknorm, "swiglu": use_swiglu, "rms_norm": use_rmsnorm}
-        options |= {"shift": not wo_shift}
+        if c["use_rope"]:
+            self.enc_feat_rope = RotaryEmbedding(width // c["num_heads"][0], side)
+            self.dec_feat_rope = RotaryEmbedding(head_width // c["num_heads"][1], side)
         self.blocks = nn.ModuleList(
-            Block(hidden_size[part], num_heads[part], mlp_ratio, **options)
+            Block(
+                c["hidden_size"][part],
+                c["num_heads"][part],
+                c["mlp_ratio"],
+                qk_norm=c["use_qknorm"],
+                swiglu=c["use_swiglu"],
+                rms_norm=c["use_rmsnorm"],
+                shift=not c["wo_shift"],
+            )
             for part in (0, 1)
-            for _ in range(depth[part])
+            for _ in range(c["depth"][part])
         )
-        self.initialize_weights()
-        self.set_execution()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -187,10 +208,10 @@ class DiTDH(Transformer):
         split = self.encoder_depth
         s_BNE = resolve(encoder((s_BNE, None), c_BE, _tables(self.enc_feat_rope), range(split)))
         s_BND = self.s_projector(F.silu(temb_BE.unsqueeze(1) + s_BNE))
-        stream = self.x_embedder(x), None
+        residual = self.x_embedder(x), None
         rope = _tables(self.dec_feat_rope)
-        stream = head(stream, s_BND, rope, range(len(self.blocks) - split))
-        return self._unpatchify(head.finish(self.final_layer, stream, s_BND))
+        residual = head(residual, s_BND, rope, range(len(self.blocks) - split))
+        return self._unpatchify(head.finish(self.final_layer, residual, s_BND))
 
     def velocity(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """As `forward`: the name that sampling uses for every network."""
@@ -211,7 +232,7 @@ def _pair(name: str, value: Sequence[int] | int) -> list[int]:
     return pair
 
 
-def _check_config(config: dict[str, Any]) -> None:
+def _check_config(config: ModelConfig) -> None:
     check_sizes(config, ("input_size", "patch_size", "in_channels", "num_classes"))
     size, patch = config["input_size"], config["patch_size"]
     check(size % patch == 0, f"input_size must be a multiple of patch_size={patch}, got {size}")

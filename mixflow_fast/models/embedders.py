@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +114,9 @@ class _Float32Tensors(nn.Module):
     A frequency or an angle of 8 bits is another function, not a rounder one.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = {n: t.detach() for n, t in [*self._parameters.items(), *self._buffers.items()]}
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, recurse)
         for name, tensor in before.items():
             now = getattr(self, name)
             if now.dtype in (torch.bfloat16, torch.float16):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import Transformer
+from mixflow_fast.models.transformer import ModelArgument, Transformer
 
 SIT_SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -32,12 +31,12 @@ MODELS: dict[str, Callable[..., Transformer]] = {
 } | {f"DiTDH-{size}": partial(DiTDH, **sizes) for size, sizes in DITDH_SIZES.items()}
 
 
-def build(name: str, **kwargs: Any) -> Transformer:
+def build(name: str, **kwargs: ModelArgument | tuple[int, int]) -> Transformer:
     """A published model by name.
 
     Args:
         name: `SiT-{S,B,L,XL}/{2,4,8}` (`z_dims=[...]` makes it REPA's) or `DiTDH-{S,B,L,XL}`.
-        kwargs: further arguments of the class, or others than the published ones.
+        kwargs: further arguments of the class, or other values than the published ones.
 
     Raises:
         ValueError: for an unknown name, with the nearest valid one.

@@ -9,12 +9,12 @@ Shapes by suffix: B batch, N tokens, D width, H heads, K head dim, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixflow_fast.flow.clock import CLOCKS
 from mixflow_fast.models.blocks import Block, FinalLayer
 from mixflow_fast.models.embedders import (
     LabelEmbedder,
@@ -24,13 +24,16 @@ from mixflow_fast.models.embedders import (
 )
 from mixflow_fast.models.fused.block import resolve
 from mixflow_fast.models.transformer import (
-    CLOCKS,
+    ModelConfig,
     Transformer,
     check,
     check_sizes,
     check_width,
     zero_,
 )
+
+_SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
+          "num_classes", "encoder_depth", "projector_dim")  # fmt: skip
 
 
 def _projector(hidden_size: int, projector_dim: int, z_dim: int) -> nn.Sequential:
@@ -101,41 +104,65 @@ class SiT(Transformer):
         clock: str | None = None,
     ) -> None:
         super().__init__()
-        z_dims = None if z_dims is None else list(z_dims)
-        decoder_hidden_size = hidden_size if decoder_hidden_size is None else decoder_hidden_size
         if clock is None:
             clock = "data_at_1" if z_dims is None else "noise_at_1"
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.config: dict[str, Any] = config | {"learn_sigma": learn_sigma and z_dims is None}
+        self.config = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "class_dropout_prob": class_dropout_prob,
+            "num_classes": num_classes,
+            "learn_sigma": learn_sigma and z_dims is None,
+            "path_type": path_type,
+            "decoder_hidden_size": (
+                hidden_size if decoder_hidden_size is None else decoder_hidden_size
+            ),
+            "encoder_depth": encoder_depth,
+            "use_cfg": use_cfg,
+            "z_dims": None if z_dims is None else list(z_dims),
+            "projector_dim": projector_dim,
+            "qk_norm": qk_norm,
+            "fused_attn": fused_attn,
+            "clock": clock,
+        }
         _check_config(self.config)
         self.clock = clock
-        self.input_size = input_size
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.null_class: int | None = num_classes if class_dropout_prob > 0 else None
-        self.learn_sigma: bool = self.config["learn_sigma"]
-        # Guidance of the official samplers: SiT's covers the first three channels, REPA's all.
-        self.cfg_channels: int | None = min(3, in_channels) if z_dims is None else None
-        self.out_channels = in_channels * (2 if self.learn_sigma else 1)
-        self.encoder_depth = encoder_depth
-
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes + (self.null_class is not None), hidden_size)
-        side = input_size // patch_size
-        self.pos_embed = nn.Parameter(torch.zeros(1, side * side, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
-        )
-        self.projectors: nn.ModuleList | None = None
-        if z_dims is not None:
-            self.projectors = nn.ModuleList(
-                _projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims
-            )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._set_sizes()
+        self._build_layers()
         self.initialize_weights()
         self.set_execution()
+
+    def _set_sizes(self) -> None:
+        c = self.config
+        self.input_size, self.patch_size = c["input_size"], c["patch_size"]
+        self.in_channels, self.num_classes = c["in_channels"], c["num_classes"]
+        self.null_class = self.num_classes if c["class_dropout_prob"] > 0 else None
+        self.learn_sigma: bool = c["learn_sigma"]
+        # Guidance of the official samplers: SiT's covers the first three channels, REPA's all.
+        self.cfg_channels = min(3, self.in_channels) if c["z_dims"] is None else None
+        self.out_channels = self.in_channels * (2 if self.learn_sigma else 1)
+        self.encoder_depth: int = c["encoder_depth"]
+
+    def _build_layers(self) -> None:
+        c, width = self.config, self.config["hidden_size"]
+        self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(self.num_classes + (self.null_class is not None), width)
+        side = self.input_size // self.patch_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, side * side, width), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(width, c["num_heads"], c["mlp_ratio"], c["qk_norm"]) for _ in range(c["depth"])
+        )
+        self.projectors: nn.ModuleList | None = None
+        if c["z_dims"] is not None:
+            self.projectors = nn.ModuleList(
+                _projector(width, c["projector_dim"], z_dim) for z_dim in c["z_dims"]
+            )
+        self.final_layer = FinalLayer(width, self.patch_size, self.out_channels)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -196,8 +223,7 @@ class SiT(Transformer):
         check(self.projectors is not None, "projections needs a model with z_dims (REPA's SiT)")
         h_BND, c_BD = self._embed(x, t, y)
         (chain,) = self._chains
-        stream = chain((h_BND, None), c_BD, None, range(self.encoder_depth))
-        h_BND = resolve(stream)
+        h_BND = resolve(chain((h_BND, None), c_BD, None, range(self.encoder_depth)))
         return [projector(h_BND) for projector in self.projectors]
 
     def _block_groups(self) -> list[nn.ModuleList]:
@@ -213,22 +239,22 @@ class SiT(Transformer):
     ) -> tuple[Tensor, list[Tensor]]:
         h_BND, c_BD = self._embed(x, t, y)
         (chain,) = self._chains
-        stream, zs, done = (h_BND, None), [], 0
+        residual, zs, done = (h_BND, None), [], 0
         if project and self.projectors is not None:
             done = self.encoder_depth
-            h_BND = resolve(chain(stream, c_BD, None, range(done)))
+            h_BND = resolve(chain(residual, c_BD, None, range(done)))
             zs = [projector(h_BND) for projector in self.projectors]
-            stream = h_BND, None
-        stream = chain(stream, c_BD, None, range(done, len(self.blocks)))
-        return self._unpatchify(chain.finish(self.final_layer, stream, c_BD)), zs
+            residual = h_BND, None
+        residual = chain(residual, c_BD, None, range(done, len(self.blocks)))
+        return self._unpatchify(chain.finish(self.final_layer, residual, c_BD)), zs
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-    check_sizes(config, (*sizes, "num_classes", "encoder_depth", "projector_dim"))
-    size, patch, _, width, depth, heads = (config[name] for name in sizes)
+def _check_config(config: ModelConfig) -> None:
+    check_sizes(config, _SIZES)
+    size, patch, width = config["input_size"], config["patch_size"], config["hidden_size"]
     ratio, dropout, z_dims = config["mlp_ratio"], config["class_dropout_prob"], config["z_dims"]
     decoder_width, clock = config["decoder_hidden_size"], config["clock"]
+    depth, heads = config["depth"], config["num_heads"]
     check(size % patch == 0, f"input_size must be a multiple of patch_size={patch}, got {size}")
     check_width(width, heads)
     check(int(width * ratio) >= 1, f"mlp_ratio must be positive, got {ratio!r}")

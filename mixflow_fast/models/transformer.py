@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,9 @@ from mixflow_fast.models.blocks import Block, FinalLayer, SwiGLU
 from mixflow_fast.models.execution import BACKENDS, Execution, runner
 from mixflow_fast.models.fused.block import ResidualStream, fused_block, fused_final, resolve
 
-CLOCKS = ("data_at_1", "noise_at_1")
 # A constructor's arguments by name, as JSON keeps them.
-ModelConfig = dict[str, int | float | str | list[int] | None]
+ModelArgument = int | float | str | list[int] | None
+ModelConfig = dict[str, ModelArgument]
 
 
 def check(ok: bool, message: str) -> None:
@@ -24,7 +23,8 @@ def check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-# Flat arguments: selective checkpointing under torch.compile takes no tuples of tensors.
+# Flat arguments: selective checkpointing under torch.compile takes no tuples of tensors. `pending`
+# is left out and not None where nothing is pending: each way of calling has its own compilation.
 def _plain_block(
     block: Block, c: Tensor, cos: Tensor | None, sin: Tensor | None, x: Tensor
 ) -> Tensor:
@@ -59,32 +59,36 @@ class Chain:
         self._run = runner(_fused_block if self._fused else _plain_block, execution, widths)
 
     def __call__(
-        self, stream: ResidualStream, c: Tensor, rope: tuple[Tensor, Tensor] | None, numbers: range
+        self,
+        residual: ResidualStream,
+        c: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        numbers: range,
     ) -> ResidualStream:
-        """Blocks `numbers` (from 0) of the chain on a stream."""
+        """The residual stream after the blocks `numbers` (from 0) of the chain."""
         cos, sin = rope or (None, None)
         if self._fused:
             c, impl = nn.functional.silu(c), self._execution.impl
             recompute = self._execution.checkpointing == "elementwise"
             for number in numbers:
-                x, pending = stream
+                x, pending = residual
                 block = self._blocks[number]
-                stream = self._run(block, impl, recompute, c, cos, sin, x, *(pending or ()))
-            return stream
-        x = resolve(stream)
+                residual = self._run(block, impl, recompute, c, cos, sin, x, *(pending or ()))
+            return residual
+        x = resolve(residual)
         for number in numbers:
             x = self._run(self._blocks[number], c, cos, sin, x)
         return x, None
 
-    def finish(self, layer: FinalLayer, stream: ResidualStream, c: Tensor) -> Tensor:
-        """The final layer on a stream."""
+    def finish(self, layer: FinalLayer, residual: ResidualStream, c: Tensor) -> Tensor:
+        """The final layer's output for a residual stream."""
         if self._fused:
-            return fused_final(layer, stream, nn.functional.silu(c), self._execution.impl)
-        return layer(resolve(stream), c)
+            return fused_final(layer, residual, nn.functional.silu(c), self._execution.impl)
+        return layer(resolve(residual), c)
 
 
 class Transformer(nn.Module):
-    """Base of the networks; a subclass builds the layers and defines `_run`.
+    """Base of the networks; a subclass builds the layers and defines `velocity`.
 
     Attributes:
         clock: what t = 1 means. The velocity is the derivative by the time of this clock.
@@ -94,6 +98,7 @@ class Transformer(nn.Module):
         cfg_channels: how many leading channels the official sampler guides; None = all.
         float32_names: parameters that stay float32 in a network of half precision.
         config: the constructor's arguments as a JSON-able dict; `type(model)(**model.config)`.
+        prediction: what the network was trained to give; set by `load_model` alone.
         execution: see `set_execution`.
     """
 
@@ -106,10 +111,13 @@ class Transformer(nn.Module):
     null_class: int | None
     cfg_channels: int | None
     float32_names: tuple[str, ...] = ()
-    config: dict[str, Any]
+    config: ModelConfig
+    prediction: str
     blocks: nn.ModuleList
 
-    def set_execution(self, execution: Execution | None = None, **options: Any) -> Transformer:
+    def set_execution(
+        self, execution: Execution | None = None, **options: str | bool
+    ) -> Transformer:
         """Choose how the network is run; returns it. Weights and their names do not change.
 
         Args:
@@ -161,10 +169,12 @@ class Transformer(nn.Module):
             wanted = names[number] if names else execution.attention
             candidates = BACKENDS if wanted == "auto" else (wanted,)
             head_dim = layer.proj.in_features // layer.num_heads
-            problem = batch, tokens, layer.num_heads, head_dim, dtype, device
-            choices.append(choose_backend(*problem, candidates=candidates))
+            choice = choose_backend(
+                batch, tokens, layer.num_heads, head_dim, dtype, device, candidates=candidates
+            )
+            choices.append(choice)
             for block in blocks:
-                block.attn.backend = choices[-1].backend
+                block.attn.backend = choice.backend
         return choices
 
     def _block_groups(self) -> Iterable[Sequence[Block]]:
@@ -176,11 +186,11 @@ class Transformer(nn.Module):
         chains = [Chain(blocks, self.execution) for blocks in self._block_groups()]
         self.__dict__["_chains"] = chains
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Copies make their own: chains hold the blocks, and compiled functions cannot be pickled.
         return {key: value for key, value in self.__dict__.items() if key != "_chains"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._build_chains()
 
@@ -269,7 +279,7 @@ class Transformer(nn.Module):
         )
 
 
-def check_sizes(config: dict[str, Any], names: Sequence[str]) -> None:
+def check_sizes(config: Mapping[str, object], names: Sequence[str]) -> None:
     """ValueError unless the named entries are positive ints."""
     for name in names:
         value = config[name]

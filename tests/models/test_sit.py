@@ -275,7 +275,7 @@ def test_registry() -> None:
     with torch.device("meta"):
         model = build("SiT-S/8", num_classes=7)
     assert (model.patch_size, len(model.blocks), model.null_class) == (8, 12, 7)
-    with pytest.raises(ValueError, match="got 'SiT-XL2': did you mean 'SiT-XL/2'"):
+    with pytest.raises(ValueError, match="got 'SiT-XL2'; did you mean 'SiT-XL/2'"):
         build("SiT-XL2")
 
 
