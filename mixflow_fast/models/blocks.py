@@ -1,12 +1,14 @@
 """The adaLN-Zero transformer block of SiT, REPA and DiT-DH, in plain PyTorch.
 
 This is the definition: mode "eager" runs it as it stands, mode "compile" through torch.compile,
-and `fused.py` computes the same with the fused operators.
+and `fused/block.py` computes the same with the fused operators.
 
 Shapes by suffix: B batch, N tokens, D width, H heads, K head dim, F inner width of the MLP.
 """
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,19 @@ def rotate(x_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
     return (x_BHNK * cos_NK + turned * sin_NK).to(x_BHNK.dtype)
 
 
+class AttentionOptions(TypedDict, total=False):
+    """Norms and RoPE of an attention layer, as `kernels.attention` takes them."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    q_weight: Tensor
+    k_weight: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    norm: str
+    eps: float
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: biased fused qkv, optional norms of q and k, optional RoPE.
 
@@ -94,7 +109,7 @@ class Attention(nn.Module):
         out_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
         return self.proj(out_BHNK.transpose(1, 2).flatten(2))
 
-    def options(self, rope: tuple[Tensor, Tensor] | None) -> dict:
+    def options(self, rope: tuple[Tensor, Tensor] | None) -> AttentionOptions:
         """Norms and RoPE as arguments of `kernels.attention.attention`."""
         cos, sin = rope or (None, None)
         if isinstance(self.q_norm, nn.Identity):

@@ -8,16 +8,18 @@ borders anyway.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any, Literal, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    SelectiveCheckpointContext,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -28,6 +30,10 @@ from mixflow_fast.kernels.runtime import IMPLS, Impl
 _NUMBERS = itertools.count()
 Mode = Literal["eager", "compile", "fused"]
 Checkpointing = Literal["none", "elementwise", "selective", "full"]
+# The result of a block function: a tensor, or a residual stream of the fused block.
+_Out = TypeVar("_Out")
+_Function = Callable[..., _Out]
+_Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +83,9 @@ class Execution:
         return self.mode == "compile" or (self.mode == "fused" and self.compiled)
 
 
-def runner(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> Callable:
+def runner(
+    fn: _Function[_Out], execution: Execution, saved_widths: tuple[int, ...]
+) -> _Function[_Out]:
     """`fn` with the checkpointing and the compilation of `execution`.
 
     Args:
@@ -91,7 +99,7 @@ def runner(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) ->
     )
 
 
-class _Compiled:
+class _Compiled(Generic[_Out]):
     """A compiled copy of a function for each way of calling it.
 
     torch.compile compiles anew for other modes of autograd, other shapes and frozen weights, and
@@ -99,12 +107,14 @@ class _Compiled:
     sampling in one process would get there.
     """
 
-    def __init__(self, fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, fn: _Function[_Out], execution: Execution, saved_widths: tuple[int, ...]
+    ) -> None:
         self._make = partial(_plain, fn, execution, saved_widths)
         self._plain = self._make()
-        self._copies: dict[tuple[Any, ...], Callable] = {}
+        self._copies: dict[tuple[bool | int, ...], _Function[_Out]] = {}
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> _Out:
         if torch.compiler.is_compiling():  # the whole network, by somebody else
             return self._plain(*args)
         way = (
@@ -119,11 +129,16 @@ class _Compiled:
         return self._copies[way](*args)
 
 
-def _plain(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) -> Callable:
+def _plain(
+    fn: _Function[_Out], execution: Execution, saved_widths: tuple[int, ...]
+) -> _Function[_Out]:
     fn = _with_own_code(fn)
     if execution.checkpointing in ("selective", "full"):
         # Nothing inside draws from torch's generators, so there is no state to restore.
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        options: dict[str, bool | Callable[[], _Contexts]] = {
+            "use_reentrant": False,
+            "preserve_rng_state": False,
+        }
         if execution.checkpointing == "selective":
             options["context_fn"] = _contexts_keeping(saved_widths)
             if not execution.compiles:
@@ -132,7 +147,7 @@ def _plain(fn: Callable, execution: Execution, saved_widths: tuple[int, ...]) ->
     return fn
 
 
-def _with_own_code(fn: Callable) -> Callable:
+def _with_own_code(fn: _Function[_Out]) -> _Function[_Out]:
     """A copy of a function: torch.compile's cache, and its limit of recompilations, hang on the
     code object, and what it knows of changing shapes on the code's name. Networks in one process
     must not use up, or learn from, each other's.
@@ -141,19 +156,21 @@ def _with_own_code(fn: Callable) -> Callable:
     return FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
 
 
-def _checkpointed(fn: Callable, options: dict[str, Any]) -> Callable:
-    def checkpointed(*args: Any) -> Any:
+def _checkpointed(
+    fn: _Function[_Out], options: Mapping[str, bool | Callable[[], _Contexts]]
+) -> _Function[_Out]:
+    def checkpointed(*args: object) -> _Out:
         return checkpoint(fn, *args, **options) if torch.is_grad_enabled() else fn(*args)
 
     return checkpointed
 
 
-def _with_pytorchs_linear(fn: Callable) -> Callable:
+def _with_pytorchs_linear(fn: _Function[_Out]) -> _Function[_Out]:
     """DeepSpeed's ZeRO 3 replaces F.linear in the whole process by one that adds the bias in
     place: to a product that is kept it would be added again in the backward pass.
     """
 
-    def checked(*args: Any) -> Any:
+    def checked(*args: object) -> _Out:
         if nn.functional.linear is not torch._C._nn.linear:
             raise RuntimeError(
                 'checkpointing="selective" needs PyTorch\'s own torch.nn.functional.linear, got '
@@ -165,11 +182,11 @@ def _with_pytorchs_linear(fn: Callable) -> Callable:
     return checked
 
 
-def _contexts_keeping(saved_widths: tuple[int, ...]) -> Callable[[], Any]:
+def _contexts_keeping(saved_widths: tuple[int, ...]) -> Callable[[], _Contexts]:
     policy = partial(_policy, saved_widths)
 
     # A function: torch.compile does not take every `partial` for a constant.
-    def contexts() -> Any:
+    def contexts() -> _Contexts:
         return create_selective_checkpoint_contexts(policy)
 
     return contexts
@@ -179,7 +196,11 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def _policy(
-    saved_widths: tuple[int, ...], ctx: Any, op: Any, *args: Any, **kwargs: Any
+    saved_widths: tuple[int, ...],
+    ctx: SelectiveCheckpointContext,
+    op: torch._ops.OperatorBase,
+    *args: object,
+    **kwargs: object,
 ) -> CheckpointPolicy:
     """Keep what attention returns, and the products with the given numbers of columns."""
     name = op.name() if hasattr(op, "name") else str(op)

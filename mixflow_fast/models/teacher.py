@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,11 @@ class TeacherFiles:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TeacherFiles:
-        """Raises ValueError: no such folder, no weights in it, or not a DINOv2."""
+        """Read the config.json of a teacher.
+
+        Raises:
+            ValueError: no such folder, no weights in it, or not a DINOv2.
+        """
         folder = Path(path)
         file = folder / "config.json"
         if not file.is_file():
@@ -98,9 +102,7 @@ class TeacherFiles:
             raise ValueError(f"{str(path)!r} holds no model.safetensors: {_DOWNLOAD}")
         try:
             config = json.loads(file.read_text())
-            kind, hidden, patch = (
-                config[key] for key in ("model_type", "hidden_size", "patch_size")
-            )
+            kind, hidden, patch = config["model_type"], config["hidden_size"], config["patch_size"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(file)!r} must be the config.json of a DINOv2 in transformers' format, got "
@@ -218,7 +220,7 @@ def resample_positions(table: Tensor, side: int) -> Tensor:
     return torch.cat([first, planes.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _load(config: TeacherFiles) -> Any:
+def _load(config: TeacherFiles) -> nn.Module:
     """The encoder with every weight from the folder; ValueError if one is not there."""
     try:
         import transformers

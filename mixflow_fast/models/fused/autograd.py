@@ -6,7 +6,7 @@ multiply is recomputed by the pass that computes its gradient anyway, for one mo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,19 @@ from mixflow_fast.kernels.residual_norm.recompute import (
 
 # (h, h_bias, gate) of gate (h + h_bias), which is still to be added to the residual stream.
 Pending = tuple[Tensor, Tensor, Tensor]
+
+
+class _Context(Protocol):
+    """What PyTorch hands to both passes of a Function, with what these ones add to it."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    leading: int  # columns of the product that have a bias
+    gated: bool
+    norm: str
+    impl: str
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -50,13 +63,13 @@ def _refuse_second_derivatives() -> None:
 
 class _LinearLeadingBias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.leading = bias.shape[0]
         return _linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         rows = dy.flatten(0, -2)
         dx = (rows @ weight).view(x.shape)
@@ -67,14 +80,14 @@ class _LinearLeadingBias(torch.autograd.Function):
 class _ActivatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl: str
+        ctx: _Context, x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl: str
     ) -> Tensor:
         ctx.save_for_backward(x, bias, weight)
         ctx.gated, ctx.impl = gated, impl
         return F.linear((swiglu if gated else gelu)(x, bias, impl=impl), weight)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, dh: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
         x, bias, weight = ctx.saved_tensors
         recompute = swiglu_recompute if ctx.gated else gelu_recompute
@@ -89,7 +102,7 @@ class _NormedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         h: Tensor | None,
         gate: Tensor | None,
@@ -103,25 +116,48 @@ class _NormedProduct(torch.autograd.Function):
         eps: float,
         impl: str,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        ctx.options = {"norm": norm, "impl": impl}
+        ctx.norm, ctx.impl = norm, impl
         ctx.leading = 0 if bias is None else bias.shape[0]
-        options = {"h_bias": h_bias, "weight": norm_weight, "eps": eps} | ctx.options
-        inputs = h, gate, shift, scale
-        x_new, y, *statistics = residual_norm_forward(x, *inputs, **options)
-        ctx.save_for_backward(x_new, *inputs, *statistics, h_bias, norm_weight, weight)
+        x_new, y, mean, rstd = residual_norm_forward(
+            x,
+            h,
+            gate,
+            shift,
+            scale,
+            h_bias=h_bias,
+            weight=norm_weight,
+            norm=norm,
+            eps=eps,
+            impl=impl,
+        )
+        ctx.save_for_backward(x_new, h, gate, shift, scale, mean, rstd, h_bias, norm_weight, weight)
         product = _linear(y.to(weight.dtype), weight, bias)
         return product if h is None else (x_new, product)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        *inputs, h_bias, norm_weight, weight = ctx.saved_tensors
+        x_new, h, gate, shift, scale, mean, rstd, h_bias, norm_weight, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         dx_new, dz = (None, *upstream)[-2:]
         rows = dz.flatten(0, -2)
-        dy = (rows @ weight).view(inputs[0].shape)
-        options = {"h_bias": h_bias, "weight": norm_weight} | ctx.options
-        *gradients, y = residual_norm_recompute(dy, dx_new, *inputs, needs[:8], **options)
+        dy = (rows @ weight).view(x_new.shape)
+        *gradients, y = residual_norm_recompute(
+            dy,
+            dx_new,
+            x_new,
+            h,
+            gate,
+            shift,
+            scale,
+            mean,
+            rstd,
+            needs[:8],
+            h_bias=h_bias,
+            weight=norm_weight,
+            norm=ctx.norm,
+            impl=ctx.impl,
+        )
         dweight = None if y is None else rows.t() @ y.flatten(0, -2).to(rows.dtype)
         dbias = rows[:, : ctx.leading].sum(0) if needs[8] else None
         return *gradients, dweight, dbias, None, None, None
@@ -143,10 +179,10 @@ def activated_product(x: Tensor, bias: Tensor, weight: Tensor, gated: bool, impl
 
     Args:
         x: (B, N, F), the product before the activation; 2 F columns where `gated`.
-        bias: of x's columns.
+        bias: bias of the columns of x.
         weight: (D, F).
         gated: SwiGLU instead of GELU.
-        impl: of the operators.
+        impl: implementation of the operators.
     """
     x, weight = _autocast(x, weight)
     return _ActivatedProduct.apply(x, bias, weight, gated, impl)
@@ -173,6 +209,8 @@ def normed_product(
         product: W (F, D), and a bias of its first columns as in `linear_leading_bias` or None.
     """
     h, h_bias, gate = pending or (None, None, None)
-    vectors = shift, scale, h_bias, weight
-    out = _NormedProduct.apply(x, h, gate, *vectors, *_autocast(*product), norm, eps, impl)
+    matrix, bias = _autocast(*product)
+    out = _NormedProduct.apply(
+        x, h, gate, shift, scale, h_bias, weight, matrix, bias, norm, eps, impl
+    )
     return (x, out) if h is None else out

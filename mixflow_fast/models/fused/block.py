@@ -8,7 +8,7 @@ so that each addition shares one pass over memory with the norm that follows it,
 the block or in the next block (`kernels.residual_norm`). Biases go where a kernel touches the
 tokens anyway, because their gradients are sums over all tokens:
 
-* of `attn.proj` and the MLP's last product: into the residual_norm;
+* of `attn.proj` and the MLP's last product: into the residual norm;
 * of the MLP's first product: into the activation;
 * of v: attention weights add up to 1, so attention(v + b_v) = attention(v) + b_v, and W_proj b_v
   joins proj's own bias;
@@ -20,7 +20,7 @@ What is left is a sum over dq: a third of the pass that `nn.Linear` makes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,18 +49,25 @@ from mixflow_fast.models.fused.autograd import (
 ResidualStream = tuple[Tensor, Pending | None]
 
 
-def _norm_options(norm: nn.Module) -> dict[str, Any]:
+class _NormOptions(TypedDict, total=False):
+    norm: str
+    weight: Tensor
+    eps: float
+    impl: str
+
+
+def _norm_options(norm: nn.Module, impl: str) -> _NormOptions:
     if isinstance(norm, RMSNorm):
-        return {"norm": "rms", "weight": norm.weight, "eps": norm.eps}
-    return {"norm": "layer", "eps": norm.eps}
+        return {"norm": "rms", "weight": norm.weight, "eps": norm.eps, "impl": impl}
+    return {"norm": "layer", "eps": norm.eps, "impl": impl}
 
 
 def _add_and_norm(
-    stream: ResidualStream, norm: nn.Module, shift: Tensor | None, scale: Tensor, impl: str
+    residual: ResidualStream, norm: nn.Module, shift: Tensor | None, scale: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """(x', modulated norm of x') where x' is the stream with what was still to be added."""
-    x, pending = stream
-    options = _norm_options(norm) | {"impl": impl}
+    """(x', modulated norm of x') where x' is x with what was still to be added."""
+    x, pending = residual
+    options = _norm_options(norm, impl)
     if pending is None:
         return x, modulated_norm(x, shift, scale, **options)
     h, h_bias, gate = pending
@@ -68,7 +75,7 @@ def _add_and_norm(
 
 
 def _normed_product(
-    stream: ResidualStream,
+    residual: ResidualStream,
     norm: nn.Module,
     modulation: tuple[Tensor | None, Tensor],
     product: tuple[Tensor, Tensor | None],
@@ -79,16 +86,18 @@ def _normed_product(
 
     modulation: (shift, scale). `recompute`: the norm is not kept.
     """
+    shift, scale = modulation
     if recompute:
-        options = _norm_options(norm) | {"impl": impl}
-        return normed_product(*stream, *modulation, product, **options)
-    x, y = _add_and_norm(stream, norm, *modulation, impl)
+        x, pending = residual
+        options = _norm_options(norm, impl)
+        return normed_product(x, pending, shift, scale, product, **options)
+    x, y = _add_and_norm(residual, norm, shift, scale, impl)
     weight, bias = product
     return x, F.linear(y, weight) if bias is None else linear_leading_bias(y, weight, bias)
 
 
 def _leading_bias(layer: Attention, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """q's, and k's where it counts."""
+    """Bias of q, and of k where it has a gradient."""
     width = layer.proj.in_features
     plain = rope is None and isinstance(layer.k_norm, nn.Identity)
     return layer.qkv.bias[: width if plain else 2 * width]
@@ -97,7 +106,7 @@ def _leading_bias(layer: Attention, rope: tuple[Tensor, Tensor] | None) -> Tenso
 def _attend(
     layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """(product of proj, its bias)."""
+    """(product of proj without a bias, the bias that is still to be added to it)."""
     packed = qkv.unflatten(-1, (3, layer.num_heads, -1))
     out = attention(packed, **layer.options(rope), backend=layer.backend, impl=impl)
     weight = layer.proj.weight
@@ -106,7 +115,7 @@ def _attend(
 
 
 def _mlp_weights(layer: Mlp | SwiGLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight and bias of the first linear, of the last."""
+    """(weight, bias) of the first linear layer and (weight, bias) of the last, in one tuple."""
     if isinstance(layer, SwiGLU):
         return *layer.weights(), layer.w3.bias
     return layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias
@@ -114,30 +123,30 @@ def _mlp_weights(layer: Mlp | SwiGLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def fused_block(
     block: Block,
-    stream: ResidualStream,
+    residual: ResidualStream,
     c_silu: Tensor,
     rope: tuple[Tensor, Tensor] | None,
     impl: str = "auto",
     recompute: bool = False,
 ) -> ResidualStream:
-    """`Block.forward` on a stream.
+    """`Block.forward` on a residual stream.
 
     Args:
-        stream: see `ResidualStream`; h (B, N, D), h_bias (D,), gate like c.
+        residual: see `ResidualStream`; h (B, N, D), h_bias (D,), gate like c.
         c_silu: SiLU of the condition, (B, D) or (B, N, D): the same for all blocks.
         rope: (cos, sin), each (N, K) float32, or None.
-        impl: of the operators.
-        again: norms and the MLP's activation are recomputed in the backward pass.
+        impl: implementation of the operators.
+        recompute: norms and the MLP's activation are recomputed in the backward pass.
     """
     m = modulation_chunks(block.adaLN_modulation[1](c_silu), block.parts)
-    how = {"impl": impl, "recompute": recompute}
     modulation = m.get("shift_msa"), m["scale_msa"]
     product = block.attn.qkv.weight, _leading_bias(block.attn, rope)
-    x, qkv = _normed_product(stream, block.norm1, modulation, product, **how)
-    pending = *_attend(block.attn, qkv, rope, impl), m["gate_msa"]
+    x, qkv = _normed_product(residual, block.norm1, modulation, product, impl, recompute)
+    h, h_bias = _attend(block.attn, qkv, rope, impl)
+    residual = x, (h, h_bias, m["gate_msa"])
     modulation = m.get("shift_mlp"), m["scale_mlp"]
     first, bias, last, last_bias = _mlp_weights(block.mlp)
-    x, z = _normed_product((x, pending), block.norm2, modulation, (first, None), **how)
+    x, z = _normed_product(residual, block.norm2, modulation, (first, None), impl, recompute)
     gated = isinstance(block.mlp, SwiGLU)
     if recompute:
         h = activated_product(z, bias, last, gated, impl)
@@ -147,17 +156,17 @@ def fused_block(
 
 
 def fused_final(
-    layer: FinalLayer, stream: ResidualStream, c_silu: Tensor, impl: str = "auto"
+    layer: FinalLayer, residual: ResidualStream, c_silu: Tensor, impl: str = "auto"
 ) -> Tensor:
-    """`FinalLayer.forward` on a stream."""
+    """`FinalLayer.forward` on a residual stream."""
     m = modulation_chunks(layer.adaLN_modulation[1](c_silu), "shift scale")
-    _, y = _add_and_norm(stream, layer.norm_final, m["shift"], m["scale"], impl)
+    _, y = _add_and_norm(residual, layer.norm_final, m["shift"], m["scale"], impl)
     return layer.linear(y)
 
 
-def resolve(stream: ResidualStream) -> Tensor:
-    """The residual stream itself, where something other than a norm needs it."""
-    x, pending = stream
+def resolve(residual: ResidualStream) -> Tensor:
+    """The residual stream as one tensor, where something other than a norm needs it."""
+    x, pending = residual
     if pending is None:
         return x
     h, h_bias, gate = pending
