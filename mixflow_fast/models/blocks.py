@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # float64 stays float64
         x32 = x.to(dtype)
         return (x32 * (x32.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(
             x.dtype
@@ -60,6 +60,7 @@ def modulate(x_BND: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
 
 def rotate(x_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
     """RoPE on neighbouring pairs: (a, b) -> (a cos - b sin, b cos + a sin), in float32."""
+    # The tables are float32, so the products are too, whatever the dtype of q and k.
     pairs = x_BHNK.unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return (x_BHNK * cos_NK + turned * sin_NK).to(x_BHNK.dtype)
@@ -99,6 +100,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         qkv_BN3HK = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        # A forced backend takes the packed qkv and does norms and RoPE itself.
         if self.backend != "auto":
             out = attention(qkv_BN3HK, **self.options(rope), backend=self.backend)
             return self.proj(out)
@@ -162,6 +164,7 @@ class SwiGLU(nn.Module):
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """(weight and bias of w12, weight of w3), filled up with zeros where `padded` is set."""
         inner = self.w3.in_features
+        # Rows of a multiple of 8 columns begin at multiples of 16 bytes in bf16: aligned enough.
         more = -inner % PAD_TO if self.padded and inner % 8 else 0
         if not more:
             return self.w12.weight, self.w12.bias, self.w3.weight

@@ -93,6 +93,7 @@ class DiTDH(Transformer):
         clock: str | None = None,
     ) -> None:
         super().__init__()
+        # Spelled out, in the order of the signature: files keep it as JSON.
         self.config = {
             "input_size": input_size,
             "patch_size": patch_size,
@@ -126,6 +127,7 @@ class DiTDH(Transformer):
         self.set_execution()
 
     def _build_layers(self) -> None:
+        # In the official order, which numbers the parameters in optimizer states.
         c, patch_size, in_channels = self.config, self.patch_size, self.in_channels
         width, head_width = c["hidden_size"]
         side = self.input_size // patch_size
@@ -172,6 +174,7 @@ class DiTDH(Transformer):
         if self.use_pos_embed and not self.pos_embed.is_meta:
             side = self.input_size // self.patch_size
             self.pos_embed.copy_(sincos_position_embedding(self.pos_embed.shape[-1], side)[None])
+        # On the meta device a table has no storage; loading a state dict gives it one.
         for rope in (self.enc_feat_rope, self.dec_feat_rope):
             if rope is not None and not rope.freqs_cos.is_meta:
                 rope.reset_parameters()
@@ -207,6 +210,7 @@ class DiTDH(Transformer):
             s_BNE = s_BNE + self.pos_embed
         split = self.encoder_depth
         s_BNE = resolve(encoder((s_BNE, None), c_BE, _tables(self.enc_feat_rope), range(split)))
+        # The time enters once more, without the class: RAE's official class does the same.
         s_BND = self.s_projector(F.silu(temb_BE.unsqueeze(1) + s_BNE))
         residual = self.x_embedder(x), None
         rope = _tables(self.dec_feat_rope)

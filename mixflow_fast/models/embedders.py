@@ -43,6 +43,7 @@ def sincos_position_embedding(width: int, side: int) -> Tensor:
         (side * side, width) float32 on the CPU, rows first.
     """
     half = width // 2
+    # float64, as the official NumPy code computes: in float32 the table would differ in last bits.
     position = torch.arange(side, dtype=torch.float64, device="cpu")
     k = torch.arange(half // 2, dtype=torch.float64, device="cpu")
     angles = position[:, None] * 10000.0 ** (-k / (half / 2))
@@ -62,6 +63,7 @@ def rope_tables(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
         (cos, sin), each (side * side, head_dim) float32 on the CPU, rows first.
     """
     axis = head_dim // 2
+    # float32 all through, as RAE computes its tables; they are part of its state dicts.
     j = torch.arange(0, axis, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / 10000.0 ** (j / axis)
     position = torch.arange(side, dtype=torch.float32, device="cpu")
@@ -115,6 +117,7 @@ class _Float32Tensors(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # Taken before the cast, because what the cast rounds away does not come back.
         before = {n: t.detach() for n, t in [*self._parameters.items(), *self._buffers.items()]}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -140,6 +143,7 @@ class GaussianFourierEmbedder(_Float32Tensors):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        # The order of the factors is the official one: another rounds differently.
         angles = t[:, None] * self.W.to(t.dtype) * 2 * math.pi
         features = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
@@ -156,7 +160,7 @@ class RotaryEmbedding(_Float32Tensors):
         self.register_buffer("freqs_sin", torch.empty(shape, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Fills the tables."""
+        """Compute the tables."""
         cos, sin = rope_tables(self.freqs_cos.shape[1], self._side)
         self.freqs_cos.copy_(cos)
         self.freqs_sin.copy_(sin)

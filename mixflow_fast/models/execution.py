@@ -53,7 +53,7 @@ class Execution:
             that cost most to make); "full" (everything inside a block: least memory, about a
             third more time).
         compiled: False runs mode "fused" without torch.compile.
-        impl: of the fused operators: "auto", "triton" or "reference".
+        impl: implementation of the fused operators: "auto", "triton" or "reference".
     """
 
     mode: Mode = "eager"
@@ -117,6 +117,7 @@ class _Compiled(Generic[_Out]):
     def __call__(self, *args: object) -> _Out:
         if torch.compiler.is_compiling():  # the whole network, by somebody else
             return self._plain(*args)
+        # What torch.compile guards on and what changes within a process.
         way = (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -160,6 +161,7 @@ def _checkpointed(
     fn: _Function[_Out], options: Mapping[str, bool | Callable[[], _Contexts]]
 ) -> _Function[_Out]:
     def checkpointed(*args: object) -> _Out:
+        # Without gradients there is nothing to recompute for.
         return checkpoint(fn, *args, **options) if torch.is_grad_enabled() else fn(*args)
 
     return checkpointed
@@ -206,6 +208,6 @@ def _policy(
     name = op.name() if hasattr(op, "name") else str(op)
     kept = "scaled_dot_product" in name or name == "mixflow_fast::attention"
     if op in _PRODUCTS:
-        second: Tensor = args[-1]
+        second: Tensor = args[-1]  # of (bias, a, b) and of (a, b)
         kept = second.shape[1] in saved_widths
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -39,10 +39,10 @@ class Flops:
     """FLOPs of one image.
 
     Attributes:
-        forward: of the forward pass.
-        attention: what of it softmax(q k^T) v takes.
+        forward: FLOPs of the forward pass.
+        attention: the part of them that softmax(q k^T) v takes.
         untaken: products of the backward pass that nobody needs: gradients of the network's inputs.
-        per_step: of mode fused's bias products, forward; once a step and not per image.
+        per_step: bias products of mode fused, forward; once a step and not per image.
     """
 
     forward: int
@@ -52,6 +52,8 @@ class Flops:
 
     @property
     def train(self) -> int:
+        """FLOPs of one image in a training step."""
+        # The backward pass takes two products for each of the forward pass.
         return 3 * self.forward - self.untaken
 
 
@@ -65,7 +67,7 @@ def count(net: Transformer, padded: bool = False) -> Flops:
     N, area = (net.input_size // net.patch_size) ** 2, net.patch_size**2
     split = net.encoder_depth if isinstance(net, DiTDH) else len(net.blocks)
     groups = list(net.blocks)[:split], list(net.blocks)[split:]
-    # Widths of the embeddings: the head of DiT-DH has its own.
+    # Embeddings have the widths of the blocks that follow: the head of DiT-DH has its own.
     widths = [blocks[0].attn.proj.in_features for blocks in groups if blocks]
     times, last = net.t_embedder.mlp[0].in_features, widths[-1]
     # The condition of DiT-DH's head has a row for each token.
@@ -74,6 +76,7 @@ def count(net: Transformer, padded: bool = False) -> Flops:
     embed = sum(2 * N * area * net.in_channels * D for D in widths)
     first_of_times = 2 * times * widths[0]
     final = 2 * N * last * area * net.out_channels + 4 * last**2 * rows[len(widths) - 1]
+    # DiT-DH's s_projector is the identity where both widths are equal.
     between = 2 * N * widths[0] * last if len(widths) > 1 and widths[0] != last else 0
     projectors = _projectors(net, N) if isinstance(net, SiT) else 0
     forward = blocks + embed + first_of_times + 2 * widths[0] ** 2 + final + between + projectors
@@ -86,6 +89,7 @@ def _block(block: Block, N: int, rows: int, padded: bool) -> int:
     D = block.attn.proj.in_features
     if isinstance(block.mlp, SwiGLU):
         F = block.mlp.w3.in_features
+        # As `SwiGLU.weights` pads, which leaves widths alone that are aligned well enough.
         F += -F % PAD_TO if padded and F % 8 else 0
         mlp = 6 * N * D * F
     else:

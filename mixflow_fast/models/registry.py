@@ -1,4 +1,4 @@
-"""The published networks by name."""
+"""Table of the published networks, and `build` that makes one by its name."""
 
 from __future__ import annotations
 

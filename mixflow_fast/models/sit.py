@@ -106,6 +106,7 @@ class SiT(Transformer):
         super().__init__()
         if clock is None:
             clock = "data_at_1" if z_dims is None else "noise_at_1"
+        # Spelled out, in the order of the signature: files keep it as JSON.
         self.config = {
             "input_size": input_size,
             "patch_size": patch_size,
@@ -148,6 +149,7 @@ class SiT(Transformer):
         self.encoder_depth: int = c["encoder_depth"]
 
     def _build_layers(self) -> None:
+        # In the official order, which numbers the parameters in optimizer states.
         c, width = self.config, self.config["hidden_size"]
         self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -241,6 +243,7 @@ class SiT(Transformer):
         (chain,) = self._chains
         residual, zs, done = (h_BND, None), [], 0
         if project and self.projectors is not None:
+            # Projectors need the sum itself, so the residual stream is resolved in between.
             done = self.encoder_depth
             h_BND = resolve(chain(residual, c_BD, None, range(done)))
             zs = [projector(h_BND) for projector in self.projectors]
@@ -303,6 +306,7 @@ def repa_alignment_loss(zs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
             f"targets[{index}] must be (B, N, z_dim) = {tuple(z.shape)} like zs[{index}], got "
             f"{tuple(target.shape)}: teacher and model must cut the image into the same tokens",
         )
+        # In bf16 a mean over thousands of tokens would lose most of its digits.
         cosine = F.normalize(z.float(), dim=-1) * F.normalize(target.float(), dim=-1)
         total = total - cosine.sum(dim=-1).mean()
     return total / len(zs)

@@ -211,6 +211,7 @@ class Teacher:
 
 def resample_positions(table: Tensor, side: int) -> Tensor:
     """(1, 1 + n n, D) -> (1, 1 + side side, D): bicubic, antialiased; the class entry stays."""
+    # The class token has a position of its own, outside of the grid.
     first, grid = table[:, :1], table[:, 1:]
     old = round(grid.shape[1] ** 0.5)
     if old == side:

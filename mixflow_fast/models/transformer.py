@@ -53,9 +53,10 @@ class Chain:
         self._fused = execution.mode == "fused"
         mlp = self._blocks[0].mlp
         first = mlp.w12 if isinstance(mlp, SwiGLU) else mlp.fc1
+        # The column counts by which "selective" recognises the MLP's first product.
         widths = (first.out_features,)
         if isinstance(mlp, SwiGLU):
-            widths += (mlp.weights()[0].shape[0],)
+            widths += (mlp.weights()[0].shape[0],)  # padded, where a mode pads
         self._run = runner(_fused_block if self._fused else _plain_block, execution, widths)
 
     def __call__(
@@ -68,6 +69,7 @@ class Chain:
         """The residual stream after the blocks `numbers` (from 0) of the chain."""
         cos, sin = rope or (None, None)
         if self._fused:
+            # SiLU of the condition is the same in all blocks, which the plain blocks repeat.
             c, impl = nn.functional.silu(c), self._execution.impl
             recompute = self._execution.checkpointing == "elementwise"
             for number in numbers:
@@ -93,7 +95,7 @@ class Transformer(nn.Module):
     Attributes:
         clock: what t = 1 means. The velocity is the derivative by the time of this clock.
         input_size, patch_size, in_channels, num_classes: as given.
-        out_channels: of the head; the first `in_channels` are the velocity.
+        out_channels: channels of the head; the first `in_channels` are the velocity.
         null_class: int, or None without a null row.
         cfg_channels: how many leading channels the official sampler guides; None = all.
         float32_names: parameters that stay float32 in a network of half precision.
@@ -129,6 +131,7 @@ class Transformer(nn.Module):
         self.execution = Execution(**options) if execution is None else execution
         for module in self.blocks.modules():
             if isinstance(module, SwiGLU):
+                # Eager is the definition and the oracle of the tests: it runs the weights as is.
                 module.padded = self.execution.mode != "eager"
             elif hasattr(module, "backend"):
                 module.backend = self.execution.attention
@@ -150,7 +153,7 @@ class Transformer(nn.Module):
 
         Args:
             batch: B.
-            dtype, device: of the activations.
+            dtype, device: those of the activations.
             names: one backend for each group of blocks of one width, to take instead of the
                 fastest (what an earlier process chose).
 
@@ -268,6 +271,7 @@ class Transformer(nn.Module):
             tuple(y.shape) == (batch,) and y.dtype == torch.int64,
             f"y must be (B,) = ({batch},) int64 labels, got {tuple(y.shape)} {y.dtype}",
         )
+        # Reading a label on a GPU would wait for the device in every step.
         if y.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
             return
         top = self.num_classes - (self.null_class is None)
@@ -283,7 +287,7 @@ def check_sizes(config: Mapping[str, object], names: Sequence[str]) -> None:
     """ValueError unless the named entries are positive ints."""
     for name in names:
         value = config[name]
-        is_int = isinstance(value, int) and not isinstance(value, bool)
+        is_int = isinstance(value, int) and not isinstance(value, bool)  # True is an int too
         check(is_int and value >= 1, f"{name} must be a positive int, got {value!r}")
 
 

@@ -49,6 +49,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T with a bias on the first columns only."""
     if bias is not None:
+        # F.linear takes a bias for all columns or for none.
         bias = F.pad(bias, (0, weight.shape[0] - bias.shape[0]))
     return F.linear(x, weight, bias)
 
@@ -71,7 +72,7 @@ class _LinearLeadingBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
+        rows = dy.flatten(0, -2)  # two dimensions: one product instead of a batch of them
         dx = (rows @ weight).view(x.shape)
         dbias = rows[:, : ctx.leading].sum(0)
         return dx, rows.t() @ x.flatten(0, -2), dbias
@@ -139,7 +140,7 @@ class _NormedProduct(torch.autograd.Function):
         _refuse_second_derivatives()
         x_new, h, gate, shift, scale, mean, rstd, h_bias, norm_weight, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dx_new, dz = (None, *upstream)[-2:]
+        dx_new, dz = (None, *upstream)[-2:]  # without h there is one output
         rows = dz.flatten(0, -2)
         dy = (rows @ weight).view(x_new.shape)
         *gradients, y = residual_norm_recompute(
@@ -159,6 +160,7 @@ class _NormedProduct(torch.autograd.Function):
             impl=ctx.impl,
         )
         dweight = None if y is None else rows.t() @ y.flatten(0, -2).to(rows.dtype)
+        # A sum over all tokens, and only over the columns that have a bias.
         dbias = rows[:, : ctx.leading].sum(0) if needs[8] else None
         return *gradients, dweight, dbias, None, None, None
 

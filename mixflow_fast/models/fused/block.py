@@ -99,6 +99,7 @@ def _normed_product(
 def _leading_bias(layer: Attention, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Bias of q, and of k where it has a gradient."""
     width = layer.proj.in_features
+    # RoPE and a norm of k let the logits see k's bias.
     plain = rope is None and isinstance(layer.k_norm, nn.Identity)
     return layer.qkv.bias[: width if plain else 2 * width]
 
@@ -110,6 +111,7 @@ def _attend(
     packed = qkv.unflatten(-1, (3, layer.num_heads, -1))
     out = attention(packed, **layer.options(rope), backend=layer.backend, impl=impl)
     weight = layer.proj.weight
+    # v's bias goes through attention unchanged, so it joins proj's: one vector for all tokens.
     bias = F.linear(layer.qkv.bias[2 * layer.proj.in_features :], weight, layer.proj.bias)
     return F.linear(out, weight), bias
 
@@ -142,6 +144,7 @@ def fused_block(
     modulation = m.get("shift_msa"), m["scale_msa"]
     product = block.attn.qkv.weight, _leading_bias(block.attn, rope)
     x, qkv = _normed_product(residual, block.norm1, modulation, product, impl, recompute)
+    # The branch is not added here: the next norm adds it in the pass that it makes anyway.
     h, h_bias = _attend(block.attn, qkv, rope, impl)
     residual = x, (h, h_bias, m["gate_msa"])
     modulation = m.get("shift_mlp"), m["scale_mlp"]

@@ -64,6 +64,7 @@ class WeightsFile:
                 from safetensors import safe_open
 
                 with safe_open(path, "pt", device="cpu") as file:
+                    # By offset: the order in which `safetensors.torch.load_file` gives them.
                     entries = {name: file.get_tensor(name) for name in file.offset_keys()}
                     return cls(path, "safetensors", entries, file.metadata() or {})
             with harmless_globals():
@@ -138,7 +139,7 @@ class WeightsFile:
         return self.number(*_STEPS_KEYS)
 
     def number(self, *names: str) -> int | None:
-        """The first of the named entries that is a whole number."""
+        """Value of the first of the named entries that is a whole number; None if there is none."""
         found = (count(self.entries.get(name, self.header.get(name))) for name in names)
         return next((value for value in found if value is not None), None)
 

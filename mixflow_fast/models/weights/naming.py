@@ -31,12 +31,13 @@ def kind_of(state: Iterable[str]) -> Kind | None:
 
 
 def class_of(state: Iterable[str]) -> ClassName:
-    """The class of a network that is known to be one of ours."""
+    """The class that computes a network which `kind_of` knows."""
     return "DiTDH" if DITDH_MARK in set(state) else "SiT"
 
 
 def depth(state: Iterable[str]) -> int:
-    """Number of blocks."""
+    """Number of blocks in a state dict, legacy `decoder_blocks` aside."""
+    # The highest number and not a count: a missing block is for the comparison to report.
     numbers = (name.split(".")[1] for name in state if name.startswith("blocks."))
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
