@@ -37,6 +37,7 @@ from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models import save_weights
 from mixflow_fast.models.flops import peak_tflops, train_flops
+from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
@@ -307,13 +308,14 @@ class Trainer:
 
     def _metadata(self) -> dict[str, str | int]:
         """Metadata of a weights file at this step."""
-        return {
-            "steps": self.step,
-            "images_seen": self.images_seen,
-            "clock": self.model.clock,
-            "model": json.dumps(self.model.config),
-            "config": json.dumps(self.config.to_dict()),
-        }
+        return Metadata(
+            kwargs=self.model.config,
+            clock=self.model.clock,
+            prediction=self.config.objective.prediction,
+            steps=self.step,
+            images_seen=self.images_seen,
+            config=json.dumps(self.config.to_dict()),
+        ).to_record()
 
     def _choose_attention(self) -> list[AttentionChoice]:
         precision = self.config.train.precision

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.weights.metadata import Metadata
 from tests.support.weights import network
 
 
@@ -32,7 +33,7 @@ def ours(tmp_path: Path) -> Path:
     ema = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     ema["pos_embed"] = model.pos_embed.detach()
     run_config = json.dumps({"objective": {"prediction": "noise"}})
-    metadata = {"steps": 12, "clock": "noise_at_1", "model": json.dumps(model.config)}
+    metadata = Metadata(kwargs=model.config, clock="noise_at_1", steps=12, config=run_config)
     folder = tmp_path / "run"
-    save_weights(folder / "weights.pt", model.state_dict(), ema, metadata | {"config": run_config})
+    save_weights(folder / "weights.pt", model.state_dict(), ema, metadata.to_record())
     return folder

@@ -58,8 +58,8 @@ def test_export_of_a_run_folder(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "post.safetensors"
-    code, said, _ = run(capsys, "export", ours, "--to", "ema", "--out", out)
-    assert code == 0 and "clock noise_at_1" in said and str(out) in said
+    code, printed, _ = run(capsys, "export", ours, "--to", "ema", "--out", out)
+    assert code == 0 and "clock noise_at_1" in printed and str(out) in printed
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["steps"] == "12"
@@ -68,10 +68,12 @@ def test_export_of_a_run_folder(
     assert (model.clock, model.prediction) == ("noise_at_1", "noise")
     assert same(model.state_dict(), load_weights(ours / "weights.pt"))
     online = tmp_path / "online.pt"
-    code, said, _ = run(
+    code, printed, _ = run(
         capsys, "export", ours, "--to", "official", "--weights", "model", "--out", online
     )
-    assert code == 0 and "online weights stand under 'ema'" in said and "predicts noise" in said
+    assert (
+        code == 0 and "online weights stand under 'ema'" in printed and "predicts noise" in printed
+    )
     assert same(load_weights(online), load_weights(ours / "weights.pt", key="model"))
     assert inspect_file(online).steps == 12
 
@@ -173,8 +175,8 @@ def test_diffusers_computes_the_same(
     torch.save(OFFICIAL["REPA" if name == "repa_0" else "SiT"](state), tmp_path / "a.pt")
     out = tmp_path / "folder"
     command = ["export", tmp_path / "a.pt", "--to", "diffusers", "--num-heads", "4", "--out", out]
-    code, said, _ = run(capsys, *command)
-    assert code == 0 and "read back with diffusers" in said
+    code, printed, _ = run(capsys, *command)
+    assert code == 0 and "read back with diffusers" in printed
     model = DiTTransformer2DModel.from_pretrained(out, low_cpu_mem_usage=False).eval()
     assert model.config.out_channels == 4
     with torch.no_grad():

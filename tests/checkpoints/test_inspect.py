@@ -10,16 +10,16 @@ import torch
 
 from mixflow_fast.checkpoints.inspect import inspect_file
 from mixflow_fast.models import DiTDH
-from tests.support.weights import OFFICIAL, SAID, golden, run
+from tests.support.weights import LAYOUTS, OFFICIAL, golden, run
 
 
-@pytest.mark.parametrize("layout", SAID)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_inspect_names_every_layout(layout: str, tmp_path: Path) -> None:
     name = {"SiT": "sit_0", "REPA": "repa_0"}.get(layout, "rae_ddt_0")
     state, _, config = golden(name)
     torch.save(OFFICIAL[layout](state), tmp_path / "a.pt")
     found = inspect_file(tmp_path / "a.pt")
-    assert found.fits and found.layout.startswith(f"{SAID[layout]} training checkpoint")
+    assert found.fits and found.layout.startswith(f"{LAYOUTS[layout]} training checkpoint")
     assert found.kind == {"sit_0": "SiT", "repa_0": "REPA SiT"}.get(name, "DiT-DH")
     assert found.clock == ("data_at_1" if name == "sit_0" else "noise_at_1")
     assert found.clock_from == "implied by the class" and found.prediction == "velocity"

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.cli.main import main
-from mixflow_fast.models import (
-    SiT,
-    build,
-)
+from mixflow_fast.models import SiT, build
 from tests.support.golden import load
 
+# Head counts of the golden networks, whose widths are not published ones.
 HEADS = {"sit_0": 4, "repa_0": 4, "rae_ddt_0": (4, 4)}
+HEAD = "final_layer.linear.weight"
+# Layouts of `OFFICIAL` with bookkeeping, and what `inspect` calls them.
+LAYOUTS = {"SiT": "SiT", "REPA": "REPA", "RAE": "RAE", "RAE first release": "RAE"}
 
 
-SAID = {"SiT": "SiT", "REPA": "REPA", "RAE": "RAE", "RAE first release": "RAE"}
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    """Exit status, output and error output of a command."""
     code = main([str(a) for a in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -38,10 +37,8 @@ def network(**kwargs: Any) -> SiT:
     return model
 
 
-HEAD = "final_layer.linear.weight"
-
-
 def golden(name: str = "sit_0") -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(state dict, every golden tensor, constructor arguments) of a golden network."""
     tensors, config = load(name)
     config.pop("grad_of", None)
     return {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}, tensors, config

@@ -64,6 +64,17 @@ class Metadata:
             config=config if isinstance(config, str) else None,
         )
 
+    def to_record(self) -> dict[str, str | int]:
+        """The record as `from_record` reads it; of a run, the configuration says the prediction."""
+        record: dict[str, str | int] = {"steps": self.steps, "images_seen": self.images_seen}
+        if self.clock is not None:
+            record["clock"] = self.clock
+        # With the clock, so that the text is a whole `model.config`.
+        record["model"] = json.dumps(self.kwargs | {"clock": self.clock})
+        if self.config is None:
+            return record | {"prediction": self.prediction}
+        return record | {"config": self.config}
+
     def at(self, steps: int | None) -> Metadata:
         """The same record after `steps` steps, which a .pt file keeps outside `args`."""
         return self if steps is None else replace(self, steps=steps)

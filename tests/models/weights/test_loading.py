@@ -1,7 +1,6 @@
 """Weight files in the official layouts, read and written."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from mixflow_fast.models import (
-    DITDH_SIZES,
     DiTDH,
     SiT,
-    build,
     export_official_sit,
-    infer_kwargs,
-    infer_sit_kwargs,
     load_into,
     load_model,
     load_weights,
     save_weights,
 )
-from tests.support.golden import FOLDER
 from tests.support.weights import HEAD, OFFICIAL, golden, same, shifted
 
 
@@ -141,44 +135,6 @@ def test_meta_model_gets_its_own_storage() -> None:
     assert (first(g["x"], g["t"], g["y"]) - g["out"]).norm() / g["out"].norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sit_0", "repa_0"])
-def test_kwargs_from_shapes(name: str) -> None:
-    state, _, config = golden(name)
-    found = infer_sit_kwargs(state, num_heads=4, encoder_depth=2)
-    for ours in ("path_type", "decoder_hidden_size", "use_cfg", "fused_attn"):
-        config.pop(ours, None)
-    assert config.items() <= found.items()
-    assert found["learn_sigma"] == (name == "sit_0")
-    model = SiT(**found)
-    model.load_state_dict(state, strict=True)
-    assert model.clock == ("data_at_1" if name == "sit_0" else "noise_at_1")
-    with pytest.raises(ValueError, match="num_heads cannot be read .* width 96"):
-        infer_sit_kwargs(state)
-
-
-def test_kwargs_of_published_widths_and_qk_norm() -> None:
-    with torch.device("meta"):
-        xl = SiT(input_size=64, depth=2, patch_size=4, mlp_ratio=2.0, num_classes=7)
-        normed = SiT(hidden_size=96, depth=1, num_heads=3, qk_norm=True)
-    found = infer_sit_kwargs(xl.state_dict())
-    assert found.items() <= xl.config.items()
-    assert (found["num_heads"], found["patch_size"], found["input_size"]) == (16, 4, 64)
-    found = infer_sit_kwargs(normed.state_dict())
-    assert (found["num_heads"], found["qk_norm"]) == (3, True)
-
-
-def test_kwargs_of_something_else() -> None:
-    state, _, _ = golden()
-    with pytest.raises(ValueError, match="SiT, got one with no pos_embed"):
-        infer_sit_kwargs({n: t for n, t in state.items() if n != "pos_embed"}, num_heads=4)
-    with pytest.raises(ValueError, match="s_embedder of a DiT-DH"):
-        infer_sit_kwargs(state | {"s_embedder.proj.weight": torch.zeros(1)}, num_heads=4)
-    with pytest.raises(ValueError, match="must have 16 or, with sigma channels, 32 rows .* got 20"):
-        infer_sit_kwargs(state | {HEAD: torch.zeros(20, 96)}, num_heads=4)
-    with pytest.raises(ValueError, match="square number of tokens, got 15"):
-        infer_sit_kwargs(state | {"pos_embed": torch.zeros(1, 15, 96)}, num_heads=4)
-
-
 def test_written_file_is_what_the_official_samplers_read(tmp_path: Path) -> None:
     state, _, config = golden()
     model = SiT(**config)
@@ -278,67 +234,3 @@ def test_official_args_say_what_shapes_do_not(tmp_path: Path) -> None:
     content["args"].prediction = "noise"
     torch.save(content, tmp_path / "sit.pt")
     assert load_model(tmp_path / "sit.pt", num_heads=4).prediction == "noise"
-
-
-@pytest.mark.parametrize(
-    ("listed", "name", "more"),
-    [
-        ("sit:SiT-XL/2:256", "SiT-XL/2", {}),
-        ("sit:SiT-XL/2:512", "SiT-XL/2", {"input_size": 64}),
-        ("repa:SiT-XL/2:256", "SiT-XL/2", {"z_dims": [768]}),
-        ("rae:DiTDH-XL:256", "DiTDH-XL", {}),
-        ("rae:DiTDH-XL:512", "DiTDH-XL", {"input_size": 32}),
-    ],
-)
-def test_published_networks_are_read_off_their_shapes(listed: str, name: str, more: dict) -> None:
-    shapes = json.loads((FOLDER / "state_dict_shapes.json").read_text())[listed]
-    with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in shapes.items()}
-        class_name, kwargs = infer_kwargs(state)
-        model = {"SiT": SiT, "DiTDH": DiTDH}[class_name](**kwargs)
-        published = build(name, **more)
-    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == {
-        n: tuple(shape) for n, shape in shapes.items()
-    }
-    assert model.config == published.config
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"use_rope": False, "hidden_size": [384, 768], "num_heads": [6, 12]},
-        {"use_rope": False, "use_qknorm": True},
-        {"use_pos_embed": False, "patch_size": 2},
-        {"use_swiglu": False, "use_rmsnorm": False, "mlp_ratio": 2.0},
-        {"wo_shift": True, "depth": [3, 1], "mlp_ratio": 3.0},
-    ],
-)
-def test_ditdh_options_are_read_off_the_shapes(changes: dict[str, Any]) -> None:
-    _, _, config = golden("rae_ddt_0")
-    with torch.device("meta"):
-        model = DiTDH(**config | changes)
-        class_name, kwargs = infer_kwargs(model.state_dict())
-        assert class_name == "DiTDH" and DiTDH(**kwargs).config == model.config
-
-
-def test_ditdh_with_one_width() -> None:
-    _, _, config = golden("rae_ddt_0")
-    with torch.device("meta"):
-        state = DiTDH(**config | {"hidden_size": [64, 64], "depth": [3, 1]}).state_dict()
-    with pytest.warns(UserWarning, match="took the published 2 head blocks"):
-        assert infer_kwargs(state)[1]["depth"] == [2, 2]
-    assert infer_kwargs(state, encoder_depth=3)[1]["depth"] == [3, 1]
-    with pytest.raises(ValueError, match="4 encoder blocks of 4"):
-        infer_kwargs(state, encoder_depth=4)
-    assert set(DITDH_SIZES) == {"S", "B", "L", "XL"}
-
-
-def test_ditdh_that_cannot_be_read() -> None:
-    state, _, config = golden("rae_ddt_0")
-    bare = {n: t for n, t in state.items() if n != "pos_embed" and "rope" not in n}
-    with pytest.raises(ValueError, match="input_size cannot be read"):
-        infer_kwargs(bare)
-    with pytest.raises(ValueError, match="num_heads cannot be read .* width 64"):
-        infer_kwargs(bare | {"pos_embed": state["pos_embed"]})
-    with pytest.raises(ValueError, match="DiT-DH, got one with no y_embedder"):
-        infer_kwargs({n: t for n, t in state.items() if "y_emb" not in n})
