@@ -25,6 +25,7 @@ from mixflow_fast.checkpoints.inspect import model_name
 from mixflow_fast.checkpoints.run_folder import weights_file
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
+from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights import diffusers_dit
 from mixflow_fast.models.weights.files import (
@@ -210,7 +211,7 @@ def _set_head(loaded: _Weights, head: Head, asked: bool) -> None:
     if head == "as-is":
         return
     kwargs = loaded.model.config
-    if loaded.class_name != "SiT" or kwargs["z_dims"] is not None:
+    if not isinstance(loaded.model, SiT) or loaded.model.config["z_dims"] is not None:
         if asked and head == "sigma":
             raise ValueError(
                 f"head sigma is for SiT; {loaded.name} has no sigma channels: leave --head out"
@@ -221,7 +222,7 @@ def _set_head(loaded: _Weights, head: Head, asked: bool) -> None:
     if kwargs["learn_sigma"] != (head == "sigma"):
         did = "zero sigma rows added to" if head == "sigma" else "unused sigma rows dropped from"
         loaded.notes.append(f"{did} the head (--head {head})")
-    loaded.model = on_meta("SiT", kwargs | {"learn_sigma": head == "sigma"})
+    loaded.model = on_meta("SiT", {**kwargs, "learn_sigma": head == "sigma"})
 
 
 def _check_fit(loaded: _Weights) -> None:
@@ -259,7 +260,7 @@ def _write_official(loaded: _Weights, out: Path, bare: bool) -> int:
     if loaded.prediction != "velocity":
         loaded.notes.append(f"the network predicts {loaded.prediction}: tell the sampler so")
     if bare:
-        implied = on_meta(loaded.class_name, loaded.model.config | {"clock": None}).clock
+        implied = on_meta(loaded.class_name, {**loaded.model.config, "clock": None}).clock
         if implied != loaded.model.clock:
             loaded.notes.append(f"a bare file does not say its clock, {loaded.model.clock}")
         write_pt(out, loaded.state)
@@ -284,7 +285,7 @@ def _write_ema(loaded: _Weights, out: Path) -> int:
 
 
 def _write_diffusers(loaded: _Weights, out: Path) -> int:
-    if loaded.class_name != "SiT":
+    if not isinstance(loaded.model, SiT):
         raise ValueError(
             f"diffusers has no class for {loaded.name}: export --to official or --to ema"
         )

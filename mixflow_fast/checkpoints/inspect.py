@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mixflow_fast.checkpoints.run_folder import weights_file
 from mixflow_fast.models import DITDH_SIZES, SIT_SIZES, build
-from mixflow_fast.models.transformer import ModelConfig
 from mixflow_fast.models.weights.files import WeightsFile, first_damaged, is_finite, tensors_in
 from mixflow_fast.models.weights.loading import NetworkSpec, compare, network_spec, on_meta
 from mixflow_fast.models.weights.naming import ClassName, depth, kind_of
@@ -95,7 +94,7 @@ class Inspection:
     kind: str = "unknown"
     model: str = "unknown"
     class_name: ClassName | None = None
-    kwargs: ModelConfig = field(default_factory=dict)
+    kwargs: Mapping[str, object] = field(default_factory=dict)
     tokens: int | None = None
     clock: str | None = None
     clock_from: str | None = None
@@ -279,7 +278,7 @@ def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> Net
         return network_spec(file, state, (1, 1) if found.kind == "DiT-DH" else 1, projected)
 
 
-def model_name(class_name: ClassName, kwargs: ModelConfig) -> str:
+def model_name(class_name: ClassName, kwargs: Mapping[str, object]) -> str:
     """A network in words: its published name if it has one, and the resolution."""
     sizes = SIT_SIZES if class_name == "SiT" else DITDH_SIZES
     keys = ("hidden_size", "depth", "num_heads")
@@ -300,8 +299,9 @@ def model_name(class_name: ClassName, kwargs: ModelConfig) -> str:
     return f"{name}, {side * cell} px" if cell else f"{name}, latents {channels}x{side}x{side}"
 
 
-def _flat(value: int | Iterable[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+def _flat(value: object) -> tuple[object, ...]:
+    """A size of a SiT, or the two of a DiT-DH, in one form."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:

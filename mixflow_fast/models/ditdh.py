@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,29 @@ from mixflow_fast.models.embedders import (
     sincos_position_embedding,
 )
 from mixflow_fast.models.fused.block import resolve
-from mixflow_fast.models.transformer import (
-    ModelConfig,
-    Transformer,
-    check,
-    check_sizes,
-    check_width,
-    zero_,
-)
+from mixflow_fast.models.transformer import Transformer, check, check_sizes, check_width, zero_
 
-_PAIRS = ("hidden_size", "depth", "num_heads")
+
+class DiTDHConfig(TypedDict):
+    """Arguments of `DiTDH` with the defaults filled in, in the order in which files keep them."""
+
+    input_size: int
+    patch_size: int
+    in_channels: int
+    hidden_size: list[int]
+    depth: list[int]
+    num_heads: list[int]
+    mlp_ratio: float
+    class_dropout_prob: float
+    num_classes: int
+    use_qknorm: bool
+    use_swiglu: bool
+    use_rope: bool
+    use_rmsnorm: bool
+    wo_shift: bool
+    use_pos_embed: bool
+    train_embeddings: bool
+    clock: str
 
 
 class DiTDH(Transformer):
@@ -93,8 +107,7 @@ class DiTDH(Transformer):
         clock: str | None = None,
     ) -> None:
         super().__init__()
-        # Spelled out, in the order of the signature: files keep it as JSON.
-        self.config = {
+        self.config: DiTDHConfig = {
             "input_size": input_size,
             "patch_size": patch_size,
             "in_channels": in_channels,
@@ -120,7 +133,7 @@ class DiTDH(Transformer):
         self.num_classes = num_classes
         self.null_class = num_classes if class_dropout_prob > 0 else None
         self.cfg_channels = None
-        self.encoder_depth: int = self.config["depth"][0]
+        self.encoder_depth = self.config["depth"][0]
         self.use_pos_embed = use_pos_embed
         self._build_layers()
         self.initialize_weights()
@@ -236,14 +249,18 @@ def _pair(name: str, value: Sequence[int] | int) -> list[int]:
     return pair
 
 
-def _check_config(config: ModelConfig) -> None:
+def _check_config(config: DiTDHConfig) -> None:
     check_sizes(config, ("input_size", "patch_size", "in_channels", "num_classes"))
     size, patch = config["input_size"], config["patch_size"]
     check(size % patch == 0, f"input_size must be a multiple of patch_size={patch}, got {size}")
     for part, what in enumerate(("encoder", "head")):
-        sizes = {f"{name} of the {what}": config[name][part] for name in _PAIRS}
+        width, heads = config["hidden_size"][part], config["num_heads"][part]
+        sizes = {
+            f"hidden_size of the {what}": width,
+            f"depth of the {what}": config["depth"][part],
+            f"num_heads of the {what}": heads,
+        }
         check_sizes(sizes, tuple(sizes))
-        width, _, heads = sizes.values()
         check_width(width, heads)
         check(
             not config["use_rope"] or width // heads % 4 == 0,

@@ -9,6 +9,7 @@ Shapes by suffix: B batch, N tokens, D width, H heads, K head dim, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +24,34 @@ from mixflow_fast.models.embedders import (
     sincos_position_embedding,
 )
 from mixflow_fast.models.fused.block import resolve
-from mixflow_fast.models.transformer import (
-    ModelConfig,
-    Transformer,
-    check,
-    check_sizes,
-    check_width,
-    zero_,
-)
+from mixflow_fast.models.transformer import Transformer, check, check_sizes, check_width, zero_
 
 _SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
           "num_classes", "encoder_depth", "projector_dim")  # fmt: skip
+
+
+class SiTConfig(TypedDict):
+    """Arguments of `SiT` with the defaults filled in, in the order in which files keep them."""
+
+    input_size: int
+    patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    class_dropout_prob: float
+    num_classes: int
+    learn_sigma: bool
+    path_type: str
+    decoder_hidden_size: int
+    encoder_depth: int
+    use_cfg: bool
+    z_dims: list[int] | None
+    projector_dim: int
+    qk_norm: bool
+    fused_attn: bool
+    clock: str
 
 
 def _projector(hidden_size: int, projector_dim: int, z_dim: int) -> nn.Sequential:
@@ -106,8 +124,7 @@ class SiT(Transformer):
         super().__init__()
         if clock is None:
             clock = "data_at_1" if z_dims is None else "noise_at_1"
-        # Spelled out, in the order of the signature: files keep it as JSON.
-        self.config = {
+        self.config: SiTConfig = {
             "input_size": input_size,
             "patch_size": patch_size,
             "in_channels": in_channels,
@@ -142,11 +159,11 @@ class SiT(Transformer):
         self.input_size, self.patch_size = c["input_size"], c["patch_size"]
         self.in_channels, self.num_classes = c["in_channels"], c["num_classes"]
         self.null_class = self.num_classes if c["class_dropout_prob"] > 0 else None
-        self.learn_sigma: bool = c["learn_sigma"]
+        self.learn_sigma = c["learn_sigma"]
         # Guidance of the official samplers: SiT's covers the first three channels, REPA's all.
         self.cfg_channels = min(3, self.in_channels) if c["z_dims"] is None else None
         self.out_channels = self.in_channels * (2 if self.learn_sigma else 1)
-        self.encoder_depth: int = c["encoder_depth"]
+        self.encoder_depth = c["encoder_depth"]
 
     def _build_layers(self) -> None:
         # In the official order, which numbers the parameters in optimizer states.
@@ -252,7 +269,7 @@ class SiT(Transformer):
         return self._unpatchify(chain.finish(self.final_layer, residual, c_BD)), zs
 
 
-def _check_config(config: ModelConfig) -> None:
+def _check_config(config: SiTConfig) -> None:
     check_sizes(config, _SIZES)
     size, patch, width = config["input_size"], config["patch_size"], config["hidden_size"]
     ratio, dropout, z_dims = config["mlp_ratio"], config["class_dropout_prob"], config["z_dims"]

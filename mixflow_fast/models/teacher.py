@@ -241,8 +241,8 @@ def _load(config: TeacherFiles) -> nn.Module:
         raise ValueError(f"cannot load the teacher {str(config.path)!r}: {error}") from error
     # transformers fills what is missing with random numbers and goes on. The mask token is of the
     # teacher's own training.
-    missing = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
-    missing = sorted(key for key in missing if not key.endswith("mask_token"))
+    lacking = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
+    missing = sorted(key for key in lacking if not key.endswith("mask_token"))
     if missing:
         raise ValueError(
             f"{str(config.path)!r} lacks {len(missing)} of the teacher's weights, the first is "

@@ -12,7 +12,7 @@ from mixflow_fast.models.blocks import Block, FinalLayer, SwiGLU
 from mixflow_fast.models.execution import BACKENDS, Execution, runner
 from mixflow_fast.models.fused.block import ResidualStream, fused_block, fused_final, resolve
 
-# A constructor's arguments by name, as JSON keeps them.
+# A constructor's arguments by name, as JSON keeps them. `SiTConfig` and `DiTDHConfig` say which.
 ModelArgument = int | float | str | list[int] | None
 ModelConfig = dict[str, ModelArgument]
 
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
     null_class: int | None
     cfg_channels: int | None
     float32_names: tuple[str, ...] = ()
-    config: ModelConfig
+    config: Mapping[str, object]
     prediction: str
     blocks: nn.ModuleList
 

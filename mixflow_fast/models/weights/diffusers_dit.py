@@ -14,13 +14,16 @@ to below float32 rounding. Everything else is renamed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mixflow_fast.models.embedders import TIME_FEATURES, sincos_position_embedding
-from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import ModelConfig
+from mixflow_fast.models.sit import SiT, SiTConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
 
 _POINTS = 12  # error 2e-13; the sum of |L| stays below 2, so rounding is not amplified
 # What the class's own position table may differ by: SiT's EMA shifts its copy by rounding.
@@ -45,7 +48,7 @@ def time_basis() -> Tensor:
     return torch.block_diag(basis, basis)
 
 
-def diffusers_config(kwargs: ModelConfig) -> ModelConfig:
+def diffusers_config(kwargs: SiTConfig) -> dict[str, int | float]:
     """`DiTTransformer2DModel`'s arguments for a SiT's (`SiT.config`).
 
     Raises:
@@ -128,7 +131,7 @@ def to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     return out
 
 
-def build_diffusers(state: Mapping[str, Tensor], kwargs: ModelConfig) -> nn.Module:
+def build_diffusers(state: Mapping[str, Tensor], kwargs: SiTConfig) -> DiTTransformer2DModel:
     """The diffusers model with a SiT's weights, float32 on the CPU, in eval mode.
 
     Raises:
@@ -142,7 +145,7 @@ def build_diffusers(state: Mapping[str, Tensor], kwargs: ModelConfig) -> nn.Modu
     return model.eval()
 
 
-def diffusers_class() -> type[nn.Module]:
+def diffusers_class() -> type[DiTTransformer2DModel]:
     """`diffusers.DiTTransformer2DModel`; ImportError that says how to get it."""
     try:
         from diffusers import DiTTransformer2DModel

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
-from mixflow_fast.models.transformer import ModelConfig
 from mixflow_fast.models.weights.metadata import Metadata, OfficialArgs, Scalar, count
 from mixflow_fast.models.weights.naming import rename_legacy_repa
 from mixflow_fast.models.weights.safe_unpickling import harmless_globals, plain
@@ -122,7 +121,7 @@ class WeightsFile:
             return None
         return Metadata.from_record(self.args, self.path).at(self.steps)
 
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> dict[str, object]:
         """Arguments, clock and prediction of the network; empty where the file does not say it."""
         metadata = self.metadata
         return {} if metadata is None else metadata.model_config()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import ModelConfig, Transformer
+from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
 from mixflow_fast.models.weights.naming import (
@@ -88,7 +88,7 @@ def compare(
     )
 
 
-def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
+def read_model_config(path: str | os.PathLike[str]) -> dict[str, object]:
     """How the network in a file that this engine wrote is built: the class's arguments, its clock.
 
     "prediction" is there too. Empty for other files, which do not say.
@@ -111,13 +111,13 @@ class NetworkSpec:
     """
 
     class_name: ClassName
-    kwargs: ModelConfig
+    kwargs: Mapping[str, object]
     clock: str | None
     prediction: str
 
     def on_meta(self, clock: str | None = None) -> Transformer:
         """The network without storage; `clock` overrides its own."""
-        return on_meta(self.class_name, self.kwargs | {"clock": clock or self.clock})
+        return on_meta(self.class_name, {**self.kwargs, "clock": clock or self.clock})
 
 
 def network_spec(
@@ -156,7 +156,7 @@ def network_spec(
     )
 
 
-def on_meta(class_name: ClassName, kwargs: ModelConfig) -> Transformer:
+def on_meta(class_name: ClassName, kwargs: Mapping[str, object]) -> Transformer:
     """A network without storage, for its names and shapes or to be loaded into.
 
     Raises:

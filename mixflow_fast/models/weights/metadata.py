@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixflow_fast.models.transformer import ModelConfig
-
 # What `save_weights` and a JSON file can hold under a name.
 Scalar = str | int | float | bool | None
 _OFFICIAL_PREDICTIONS = ("velocity", "noise", "score")
@@ -26,7 +24,7 @@ class Metadata:
         config: run configuration as a JSON text; None outside a run.
     """
 
-    kwargs: ModelConfig
+    kwargs: Mapping[str, object]
     clock: str | None
     prediction: str = "velocity"
     steps: int = 0
@@ -70,7 +68,7 @@ class Metadata:
         if self.clock is not None:
             record["clock"] = self.clock
         # With the clock, so that the text is a whole `model.config`.
-        record["model"] = json.dumps(self.kwargs | {"clock": self.clock})
+        record["model"] = json.dumps({**self.kwargs, "clock": self.clock})
         if self.config is None:
             return record | {"prediction": self.prediction}
         return record | {"config": self.config}
@@ -79,9 +77,9 @@ class Metadata:
         """The same record after `steps` steps, which a .pt file keeps outside `args`."""
         return self if steps is None else replace(self, steps=steps)
 
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> dict[str, object]:
         """`kwargs`, clock and prediction in one dict, as `read_model_config` returns them."""
-        return self.kwargs | {"clock": self.clock, "prediction": self.prediction}
+        return {**self.kwargs, "clock": self.clock, "prediction": self.prediction}
 
 
 @dataclass(frozen=True)
