@@ -21,10 +21,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from mixflow_fast import __version__
-from mixflow_fast.checkpoints.inspect import model_name
 from mixflow_fast.checkpoints.run_folder import weights_file
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
+from mixflow_fast.models.registry import describe_model
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights import diffusers_dit
@@ -91,7 +91,7 @@ class _Weights:
 
     @property
     def name(self) -> str:
-        return model_name(self.class_name, self.model.config)
+        return describe_model(self.class_name, self.model.config)
 
 
 def export(
@@ -169,11 +169,13 @@ def _check_options(to: Format, out: Path, weights: Which, head: Head | None, bar
 def _check_free(file: Path, out: Path, to: Format, force: bool) -> None:
     if not out.exists():
         return
+    # Not even with --force: the export would destroy what it reads.
     if out.samefile(file):
         raise ValueError(f"{out} is the checkpoint that is exported: choose another --out")
     if to == "diffusers":
         if not out.is_dir():
             raise ValueError(f"{out} is a file, --to diffusers writes a folder: choose another")
+        # A record of ours marks an earlier export; any other folder may be somebody's work.
         if any(out.iterdir()) and not (out / _RECORD).is_file():
             raise ValueError(f"{out} is a folder with other things in it: choose another --out")
     elif out.is_dir():

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.checkpoints.run_folder import weights_file
-from mixflow_fast.models import DITDH_SIZES, SIT_SIZES, build
+from mixflow_fast.models import build
+from mixflow_fast.models.registry import describe_model
 from mixflow_fast.models.weights.files import WeightsFile, first_damaged, is_finite, tensors_in
 from mixflow_fast.models.weights.loading import NetworkSpec, compare, network_spec, on_meta
 from mixflow_fast.models.weights.naming import ClassName, depth, kind_of
@@ -165,6 +166,7 @@ def inspect_file(
 
 
 def _holds(container: Mapping[str, object], state: Mapping[str, Tensor]) -> bool:
+    # By identity: `state` holds the tensors of the file, but under names without prefixes.
     first = next(iter(state.values()))
     return any(tensor is first for tensor in container.values())
 
@@ -187,6 +189,7 @@ def _layout(file: WeightsFile) -> str:
     args = file.entries.get("args")
     if isinstance(args, dict) and str(args.get("model", "")).startswith("{"):
         return "mixflow-fast weights"
+    # REPA's before SiT's, all of whose entries it has.
     for needed, name in (
         ({"training_cfg", "train_steps"}, "RAE training checkpoint (first release)"),
         ({"optimizer", "epoch"}, "RAE training checkpoint"),
@@ -252,7 +255,7 @@ def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]
         found.clock_from = "recorded in the file"
     found.prediction = spec.prediction
     found.tokens = (model.input_size // model.patch_size) ** 2
-    found.model = model_name(spec.class_name, spec.kwargs)
+    found.model = describe_model(spec.class_name, spec.kwargs)
     found.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if found.kind == "SiT" and not model.learn_sigma and not spec.clock:
         found.notes.append(
@@ -278,38 +281,13 @@ def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> Net
         return network_spec(file, state, (1, 1) if found.kind == "DiT-DH" else 1, projected)
 
 
-def model_name(class_name: ClassName, kwargs: Mapping[str, object]) -> str:
-    """A network in words: its published name if it has one, and the resolution."""
-    sizes = SIT_SIZES if class_name == "SiT" else DITDH_SIZES
-    keys = ("hidden_size", "depth", "num_heads")
-    own = [_flat(kwargs[key]) for key in keys]
-    size = next((n for n, s in sizes.items() if [_flat(s[key]) for key in keys] == own), None)
-    if size is None:
-        width, blocks = ("+".join(map(str, part)) for part in own[:2])
-        name = f"{'DiT-DH' if class_name == 'DiTDH' else 'SiT'} of width {width}, depth {blocks}"
-    else:
-        name = f"SiT-{size}/{kwargs['patch_size']}" if class_name == "SiT" else f"DiTDH-{size}"
-    if kwargs.get("z_dims"):
-        name = f"REPA {name}"
-    side, channels = kwargs["input_size"], kwargs["in_channels"]
-    # Pixels per latent cell: of Stable Diffusion's autoencoder, and of RAE's decoders.
-    cell = {("SiT", 4): 8, ("SiT", 3): 1, ("SiT", 1): 1, ("DiTDH", 768): 16}.get(
-        (class_name, channels)
-    )
-    return f"{name}, {side * cell} px" if cell else f"{name}, latents {channels}x{side}x{side}"
-
-
-def _flat(value: object) -> tuple[object, ...]:
-    """A size of a SiT, or the two of a DiT-DH, in one form."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
 def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:
     if against is not None:
         own = found.kwargs
         other = "DiTDH" if against.startswith("DiTDH") else "SiT"
         names = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma")
         names += ("z_dims", "projector_dim", "encoder_depth", "qk_norm")
+        # What the name of a published size leaves open is taken from the file.
         same = {n: own[n] for n in names if n in own} if other == found.class_name else {}
         with torch.device("meta"):
             model = build(against, **same)

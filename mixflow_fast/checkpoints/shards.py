@@ -124,6 +124,7 @@ def iter_shards(folder: Path) -> Iterator[Piece]:
         ValueError: a shard is missing, damaged, or not as its layout says; elements are missing.
     """
     first = read_layout(folder)
+    # Elements not yet found: zero at the end if each one stood in exactly one shard.
     missing = {name: _numel(shape) for name, shape in first.shapes.items()}
     for name in _frozen(folder):
         missing.pop(name, None)
@@ -174,6 +175,7 @@ def gather(folder: Path, keys: tuple[str, ...] | None) -> dict[str, ParameterSta
                 whole[key] = value
                 continue
             if key not in whole:
+                # No element stays unwritten: `iter_shards` refuses a checkpoint that lacks some.
                 whole[key] = torch.empty(shapes[piece.name], dtype=value.dtype)
             whole[key].view(-1)[piece.start : piece.start + value.numel()] = value
     return found
@@ -197,6 +199,7 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
     """
     own = model.state_dict()
     shapes = read_layout(folder).shapes
+    # Copying in place would stretch a tensor of one element over any shape.
     odd = [name for name in own.keys() | shapes if name not in own or name not in shapes]
     odd += [n for n in own.keys() & shapes.keys() if tuple(own[n].shape) != shapes[n]]
     if odd:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import ModelArgument, Transformer
+from mixflow_fast.models.weights.naming import ClassName
 
 SIT_SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -47,3 +48,29 @@ def build(name: str, **kwargs: ModelArgument | tuple[int, int]) -> Transformer:
             f"{did_you_mean(name, MODELS)}"
         )
     return MODELS[name](**kwargs)
+
+
+def describe_model(class_name: ClassName, kwargs: Mapping[str, object]) -> str:
+    """A network in words: its published name if it has one, and the resolution."""
+    sizes = SIT_SIZES if class_name == "SiT" else DITDH_SIZES
+    keys = ("hidden_size", "depth", "num_heads")
+    own = [_flat(kwargs[key]) for key in keys]
+    size = next((n for n, s in sizes.items() if [_flat(s[key]) for key in keys] == own), None)
+    if size is None:
+        width, blocks = ("+".join(map(str, part)) for part in own[:2])
+        name = f"{'DiT-DH' if class_name == 'DiTDH' else 'SiT'} of width {width}, depth {blocks}"
+    else:
+        name = f"SiT-{size}/{kwargs['patch_size']}" if class_name == "SiT" else f"DiTDH-{size}"
+    if kwargs.get("z_dims"):
+        name = f"REPA {name}"
+    side, channels = kwargs["input_size"], kwargs["in_channels"]
+    # Pixels per latent cell: of Stable Diffusion's autoencoder, and of RAE's decoders.
+    cell = {("SiT", 4): 8, ("SiT", 3): 1, ("SiT", 1): 1, ("DiTDH", 768): 16}.get(
+        (class_name, channels)
+    )
+    return f"{name}, {side * cell} px" if cell else f"{name}, latents {channels}x{side}x{side}"
+
+
+def _flat(value: object) -> tuple[object, ...]:
+    """A size of a SiT, or the two of a DiT-DH, in one form."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

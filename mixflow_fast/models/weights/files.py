@@ -210,6 +210,7 @@ def _unwrap(state: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = str(name)
+        # DDP around torch.compile, or the other way round.
         while name.startswith(_WRAPPERS):
             name = name.split(".", 1)[1]
         if name in out:

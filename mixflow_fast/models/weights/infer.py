@@ -96,6 +96,7 @@ def infer_sit_kwargs(
         "learn_sigma": learn_sigma,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
+    # The last of the three linear layers of each projector, which has a row for each channel.
     z_dims: list[int] = []
     while (last := state.get(f"projectors.{len(z_dims)}.4.weight")) is not None:
         z_dims.append(last.shape[0])
@@ -188,6 +189,7 @@ def infer_ditdh_kwargs(
         "use_swiglu": swiglu,
         "use_rope": "enc_feat_rope.freqs_cos" in state,
         "use_rmsnorm": "blocks.0.norm1.weight" in state,
+        # Four vectors without shifts, six with them.
         "wo_shift": state["blocks.0.adaLN_modulation.1.weight"].shape[0] == 4 * width,
         "use_pos_embed": "pos_embed" in state,
     }
@@ -228,6 +230,7 @@ def _ditdh_side(state: Mapping[str, Tensor]) -> int:
 
 
 def _ditdh_heads(state: Mapping[str, Tensor], width: int, rope: str, block: int) -> int:
+    # Rotary tables and q norms are as wide as one head.
     if (table := state.get(f"{rope}.freqs_cos")) is not None:
         return width // table.shape[1]
     if (norm := state.get(f"blocks.{block}.attn.q_norm.weight")) is not None:
@@ -238,6 +241,7 @@ def _ditdh_heads(state: Mapping[str, Tensor], width: int, rope: str, block: int)
 
 def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
     """The mlp_ratio that gives this inner width; 4 where it does, as it is published."""
+    # Both int() may have cut a fraction off, so the plain quotient need not lead back.
     for ratio in (4.0, inner / width, 1.5 * inner / width, 1.5 * (inner + 0.5) / width):
         wide = int(width * ratio)
         if (int(2 / 3 * wide) if swiglu else wide) == inner:

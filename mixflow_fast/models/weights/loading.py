@@ -51,6 +51,7 @@ def load_into(
     state = fit_head(state, own)
     missing, unexpected, shapes = compare(state, own)
     misshaped = [f"{name} {have} instead of {want}" for name, (have, want) in shapes.items()]
+    # Everything is compared before anything is copied: an error leaves the model as it was.
     if misshaped or (strict and (missing or unexpected)):
         parts = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
         listing = "; ".join(
@@ -64,6 +65,7 @@ def load_into(
     on_meta = any(tensor.is_meta for tensor in own.values())
     fitting = {name: tensor for name, tensor in state.items() if name in own}
     if on_meta:
+        # Assigned as they are, they could be views into a mapped file or another's storage.
         fitting = {n: tensor.to(own[n].dtype, copy=True) for n, tensor in fitting.items()}
     model.load_state_dict(fitting, strict=False, assign=on_meta)
     return missing, unexpected
