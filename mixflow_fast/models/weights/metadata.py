@@ -96,8 +96,8 @@ class OfficialArgs:
 
     @classmethod
     def from_args(cls, args: Mapping[str, object]) -> OfficialArgs:
-        said, depth = args.get("prediction"), args.get("encoder_depth")
-        prediction = "velocity" if said not in _OFFICIAL_PREDICTIONS else str(said)
+        recorded, depth = args.get("prediction"), args.get("encoder_depth")
+        prediction = str(recorded) if recorded in _OFFICIAL_PREDICTIONS else "velocity"
         # A bool is an int too, and no number of a block.
         return cls(prediction, depth if type(depth) is int else None)
 
