@@ -1,8 +1,8 @@
 """A training step from latents on the device to updated EMA weights: SiT-XL/2 and DiT-DH-XL.
 
-The arms are those of `benchmarks/arms.py`. All arms of a workload take turns in one process. A
-batch that does not fit is accumulated from halves, quarters, ... of it and the row says so. The
-optimizers against each other are rows by themselves, op "optimizer".
+The arms are those of `benchmarks/step_variants.py`. All arms of a workload take turns in one
+process. A batch that does not fit is accumulated from halves, quarters, ... of it and the row says
+so. The optimizers against each other are rows by themselves, op "optimizer".
 """
 
 from __future__ import annotations
@@ -16,17 +16,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.arms import (
-    RECIPES,
-    Arm,
-    Workload,
-    backends,
-    make_loss,
-    network,
-    train_flops,
-    twin,
-    workloads,
-)
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.device import in_short
 from benchmarks.optimizers import (
@@ -41,6 +30,17 @@ from benchmarks.providers import GAMMA
 from benchmarks.rows import Writer
 from benchmarks.stats import Percentiles, percentiles
 from benchmarks.step_rows import OPTIMIZER_SECONDS, ROUND_SECONDS, StepRows
+from benchmarks.step_variants import (
+    RECIPES,
+    Arm,
+    Workload,
+    backends,
+    make_loss,
+    network,
+    train_flops,
+    twin,
+    workloads,
+)
 from mixflow_fast.environment import apex_message, detect_apex
 
 # Dense bf16 peak of H100 and H200 SXM, TFLOP/s.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.arms import LADDER, RECIPES, Workload
 from benchmarks.rows import Writer
 from benchmarks.stats import Percentiles, Ratio, paired_ratio
+from benchmarks.step_variants import LADDER, RECIPES, Workload
 
 ROUND_SECONDS, OPTIMIZER_SECONDS = 0.5, 0.2
 

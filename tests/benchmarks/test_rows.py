@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import arms, cases
+from benchmarks import cases
+from benchmarks import step_variants as arms
 from benchmarks.cases import Case, kernel_cases
 from benchmarks.deadline import Deadline, Expectation
 from benchmarks.providers import (

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import arms, cases, checks, kernel_suite, run, step, timing
+from benchmarks import cases, checks, kernel_suite, run, step, timing
 from benchmarks import device as devices
+from benchmarks import step_variants as arms
 from benchmarks.block_ops import TIMED_BACKENDS
 from benchmarks.cases import kernel_cases
 from benchmarks.deadline import Deadline

@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import arms, optimizers, step
+from benchmarks import optimizers, step
+from benchmarks import step_variants as arms
 from benchmarks.deadline import Deadline
 from benchmarks.rows import Writer, read
 from benchmarks.step_rows import StepRows
