@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-import benchmarks.device  # noqa: F401 (chooses Triton's interpreter, before Triton is imported)
+import benchmarks.rows  # noqa: F401 (chooses Triton's interpreter, before Triton is imported)
 from mixflow_fast.kernels.activations.gelu import gelu_bytes
 from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
 from mixflow_fast.kernels.attention.backends import BACKENDS

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import block_checks, draws, numerics, replay
-from benchmarks import device as devices
+from benchmarks import rows as devices
 from benchmarks.block_ops import BLOCK_OPS
 from benchmarks.cases import KERNEL_OPS, OBJECTIVE_OPS
-from benchmarks.deadline import Deadline, Expectation
 from benchmarks.numerics import TIMED, Finding
+from benchmarks.rows import Deadline, Expectation
 
 # A batch of at least four covers the four buckets of t. The odd one has rows that no vector fits.
 GPU_SHAPE, CPU_SHAPE = (8, 4, 32, 32), (4, 4, 4, 4)

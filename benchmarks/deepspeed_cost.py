@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.optimizers import OptimizerStep, Weights, describe_adamwema
-from benchmarks.stats import paired_ratio, percentiles
+from benchmarks.rows import paired_ratio, percentiles
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group

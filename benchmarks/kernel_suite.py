@@ -10,12 +10,18 @@ import torch
 from benchmarks import block_providers, timing
 from benchmarks.block_ops import BlockCase
 from benchmarks.cases import Case
-from benchmarks.deadline import Deadline, Expectation
-from benchmarks.device import in_short
 from benchmarks.providers import Call, Compiler, make_inputs, mixflow_call, plain_call
-from benchmarks.rows import Writer
-from benchmarks.stats import Percentiles, Ratio, paired_ratio, percentiles
+from benchmarks.rows import (
+    Deadline,
+    Expectation,
+    Percentiles,
+    Ratio,
+    Writer,
+    paired_ratio,
+    percentiles,
+)
 from benchmarks.verify import verify
+from mixflow_fast.messages import error_line
 
 # Columns of the table; others follow in the same line.
 COLUMNS = ("eager", "compile", "mixflow_fast")
@@ -66,7 +72,7 @@ class KernelSuite:
                 try:
                     self._cell(case)
                 except Exception as error:  # the other cells are worth having
-                    self.refused.append(f"{case.label}: {in_short(error)}")
+                    self.refused.append(f"{case.label}: {error_line(error)}")
                     print(self.refused[-1], flush=True)
                 expectation.saw(self._deadline.spent() - start)
             if number == 0 and self._on_gpu:
@@ -79,7 +85,7 @@ class KernelSuite:
                 try:
                     self._write_launches(case, provider, note)
                 except Exception as error:  # the other counts are worth having
-                    print(f"{case.label} {provider}: no launches: {in_short(error)}", flush=True)
+                    print(f"{case.label} {provider}: no launches: {error_line(error)}", flush=True)
 
     def _inputs(self, case: AnyCase) -> Any:
         make = block_providers.make_inputs if isinstance(case, BlockCase) else make_inputs
@@ -129,7 +135,7 @@ class KernelSuite:
             except block_providers.NotThere as error:
                 missing[provider] = str(error)
             except Exception as error:
-                text = in_short(error)
+                text = error_line(error)
                 if provider == "mixflow_fast":
                     wrong.append(f"{provider}: {text}")
                 missing[provider] = text

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import checks, plots, rows
-from benchmarks import device as devices
+from benchmarks import rows as devices
 from benchmarks.cases import KERNEL_OPS, OPS, kernel_cases
-from benchmarks.deadline import Deadline
 from benchmarks.kernel_suite import KernelSuite
+from benchmarks.rows import Deadline
 from benchmarks.step import StepSuite
 
 SMOKE_NOTE = "smoke: not a speed"

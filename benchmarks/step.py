@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.deadline import Deadline, Expectation
-from benchmarks.device import in_short
 from benchmarks.optimizers import (
     KINDS,
     STATE_BYTES,
@@ -27,8 +25,7 @@ from benchmarks.optimizers import (
     describe_adamwema,
 )
 from benchmarks.providers import GAMMA
-from benchmarks.rows import Writer
-from benchmarks.stats import Percentiles, percentiles
+from benchmarks.rows import Deadline, Expectation, Percentiles, Writer, percentiles
 from benchmarks.step_rows import OPTIMIZER_SECONDS, ROUND_SECONDS, StepRows
 from benchmarks.step_variants import (
     RECIPES,
@@ -42,6 +39,7 @@ from benchmarks.step_variants import (
     workloads,
 )
 from mixflow_fast.environment import apex_message, detect_apex
+from mixflow_fast.messages import error_line
 
 # Dense bf16 peak of H100 and H200 SXM, TFLOP/s.
 PEAK_TFLOPS = 989.4
@@ -97,7 +95,7 @@ class StepSuite:
                 try:
                     self._cell(workload)
                 except Exception as error:  # rows that are written stay; the next one may run
-                    self.refused.append(f"{workload.label}: {in_short(error)}")
+                    self.refused.append(f"{workload.label}: {error_line(error)}")
                     print(self.refused[-1], flush=True)
                 slowness.saw((self._deadline.spent() - start) / workload.seconds)
         # The profiler slows what is timed after it.
@@ -172,7 +170,7 @@ class StepSuite:
             try:
                 self._warm(arm)
             except Exception as error:
-                text = in_short(error)
+                text = error_line(error)
                 self._rows.add(workload, name, shape, "latency_ms", None, text)
                 print(f"{workload.label} {name}: {text}", flush=True)
                 if name == "mixflow_fast":
@@ -311,7 +309,7 @@ class StepSuite:
             try:
                 steppers[name] = OptimizerStep(kind, weights, False)
             except Exception as error:  # without its CUDA extensions, or of another torch
-                print(f"  optimizer {name}: {in_short(error)}")
+                print(f"  optimizer {name}: {error_line(error)}")
                 continue
             kinds[name] = kind
         for p in weights.masters:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.rows import Writer
-from benchmarks.stats import Percentiles, Ratio, paired_ratio
+from benchmarks.rows import Percentiles, Ratio, Writer, paired_ratio
 from benchmarks.step_variants import LADDER, RECIPES, Workload
 
 ROUND_SECONDS, OPTIMIZER_SECONDS = 0.5, 0.2

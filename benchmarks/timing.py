@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.device import in_short
+from mixflow_fast.messages import error_line
 
 FLUSH_BYTES = 256 << 20
 # Many, so that torch's fills before a replay (its generator's seed and offset, where the graph
@@ -179,7 +179,7 @@ def measure(
         try:
             graphs = {name: _capture(call) for name, call in calls.items()}
         except RuntimeError as error:
-            trouble = f"; no CUDA graph: {in_short(error)}"
+            trouble = f"; no CUDA graph: {error_line(error)}"
         else:
             sample = {
                 name: _graph_sampler(graphs[name], call, device, round_ms)

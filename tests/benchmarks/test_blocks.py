@@ -13,8 +13,7 @@ from benchmarks import block_checks, block_providers, checks, kernel_suite, repl
 from benchmarks.block_ops import BLOCK_OPS, MAIN, MORE, SMOKE, BlockCase, block_cases
 from benchmarks.block_providers import NotThere
 from benchmarks.block_providers_plain import plain_modulated_norm
-from benchmarks.deadline import Deadline
-from benchmarks.rows import Writer, read
+from benchmarks.rows import Deadline, Writer, read
 
 CPU = torch.device("cpu")
 # Where kernels run: on the CPU in Triton's interpreter.

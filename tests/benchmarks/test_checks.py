@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import checks, draws, numerics, replay
-from benchmarks.deadline import Deadline
 from benchmarks.numerics import Finding, Setting
+from benchmarks.rows import Deadline
 from mixflow_fast import MixFlow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

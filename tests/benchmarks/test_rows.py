@@ -1,15 +1,17 @@
 """The benchmark harness: statistics, cells, rows, FLOPs, providers."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, rows
 from benchmarks import step_variants as arms
 from benchmarks.cases import Case, kernel_cases
-from benchmarks.deadline import Deadline, Expectation
 from benchmarks.providers import (
     SLOW_TO_COMPILE,
     make_inputs,
@@ -17,8 +19,16 @@ from benchmarks.providers import (
     modes_to_try,
     plain_call,
 )
-from benchmarks.rows import KEYS, Writer, latest, read
-from benchmarks.stats import paired_ratio, percentiles
+from benchmarks.rows import (
+    KEYS,
+    Deadline,
+    Expectation,
+    Writer,
+    latest,
+    paired_ratio,
+    percentiles,
+    read,
+)
 from benchmarks.verify import verify
 from mixflow_fast.models import SiT, build
 
@@ -240,3 +250,17 @@ def test_verify_finds(name) -> None:
     change, message = WRONG[name]
     assert verify(case, inputs, made) == []
     assert any(message in line for line in verify(case, inputs, made | change(made, inputs)))
+
+
+def test_commands_choose_the_interpreter_before_triton_is_imported() -> None:
+    """In a process of its own: these tests have chosen it already (`tests/conftest.py`)."""
+    code = (
+        "import benchmarks.{}; from mixflow_fast.kernels import runtime; "
+        "assert runtime.triton is None or runtime.interpreting()"
+    )
+    hidden = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    hidden |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(rows.ROOT)}
+    for module in ("run", "checks"):
+        command = [sys.executable, "-c", code.format(module)]
+        done = subprocess.run(command, env=hidden, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr

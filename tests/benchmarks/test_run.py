@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from benchmarks import cases, checks, kernel_suite, run, step, timing
-from benchmarks import device as devices
+from benchmarks import rows as devices
 from benchmarks import step_variants as arms
 from benchmarks.block_ops import TIMED_BACKENDS
 from benchmarks.cases import kernel_cases
-from benchmarks.deadline import Deadline
 from benchmarks.numerics import Finding
 from benchmarks.providers import (
     Compiler,
     mixflow_call,
 )
-from benchmarks.rows import KEYS, Writer, read
+from benchmarks.rows import KEYS, Deadline, Writer, read
 from mixflow_fast import MixFlow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,8 +10,7 @@ import torch
 
 from benchmarks import optimizers, step
 from benchmarks import step_variants as arms
-from benchmarks.deadline import Deadline
-from benchmarks.rows import Writer, read
+from benchmarks.rows import Deadline, Writer, read
 from benchmarks.step_rows import StepRows
 from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.models.execution import Execution
@@ -160,7 +159,7 @@ def test_micro_batches_fit_the_memory_and_are_the_same(tmp_path, memory, micro) 
     assert step._resident_bytes(_weights(), kinds) == held
 
 
-def test_activation_is_made_again_in_its_arm_only() -> None:
+def test_activations_are_recomputed_in_their_arm_only() -> None:
     made = {n for n, r in arms.RECIPES.items() if r.execution.checkpointing != "none"}
     assert made == {"mixflow_fast_recompute"}
     assert "checkpointing elementwise" in arms.RECIPES["mixflow_fast_recompute"].note
