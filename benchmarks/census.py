@@ -21,7 +21,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ from mixflow_fast.kernels.attention.backends import REGISTRY
 from mixflow_fast.kernels.attention.op import attention_bytes
 from mixflow_fast.kernels.residual_norm.launch import Needs, residual_norm_bytes, scratch_shapes
 from mixflow_fast.models import Transformer
+from mixflow_fast.models.execution import Execution
 
-aten = torch.ops.aten
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "promote_types"}
@@ -46,6 +47,7 @@ FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "pr
 TWO_LAUNCHES = {"constant_pad_nd", "slice_backward", "select_backward"}
 WRITES_FIRST = {"copy_", "fill_", "zero_"}
 PRODUCT, CORE, REST = "product", "attention", "rest"
+PHASES = ("forward", "backward")
 
 
 @dataclass
@@ -67,12 +69,13 @@ class Cost:
 Table = dict[tuple[str, str], Cost]
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    for value in values if isinstance(values, (tuple, list)) else (values,):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from tensors_in(value)
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def _size(x: Tensor) -> int:
@@ -81,93 +84,82 @@ def _size(x: Tensor) -> int:
     return torch.Size(sizes).numel() * x.element_size()
 
 
-# What the fused operators cost: arguments by name -> (launches, bytes), without attention itself.
+# Arguments of a fused operator by name, and (launches, bytes) besides attention itself.
+Arguments = dict[str, Any]
+Moved = tuple[int, int]
 
 
-def _copies(*tensors: Tensor | None, rows: bool = False) -> tuple[int, int]:
-    """Of inputs that a launcher wants contiguous (`rows`: in the last dimension only)."""
+def _copies(*tensors: Tensor | None, rows: bool = False) -> Moved:
+    """Copies of inputs that a launcher wants contiguous (`rows`: in the last dimension only)."""
     given = [x for x in tensors if x is not None]
     copied = [x for x in given if not (x.stride(-1) == 1 if rows else x.is_contiguous())]
     return len(copied), sum(_size(x) + x.nbytes for x in copied)
 
 
-def _residual_norm(a: dict[str, Any]) -> tuple[int, int]:
-    scale, h = a["scale"], a.get("h")
-    copies, copied = _copies(a["x"], h, scale, a.get("gate"), a["shift"], rows=True)
-    moved = residual_norm_bytes(
-        a["x"],
-        per_token=scale.dim() == 3,
-        backward=False,
-        has_h=h is not None,
-        has_shift=a["shift"] is not None,
-        has_h_bias=a.get("h_bias") is not None,
-        has_weight=a["weight"] is not None,
-        norm=a["norm"],
-        dtype=scale.dtype,
-    )
-    return 1 + copies, moved + copied
-
-
-def _residual_norm_backward(a: dict[str, Any]) -> tuple[int, int]:
-    x, scale, needs = a["x_new"], a["scale"], Needs(*a["needs"])
+def _residual_norm(a: Arguments) -> Moved:
+    backward, scale = "needs" in a, a["scale"]
+    x, per_token = a["x_new" if backward else "x"], scale.dim() == 3
+    given = {name: a.get(name) is not None for name in ("h", "shift", "h_bias", "weight", "dx_new")}
+    h, shift, h_bias, weight = (given[name] for name in ("h", "shift", "h_bias", "weight"))
+    needs = Needs(*a["needs"]) if backward else Needs(True, h, h, shift, True, h_bias, weight)
     if not needs.dx or needs.dh != needs.dgate or not needs.dscale:
         raise ValueError(f"residual_norm_bytes knows passes with every gradient only, got {needs}")
-    per_token = scale.dim() == 3
-    copies, copied = _copies(
-        a["dy"], x, scale, a["dx_new"], a["h"], a["gate"], a["shift"], rows=True
-    )
-    partial, sums = scratch_shapes(*x.shape, needs, per_token)
+    others = (a.get(name) for name in ("dy", "dx_new", "h", "gate", "shift"))
+    copies, copied = _copies(x, scale, *others, rows=True)
+    launches = 1
+    if backward:
+        partial, sums = scratch_shapes(*x.shape, needs, per_token)
+        launches += (partial[2] > 0) + (sums[1] > 0)
     moved = residual_norm_bytes(
         x,
         per_token=per_token,
-        backward=True,
+        backward=backward,
         has_h=needs.dh,
         has_shift=needs.dshift,
         has_h_bias=needs.dh_bias,
         has_weight=needs.dweight,
-        has_dx_new=a["dx_new"] is not None,
+        has_dx_new=given["dx_new"],
         with_y=needs.y,
         norm=a["norm"],
         dtype=scale.dtype,
     )
-    return 1 + (partial[2] > 0) + (sums[1] > 0) + copies, moved + copied
+    return launches + copies, moved + copied
 
 
-def _activation(count: Callable[..., int], backward: bool) -> Callable[..., tuple[int, int]]:
-    def cost(a: dict[str, Any]) -> tuple[int, int]:
+def _activation(count: Callable[..., int]) -> Callable[[Arguments], Moved]:
+    def cost(a: Arguments) -> Moved:
         copies, copied = _copies(a["x"], a.get("dy"))
-        launches = 1 + bool(a.get("with_dbias")) + copies
-        again = {"with_y": True} if a.get("with_y") else {}
-        return launches, count(a["x"], a["bias"], backward, **again) + copied
+        moved = count(a["x"], a["bias"], "dy" in a, a.get("with_y", False))
+        return 1 + a.get("with_dbias", False) + copies, moved + copied
 
     return cost
 
 
-def _attention(a: dict[str, Any]) -> tuple[int, int]:
-    B, N, _, H, K = a["qkv"].shape
-    backward, rope = "dout" in a, a["cos"] is not None
-    norm = None if a["norm"] == "none" else a["norm"]
+def _attention(a: Arguments) -> Moved:
+    batch, tokens, _, heads, head_dim = a["qkv"].shape
+    backward = "dout" in a
     moved = attention_bytes(
-        *(B, N, H, K, a["qkv"].dtype),
+        *(batch, tokens, heads, head_dim, a["qkv"].dtype),
         backend=a["backend"],
-        norm=norm,
-        rope=rope,
+        norm=None if a["norm"] == "none" else a["norm"],
+        rope=a["cos"] is not None,
         backward=backward,
     )
-    copies, copied = _copies(a["dout"], a["out"]) if backward else (0, 0)
-    weights = (a["q_weight"], a["q_bias"]) if backward else ()
-    sums = sum(w is not None for w in weights)
-    return bool(moved) + sums + copies, moved + copied
+    if not backward:
+        return int(moved > 0), moved
+    copies, copied = _copies(a["dout"], a["out"])
+    sums = (a["q_weight"] is not None) + (a["q_bias"] is not None)
+    return (moved > 0) + sums + copies, moved + copied
 
 
-FUSED: dict[str, Callable[[dict[str, Any]], tuple[int, int]]] = {
+FUSED: dict[str, Callable[[Arguments], Moved]] = {
     "residual_norm": _residual_norm,
     "modulated_norm": _residual_norm,
-    "residual_norm_backward": _residual_norm_backward,
-    "gelu": _activation(gelu_bytes, backward=False),
-    "gelu_backward": _activation(gelu_bytes, backward=True),
-    "swiglu": _activation(swiglu_bytes, backward=False),
-    "swiglu_backward": _activation(swiglu_bytes, backward=True),
+    "residual_norm_backward": _residual_norm,
+    "gelu": _activation(gelu_bytes),
+    "gelu_backward": _activation(gelu_bytes),
+    "swiglu": _activation(swiglu_bytes),
+    "swiglu_backward": _activation(swiglu_bytes),
     "attention": _attention,
     "attention_backward": _attention,
 }
@@ -190,18 +182,8 @@ class Census(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if func.namespace == "mixflow_fast":
-            arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            if name not in FUSED:
-                raise ValueError(f"no formula for the operator mixflow_fast::{name}: add it")
-            if name.startswith("attention"):
-                self._add(name, CORE, 1, 0)
-                name += " around it"
-                launches, moved = _attention(arguments | (kwargs or {}))
-            else:
-                launches, moved = FUSED[name](arguments | (kwargs or {}))
-                # Or the formula forgot a tensor.
-                assert moved >= sum(_size(x) for x in [*tensors_in(args), *tensors_in(out)]), name
-            self._add(name, REST, launches, moved)
+            given = zip((a.name for a in func._schema.arguments), args, strict=False)
+            self._add_fused(name, {**dict(given), **(kwargs or {})}, [*tensors_in([args, out])])
         elif name in PRODUCTS:
             self._add(name, PRODUCT, 1, 0)
         elif name in ATTENTION:
@@ -214,6 +196,18 @@ class Census(TorchDispatchMode):
             self._add(name, REST, launches, sum(read.values()) + written)
         return out
 
+    def _add_fused(self, name: str, arguments: Arguments, tensors: list[Tensor]) -> None:
+        if name not in FUSED:
+            raise ValueError(f"no formula for the operator mixflow_fast::{name}: add it")
+        launches, moved = FUSED[name](arguments)
+        if name.startswith("attention"):
+            self._add(name, CORE, 1, 0)
+            name += " around it"
+        else:
+            # Or the formula forgot a tensor.
+            assert moved >= sum(_size(x) for x in tensors), name
+        self._add(name, REST, launches, moved)
+
     def _add(self, name: str, kind: str, launches: int, moved: int) -> None:
         cost = self.table.setdefault((self.phase, name), Cost(kind))
         cost.launches += launches
@@ -225,7 +219,7 @@ class OneAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is functional.scaled_dot_product_attention:
-            return aten._scaled_dot_product_flash_attention(*args, **(kwargs or {}))[0]
+            return FLASH(*args, **(kwargs or {}))[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -257,15 +251,17 @@ def census(net: Transformer, batch: int) -> tuple[Table, int]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A kind of block: its network as in `flops.NETWORKS`, images, and which run of blocks."""
+    """A kind of block: its network as in `flops.NETWORKS`, images, and which run of blocks.
+
+    DiT-DH has two runs of blocks of different widths: 0 is its encoder, 1 its head.
+    """
 
     network: str
     batch: int
     part: int = 0
 
     def __str__(self) -> str:
-        part = ("", "", " head")[self.part + self.network.startswith("DiTDH")]
-        part = part or " encoder" * self.network.startswith("DiTDH")
+        part = (" encoder", " head")[self.part] if self.network.startswith("DiTDH") else ""
         return f"{self.network}{part}, B={self.batch}"
 
 
@@ -276,12 +272,13 @@ SCENARIOS = (
     Scenario("DiTDH-XL 256", 256),
     Scenario("DiTDH-XL 256", 256, part=1),
 )
-# How the blocks are run: (mode, attention backend, checkpointing).
-MODES = (
-    ("eager", "auto", "none"),
-    ("fused", "flash2", "none"),
-    ("fused", "flash2", "elementwise"),
-    ("fused", "cudnn", "none"),
+EAGER = Execution()
+FUSED_FLASH = Execution(mode="fused", attention="flash2", compiled=False)
+EXECUTIONS = (
+    EAGER,
+    FUSED_FLASH,
+    replace(FUSED_FLASH, checkpointing="elementwise"),
+    replace(FUSED_FLASH, attention="cudnn"),
 )
 
 
@@ -294,10 +291,11 @@ class Block:
     kept: int
 
     def launches(self, phase: str | None = None, kind: str = REST) -> int:
+        """Launches of a kind; those of both passes without `phase`."""
         return sum(c.launches for c in self._chosen(phase, kind))
 
     def passes(self, phase: str | None = None) -> float:
-        """Bytes besides products and attention, in A; both passes without `phase`."""
+        """Bytes besides products and attention, in A; those of both passes without `phase`."""
         return sum(c.bytes for c in self._chosen(phase, REST)) / self.unit
 
     def _chosen(self, phase: str | None, kind: str) -> Iterator[Cost]:
@@ -307,34 +305,32 @@ class Block:
 
 
 def per_block(
-    scenario: Scenario,
-    mode: str,
-    attention: str,
-    checkpointing: str = "none",
-    dtype: torch.dtype = torch.bfloat16,
+    scenario: Scenario, execution: Execution, dtype: torch.dtype = torch.bfloat16
 ) -> Block:
     """One block between others.
 
     Args:
         scenario: which.
-        mode: "eager" or "fused".
-        attention: the backend; "auto" is PyTorch's flash kernel in mode eager, and unknown here in
-            mode fused.
-        checkpointing: "none" or "elementwise".
+        execution: uncompiled. attention="auto" is PyTorch's flash kernel in mode eager, and
+            unknown here in mode fused.
+        dtype: of the weights.
     """
-    tables, kept = [], []
+    if execution.compiles:
+        raise ValueError(f"the census counts what runs uncompiled, got {execution}")
+    if execution.mode == "fused" and execution.attention not in REGISTRY:
+        raise ValueError(
+            f"attention must be a backend by name in mode fused, got {execution.attention}"
+        )
+    tables: list[Table] = []
+    kept: list[int] = []
     for blocks in (2, 3):
-        depth: Any = blocks
+        depth: int | tuple[int, int] = blocks
         if scenario.network.startswith("DiTDH"):
             depth = (2, blocks) if scenario.part else (blocks, 2)
         net = on_meta(scenario.network, depth=depth).to(dtype)
-        net.set_execution(
-            mode=mode, attention=attention, checkpointing=checkpointing, compiled=False
-        )
-        if mode == "fused" and attention not in REGISTRY:
-            raise ValueError(f"attention must be a backend by name in mode fused, got {attention}")
-        for found, seen in zip((tables, kept), census(net, scenario.batch), strict=True):
-            found.append(seen)
+        table, held = census(net.set_execution(execution), scenario.batch)
+        tables.append(table)
+        kept.append(held)
     fewer, more = tables
     width = net._block_groups()[scenario.part][0].attn.proj.in_features
     tokens = (net.input_size // net.patch_size) ** 2
@@ -346,58 +342,56 @@ def per_block(
     )
 
 
-def as_rows(
-    scenario: Scenario, mode: str, attention: str, checkpointing: str, block: Block
-) -> list[dict[str, Any]]:
-    about = {"block": str(scenario), "mode": mode, "attention": attention}
-    about |= {"checkpointing": checkpointing, "unit": block.unit, "kept": block.kept}
+def as_rows(scenario: Scenario, execution: Execution, block: Block) -> list[dict[str, str | int]]:
+    """One dictionary for each operator and pass of a block."""
+    about = {"block": str(scenario), "unit": block.unit, "kept": block.kept}
+    about |= {key: getattr(execution, key) for key in ("mode", "attention", "checkpointing")}
     return [
         {**about, "pass": phase, "op": op, "kind": c.kind, "launches": c.launches, "bytes": c.bytes}
         for (phase, op), c in block.table.items()
     ]
 
 
-def show(scenario: Scenario, mode: str, attention: str, checkpointing: str, block: Block) -> None:
-    again = "" if checkpointing == "none" else f", checkpointing {checkpointing}"
-    unit = f"A = {block.unit / 1e6:.1f} MB"
-    print(f"\n{scenario}, {mode}, attention {attention}{again}, bf16; {unit}")
-    phases = ("forward", "backward")
+def show(scenario: Scenario, execution: Execution, block: Block) -> None:
+    """Print a block's operators, those that move most first, and their sums."""
+    how = f"{execution.mode}, attention {execution.attention}"
+    if execution.checkpointing != "none":
+        how += f", checkpointing {execution.checkpointing}"
+    print(f"\n{scenario}, {how}, bf16; A = {block.unit / 1e6:.1f} MB")
     by_op: dict[str, dict[str, Cost]] = defaultdict(dict)
     for (phase, op), cost in block.table.items():
         by_op[op][phase] = cost
-    for op, costs in sorted(
-        by_op.items(), key=lambda item: -sum(c.bytes for c in item[1].values())
-    ):
-        cells = (costs.get(phase, Cost(REST)) for phase in phases)
-        kind = next(iter(costs.values())).kind
-        text = "".join(
-            f"{c.launches or '':>5} " + (f"{c.bytes / block.unit:8.2f} A" if c.bytes else " " * 10)
-            for c in cells
-        )
+    for op in sorted(by_op, key=lambda op: -sum(c.bytes for c in by_op[op].values())):
+        text, kind = "", REST
+        for phase in PHASES:
+            cost = by_op[op].get(phase, Cost(kind))
+            kind = cost.kind
+            moved = f"{cost.bytes / block.unit:8.2f} A" if cost.bytes else " " * 10
+            text += f"{cost.launches or '':>5} {moved}"
         print(f"  {op[:44]:<44}{text}{'' if kind == REST else '   not in the sum'}")
-    sums = "".join(f"{block.launches(p):>5} {block.passes(p):8.2f} A" for p in phases)
-    others = block.launches(kind=PRODUCT), block.launches(kind=CORE)
+    sums = "".join(f"{block.launches(p):>5} {block.passes(p):8.2f} A" for p in PHASES)
     print(f"  {'sum':<44}{sums}")
     print(
         f"  both passes: {block.launches()} launches, {block.passes():.2f} A, "
-        f"{block.passes() * block.unit / 1e9:.2f} GB; besides {others[0]} products, "
-        f"{others[1]} of attention; {block.kept / block.unit:.2f} A kept between the passes"
+        f"{block.passes() * block.unit / 1e9:.2f} GB; besides {block.launches(kind=PRODUCT)} "
+        f"products, {block.launches(kind=CORE)} of attention; {block.kept / block.unit:.2f} A kept "
+        "between the passes"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the census of every scenario and mode."""
+    """Print the census of every scenario and execution."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(argv)
     for scenario in SCENARIOS:
-        for how in MODES:
-            block = per_block(scenario, *how)
+        for execution in EXECUTIONS:
+            block = per_block(scenario, execution)
             if options.json:
-                for row in as_rows(scenario, *how, block):
+                for row in as_rows(scenario, execution, block):
                     print(json.dumps(row))
             else:
-                show(scenario, *how, block)
+                show(scenario, execution, block)
     return 0
 
 

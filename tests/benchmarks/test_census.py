@@ -3,6 +3,7 @@
 They hold the design, not the speed: bandwidth, launch gaps and clocks are not in them.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import census, flops, inductor_census
-from benchmarks.census import CORE, PRODUCT, Scenario, per_block
+from benchmarks import census, flops
+from benchmarks.census import CORE, EAGER, PRODUCT, Scenario, per_block
 from mixflow_fast import MixFlow
 from mixflow_fast.kernels.activations.gelu import gelu
 from mixflow_fast.models import build
@@ -112,34 +113,43 @@ def test_padding_counts_only_where_there_is_padding() -> None:
 # Bytes and launches of a block
 
 SIT = Scenario("SiT-XL/2 256", 256)
+FUSED = census.FUSED_FLASH
+CUDNN = dataclasses.replace(FUSED, attention="cudnn")
+RECOMPUTE = dataclasses.replace(FUSED, checkpointing="elementwise")
 # Launches (besides products and attention) and passes over the residual stream, both directions.
 # A design that moves less lowers the number here.
 MOVED = {
-    (SIT, "eager", "auto"): (43, 101.19),
-    (SIT, "fused", "flash2"): (24, 42.26),
-    (SIT, "fused", "cudnn"): (25, 48.26),
-    (SIT, "fused", "flash2", "elementwise"): (24, 48.27),
-    (Scenario("SiT-XL/2 256", 32), "eager", "auto"): (43, 101.20),
-    (Scenario("SiT-XL/2 256", 32), "fused", "flash2"): (24, 42.69),
-    (Scenario("SiT-XL/2 512", 64), "fused", "flash2"): (24, 42.12),
-    (Scenario("DiTDH-XL 256", 256), "eager", "auto"): (127, 338.57),
-    (Scenario("DiTDH-XL 256", 256), "fused", "flash2"): (26, 52.63),
-    (Scenario("DiTDH-XL 256", 256, part=1), "eager", "auto"): (121, 372.37),
-    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2"): (38, 90.18),
-    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2", "elementwise"): (38, 96.86),
+    (SIT, EAGER): (43, 101.19),
+    (SIT, FUSED): (24, 42.26),
+    (SIT, CUDNN): (25, 48.26),
+    (SIT, RECOMPUTE): (24, 48.27),
+    (Scenario("SiT-XL/2 256", 32), EAGER): (43, 101.20),
+    (Scenario("SiT-XL/2 256", 32), FUSED): (24, 42.69),
+    (Scenario("SiT-XL/2 512", 64), FUSED): (24, 42.12),
+    (Scenario("DiTDH-XL 256", 256), EAGER): (127, 338.57),
+    (Scenario("DiTDH-XL 256", 256), FUSED): (26, 52.63),
+    (Scenario("DiTDH-XL 256", 256, part=1), EAGER): (121, 372.37),
+    (Scenario("DiTDH-XL 256", 256, part=1), FUSED): (38, 90.18),
+    (Scenario("DiTDH-XL 256", 256, part=1), RECOMPUTE): (38, 96.86),
 }
 
 
-@pytest.mark.parametrize("key", MOVED, ids=lambda key: " ".join(map(str, key)))
+def name_of(key) -> str:
+    scenario, execution = key
+    return f"{scenario} {execution.mode} {execution.attention} {execution.checkpointing}"
+
+
+@pytest.mark.parametrize("key", MOVED, ids=name_of)
 def test_a_block_moves_no_more_than_it_did(key) -> None:
     launches, passes = MOVED[key]
-    block = per_block(*key)
+    scenario, execution = key
+    block = per_block(scenario, execution)
     assert block.launches() == launches
     assert block.passes() == pytest.approx(passes, abs=0.06)
 
 
 def test_gate_of_the_eager_block() -> None:
-    block = per_block(SIT, "eager", "auto")
+    block = per_block(SIT, EAGER)
     assert block.passes("forward") == pytest.approx(30.1, abs=0.1)
     assert block.passes("backward") == pytest.approx(71.2, abs=0.1)
     # 20 and 40 with the products and attention.
@@ -151,84 +161,43 @@ def test_gate_of_the_eager_block() -> None:
 
 
 def test_gate_of_the_fused_block() -> None:
-    packed = per_block(SIT, "fused", "flash2")
+    packed = per_block(SIT, FUSED)
     assert packed.passes() <= 43 and packed.launches() <= 30
     # Of the 18 products, 3 are bias @ weight and its backward pass.
     assert packed.launches(kind=PRODUCT) == 18 and packed.launches(kind=CORE) == 2
     # Partial sums are in: without them the residual norms' backward passes would be 12.
     residual_norms = packed.table["backward", "residual_norm_backward"]
     assert 12.5 < residual_norms.bytes / packed.unit < 13.5 and residual_norms.launches == 2 * 3
-    separate = per_block(SIT, "fused", "cudnn")
+    separate = per_block(SIT, CUDNN)
     assert separate.passes() - packed.passes() == pytest.approx(6)
 
 
 def test_backends_that_pack_cost_the_same() -> None:
-    one, other = (per_block(SIT, "fused", name) for name in ("flash2", "efficient"))
+    one, other = (
+        per_block(SIT, dataclasses.replace(FUSED, attention=name))
+        for name in ("flash2", "efficient")
+    )
     assert one.table == other.table
 
-
-# The same of compiled blocks, from Inductor's own schedule
-
-COMPILED = {
-    (SIT, "compile", "auto"): (22, 62.28),
-    (SIT, "fused", "flash2"): (20, 42.26),
-    (SIT, "fused", "flash2", "elementwise"): (20, 48.26),
-    (Scenario("DiTDH-XL 256", 256), "fused", "flash2"): (22, 52.63),
-    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2"): (28, 87.18),
-    (Scenario("DiTDH-XL 256", 256, part=1), "fused", "flash2", "elementwise"): (28, 93.87),
-}
 
 # What autograd holds of a block between the passes, in passes over the residual stream.
 HEAD, ENCODER = (Scenario("DiTDH-XL 256", 256, part=part) for part in (1, 0))
 KEPT = {
-    (SIT, "eager", "auto"): 20.07,
-    (SIT, "fused", "flash2"): 18.06,
-    (SIT, "fused", "flash2", "elementwise"): 12.06,
-    (ENCODER, "fused", "flash2"): 20.06,
-    (ENCODER, "fused", "flash2", "elementwise"): 15.39,
-    (HEAD, "fused", "flash2"): 26.33,
-    (HEAD, "fused", "flash2", "elementwise"): 21.65,
+    (SIT, EAGER): 20.07,
+    (SIT, FUSED): 18.06,
+    (SIT, RECOMPUTE): 12.06,
+    (ENCODER, FUSED): 20.06,
+    (ENCODER, RECOMPUTE): 15.39,
+    (HEAD, FUSED): 26.33,
+    (HEAD, RECOMPUTE): 21.65,
 }
 
 
-@pytest.mark.parametrize("key", KEPT, ids=lambda key: " ".join(map(str, key)))
+@pytest.mark.parametrize("key", KEPT, ids=name_of)
 def test_a_block_keeps_no_more_than_it_did(key) -> None:
-    block = per_block(*key)
+    scenario, execution = key
+    block = per_block(scenario, execution)
     assert block.kept / block.unit == pytest.approx(KEPT[key], abs=0.02)
-
-
-@pytest.mark.xfail(
-    not torch.__version__.startswith(inductor_census.MADE_FOR),
-    reason=f"private functions of torch {inductor_census.MADE_FOR}",
-    strict=False,
-)
-def test_what_is_made_again_saves_a_quarter_of_what_torch_compile_keeps() -> None:
-    pytest.importorskip("triton")
-    plain = inductor_census.compiled_block(SIT, "compile", "auto")
-    again = inductor_census.compiled_block(SIT, "fused", "flash2", "elementwise")
-    assert plain.kept / plain.unit == pytest.approx(17.06, abs=0.02)
-    assert again.kept / again.unit == pytest.approx(
-        KEPT[SIT, "fused", "flash2", "elementwise"], abs=0.02
-    )
-    assert again.kept <= 0.75 * plain.kept
-
-
-@pytest.mark.xfail(
-    not torch.__version__.startswith(inductor_census.MADE_FOR),
-    reason=f"private functions of torch {inductor_census.MADE_FOR}",
-    strict=False,
-)
-@pytest.mark.parametrize("key", COMPILED, ids=lambda key: " ".join(map(str, key)))
-def test_a_compiled_block_moves_no_more_than_it_did(key) -> None:
-    pytest.importorskip("triton")
-    launches, passes = COMPILED[key]
-    block = inductor_census.compiled_block(*key)
-    assert block.launches() == launches
-    assert block.passes() == pytest.approx(passes, abs=0.06)
-    assert block.launches(kind=PRODUCT) == (15 if key[1] == "compile" else 18)
-    assert block.launches(kind=CORE) == 2
-    if key == (SIT, "fused", "flash2"):
-        assert block.passes() <= 43 and block.launches() <= 30
 
 
 # The census itself
@@ -265,7 +234,7 @@ def test_hidden_copies_count() -> None:
 
 
 def test_a_formula_that_forgets_a_tensor_is_refused(monkeypatch) -> None:
-    short = census._activation(lambda x, bias, backward: x.nbytes, backward=False)
+    short = census._activation(lambda x, bias, backward, with_y: x.nbytes)
     monkeypatch.setitem(census.FUSED, "gelu", short)
     with pytest.raises(AssertionError, match="gelu"):
         cost_of(lambda: gelu(meta(64, 32)))
@@ -277,9 +246,11 @@ def test_an_operator_without_a_formula_is_refused(monkeypatch) -> None:
         cost_of(lambda: gelu(meta(64, 32)))
 
 
-def test_mode_fused_needs_a_named_backend() -> None:
+def test_mode_fused_needs_a_named_backend_and_no_compiler() -> None:
     with pytest.raises(ValueError, match="by name in mode fused, got auto"):
-        per_block(SIT, "fused", "auto")
+        per_block(SIT, dataclasses.replace(FUSED, attention="auto"))
+    with pytest.raises(ValueError, match="uncompiled"):
+        per_block(SIT, dataclasses.replace(FUSED, compiled=True))
 
 
 def test_commands(monkeypatch, capsys) -> None:
