@@ -2,7 +2,7 @@
 
 The same network, objective, batch and `AdamWEMA` on one rank, under DeepSpeed as the trainer has it
 and in a bare loop, in turns: a round times both, and ratios are paired by round. In bf16 the bare
-loop has float32 masters and float32 gradients of its own (`benchmarks/optimizers.py`), as DeepSpeed
+loop has float32 masters and float32 gradients of its own (`benchmarks/step_optimizers.py`), as DeepSpeed
 has. No data loading, logging or saving in either. On a CPU only the ratio is shown: a test of the
 harness, no speed.
 """
@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.optimizers import OptimizerStep, Weights, describe_adamwema
 from benchmarks.rows import paired_ratio, percentiles
+from benchmarks.step_optimizers import OptimizerStep, Weights, describe_adamwema
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group

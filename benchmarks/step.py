@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.optimizers import (
+from benchmarks.providers import GAMMA
+from benchmarks.rows import Deadline, Expectation, Percentiles, Writer, percentiles
+from benchmarks.step_optimizers import (
     KINDS,
     STATE_BYTES,
     STEP_BYTES,
@@ -24,8 +26,6 @@ from benchmarks.optimizers import (
     Weights,
     describe_adamwema,
 )
-from benchmarks.providers import GAMMA
-from benchmarks.rows import Deadline, Expectation, Percentiles, Writer, percentiles
 from benchmarks.step_rows import OPTIMIZER_SECONDS, ROUND_SECONDS, StepRows
 from benchmarks.step_variants import (
     RECIPES,

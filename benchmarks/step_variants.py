@@ -15,7 +15,7 @@
 |                       | "elementwise"          |            |                |                   |
 
 All but the first have bf16 weights with float32 masters in the optimizer, as the trainer has them
-under DeepSpeed (`benchmarks/optimizers.py`); no autocast. From eager_bf16 downwards each row
+under DeepSpeed (`benchmarks/step_optimizers.py`); no autocast. From eager_bf16 downwards each row
 (without compile_unpadded) has one technique more than the row before: `LADDER`. The last is there
 for its peak memory: it moves more bytes. Blocks are compiled one by one with mode "default", static
 shapes, the networks' ends eager, no CUDA graph.
@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import flops
-from benchmarks.optimizers import KINDS, OptimizerStep, Weights
 from benchmarks.providers import GAMMA, interpolate, prepare, velocity_loss
+from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights
 from mixflow_fast import MixFlow
 from mixflow_fast.kernels.attention.choice import choose_backend
 from mixflow_fast.models import DiTDH, SiT, Transformer

@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import optimizers, step
+from benchmarks import step
+from benchmarks import step_optimizers as optimizers
 from benchmarks import step_variants as arms
 from benchmarks.rows import Deadline, Writer, read
 from benchmarks.step_rows import StepRows
