@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -173,6 +174,62 @@ def paired_ratio(
     low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5)).tolist()
     p20, p50, p80 = percentiles(ratios)
     return Ratio(p20, p50, p80, low, high)
+
+
+Times = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Rows that differ in provider and metric only.
+
+    Attributes:
+        timing: how times were taken, a sentence.
+        dtypes: of providers with another dtype.
+    """
+
+    writer: Writer
+    op: str
+    mode: str
+    variant: str | None
+    shape: list[int]
+    dtype: str
+    timing: str
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    def add(
+        self,
+        provider: str,
+        metric: str,
+        value: Percentiles | Ratio | float | None,
+        note: str,
+        timed: bool = True,
+    ) -> None:
+        """Write a row, with `timing` if it is `timed`."""
+        self.writer.add(
+            op=self.op,
+            provider=provider,
+            mode=self.mode,
+            variant=self.variant,
+            metric=metric,
+            shape=self.shape,
+            dtype=self.dtypes.get(provider, self.dtype),
+            timing=self.timing if timed else None,
+            note=note,
+            **(value._asdict() if isinstance(value, tuple) else {"p50": value}),
+        )
+
+    def add_ratio(self, provider: str, over: str, ratio: Ratio, note: str) -> None:
+        """Write how many times faster `provider` is than `over`."""
+        self.add(provider, f"speedup_over_{over}", ratio, f"per round; {note}")
+
+    def add_ratios(self, ours: str, times: Times, notes: Mapping[str, str]) -> None:
+        """Write and print how many times faster `ours` is than each other provider."""
+        for name in times:
+            if name != ours and ours in times:
+                ratio = paired_ratio(times[name], times[ours])
+                self.add_ratio(ours, name, ratio, notes[name])
+                print(f"  {self.op}: {ours} over {name}: {ratio}", flush=True)
 
 
 class Deadline:

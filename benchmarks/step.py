@@ -2,58 +2,65 @@
 
 The arms are those of `benchmarks/step_variants.py`. All arms of a workload take turns in one
 process. A batch that does not fit is accumulated from halves, quarters, ... of it and the row says
-so. The optimizers against each other are rows by themselves, op "optimizer".
+so. The optimizers against each other are rows by themselves (`benchmarks/step_optimizers.py`).
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.flops import PEAK_TFLOPS, train_flops
 from benchmarks.providers import GAMMA
-from benchmarks.rows import Deadline, Expectation, Percentiles, Writer, percentiles
-from benchmarks.step_optimizers import (
-    KINDS,
-    STATE_BYTES,
-    STEP_BYTES,
-    OptimizerStep,
-    Weights,
-    describe_adamwema,
+from benchmarks.rows import (
+    Cell,
+    Deadline,
+    Expectation,
+    Percentiles,
+    Times,
+    Writer,
+    paired_ratio,
+    percentiles,
 )
-from benchmarks.step_rows import OPTIMIZER_SECONDS, ROUND_SECONDS, StepRows
+from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights, rate, scaled, time_optimizers
 from benchmarks.step_variants import (
+    LADDER,
     RECIPES,
     Arm,
     Workload,
-    backends,
     make_loss,
     network,
-    train_flops,
     twin,
     workloads,
 )
-from mixflow_fast.environment import apex_message, detect_apex
 from mixflow_fast.messages import error_line
+from mixflow_fast.models import Transformer
 
-# Dense bf16 peak of H100 and H200 SXM, TFLOP/s.
-PEAK_TFLOPS = 989.4
-ROUNDS, LEAST_ROUNDS, WARM_ROUNDS = 6, 5, 1
+ROUND_SECONDS, OPTIMIZER_SECONDS = 0.5, 0.2
+ROUNDS, LEAST_ROUNDS = 6, 5
 # Seconds that the rows after the rounds need: memory, launches.
 RESERVE = 25
-# Of a prediction that is exactly right: rounding leaves 1e-14, other noise leaves 2.
+# The loss of a prediction that is exactly right: rounding leaves 1e-14, other noise leaves 2.
 EXACT = 1e-6
-NO_COMPILE = "compile left out in a smoke run"
+OURS = "mixflow_fast"
 MATMUL = [8192, 8192, 8192]
 
 
 class StepSuite:
-    """Times the training step of each workload; arguments as `KernelSuite`."""
+    """Times the training step of each workload.
+
+    Args:
+        device, writer, deadline, impl, smoke: as `KernelSuite`.
+        red: operators with wrong results; arms that run on them are left out.
+
+    Attributes:
+        refused: workloads without speeds, and why.
+    """
 
     def __init__(
         self,
@@ -62,17 +69,16 @@ class StepSuite:
         deadline: Deadline,
         impl: str = "triton",
         smoke: bool = False,
+        red: Collection[str] = (),
     ) -> None:
         self.refused: list[str] = []
         self._device, self._deadline, self._writer = device, deadline, writer
-        self._rows = StepRows(writer, smoke)
-        self._impl, self._smoke = impl, smoke
-        self._not_a_speed = " (smoke run at toy sizes: not speeds)" if smoke else ""
+        self._impl, self._smoke, self._red = impl, smoke, set(red)
         self._on_gpu = device.type == "cuda"
         properties = torch.cuda.get_device_properties(device) if self._on_gpu else None
         self._memory: float = properties.total_memory if properties else math.inf
         self._matmul: float | None = None
-        self._to_count: tuple[Workload, list[int], dict[str, Arm]] | None = None
+        self._to_count: tuple[Cell, dict[str, Arm]] | None = None
         self._has_optimizers = False
 
     def run(self) -> None:
@@ -93,16 +99,27 @@ class StepSuite:
             if self._deadline.fits(workload.label, slowness.seconds() * workload.seconds):
                 start = self._deadline.spent()
                 try:
-                    self._cell(workload)
+                    self._measure(workload)
                 except Exception as error:  # rows that are written stay; the next one may run
-                    self.refused.append(f"{workload.label}: {error_line(error)}")
-                    print(self.refused[-1], flush=True)
+                    self._refuse(workload, error_line(error))
                 slowness.saw((self._deadline.spent() - start) / workload.seconds)
         # The profiler slows what is timed after it.
         if self._on_gpu and self._to_count:
             self._write_launches(*self._to_count)
 
-    def _cell(self, workload: Workload) -> None:
+    def _cell(self, workload: Workload, shape: list[int]) -> Cell:
+        method = timing.rounds_method(self._seconds(ROUND_SECONDS))
+        tf32 = {"eager_tf32": "tf32"}
+        return Cell(self._writer, "step", "step", workload.name, shape, "bfloat16", method, tf32)
+
+    def _seconds(self, seconds: float) -> float:
+        return 0.0 if self._smoke else seconds  # single steps
+
+    def _refuse(self, workload: Workload, why: str) -> None:
+        self.refused.append(f"{workload.label}: {why}")
+        print(f"{workload.label}: RED, no speed: {why}", flush=True)
+
+    def _measure(self, workload: Workload) -> None:
         if workload.details:  # its arms are as good, and two sets of them take much memory
             self._to_count = None
         self._clear()
@@ -110,43 +127,47 @@ class StepSuite:
         flops, batch = train_flops(net), workload.batch
         x1 = torch.randn(batch, net.in_channels, *2 * [net.input_size], device=self._device)
         y = torch.randint(net.num_classes, (batch,), device=self._device)
-        weights, shape = Weights(net), list(x1.shape)
-        arms = self._arms(workload, weights, x1, y)
+        weights = Weights(net)
+        cell = self._cell(workload, list(x1.shape))
+        arms = self._arms(workload, cell, weights, x1, y)
         # Again when all optimizers have their states: a batch that fits must go on fitting.
         for _ in range(2):
-            if not self._warm_all(workload, arms, shape):
+            if not self._warm_all(workload, cell, arms):
                 return
         weights.settle()
         wrong = self._compare(arms, x1)
         if wrong:
-            self.refused.append(workload.label)
-            print(f"{workload.label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
-            return
+            return self._refuse(workload, "; ".join(wrong))
         retries = self._alloc_retries()
-        times = self._rounds(arms, ROUND_SECONDS)
+        times = self._rounds({name: arm.step for name, arm in arms.items()})
         if self._on_gpu:
             after = self._alloc_retries()
             print(f"{workload.label}: allocator retries {retries}, after the rounds {after}")
         # What an interrupt would hurt most comes first; the profiler slows what follows it.
-        self._report(workload, shape, arms, times, flops)
+        self._report(workload, cell, arms, times, flops)
         if workload.details:
-            self._to_count = workload, shape, arms
+            self._to_count = cell, arms
             for arm in arms.values():  # most of what they hold, and others need the memory
                 arm.optimizer.forget()
             if not self._has_optimizers:
                 self._has_optimizers = True
-                self._time_optimizers(weights)
+                self._clear()
+                seconds = self._seconds(OPTIMIZER_SECONDS)
+                time_optimizers(weights, self._writer, self._rounds, seconds, self._on_gpu)
 
-    def _arms(self, workload: Workload, weights: Weights, x1: Tensor, y: Tensor) -> dict[str, Arm]:
+    def _arms(
+        self, workload: Workload, cell: Cell, weights: Weights, x1: Tensor, y: Tensor
+    ) -> dict[str, Arm]:
         """Arms of the same recipe for the network share its twin, and what is compiled for it."""
         ids = torch.arange(len(x1), device=self._device)
-        twins: dict[Any, Any] = {}
-        optimizers: dict[Any, OptimizerStep] = {}
+        twins: dict[tuple[object, ...], Transformer] = {}
+        optimizers: dict[tuple[str, bool], OptimizerStep] = {}
         arms: dict[str, Arm] = {}
         for name in workload.arms:
             recipe = RECIPES[name]
-            if self._device.type == "cpu" and recipe.execution.mode == "compile":
-                self._rows.add(workload, name, list(x1.shape), "latency_ms", None, NO_COMPILE)
+            why = self._left_out(name, workload)
+            if why:
+                cell.add(name, "latency_ms", None, why)
                 continue
             key = recipe.execution, recipe.padded, recipe.half
             if key not in twins:
@@ -155,44 +176,42 @@ class StepSuite:
             if kind not in optimizers:
                 optimizers[kind] = OptimizerStep(recipe.optimizer, weights, recipe.half)
             loss = make_loss(recipe, twins[key], x1, y, ids, self._impl)
-            parts = twins[key], optimizers[kind], weights
-            arms[name] = Arm(name, recipe, loss, *parts, len(x1), len(x1))
+            net, optimizer, batch = twins[key], optimizers[kind], len(x1)
+            arms[name] = Arm(name, recipe, loss, net, optimizer, weights, batch, batch)
         left = 0.92 * self._memory - _resident_bytes(weights, list(optimizers))
         for arm in arms.values():
             arm.micro = _micro_batch(workload, left, arm.recipe.half)
         return arms
 
-    def _warm_all(self, workload: Workload, arms: dict[str, Arm], shape: list[int]) -> bool:
+    def _left_out(self, name: str, workload: Workload) -> str:
+        """Why an arm is not measured here, or an empty string."""
+        red = sorted(RECIPES[name].ops(workload.network) & self._red)
+        if red:
+            print(f"{workload.label} {name}: no speed, {', '.join(red)} is RED", flush=True)
+            return f"left out: wrong results of {', '.join(red)} on this device"
+        if self._device.type == "cpu" and RECIPES[name].execution.mode == "compile":
+            return "compile left out in a smoke run"
+        return ""
+
+    def _warm_all(self, workload: Workload, cell: Cell, arms: dict[str, Arm]) -> bool:
         """Warm every arm and drop those that fail; False if ours is one of them."""
         self._clear()
         for name, arm in list(arms.items()):
             start = self._deadline.spent()
             try:
-                self._warm(arm)
+                arm.warm(self._clear)
             except Exception as error:
                 text = error_line(error)
-                self._rows.add(workload, name, shape, "latency_ms", None, text)
+                cell.add(name, "latency_ms", None, text)
                 print(f"{workload.label} {name}: {text}", flush=True)
-                if name == "mixflow_fast":
-                    self.refused.append(f"{workload.label}: {text}")
+                if name == OURS:
+                    self._refuse(workload, text)
                     return False
                 arm.drop_gradients()
                 del arms[name]
             if self._on_gpu:
                 print(f"  {name}: warm after {self._deadline.spent() - start:.1f} s", flush=True)
-        return True
-
-    def _warm(self, arm: Arm) -> None:
-        """A step; the micro-batch is halved until it fits the device's memory."""
-        while True:
-            try:
-                return arm.step()
-            except torch.OutOfMemoryError:
-                arm.drop_gradients()
-                if arm.micro == 1:
-                    raise
-                arm.micro //= 2
-            self._clear()
+        return bool(arms)
 
     def _compare(self, arms: dict[str, Arm], x1: Tensor) -> list[str]:
         """What is wrong with the losses.
@@ -205,91 +224,80 @@ class StepSuite:
         draws = x0, t, t * (1 - GAMMA * torch.rand_like(t))
         values = {name: arm.loss_of(draws) for name, arm in arms.items()}
         wrong = [f"{name}: loss {v}" for name, v in values.items() if not math.isfinite(v)]
-        ours = values["mixflow_fast"]
+        # Without ours, whose operators were red, the others are compared among themselves.
+        first = OURS if OURS in arms else next(iter(arms))
         for name, value in values.items():
             # The same network in the same precision, or another precision.
-            allowed = 1e-2 if name == "eager_tf32" else 2e-3
-            if not abs(value - ours) <= allowed * abs(value):
-                wrong.append(f"{name} has loss {value:.6f} where mixflow_fast has {ours:.6f}")
-        exact = arms["mixflow_fast"].exact_loss()
-        if not exact < EXACT:
-            wrong.append(f"mixflow_fast: loss {exact:.3g} where x1 - x0 is predicted: other noise")
+            allowed = 1e-2 if "eager_tf32" in (name, first) else 2e-3
+            if not abs(value - values[first]) <= allowed * abs(value):
+                wrong.append(f"{name} has loss {value:.6f} where {first} has {values[first]:.6f}")
+        if OURS in arms:
+            exact = arms[OURS].exact_loss()
+            if not exact < EXACT:
+                wrong.append(f"{OURS}: loss {exact:.3g} where x1 - x0 is predicted: other noise")
         return wrong
 
-    def _rounds(self, steppers: dict[str, Any], seconds: float) -> dict[str, list[float]]:
-        """Milliseconds per step of each and each round, taking turns of about `seconds`."""
-        steps, times = {}, {name: [] for name in steppers}
-        for name, stepper in steppers.items():
-            each = timing.wall_ms(stepper.step, 1, self._device) * 1e-3
-            steps[name] = 1 if self._smoke else max(1, round(seconds / each))
-        names = list(steppers)
+    def _rounds(
+        self, calls: Mapping[str, timing.Call], seconds: float | None = None
+    ) -> dict[str, list[float]]:
+        """Times of one step of each, in turns of about `seconds`."""
+
+        def enough(done: int) -> bool:
+            return done >= LEAST_ROUNDS and self._deadline.left() < RESERVE
+
+        length = self._seconds(ROUND_SECONDS if seconds is None else seconds)
         rounds = 3 if self._smoke else ROUNDS
-        for number in range(WARM_ROUNDS + rounds):
-            enough = number >= WARM_ROUNDS + LEAST_ROUNDS
-            if enough and self._deadline.left() < RESERVE:
-                break
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
-                ms = timing.wall_ms(steppers[name].step, steps[name], self._device)
-                if number >= WARM_ROUNDS:
-                    times[name].append(ms)
-        return times
+        return timing.rounds_ms(calls, self._device, length, rounds, enough)
 
     def _report(
-        self,
-        workload: Workload,
-        shape: list[int],
-        arms: dict[str, Arm],
-        times: dict[str, list[float]],
-        flops: float,
+        self, workload: Workload, cell: Cell, arms: dict[str, Arm], times: Times, flops: float
     ) -> None:
         """Times and rates, then the ratios, then what takes another step: memory, idle host."""
-        print(f"\n{workload.label}, {flops / 1e9:.1f} GFLOP an image and step{self._not_a_speed}")
+        toy = " (smoke run at toy sizes: not speeds)" if self._smoke else ""
+        print(f"\n{workload.label}, {flops / 1e9:.1f} GFLOP an image and step{toy}")
+        notes = {name: arm.note for name, arm in arms.items()}
         for name, arm in arms.items():
-            note = self._note(arm)
             ms = percentiles(times[name])
-            rate = Percentiles(*(arm.batch / (value * 1e-3) for value in ms[::-1]))
-            self._rows.add(workload, name, shape, "latency_ms", ms, note)
-            self._rows.add(workload, name, shape, "images_per_s", rate, note)
-            text = f"  {name:22}{ms.p50:10.2f} ms {rate.p50:9.1f} img/s"
+            images = rate(arm.batch * 1e3, ms)
+            cell.add(name, "latency_ms", ms, notes[name])
+            cell.add(name, "images_per_s", images, notes[name])
+            text = f"  {name:22}{ms.p50:10.2f} ms {images.p50:9.1f} img/s"
             if self._on_gpu:
-                tflops = Percentiles(*(value * flops / 1e12 for value in rate))
-                self._rows.add(workload, name, shape, "model_tflops", tflops, note)
-                text += f" {tflops.p50:7.1f} TFLOP/s"
-                for metric, whole in (("989", PEAK_TFLOPS), ("matmul", self._matmul)):
-                    if whole:
-                        percent = Percentiles(*(100 * value / whole for value in tflops))
-                        self._rows.add(workload, name, shape, f"percent_of_{metric}", percent, note)
-                        text += f" {percent.p50:5.1f}% of {whole:.0f} ({metric})"
+                text += self._report_flops(cell, name, scaled(flops / 1e12, images), notes[name])
             print(text, flush=True)
-        notes = {name: self._note(arm) for name, arm in arms.items()}
-        self._rows.write_ratios(workload, "step", shape, times, notes)
-        self._rows.write_ladder(workload, shape, times, notes)
-        if not self._on_gpu:
-            return
-        for name, arm in arms.items():
+        cell.add_ratios(OURS, times, notes)
+        add_ladder(cell, times, notes)
+        for name, arm in arms.items() if self._on_gpu else ():
             self._clear()
             above, reserved, before = timing.peaks_mib(arm.step)
             resident = arm.resident_bytes() / 2**20
             peak, reserved = above + resident, reserved - before + resident
             idle = timing.host_idle_percent(arm.step)
-            for metric, value in (
-                ("peak_memory_mib", peak),
-                ("peak_reserved_mib", reserved),
-                ("host_idle_percent", idle),
-            ):
-                self._rows.add_value(workload, name, shape, metric, value, self._note(arm))
+            cell.add(name, "peak_memory_mib", peak, notes[name], timed=False)
+            cell.add(name, "peak_reserved_mib", reserved, notes[name], timed=False)
+            cell.add(name, "host_idle_percent", idle, notes[name], timed=False)
             text = f"{peak:10.0f} MiB allocated{reserved:10.0f} reserved, host idle {idle:.0f}%"
             text += f", micro-batches of {arm.micro}" if arm.micro < arm.batch else ""
             print(f"  {name:22}{text}", flush=True)
 
-    def _write_launches(self, workload: Workload, shape: list[int], arms: dict[str, Arm]) -> None:
+    def _report_flops(self, cell: Cell, name: str, tflops: Percentiles, note: str) -> str:
+        """Rows of the model FLOPs, and what is printed of them."""
+        cell.add(name, "model_tflops", tflops, note)
+        text = f" {tflops.p50:7.1f} TFLOP/s"
+        for metric, whole in (("989", PEAK_TFLOPS), ("matmul", self._matmul)):
+            if whole:
+                percent = scaled(100 / whole, tflops)
+                cell.add(name, f"percent_of_{metric}", percent, note)
+                text += f" {percent.p50:5.1f}% of {whole:.0f} ({metric})"
+        return text
+
+    def _write_launches(self, cell: Cell, arms: dict[str, Arm]) -> None:
         for name, arm in arms.items():
             if self._deadline.left() > 5:
                 arm.step()
                 launches = timing.count_launches(arm.step)
-                self._rows.add_value(workload, name, shape, "launches", launches, self._note(arm))
-                print(f"  {name:22}{launches or '?':>10} launches, {workload.label}", flush=True)
+                cell.add(name, "launches", launches, arm.note, timed=False)
+                print(f"  {name:22}{launches or '?':>10} launches, {cell.variant}", flush=True)
 
     def _write_matmul(self) -> None:
         self._matmul = timing.matmul_tflops(MATMUL[0])
@@ -297,54 +305,6 @@ class StepSuite:
         fields = dict(op="matmul", provider="torch", mode="forward", metric="model_tflops")
         note = "bf16 product, the denominator of percent_of_matmul"
         self._writer.add(**fields, p50=self._matmul, shape=MATMUL, dtype="bfloat16", note=note)
-
-    def _time_optimizers(self, weights: Weights) -> None:
-        """The optimizers on the float32 masters alone, gradients in place."""
-        self._clear()
-        kinds = {"torch": "tuned", "mixflow_fast": "adamwema"}
-        steppers = {name: OptimizerStep(kind, weights, False) for name, kind in kinds.items()}
-        more = {"apex": "apex", "mixflow_fast_apex": "apex_adamwema"}
-        print(f"  optimizer apex: {apex_message()}{'' if self._on_gpu else ' (it runs on a GPU)'}")
-        for name, kind in more.items() if self._on_gpu and detect_apex() == "nvidia" else ():
-            try:
-                steppers[name] = OptimizerStep(kind, weights, False)
-            except Exception as error:  # without its CUDA extensions, or of another torch
-                print(f"  optimizer {name}: {error_line(error)}")
-                continue
-            kinds[name] = kind
-        for p in weights.masters:
-            p.grad = torch.randn_like(p).mul_(1e-3)
-        for stepper in steppers.values():
-            stepper.step()
-        times = self._rounds(steppers, OPTIMIZER_SECONDS)
-        for p in weights.masters:
-            p.grad = None
-        shape = [sum(p.numel() for p in weights.masters)]
-        notes = {name: KINDS[kind] for name, kind in kinds.items()}
-        notes["mixflow_fast"] += f"; {describe_adamwema(weights.masters[0].device.type)}"
-        for name, note in notes.items():
-            ms = percentiles(times[name])
-            self._rows.add(None, name, shape, "latency_ms", ms, note, op="optimizer")
-            rate = Percentiles(*(STEP_BYTES * shape[0] / value / 1e6 for value in ms[::-1]))
-            self._rows.add(None, name, shape, "gb_per_s", rate, note, op="optimizer")
-            print(
-                f"  optimizer {name:18}{ms.p50:10.2f} ms, {rate.p50:.0f} GB/s, "
-                f"{shape[0] / 1e6:.1f} M parameters; {note}"
-            )
-        self._rows.write_ratios(None, "optimizer", shape, times, notes)
-
-    def _note(self, arm: Arm) -> str:
-        if arm.net is None:
-            return arm.recipe.note
-        execution = arm.net.execution
-        note = replace(arm.recipe, execution=execution).note
-        if execution.mode == "fused":
-            note += f", attention {execution.attention}"
-            if execution.attention == "auto":
-                note += f": {backends(arm.net, arm.micro)}"
-        if arm.micro < arm.batch:
-            note += f"; does not fit at once, accumulated from micro-batches of {arm.micro}"
-        return note
 
     def _alloc_retries(self) -> int:
         """How often the allocator had to give memory back to the driver to go on."""
@@ -356,10 +316,27 @@ class StepSuite:
             torch.cuda.empty_cache()
 
 
+def add_ladder(cell: Cell, times: Times, notes: Mapping[str, str]) -> None:
+    """Each row of the ladder over the row before and over the first: what pays."""
+    rungs = [name for name in LADDER if name in times]
+    if len(rungs) < 4:
+        return
+    print(f"  step by step, {cell.variant}: over the row before [95%], over the first")
+    for before, name in zip([rungs[0], *rungs], rungs, strict=False):
+        ratio, whole = (paired_ratio(times[n], times[name]) for n in (before, rungs[0]))
+        if name not in (before, OURS):
+            cell.add_ratio(name, before, ratio, notes[before])
+        # Rows between the two may be left out.
+        last = LADDER.index(name)
+        added = LADDER[min(LADDER.index(before) + 1, last) : last + 1]
+        adds = ", ".join(RECIPES[step].adds for step in added)
+        print(f"  + {adds:40} {name:22} {ratio}  {whole.p50:.2f}x")
+
+
 def _resident_bytes(weights: Weights, optimizers: list[tuple[str, bool]]) -> int:
     """What the arms of a workload keep between steps, all of them together, and gradients."""
     params = sum(p.numel() for p in weights.masters)
-    states = sum(STATE_BYTES[kind] for kind, _ in optimizers)
+    states = sum(KINDS[kind].state_bytes for kind, _ in optimizers)
     # Masters, bf16 weights, EMA; gradients of either.
     return params * (4 + 2 + 4 + 6 + states)
 

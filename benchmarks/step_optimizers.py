@@ -1,44 +1,61 @@
-"""Optimizers of the training step: float32 masters of bf16 weights, AdamW, and an EMA.
+"""Optimizers of the training step, alone and under DeepSpeed: rows of "optimizer" and "deepspeed".
 
-As under DeepSpeed's bf16: the network's weights and gradients are bf16, the optimizer reads float32
-copies of the gradients, updates float32 masters and their EMA, and casts them back.
-
-| kind          | AdamW and EMA                                                          |
-|---------------|------------------------------------------------------------------------|
-| plain         | torch's AdamW as it comes, casts and EMA in a Python loop              |
-| tuned         | fused AdamW; casts and EMA as foreach calls                            |
-| adamwema      | `mixflow_fast.optim.AdamWEMA` with the gradient norm; casts as foreach;|
-|               | one pass of `csrc/` where it was built, foreach calls elsewhere        |
-| apex          | NVIDIA apex's FusedAdam, EMA as a foreach call                         |
-| apex_adamwema | `mixflow_fast.optim.ApexAdamWEMA`: adamwema by apex's FusedAdam        |
+`KINDS` is the table of optimizers. All update float32 masters and an EMA of them.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import timing
+from benchmarks.rows import Cell, Percentiles, Times, Writer, paired_ratio, percentiles
 from mixflow_fast import extension
+from mixflow_fast.environment import apex_message, detect_apex
+from mixflow_fast.messages import error_line
 from mixflow_fast.models import Transformer
 from mixflow_fast.optim.apex import OPTIMIZERS
 
+if TYPE_CHECKING:
+    from mixflow_fast.config.schema import Config
+
 LR, DECAY = 1e-4, 0.9999
-KINDS = {
-    "plain": "AdamW, casts and EMA in a Python loop",
-    "tuned": "fused AdamW, foreach EMA",
-    "adamwema": "AdamWEMA, with the gradient norm",
-    "apex": "apex FusedAdam, foreach EMA",
-    "apex_adamwema": "ApexAdamWEMA: apex FusedAdam, with the gradient norm and EMA",
-}
 # What nobody can avoid moving for a parameter, all float32: gradient, weight, moments, EMA.
 STEP_BYTES = 4 + 4 * 8
-# Bytes a parameter between steps, float32: two moments, gradients of bf16 weights, an own EMA.
-STATE_BYTES = {"plain": 8, "tuned": 12, "adamwema": 16, "apex": 12, "apex_adamwema": 16}
-# Those of the package, with an EMA of their own, by `optim.name`.
-_OURS = {"adamwema": "adamw_ema", "apex_adamwema": "apex_fused_adam"}
+DEEPSPEED_ROUNDS, DEEPSPEED_SECONDS = 15, 0.5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to run AdamW and an EMA.
+
+    Attributes:
+        note: what stands in the rows.
+        state_bytes: bytes a parameter between steps, float32: two moments, gradients of bf16
+            weights, an EMA of its own.
+        name: `optim.name` of the package's own, which have an EMA of their own.
+    """
+
+    note: str
+    state_bytes: int
+    name: str | None = None
+
+
+KINDS = {
+    "plain": Kind("AdamW, casts and EMA in a Python loop", 8),
+    "tuned": Kind("fused AdamW, foreach EMA", 12),
+    # One pass of `csrc/` where it was built, foreach calls elsewhere.
+    "adamwema": Kind("AdamWEMA, with the gradient norm", 16, "adamw_ema"),
+    "apex": Kind("apex FusedAdam, foreach EMA", 12),
+    "apex_adamwema": Kind(
+        "ApexAdamWEMA: apex FusedAdam, with the gradient norm and EMA", 16, "apex_fused_adam"
+    ),
+}
 
 
 class Weights:
@@ -48,7 +65,7 @@ class Weights:
         single, half: the network with float32 and with bf16 weights. The parameters of the first
             are the masters of the second.
         masters, params: what is trained of `single` and of `half`.
-        ema: of the masters.
+        ema: EMA of the masters.
     """
 
     def __init__(self, net: Transformer) -> None:
@@ -65,7 +82,7 @@ class Weights:
             p.copy_(master)
 
     def nbytes(self, half: bool, ema: bool) -> int:
-        """Of what a run with these weights holds: network, masters, and the EMA if it is used."""
+        """Bytes that a run with these weights holds: network, masters, the EMA if it is used."""
         networks = (self.single, self.half) if half else (self.single,)
         held = [t for net in networks for t in (*net.parameters(), *net.buffers())]
         return sum(t.nbytes for t in (*held, *(self.ema if ema else ())))
@@ -75,7 +92,7 @@ class OptimizerStep:
     """One way to step.
 
     Args:
-        kind: of `KINDS`.
+        kind: a name of `KINDS`.
         weights: the masters, their bf16 copies and the EMA.
         half: gradients come from the bf16 network.
 
@@ -84,31 +101,31 @@ class OptimizerStep:
     """
 
     def __init__(self, kind: str, weights: Weights, half: bool) -> None:
-        self._kind, self._weights, self._half = kind, weights, half
+        self._loop, self._weights, self._half = kind == "plain", weights, half
         self._inner = _inner(kind, weights.masters)
-        self.has_ema = kind in _OURS
+        self.has_ema = KINDS[kind].name is not None
         self._gradients: list[Tensor] = []
 
     @torch.no_grad()
     def step(self) -> None:
         """Gradients are read from the network's parameters, or from the masters without `half`."""
-        w, loop = self._weights, self._kind == "plain"
+        w = self._weights
         if self._half:
-            self._take_gradients(loop)
+            self._take_gradients()
         self._inner.step()
-        if loop:
+        if self._loop:
             for ema, p in zip(w.ema, w.masters, strict=True):
                 ema.mul_(DECAY).add_(p, alpha=1 - DECAY)
         elif not self.has_ema:
             torch._foreach_lerp_(w.ema, w.masters, 1 - DECAY)
-        if self._half and loop:
+        if self._half and self._loop:
             w.settle()
         elif self._half:
             torch._foreach_copy_(w.params, w.masters)
 
-    def _take_gradients(self, loop: bool) -> None:
+    def _take_gradients(self) -> None:
         w = self._weights
-        if loop:
+        if self._loop:
             for p, master in zip(w.params, w.masters, strict=True):
                 master.grad = p.grad.float()
             return
@@ -129,6 +146,28 @@ class OptimizerStep:
         return sum(v.nbytes for v in (*states, *self._gradients) if isinstance(v, Tensor))
 
 
+def _inner(kind: str, masters: list[Tensor]) -> torch.optim.Optimizer:
+    name = KINDS[kind].name
+    if name is not None:
+        return OPTIMIZERS[name](masters, lr=LR, ema_decay=DECAY)
+    if kind == "apex":
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(masters, lr=LR, weight_decay=0.0, adam_w_mode=True)
+    fused = True if kind == "tuned" else None
+    return torch.optim.AdamW(masters, lr=LR, weight_decay=0.0, fused=fused)
+
+
+def scaled(factor: float, p: Percentiles) -> Percentiles:
+    """The percentiles of `factor` times what was measured."""
+    return Percentiles(factor * p.p20, factor * p.p50, factor * p.p80)
+
+
+def rate(amount: float, ms: Percentiles) -> Percentiles:
+    """`amount` over times; the slowest time is the lowest rate."""
+    return Percentiles(amount / ms.p80, amount / ms.p50, amount / ms.p20)
+
+
 def describe_adamwema(device_type: str) -> str:
     """Which of its implementations `AdamWEMA` takes here."""
     status = extension.load()
@@ -137,12 +176,126 @@ def describe_adamwema(device_type: str) -> str:
     return f"foreach calls: csrc is not there for {device_type} ({status.reason})"
 
 
-def _inner(kind: str, masters: list[nn.Parameter]) -> Any:
-    if kind in _OURS:
-        return OPTIMIZERS[_OURS[kind]](masters, lr=LR, ema_decay=DECAY)
-    if kind == "apex":
-        from apex.optimizers import FusedAdam
+def time_optimizers(
+    weights: Weights,
+    writer: Writer,
+    rounds: Callable[[Mapping[str, timing.Call], float], Times],
+    seconds: float,
+    on_gpu: bool,
+) -> None:
+    """Rows of op "optimizer": the optimizers on the float32 masters alone, gradients in place."""
+    kinds = {"torch": "tuned", "mixflow_fast": "adamwema"}
+    print(f"  optimizer apex: {apex_message()}{'' if on_gpu else ' (it runs on a GPU)'}")
+    if on_gpu and detect_apex() == "nvidia":
+        kinds |= {"apex": "apex", "mixflow_fast_apex": "apex_adamwema"}
+    steppers: dict[str, OptimizerStep] = {}
+    notes: dict[str, str] = {}
+    for name, kind in kinds.items():
+        try:
+            steppers[name] = OptimizerStep(kind, weights, half=False)
+        except Exception as error:  # apex without its CUDA extensions, or of another torch
+            print(f"  optimizer {name}: {error_line(error)}")
+            continue
+        notes[name] = KINDS[kind].note
+    notes["mixflow_fast"] += f"; {describe_adamwema(weights.masters[0].device.type)}"
+    for p in weights.masters:
+        p.grad = torch.randn_like(p).mul_(1e-3)
+    for stepper in steppers.values():
+        stepper.step()
+    times = rounds({name: stepper.step for name, stepper in steppers.items()}, seconds)
+    params = 0
+    for p in weights.masters:
+        p.grad = None
+        params += p.numel()
+    method = timing.rounds_method(seconds)
+    cell = Cell(writer, "optimizer", "step", None, [params], "float32", method)
+    for name, note in notes.items():
+        ms = percentiles(times[name])
+        gb_per_s = rate(STEP_BYTES * params / 1e6, ms)
+        cell.add(name, "latency_ms", ms, note)
+        cell.add(name, "gb_per_s", gb_per_s, note)
+        print(
+            f"  optimizer {name:18}{ms.p50:10.2f} ms, {gb_per_s.p50:.0f} GB/s, "
+            f"{params / 1e6:.1f} M parameters; {note}"
+        )
+    cell.add_ratios("mixflow_fast", times, notes)
 
-        return FusedAdam(masters, lr=LR, weight_decay=0.0, adam_w_mode=True)
-    fused = True if kind == "tuned" else None
-    return torch.optim.AdamW(masters, lr=LR, weight_decay=0.0, fused=fused)
+
+class DeepSpeedPair:
+    """A configuration's training step, under DeepSpeed as the trainer has it and in a bare loop.
+
+    Both have the same network, objective, batch and `AdamWEMA` on one rank. In bf16 the bare loop
+    has float32 masters and float32 gradients of its own, as DeepSpeed has. No data loading, logging
+    or saving in either.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        # DeepSpeed is an extra, and the other suites run without it.
+        from mixflow_fast.training.build import build_execution, build_model, build_objective
+        from mixflow_fast.training.engine import Engine
+
+        model = build_model(config)
+        copied, batch = copy.deepcopy(model), config.train.global_batch_size
+        self._mix, self._lr = build_objective(config, model.clock), config.optim.lr
+        side, self._half = model.input_size, config.train.precision == "bf16"
+        self.x1 = torch.randn(batch, model.in_channels, side, side, device=device)
+        self._ids = torch.arange(batch, device=device)
+        self._y = self._ids % model.num_classes
+        execution = build_execution(config, device)
+        self.engine = Engine(config, model.set_execution(execution), device)
+        self.engine.start(None)
+        self.weights = Weights(copied.to(device))
+        self._net = self.weights.half if self._half else self.weights.single
+        self._net.set_execution(execution)
+        self._optimizer = OptimizerStep("adamwema", self.weights, self._half)
+
+    def _loss(self, net: Callable[..., Tensor | tuple[Tensor, ...]]) -> Tensor:
+        x1 = self.x1.to(torch.bfloat16) if self._half else self.x1
+        it = self._mix.prepare(x1, ids=self._ids)
+        out = net(it.x, it.t, self._y)
+        return self._mix.loss(out[0] if isinstance(out, tuple) else out, it)
+
+    def deepspeed(self) -> None:
+        """One step under DeepSpeed."""
+        self.engine.set_lr(self._lr)
+        self.engine.backward(self._loss(self.engine))
+        self.engine.step()
+
+    def bare(self) -> None:
+        """One step of the bare loop."""
+        self._loss(self._net).backward()
+        self._optimizer.step()
+        self._net.zero_grad(set_to_none=True)
+
+
+def time_deepspeed(config: Config, device: torch.device, writer: Writer, smoke: bool) -> None:
+    """Rows of op "deepspeed": both steps of one rank, in turns, and their ratio.
+
+    Args:
+        config: one rank's, with one micro-batch a step.
+        smoke: three rounds of single steps.
+    """
+    from mixflow_fast.distributed import process_group
+
+    process_group.init_process_group(device.type)
+    pair, c = DeepSpeedPair(config, device), config.train
+    calls = {"deepspeed": pair.deepspeed, "bare": pair.bare}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    seconds = 0.0 if smoke else DEEPSPEED_SECONDS
+    times = timing.rounds_ms(calls, device, seconds, 3 if smoke else DEEPSPEED_ROUNDS)
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[c.precision]
+    method, shape = timing.rounds_method(seconds), list(pair.x1.shape)
+    cell = Cell(writer, "deepspeed", "step", config.model.name, shape, dtype, method)
+    same = f"AdamWEMA: {describe_adamwema(device.type)}"
+    notes = {"deepspeed": f"ZeRO {c.zero_stage}, {same}", "bare": f"no DeepSpeed, {same}"}
+    for name, note in notes.items():
+        cell.add(name, "latency_ms", percentiles(times[name]), note)
+    cell.add_ratios("bare", times, notes)
+    ratio = paired_ratio(times["deepspeed"], times["bare"])
+    print(
+        f"a step under DeepSpeed takes {ratio} of a bare one, {config.model.name}, {c.precision}, "
+        f"ZeRO {c.zero_stage}" + (": a smoke run, no speed" if smoke else "")
+    )
+    pair.engine.close()

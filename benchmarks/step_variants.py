@@ -1,39 +1,24 @@
-"""The ways to train a network that `benchmarks.step` times, as steps without arguments.
+"""The ways to train a network that `benchmarks.step` times, and what they are made of.
 
-| provider              | network                | attention  | objective      | optimizer, host   |
-|-----------------------|------------------------|------------|----------------|-------------------|
-| eager_tf32            | eager, float32 as TF32 | PyTorch's  | plain lines    | plain, and        |
-| eager_bf16            | eager                  | PyTorch's  | plain lines    | `loss.item()`     |
-| eager_tuned           | eager                  | PyTorch's  | plain lines    | tuned             |
-| compile               | compiled blocks        | PyTorch's  | compiled lines | tuned             |
-| compile_unpadded      | the same, SwiGLU 5461  | PyTorch's  | compiled lines | tuned             |
-| fused_flash           | fused ops, compiled    | "flash"    | compiled lines | tuned             |
-| fused                 | the same               | by test    | compiled lines | tuned             |
-| mixflow_fast          | the same               | by test    | MixFlow        | tuned             |
-| mixflow_fast_adamwema | the same               | by test    | MixFlow        | AdamWEMA          |
-| mixflow_fast_recompute | and checkpointing     | by test    | MixFlow        | AdamWEMA          |
-|                       | "elementwise"          |            |                |                   |
-
-All but the first have bf16 weights with float32 masters in the optimizer, as the trainer has them
-under DeepSpeed (`benchmarks/step_optimizers.py`); no autocast. From eager_bf16 downwards each row
-(without compile_unpadded) has one technique more than the row before: `LADDER`. The last is there
-for its peak memory: it moves more bytes. Blocks are compiled one by one with mode "default", static
-shapes, the networks' ends eager, no CUDA graph.
-
-Model FLOPs per image: see `benchmarks/flops.py`.
+`RECIPES` is the table of providers. All but the first have bf16 weights, as under DeepSpeed's bf16:
+the network's weights and gradients are bf16, the optimizer reads float32 copies of the gradients,
+updates float32 masters and their EMA, and casts them back; no autocast. In `LADDER` each row has
+one technique more than the row before; the last is there for its peak memory: it moves more bytes.
+Blocks are compiled one by one with mode "default", static shapes, the networks' ends eager, no CUDA
+graph.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks import flops
 from benchmarks.providers import GAMMA, interpolate, prepare, velocity_loss
 from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights
 from mixflow_fast import MixFlow
@@ -50,6 +35,12 @@ DITDH_TOY = dict(
     clock="data_at_1", input_size=4, in_channels=4, hidden_size=(16, 32), depth=(1, 1),
     num_heads=(2, 2), num_classes=10,
 )  # fmt: skip
+# Operators of mode "fused" by network, and of the objective "mixflow".
+FUSED_OPS = {
+    SiT: ("residual_norm", "modulated_norm", "gelu", "attention"),
+    DiTDH: ("residual_norm", "modulated_norm", "swiglu", "qk_norm_rope", "attention"),
+}
+MIXFLOW_OPS = ("interpolate", "velocity_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +48,9 @@ class Recipe:
     """What an arm is made of.
 
     Attributes:
-        execution: of the network.
-        objective: "plain", "compiled" (plain lines), or "mixflow".
-        optimizer: of `optimizers.KINDS`.
+        execution: how the network is run.
+        objective: plain lines, compiled lines, or `MixFlow`.
+        optimizer: a name of `KINDS`.
         half: bf16 weights and float32 masters, else float32 with TF32.
         reads_loss: `loss.item()` each step.
         padded: DiT-DH's SwiGLU runs at a multiple of 64 columns.
@@ -67,7 +58,7 @@ class Recipe:
     """
 
     execution: Execution
-    objective: str = "compiled"
+    objective: Literal["plain", "compiled", "mixflow"] = "compiled"
     optimizer: str = "tuned"
     half: bool = True
     reads_loss: bool = False
@@ -76,38 +67,40 @@ class Recipe:
 
     @property
     def note(self) -> str:
+        """How the arm is set up, for its rows."""
         mode = "eager" if self.execution.mode == "eager" else f"{self.execution.mode}, blocks"
         mode += " compiled (mode default only), ends eager" if self.execution.compiles else ""
-        again = self.execution.checkpointing
-        mode += "" if again == "none" else f", checkpointing {again}"
+        recomputed = self.execution.checkpointing
+        mode += "" if recomputed == "none" else f", checkpointing {recomputed}"
         precision = "bf16 weights, float32 masters" if self.half else "float32 with TF32"
         objective = "MixFlow" if self.objective == "mixflow" else f"{self.objective} lines"
-        parts = [mode, precision, f"objective: {objective}", KINDS[self.optimizer]]
+        parts = [mode, precision, f"objective: {objective}", KINDS[self.optimizer].note]
         parts += ["loss.item() every step"] if self.reads_loss else []
         parts += [] if self.padded else ["SwiGLU not padded"]
         return ", ".join(parts)
 
+    def ops(self, network: type[Transformer]) -> set[str]:
+        """Operators of this project that a step runs."""
+        fused = FUSED_OPS[network] if self.execution.mode == "fused" else ()
+        return {*fused, *(MIXFLOW_OPS if self.objective == "mixflow" else ())}
+
 
 _EAGER = dict(execution=Execution(), objective="plain")
 _FUSED = Execution(mode="fused", attention="auto")
+_TRAINER = dict(objective="mixflow", optimizer="adamwema")
 RECIPES = {
     "eager_tf32": Recipe(**_EAGER, optimizer="plain", half=False, reads_loss=True),
     "eager_bf16": Recipe(**_EAGER, optimizer="plain", reads_loss=True, adds="bf16, eager"),
     "eager_tuned": Recipe(**_EAGER, adds="fused AdamW, foreach EMA, no loss.item()"),
     "compile_unpadded": Recipe(execution=Execution(mode="compile"), padded=False),
     "compile": Recipe(execution=Execution(mode="compile"), adds="torch.compile"),
-    "fused_flash": Recipe(
-        execution=Execution(mode="fused", attention="flash"), adds="fused operators"
-    ),
+    "fused_flash": Recipe(execution=replace(_FUSED, attention="flash"), adds="fused operators"),
     "fused": Recipe(execution=_FUSED, adds="attention backend by test"),
     "mixflow_fast": Recipe(execution=_FUSED, objective="mixflow", adds="MixFlow objective"),
-    "mixflow_fast_adamwema": Recipe(
-        execution=_FUSED, objective="mixflow", optimizer="adamwema", adds="the trainer's AdamWEMA"
-    ),
+    "mixflow_fast_adamwema": Recipe(execution=_FUSED, **_TRAINER, adds="the trainer's AdamWEMA"),
     "mixflow_fast_recompute": Recipe(
         execution=replace(_FUSED, checkpointing="elementwise"),
-        objective="mixflow",
-        optimizer="adamwema",
+        **_TRAINER,
         adds="activations recomputed (peak memory)",
     ),
 }
@@ -131,7 +124,7 @@ class Workload:
 
     name: str
     network: type[Transformer]
-    options: dict[str, Any]
+    options: Mapping[str, object]
     batch: int
     arms: tuple[str, ...]
     seconds: float = 1.0
@@ -140,6 +133,7 @@ class Workload:
 
     @property
     def label(self) -> str:
+        """Name and batch as they are printed."""
         return f"step {self.name} B={self.batch}"
 
 
@@ -162,16 +156,6 @@ def workloads(smoke: bool) -> tuple[Workload, ...]:
         Workload(**rae, batch=64, arms=("compile_unpadded", *two), seconds=100, image_gb=0.5),
         Workload(**large, batch=32, arms=two, seconds=60, image_gb=1.4),
     )
-
-
-Draws = tuple[Tensor, Tensor, Tensor]
-# (rows, draws or None) -> mean loss of these rows of the batch; see `make_loss`.
-Loss = Callable[..., Tensor]
-
-
-def train_flops(net: Transformer) -> int:
-    """Model FLOPs (two a multiply-add) per image and training step, see `benchmarks/flops.py`."""
-    return flops.train_flops(net)
 
 
 def network(workload: Workload, device: torch.device) -> Transformer:
@@ -208,78 +192,20 @@ def backends(net: Transformer, batch: int) -> str:
     weight = net.blocks[0].attn.qkv.weight
     heads = [(b.attn.num_heads, b.attn.qkv.in_features // b.attn.num_heads) for b in net.blocks]
     chosen = [
-        choose_backend(batch, tokens, *sizes, weight.dtype, weight.device).backend
-        for sizes in dict.fromkeys(heads)
+        choose_backend(batch, tokens, count, size, weight.dtype, weight.device).backend
+        for count, size in dict.fromkeys(heads)
     ]
     return " and ".join(dict.fromkeys(chosen))
 
 
-@dataclass
-class Arm:
-    """One provider's training step.
-
-    Attributes:
-        loss: see `make_loss`.
-        net: its twin of the network.
-        optimizer: with the EMA; arms may share one.
-        micro: samples that a backward pass takes.
-    """
-
-    name: str
-    recipe: Recipe
-    loss: Loss
-    net: Transformer | None
-    optimizer: OptimizerStep | None
-    weights: Weights | None
-    micro: int
-    batch: int
-
-    def _parts(self) -> Iterator[tuple[slice, float]]:
-        """The micro-batches with their shares of the batch."""
-        for first in range(0, self.batch, self.micro):
-            rows = slice(first, min(first + self.micro, self.batch))
-            yield rows, (rows.stop - rows.start) / self.batch
-
-    def step(self) -> None:
-        """One step on the whole batch; gradients are gone afterwards."""
-        for rows, share in self._parts():
-            loss = self.loss(rows, None)
-            (loss * share).backward()
-        self.optimizer.step()
-        self.drop_gradients()
-        if self.recipe.reads_loss:
-            loss.item()
-
-    def drop_gradients(self) -> None:
-        for p in (*self.weights.params, *self.weights.masters):
-            p.grad = None
-
-    def resident_bytes(self) -> int:
-        """What a run of this arm alone keeps between steps."""
-        held = self.weights.nbytes(self.recipe.half, ema=not self.optimizer.has_ema)
-        return held + self.optimizer.state_bytes()
-
-    def loss_of(self, draws: Draws) -> float:
-        """The batch's loss with given noise and times; in the graph that training compiled."""
-        return sum(self.loss(rows, draws).item() * share for rows, share in self._parts())
-
-    def exact_loss(self) -> float:
-        """Of mixflow_fast, drawing for itself: the loss where x1 - x0 is predicted, so zero."""
-        return sum(self.loss(rows, exact=True).item() * share for rows, share in self._parts())
+Draws = tuple[Tensor, Tensor, Tensor]
+# (rows, draws or None) -> mean loss of these rows of the batch; see `make_loss`.
+Loss = Callable[..., Tensor]
 
 
-_compiled: dict[Any, Any] = {}
-
-
-def _lines(objective: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
-    """(prepare, loss) as they stand, or compiled once."""
-    functions = prepare, velocity_loss
-    if objective == "compiled":
-        for f in functions:
-            if f not in _compiled:
-                _compiled[f] = torch.compile(f, dynamic=False)
-        return tuple(_compiled[f] for f in functions)
-    return functions
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
 
 
 def make_loss(
@@ -290,8 +216,9 @@ def make_loss(
     Draws (x0, t, m of the whole batch) take the place of the arm's own. With the objective
     "mixflow" it takes `exact=True`: x1 less the noise in its input stands in for the prediction.
     """
-    on_cpu = x1.device.type == "cpu"
-    prepare_fn, loss_fn = _lines("plain" if on_cpu else recipe.objective)
+    prepare_fn, loss_fn = prepare, velocity_loss
+    if recipe.objective == "compiled" and x1.device.type != "cpu":
+        prepare_fn, loss_fn = _compiled(prepare), _compiled(velocity_loss)
     objective = MixFlow(gamma=GAMMA, clock=net.clock, impl=impl)
 
     def plain(rows: slice, draws: Draws | None = None) -> Tensor:
@@ -316,3 +243,86 @@ def make_loss(
         return objective.loss(net(it.x, it.t, y[rows]), it)
 
     return ours if recipe.objective == "mixflow" else plain
+
+
+@dataclass
+class Arm:
+    """One provider's training step.
+
+    Attributes:
+        loss: see `make_loss`.
+        net: its twin of the network.
+        optimizer: with the EMA; arms may share one.
+        micro: samples that a backward pass takes.
+    """
+
+    name: str
+    recipe: Recipe
+    loss: Loss
+    net: Transformer | None
+    optimizer: OptimizerStep | None
+    weights: Weights | None
+    micro: int
+    batch: int
+
+    @property
+    def note(self) -> str:
+        """How the arm is set up, with what was chosen on this device."""
+        if self.net is None:
+            return self.recipe.note
+        execution = self.net.execution
+        note = replace(self.recipe, execution=execution).note
+        if execution.mode == "fused":
+            note += f", attention {execution.attention}"
+            if execution.attention == "auto":
+                note += f": {backends(self.net, self.micro)}"
+        if self.micro < self.batch:
+            note += f"; does not fit at once, accumulated from micro-batches of {self.micro}"
+        return note
+
+    def _parts(self) -> Iterator[tuple[slice, float]]:
+        """The micro-batches with their shares of the batch."""
+        for first in range(0, self.batch, self.micro):
+            rows = slice(first, min(first + self.micro, self.batch))
+            yield rows, (rows.stop - rows.start) / self.batch
+
+    def step(self) -> None:
+        """One step on the whole batch; gradients are gone afterwards."""
+        for rows, share in self._parts():
+            loss = self.loss(rows, None)
+            (loss * share).backward()
+        self.optimizer.step()
+        self.drop_gradients()
+        if self.recipe.reads_loss:
+            loss.item()
+
+    def warm(self, clear: Callable[[], object]) -> None:
+        """A step; the micro-batch is halved until it fits the device's memory."""
+        while True:
+            try:
+                return self.step()
+            except torch.OutOfMemoryError:
+                self.drop_gradients()
+                if self.micro == 1:
+                    raise
+                self.micro //= 2
+            # Outside the handler, whose traceback holds the tensors of the failed step.
+            clear()
+
+    def drop_gradients(self) -> None:
+        """Free the gradients of networks and masters."""
+        for p in (*self.weights.params, *self.weights.masters):
+            p.grad = None
+
+    def resident_bytes(self) -> int:
+        """What a run of this arm alone keeps between steps."""
+        held = self.weights.nbytes(self.recipe.half, ema=not self.optimizer.has_ema)
+        return held + self.optimizer.state_bytes()
+
+    def loss_of(self, draws: Draws) -> float:
+        """The batch's loss with given noise and times; in the graph that training compiled."""
+        return sum(self.loss(rows, draws).item() * share for rows, share in self._parts())
+
+    def exact_loss(self) -> float:
+        """The loss of mixflow_fast, drawing for itself, where x1 - x0 is predicted: zero."""
+        return sum(self.loss(rows, exact=True).item() * share for rows, share in self._parts())

@@ -1,4 +1,4 @@
-"""Times of calls, in rounds in which the providers take turns.
+"""Times of calls, in rounds in which the providers take turns; memory and launches of a call.
 
 On a GPU a cell is timed in one of two ways, the same for all its providers:
 
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 
+from benchmarks.rows import synchronize
 from mixflow_fast.messages import error_line
 
 FLUSH_BYTES = 256 << 20
@@ -31,8 +33,11 @@ REPLAY_SLEEP_CYCLES = 400_000
 GRAPH_BELOW_MS = 0.020
 WALL_CALLS = 10
 WARM_ROUNDS = 2
+WARM_STEP_ROUNDS = 1
 
-AnyCall = Callable[[], object]
+Call = Callable[[], object]
+# The samples of a provider's turn, and its wall time per call, in milliseconds.
+Sampler = Callable[[], tuple[list[float], float]]
 
 
 @dataclass
@@ -49,16 +54,36 @@ class Timing:
     wall: dict[str, list[float]] = field(default_factory=dict)
 
 
-def wall_ms(call: AnyCall, calls: int, device: torch.device) -> float:
+def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
+    """(round, names): every name once a round, the order turned by one every round."""
+    for number in range(rounds):
+        first = number % len(names)
+        yield number, [*names[first:], *names[:first]]
+
+
+def wall_ms(call: Call, calls: int, device: torch.device) -> float:
     """Milliseconds per call of `calls` calls issued back to back and waited for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) * 1e3 / calls
+
+
+def _events_ms(call: Call, calls: int, before: Call = lambda: None) -> list[float]:
+    """Device time of each of `calls` calls; `before` is issued before each and not timed."""
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(calls)
+    ]
+    for start, end in pairs:
+        before()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
 
 
 class CudaTimer:
@@ -67,32 +92,25 @@ class CudaTimer:
     def __init__(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
-    def events_ms(self, call: AnyCall, calls: int, host_ms: float) -> list[float]:
+    def events_ms(self, call: Call, calls: int, host_ms: float) -> list[float]:
         """Device time of each of `calls` calls, cold L2; host_ms: what issuing one costs."""
         # Cycles at 2 GHz: at a lower clock the sleep is longer, which does no harm.
         ahead = int(min(2.0 * host_ms + 0.05, 20.0) * 2e6)
-        pairs = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(calls)
-        ]
-        for start, end in pairs:
+
+        def before() -> None:
             self._flush.zero_()
             torch.cuda._sleep(ahead)
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in pairs]
 
-    def quick_ms(self, call: AnyCall) -> float:
+        return _events_ms(call, calls, before)
+
+    def quick_ms(self, call: Call) -> float:
         """Median device time of a warm call: for choices, not for rows."""
         for _ in range(3):
             call()
-        samples = sorted(self.events_ms(call, 11, _issue_ms(call)))
-        return samples[len(samples) // 2]
+        return median(self.events_ms(call, 11, _issue_ms(call)))
 
 
-def _issue_ms(call: AnyCall) -> float:
+def _issue_ms(call: Call) -> float:
     """What the host spends to issue a warm call."""
     spent = []
     for _ in range(5):
@@ -101,10 +119,10 @@ def _issue_ms(call: AnyCall) -> float:
         call()
         spent.append((time.perf_counter() - start) * 1e3)
     torch.cuda.synchronize()
-    return sorted(spent)[2]
+    return median(spent)
 
 
-def _capture(call: AnyCall) -> torch.cuda.CUDAGraph:
+def _capture(call: Call) -> torch.cuda.CUDAGraph:
     """A CUDA graph of GRAPH_CALLS calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -121,36 +139,13 @@ def _capture(call: AnyCall) -> torch.cuda.CUDAGraph:
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(replays)
-    ]
-    for start, end in pairs:
-        torch.cuda._sleep(REPLAY_SLEEP_CYCLES)
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / GRAPH_CALLS for start, end in pairs]
-
-
-def _take_turns(
-    timing: Timing, sample: dict[str, Callable[[], tuple[list[float], float]]], rounds: int
-) -> Timing:
-    """Run the rounds, each provider once a round, the order turned by one every round."""
-    names = list(sample)
-    for number in range(WARM_ROUNDS + rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            calls, wall = sample[name]()
-            if number >= WARM_ROUNDS:
-                timing.rounds.setdefault(name, []).append(calls)
-                timing.wall.setdefault(name, []).append(wall)
-    return timing
+    """Device time per call in each of `replays` replays."""
+    whole = _events_ms(graph.replay, replays, lambda: torch.cuda._sleep(REPLAY_SLEEP_CYCLES))
+    return [ms / GRAPH_CALLS for ms in whole]
 
 
 def measure(
-    calls: dict[str, AnyCall],
+    calls: Mapping[str, Call],
     device: torch.device,
     timer: CudaTimer | None = None,
     rounds: int = 12,
@@ -171,71 +166,110 @@ def measure(
     if timer is None:
         if device.type == "cuda":
             raise ValueError("timer must be a CudaTimer on a GPU, got None")
-        sample = {name: _cpu_sampler(call, device) for name, call in calls.items()}
-        return _take_turns(Timing("perf_counter around single calls on the CPU"), sample, rounds)
+        method = "perf_counter around single calls on the CPU"
+        samplers = {name: _cpu_sampler(call, device) for name, call in calls.items()}
+    else:
+        method, samplers = _gpu_samplers(calls, device, timer, round_ms)
+    timing = Timing(method, {name: [] for name in calls}, {name: [] for name in calls})
+    for number, order in turns(list(calls), WARM_ROUNDS + rounds):
+        for name in order:
+            samples, wall = samplers[name]()
+            if number >= WARM_ROUNDS:
+                timing.rounds[name].append(samples)
+                timing.wall[name].append(wall)
+    return timing
+
+
+def rounds_method(seconds: float) -> str:
+    """What `rounds_ms` does, a sentence for the row."""
+    length = f"rounds of about {seconds} s" if seconds else "single steps"
+    return f"wall time of {length}, waited for; providers take turns"
+
+
+def rounds_ms(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    seconds: float,
+    rounds: int,
+    enough: Callable[[int], bool] = lambda done: False,
+) -> dict[str, list[float]]:
+    """Milliseconds per step of each provider and round, wall time of turns of several steps.
+
+    Args:
+        calls: one step of each provider.
+        seconds: how long a turn takes, about; single steps for 0.
+        rounds: rounds that count, after one that does not.
+        enough: whether to stop, given the rounds that are done.
+    """
+    steps = {}
+    for name, call in calls.items():
+        steps[name] = max(1, round(seconds / (wall_ms(call, 1, device) * 1e-3)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number, order in turns(list(calls), WARM_STEP_ROUNDS + rounds):
+        if enough(number - WARM_STEP_ROUNDS):
+            break
+        for name in order:
+            ms = wall_ms(calls[name], steps[name], device)
+            if number >= WARM_STEP_ROUNDS:
+                times[name].append(ms)
+    return times
+
+
+def _cpu_sampler(call: Call, device: torch.device) -> Sampler:
+    def sample() -> tuple[list[float], float]:
+        times = [wall_ms(call, 1, device) for _ in range(3)]
+        return times, median(times)
+
+    return sample
+
+
+def _gpu_samplers(
+    calls: Mapping[str, Call], device: torch.device, timer: CudaTimer, round_ms: float
+) -> tuple[str, dict[str, Sampler]]:
+    """The method for all providers of a cell, and a sampler for each."""
     quick = {name: timer.quick_ms(call) for name, call in calls.items()}
     trouble = ""
     if min(quick.values()) < GRAPH_BELOW_MS:
         try:
             graphs = {name: _capture(call) for name, call in calls.items()}
         except RuntimeError as error:
-            trouble = f"; no CUDA graph: {error_line(error)}"
+            trouble = f"; no CUDA graph: {error_line(error, 200)}"
         else:
-            sample = {
+            samplers = {
                 name: _graph_sampler(graphs[name], call, device, round_ms)
                 for name, call in calls.items()
             }
-            method = f"CUDA graph of {GRAPH_CALLS} calls, warm L2"
-            return _take_turns(Timing(method), sample, rounds)
-    sample = {
+            return f"CUDA graph of {GRAPH_CALLS} calls, warm L2", samplers
+    samplers = {
         name: _event_sampler(timer, call, device, _samples(round_ms, quick[name]))
         for name, call in calls.items()
     }
-    return _take_turns(Timing(f"CUDA events per call, cold L2{trouble}"), sample, rounds)
+    return f"CUDA events per call, cold L2{trouble}", samplers
 
 
 def _samples(round_ms: float, each_ms: float) -> int:
     return max(5, min(50, round(round_ms / max(each_ms, 1e-3))))
 
 
-def _cpu_sampler(call: AnyCall, device: torch.device) -> Callable[[], tuple[list[float], float]]:
-    def sample() -> tuple[list[float], float]:
-        times = [wall_ms(call, 1, device) for _ in range(3)]
-        return times, sorted(times)[1]
-
-    return sample
-
-
-def _event_sampler(
-    timer: CudaTimer, call: AnyCall, device: torch.device, samples: int
-) -> Callable[[], tuple[list[float], float]]:
+def _event_sampler(timer: CudaTimer, call: Call, device: torch.device, samples: int) -> Sampler:
     host_ms = _issue_ms(call)
-
-    def sample() -> tuple[list[float], float]:
-        return timer.events_ms(call, samples, host_ms), wall_ms(call, WALL_CALLS, device)
-
-    return sample
+    return lambda: (timer.events_ms(call, samples, host_ms), wall_ms(call, WALL_CALLS, device))
 
 
 def _graph_sampler(
-    graph: torch.cuda.CUDAGraph, call: AnyCall, device: torch.device, round_ms: float
-) -> Callable[[], tuple[list[float], float]]:
-    each_ms = min(_replay_ms(graph, 5)) * GRAPH_CALLS
-
-    def sample() -> tuple[list[float], float]:
-        times = _replay_ms(graph, _samples(round_ms, each_ms))
-        return times, wall_ms(call, WALL_CALLS, device)
-
-    return sample
+    graph: torch.cuda.CUDAGraph, call: Call, device: torch.device, round_ms: float
+) -> Sampler:
+    samples = _samples(round_ms, min(_replay_ms(graph, 5)) * GRAPH_CALLS)
+    return lambda: (_replay_ms(graph, samples), wall_ms(call, WALL_CALLS, device))
 
 
-def peak_memory_mib(call: AnyCall) -> float:
+def peak_memory_mib(call: Call) -> float:
     """Device memory that one warm call needs beyond its inputs, its results included."""
     return peaks_mib(call)[0]
 
 
-def peaks_mib(call: AnyCall) -> tuple[float, float, float]:
-    """Of one warm call: (peak beyond what was allocated, peak reserved, allocated before)."""
+def peaks_mib(call: Call) -> tuple[float, float, float]:
+    """(peak beyond what was allocated, peak reserved, allocated before) of one warm call."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -247,7 +281,7 @@ def peaks_mib(call: AnyCall) -> tuple[float, float, float]:
     return (peak - before) / 2**20, reserved / 2**20, before / 2**20
 
 
-def host_idle_percent(call: AnyCall) -> float:
+def host_idle_percent(call: Call) -> float:
     """Share of a warm call's time in which Python has issued it all and waits for the device.
 
     A lower bound where the launch queue is full: the host then waits inside the call.
@@ -261,23 +295,7 @@ def host_idle_percent(call: AnyCall) -> float:
     return 100 * (end - issued) / (end - start)
 
 
-def matmul_tflops(size: int) -> float:
-    """TFLOP/s of a square bf16 product: what a network of products could reach."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    pairs = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    # The first ones warm up.
-    samples = sorted(start.elapsed_time(end) for start, end in pairs[5:])
-    return 2 * size**3 / (samples[len(samples) // 2] * 1e9)
-
-
-def count_launches(call: AnyCall) -> int | None:
+def count_launches(call: Call) -> int | None:
     """Kernels, copies and fills that one warm call starts; None where the profiler sees none.
 
     What is timed after this in the same process may be slower: the profiler stays attached.
@@ -294,11 +312,17 @@ def count_launches(call: AnyCall) -> int | None:
     return launches or None
 
 
+def matmul_tflops(size: int) -> float:
+    """TFLOP/s of a square bf16 product: what a network of products could reach."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    # The first ones warm up.
+    return 2 * size**3 / (median(_events_ms(lambda: a @ b, 25)[5:]) * 1e9)
+
+
 def copy_bandwidth(timer: CudaTimer) -> float:
     """Bytes per second of a device-to-device copy of 1 GiB, read plus written: the yardstick."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    samples = []
     for _ in range(3):  # the first warms up
         samples = timer.events_ms(lambda: target.copy_(source), 15, 0.05)
-    return 2 * source.nbytes / (sorted(samples)[len(samples) // 2] * 1e-3)
+    return 2 * source.nbytes / (median(samples) * 1e-3)

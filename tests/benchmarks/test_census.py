@@ -94,9 +94,16 @@ def test_formulas_of_variants(label, options) -> None:
     assert counted(net, 3) == (3 * expected.forward, 3 * expected.train)
 
 
+def test_train_flops_of_a_toy_are_those_that_torch_counts() -> None:
+    with torch.device("meta"):
+        net = build("SiT-S/2", input_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    assert counted(net, 3)[1] == 3 * flops.train_flops(net)
+
+
 @pytest.mark.parametrize("label", PUBLISHED)
 def test_the_published_table(label) -> None:
     found = flops.count(flops.on_meta(label))
+    assert flops.train_flops(flops.on_meta(label)) == found.train
     values = found.forward / 1e9, found.train / 1e9, 300 * found.attention / found.train
     for value, text in zip(values, PUBLISHED[label], strict=True):
         digits = len(text.partition(".")[2])

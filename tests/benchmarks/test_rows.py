@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import cases, rows
-from benchmarks import step_variants as arms
 from benchmarks.cases import Case, kernel_cases
 from benchmarks.providers import (
     SLOW_TO_COMPILE,
@@ -30,7 +29,6 @@ from benchmarks.rows import (
     read,
 )
 from benchmarks.verify import verify
-from mixflow_fast.models import SiT, build
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
@@ -186,28 +184,6 @@ def test_rows_are_on_disk_with_every_key(tmp_path) -> None:
     path.write_text('{"op": "interpolate"}\n')
     with pytest.raises(ValueError, match="lacks"):
         read(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "side", "gigaflops"),
-    [("SiT-XL/2", 32, 711.7), ("SiT-XL/2", 64, 3147.2), ("SiT-B/2", 32, 138.0)],
-)
-def test_train_flops_of_published_models(name, side, gigaflops) -> None:
-    with torch.device("meta"):
-        net = build(name, input_size=side)
-    assert arms.train_flops(net) / 1e9 == pytest.approx(gigaflops, abs=0.05)
-
-
-def test_train_flops_are_those_that_torch_counts() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        net = SiT(**arms.TOY)
-        x, t, y = torch.zeros(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        net(x, t, y).sum().backward()
-    # On the meta device attention is two plain products, forward and backward.
-    assert counter.get_total_flops() == 3 * arms.train_flops(net)
 
 
 def _case(op: str = "objective", mode: str = "full") -> Case:

@@ -1,6 +1,5 @@
 """The benchmark programs from end to end, and what they do when something goes wrong."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 from benchmarks import cases, checks, kernel_suite, run, step, timing
 from benchmarks import rows as devices
-from benchmarks import step_variants as arms
+from benchmarks import step_variants as variants
 from benchmarks.block_ops import TIMED_BACKENDS
 from benchmarks.cases import kernel_cases
 from benchmarks.numerics import Finding
@@ -18,7 +17,6 @@ from benchmarks.providers import (
     mixflow_call,
 )
 from benchmarks.rows import KEYS, Deadline, Writer, read
-from mixflow_fast import MixFlow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
@@ -164,59 +162,6 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, capsys, tmp_path) -> 
     assert count > 3 and f"interrupted: {count} rows" in capsys.readouterr().out
 
 
-def test_step_is_refused_where_the_objectives_disagree(monkeypatch, capsys, tmp_path) -> None:
-    loss = MixFlow.loss
-    monkeypatch.setattr(MixFlow, "loss", lambda *a, **k: loss(*a, **k) * 1.05)
-    suite = step.StepSuite(
-        CPU, Writer(tmp_path / "rows.jsonl", ENVIRONMENT), Deadline(), "reference", smoke=True
-    )
-    suite.run()
-    assert suite.refused and "RED" in capsys.readouterr().out
-    assert all(row["p50"] is None for row in read(tmp_path / "rows.jsonl"))
-
-
-def test_step_accumulates_what_does_not_fit(monkeypatch, tmp_path) -> None:
-    whole = arms.Arm.step
-
-    def small_memory(self) -> None:
-        if self.name == "eager_tf32" and self.micro > 1:
-            raise torch.OutOfMemoryError("too much")
-        whole(self)
-
-    monkeypatch.setattr(arms.Arm, "step", small_memory)
-    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
-    suite = step.StepSuite(CPU, writer, Deadline(), "reference", smoke=True)
-    suite.run()
-    notes = {row["provider"]: row["note"] for row in read(writer.path) if row["p50"]}
-    assert not suite.refused
-    assert "micro-batches of 1" in notes["eager_tf32"] and "micro" not in notes["eager_bf16"]
-
-
-@pytest.mark.parametrize("other", ["", "ids", "seed"])
-def test_step_is_refused_where_the_loss_takes_other_noise(monkeypatch, tmp_path, other) -> None:
-    """With the kernels: the reference keeps the noise, and cannot take another."""
-    loss = MixFlow.loss
-
-    def of_others(self, pred, it, **options):
-        if other == "ids" and it.ids is not None:
-            it.ids.data.add_(100)  # where the objective's own check does not see it
-        if other == "seed":
-            it = dataclasses.replace(it, _seed=it._seed + 1)
-        return loss(self, pred, it, **options)
-
-    monkeypatch.setattr(MixFlow, "loss", of_others)
-    device = torch.device(DEVICE)
-    suite = step.StepSuite(device, Writer(tmp_path / "rows.jsonl", ENVIRONMENT), Deadline())
-    net = arms.network(arms.workloads(smoke=True)[0], device)
-    x1 = torch.randn(2, 4, 8, 8, device=device)
-    recipe = dataclasses.replace(arms.RECIPES["mixflow_fast"], execution=arms.Execution())
-    labels = torch.zeros(2, 2, dtype=torch.int64, device=device)
-    made = arms.make_loss(recipe, net, x1, *labels, "triton")
-    arm = arms.Arm("mixflow_fast", recipe, made, net, None, None, 1, 2)
-    wrong = suite._compare({"mixflow_fast": arm}, x1)
-    assert ("other noise" in "".join(wrong)) == bool(other), wrong
-
-
 def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     """Stand-ins for the GPU: times, ratios, memory, and launches after all timing."""
     monkeypatch.setattr(timing, "peaks_mib", lambda *_: (1.0, 3.0, 2.0))
@@ -229,11 +174,11 @@ def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(step, "ROUNDS", 1)
     monkeypatch.setattr(step, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(step, "OPTIMIZER_SECONDS", 0.0)
-    sit = dict(name="toy SiT", network=arms.SiT, options=arms.TOY)
+    sit = dict(name="toy SiT", network=variants.SiT, options=variants.TOY)
     three = ("eager_bf16", "fused", "mixflow_fast")
-    first = arms.Workload(**sit, batch=2, arms=("eager_tf32", *arms.LADDER))
-    second = arms.Workload(**sit, batch=3, arms=three, details=True)
-    last = arms.Workload(**sit, batch=4, arms=three)
+    first = variants.Workload(**sit, batch=2, arms=("eager_tf32", *variants.LADDER))
+    second = variants.Workload(**sit, batch=3, arms=three, details=True)
+    last = variants.Workload(**sit, batch=4, arms=three)
     monkeypatch.setattr(step, "workloads", lambda smoke: (first, second, last))
     writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
     suite = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
@@ -266,27 +211,6 @@ def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     assert ladder["fused"] == "speedup_over_fused_flash"
     assert ladder["mixflow_fast_adamwema"] == "speedup_over_mixflow_fast"
     assert ladder["mixflow_fast_recompute"] == "speedup_over_mixflow_fast_adamwema"
-
-
-def test_ratios_of_the_step_are_written_before_memory(monkeypatch, tmp_path) -> None:
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
-    suite = step.StepSuite(CPU, writer, Deadline())
-    suite._on_gpu = True
-    monkeypatch.setattr(suite, "_clear", lambda: None)
-    monkeypatch.setattr(timing, "peaks_mib", interrupted)
-    there = {
-        name: arms.Arm(name, recipe, None, None, None, None, 4, 4)
-        for name, recipe in arms.RECIPES.items()
-    }
-    workload = arms.workloads(smoke=True)[0]
-    with pytest.raises(KeyboardInterrupt):
-        suite._report(workload, [4], there, dict.fromkeys(there, [2.0, 3.0]), 1e9)
-    metrics = {row["metric"] for row in read(writer.path)}
-    assert {f"speedup_over_{name}" for name in arms.RECIPES if name != "mixflow_fast"} < metrics
-    assert {"latency_ms", "images_per_s", "percent_of_989"} < metrics
 
 
 def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:

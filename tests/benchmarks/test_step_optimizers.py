@@ -1,54 +1,134 @@
-"""`benchmarks.deepspeed_cost`: both arms train the same network, and the ratio is one of times."""
+"""Optimizers of the training step: alone, and under DeepSpeed against a bare loop."""
 
-import json
+import sys
+import types
 
 import pytest
 import torch
 
-from benchmarks import deepspeed_cost
+from benchmarks import step, step_optimizers
+from benchmarks import step_variants as variants
+from benchmarks.rows import Deadline, Writer, read
+from benchmarks.step_optimizers import KINDS, DeepSpeedPair, OptimizerStep, Weights, time_deepspeed
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
+from mixflow_fast.optim import apex
+from tests.support import apex_stand_in
 
+CPU = torch.device("cpu")
+ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
 TINY = ["model.depth=1", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=4"]
 
 
+def _weights() -> Weights:
+    return Weights(variants.network(variants.workloads(smoke=True)[0], CPU))
+
+
+def test_optimizers_of_bf16_weights_take_the_same_step(monkeypatch) -> None:
+    """A small update is kept by the masters where bf16 weights would round it away."""
+    torch.manual_seed(0)
+    results = {}
+    start = [p.detach().clone() for p in _weights().masters]
+    gradients = [torch.randn_like(p).bfloat16() for p in start]
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex_stand_in)
+    monkeypatch.setattr(apex, "detect_apex", lambda: "nvidia")
+    for kind in KINDS:
+        weights = _weights()
+        stepper = OptimizerStep(kind, weights, half=True)
+        before = [p.detach().clone() for p in weights.params]
+        for _ in range(2):
+            for p, gradient in zip(weights.params, gradients, strict=True):
+                p.grad = gradient
+            stepper.step()
+        for p, master in zip(weights.params, weights.masters, strict=True):
+            assert torch.equal(p, master.bfloat16())
+        assert any((p == q).any() for p, q in zip(before, weights.params, strict=True))
+        numel = sum(p.numel() for p in weights.masters)
+        kept = {"plain": 2, "tuned": 3, "adamwema": 4, "apex": 3, "apex_adamwema": 4}[kind]
+        assert KINDS[kind].state_bytes == 4 * kept
+        # And the moments' step counters, of a few bytes.
+        assert 4 * kept * numel <= stepper.state_bytes() < 4 * kept * numel + 2000
+        # One EMA, wherever it is.
+        parts = "", variants.RECIPES["mixflow_fast"], None, None, stepper, weights, 1, 1
+        whole = 4 * (kept + 1 + (kind not in ("adamwema", "apex_adamwema"))) + 2
+        buffers = sum(b.nbytes for net in (weights.single, weights.half) for b in net.buffers())
+        frozen = 6 * sum(p.numel() for p in weights.single.parameters() if not p.requires_grad)
+        held = variants.Arm(*parts).resident_bytes() - buffers - frozen
+        assert whole * numel <= held < whole * numel + 2000
+        results[kind] = [p.detach().clone() for p in weights.masters]
+        stepper.forget()
+        assert not stepper.state_bytes()
+        for p, gradient in zip(weights.params, gradients, strict=True):
+            p.grad = gradient
+        stepper.step()
+    for kind, masters in results.items():
+        for p, q, first in zip(masters, results["plain"], start, strict=True):
+            assert not torch.equal(p, first)
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=kind)
+
+
+@pytest.mark.parametrize("found", ["nvidia", "without kernels", "absent"])
+def test_apex_is_a_row_where_it_is_installed(monkeypatch, capsys, tmp_path, found) -> None:
+    class WithoutKernels:
+        def __init__(self, *_, **__) -> None:
+            raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam = apex_stand_in.FusedAdam if found == "nvidia" else WithoutKernels
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    for place in (step_optimizers, apex):
+        monkeypatch.setattr(
+            place, "detect_apex", lambda: "absent" if found == "absent" else "nvidia"
+        )
+    monkeypatch.setattr(step_optimizers, "apex_message", lambda: f"apex: {found}")
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = step.StepSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    step_optimizers.time_optimizers(_weights(), writer, suite._rounds, 0.0, on_gpu=True)
+    rows = [row for row in read(writer.path) if row["metric"] == "latency_ms"]
+    both = {"apex", "mixflow_fast_apex"}
+    expected = {"torch", "mixflow_fast"} | (both if found == "nvidia" else set())
+    assert {row["provider"] for row in rows} == expected
+    out = capsys.readouterr().out
+    assert f"apex: {found}" in out
+    assert ("requires cuda extensions" in out) == (found == "without kernels")
+
+
 @pytest.mark.parametrize(("precision", "stage", "limit"), [("fp32", 0, 1e-5), ("bf16", 2, 1e-3)])
-def test_both_arms_train_alike(monkeypatch, precision, stage, limit) -> None:
-    kept = {}
-    weights, engine = deepspeed_cost.Weights, deepspeed_cost.Engine
-    monkeypatch.setattr(
-        deepspeed_cost, "Weights", lambda net: kept.setdefault("bare", weights(net))
-    )
-    monkeypatch.setattr(
-        deepspeed_cost, "Engine", lambda *a: kept.setdefault("deepspeed", engine(*a))
-    )
+def test_both_arms_train_alike(precision, stage, limit) -> None:
     overrides = [f"train.precision={precision}", f"train.zero_stage={stage}", "optim.lr=1e-4"]
     config = load_config("photos", [*TINY, *overrides])
-    device = process_group.init_process_group("cpu")
-    arms = deepspeed_cost.steps(config, device)
-    before = [p.detach().clone() for p in kept["bare"].masters]
+    pair = DeepSpeedPair(config, process_group.init_process_group("cpu"))
+    weights = pair.weights
+    before = [p.detach().clone() for p in weights.masters]
     for _ in range(4):
-        for step in arms.values():
-            step()
-    theirs = dict(kept["deepspeed"].gathered("model", stepped=True))
-    names = [n for n, p in kept["bare"].single.named_parameters() if p.requires_grad]
-    moved = sum((a - b).square().sum() for a, b in zip(kept["bare"].masters, before, strict=True))
+        pair.deepspeed()
+        pair.bare()
+    theirs = dict(pair.engine.gathered("model", stepped=True))
+    names = [n for n, p in weights.single.named_parameters() if p.requires_grad]
+    moved = sum((a - b).square().sum() for a, b in zip(weights.masters, before, strict=True))
     apart = sum(
         (theirs[name].view_as(p) - p).square().sum()
-        for name, p in zip(names, kept["bare"].masters, strict=True)
+        for name, p in zip(names, weights.masters, strict=True)
     )
     assert moved > 0 and (apart / moved).sqrt() < limit
-    kept["deepspeed"].close()
+    pair.engine.close()
 
 
-def test_command(capsys) -> None:
-    arguments = ["photos", *TINY, "train.zero_stage=1", "--rounds", "2", "--steps", "1"]
-    assert deepspeed_cost.main(arguments) == 0
-    row, sentence = capsys.readouterr().out.splitlines()[-2:]
-    found = json.loads(row)
-    assert found["deepspeed_over_bare"] > 0 and found["zero_stage"] == 1 and "bare" not in found
-    assert "no speed" in sentence
-    with pytest.raises(SystemExit):
-        deepspeed_cost.main(["photos", "train.microbatch_size=2"])
-    assert "one micro-batch" in capsys.readouterr().err
+def test_rows_of_deepspeed(capsys, tmp_path) -> None:
+    config = load_config("photos", [*TINY, "train.zero_stage=1"])
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    time_deepspeed(config, CPU, writer, smoke=True)
+    found = {(row["provider"], row["metric"]): row for row in read(writer.path)}
+    assert {*found} == {
+        ("deepspeed", "latency_ms"),
+        ("bare", "latency_ms"),
+        ("bare", "speedup_over_deepspeed"),
+    }
+    for row in found.values():
+        assert (row["op"], row["variant"], row["dtype"]) == ("deepspeed", "SiT-S/4", "float32")
+        assert row["p50"] > 0 and row["shape"] == [4, 3, 16, 16]
+    assert "ZeRO 1" in found["deepspeed", "latency_ms"]["note"]
+    assert "no speed" in capsys.readouterr().out
     assert torch.nn.functional.linear is torch._C._nn.linear
