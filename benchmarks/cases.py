@@ -105,7 +105,7 @@ def kernel_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case | Block
     main, more = block_cases(ops, smoke)
     objective = objective_cases(ops, smoke)
     first = sum(case.shape in MAIN_SHAPES and case.dtype != torch.float32 for case in objective)
-    return [*main, *objective[:first], *more, *objective[first:]]
+    return [*objective[:first], *main, *more, *objective[first:]]
 
 
 def objective_cases(ops: tuple[str, ...], smoke: bool = False) -> list[Case]:

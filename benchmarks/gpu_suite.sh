@@ -9,11 +9,13 @@
 # --smoke: the same path on the CPU at toy sizes, in less than a minute. It tests this script and the
 # harness; its times are no speeds.
 # FOLDER: runs/gpu_suite, or runs/gpu_suite_smoke. PART: correctness, kernels, step; all three
-# without any. One part alone has the whole time: "kernels" and "step" reach their last cells then.
-# Rows of several runs add up.
+# without any. One part alone has the whole time: "correctness" is complete then, and "kernels" and
+# "step" reach their last cells. Rows and plots of several runs add up. An op with wrong results has
+# no speed, all others have.
 # PYTHON=python3.12 picks the interpreter (.venv's, or python3), GIT_SHA=... names the commit where
 # there is no .git.
-# FOLDER gets correctness_*.jsonl, rows.jsonl, environment.json, suite.log and a PNG for each op.
+# FOLDER gets, at any moment, at most six files, since a rented machine may return few: suite.log,
+# correctness_blocks.jsonl, correctness_objective.jsonl, rows.jsonl, environment.json, plots.tgz.
 # Exit status: 0, or that of the first part that failed; the other parts run all the same. 2 without
 # a GPU.
 set -uo pipefail
@@ -54,6 +56,11 @@ export KINETO_LOG_LEVEL=${KINETO_LOG_LEVEL:-6}
 export TEARDOWN_CUPTI=${TEARDOWN_CUPTI:-0}
 segments=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 total=530
+# Logs of builds, and pictures until they are packed: not in FOLDER, where each would be a file more.
+scratch=$(mktemp -d) || exit 2
+trap 'rm -rf "$scratch"' EXIT
+mkdir "$scratch/plots"
+[ ! -f "$out/plots.tgz" ] || tar -xzf "$out/plots.tgz" -C "$scratch/plots"
 SECONDS=0
 status=0
 
@@ -90,6 +97,17 @@ part() {
         "$python" -m "$@" --deadline $((limit - 25)) --device "$device" --out "$out"
     local code=$?
     echo "== $name: exit status $code, ${SECONDS} s in all"
+    return "$code"
+}
+
+# suite NAME LIMIT ARGUMENTS...: a part that draws plots. They are packed at once, because a killed
+# script never reaches a step at its end.
+suite() {
+    local code=0
+    part "$@" --plots "$scratch/plots" || code=$?
+    if [ -n "$(ls "$scratch/plots")" ]; then
+        tar -czf "$scratch/plots.tgz" -C "$scratch/plots" . && mv "$scratch/plots.tgz" "$out"
+    fi
     return "$code"
 }
 
@@ -130,6 +148,8 @@ main() {
     local checks=() measure=()
     if [ "$device" = cuda ]; then
         find_gpu || return 2
+        # All settings are more than a hundred kernels to compile: only with all the time.
+        [ "$parts" = ' correctness ' ] || checks=(--level smoke)
     else
         echo "== smoke run on the CPU: a test of the harness, no speeds"
         checks=(--level timed)
@@ -138,28 +158,35 @@ main() {
     local building=
     if wanted step && [ "$device" = cuda ]; then
         # The optimizer's pass; where it cannot be built, AdamWEMA's rows say so.
-        timeout 150 "$python" -m mixflow_fast.extension build >"$out/csrc.log" 2>&1 &
+        timeout 150 "$python" -m mixflow_fast.extension build >"$scratch/csrc.log" 2>&1 &
         building=$!
     fi
     if wanted correctness; then
         # Most of it is compilation of kernels, one after another: two processes side by side.
-        part 'correctness of the blocks' 150 benchmarks.checks --family blocks "${checks[@]}" &
-        local blocks=$!
-        part 'correctness of the objective' 150 benchmarks.checks --family objective "${checks[@]}"
+        local limit blocks
+        limit=$(alone correctness 150)
+        part 'correctness of the blocks' "$limit" benchmarks.checks --family blocks \
+            "${checks[@]}" &
+        blocks=$!
+        part 'correctness of the objective' "$limit" benchmarks.checks --family objective \
+            "${checks[@]}"
         keep $?
         wait "$blocks"
         keep $?
     fi
     if wanted kernels; then
-        part 'kernels' "$(alone kernels 155)" benchmarks.run --suite kernels "${measure[@]}"
+        suite 'kernels' "$(alone kernels 155)" benchmarks.run --suite kernels "${measure[@]}"
         keep $?
     fi
     if wanted step; then
         # Its micro-batches of several sizes share the memory: without this they would fragment it.
-        [ -z "$building" ] || wait "$building" || echo "== csrc was not built: $out/csrc.log"
+        if [ -n "$building" ] && ! wait "$building"; then
+            echo "== csrc was not built:"
+            tail -n 40 "$scratch/csrc.log"
+        fi
         [ -z "$segments" ] || export PYTORCH_CUDA_ALLOC_CONF=$segments
         # 225 s less the probe's, and what the others did not need.
-        part 'training step' "$total" benchmarks.run --suite step "${measure[@]}"
+        suite 'training step' "$total" benchmarks.run --suite step "${measure[@]}"
         keep $?
     fi
     echo "== results in $out"

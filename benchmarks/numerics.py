@@ -42,6 +42,7 @@ class Finding:
     error: float
     limit: float
     eager_error: float | None = None
+    op: str = ""
 
     @property
     def passed(self) -> bool:

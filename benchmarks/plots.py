@@ -5,10 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks import rows as rows_file
 from benchmarks.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Distinguishable with any colour vision (Okabe and Ito), and by their markers.
 STYLES = {
@@ -31,6 +34,31 @@ STYLES = {
     "mixflow_fast_recompute": ("#F0E442", "o"),
 }
 OURS = "mixflow_fast"
+CONTEXT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+class Line(NamedTuple):
+    """A line of the chart; arms of the step differ in dtype only, and stand on one."""
+
+    mode: str
+    variant: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The shape, and below it what else there is."""
+        parts = [self.variant] if self.mode == "step" else [self.mode, self.variant, self.dtype]
+        return "x".join(map(str, self.shape)) + "\n" + ", ".join(part for part in parts if part)
+
+
+def _line(row: Row) -> Line:
+    dtype = "" if row["op"] == "step" else row["dtype"]
+    return Line(row["mode"], row["variant"] or "", tuple(row["shape"]), dtype)
+
+
+def _is_graph(timing: str | None) -> bool:
+    return (timing or "").startswith("CUDA graph")
 
 
 def draw(path: Path, out: Path, ops: Iterable[str]) -> list[Path]:
@@ -47,89 +75,48 @@ def draw(path: Path, out: Path, ops: Iterable[str]) -> list[Path]:
     made = []
     for op in ops:
         measured = [row for row in found if row["op"] == op and row["p50"] is not None]
-        if not any(row["metric"] == "latency_ms" for row in measured):
-            continue
-        with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-            made.append(_chart(op, measured, out / f"{op}.png"))
+        shown = [row for row in measured if row["provider"] in STYLES]
+        if any(row["metric"] == "latency_ms" for row in shown):
+            with rc_context(CONTEXT):
+                made.append(_chart(op, shown, out / f"{op}.png"))
     return made
-
-
-def _cells(measured: Sequence[Row]) -> list[tuple[Any, ...]]:
-    """The cells in the order measured; arms of the step differ in dtype only."""
-    keys = [_cell(row) for row in measured if row["metric"] == "latency_ms"]
-    return list(dict.fromkeys(keys))
-
-
-def _cell(row: Row) -> tuple[Any, ...]:
-    dtype = "" if row["op"] == "step" else row["dtype"]
-    return row["mode"], row["variant"] or "", tuple(row["shape"]), dtype
-
-
-def _name(cell: tuple[Any, ...], graphs: set[tuple[Any, ...]]) -> str:
-    mode, variant, shape, dtype = cell
-    first = "x".join(map(str, shape)) + (" *" if cell in graphs else "")
-    second = [variant] if mode == "step" else [mode, variant, dtype]
-    return f"{first}\n{', '.join(part for part in second if part)}"
-
-
-def _graphs(measured: Sequence[Row]) -> set[tuple[Any, ...]]:
-    """The cells that were timed as CUDA graphs; a * marks them."""
-    return {_cell(row) for row in measured if (row["timing"] or "").startswith("CUDA graph")}
 
 
 def _chart(op: str, measured: Sequence[Row], path: Path) -> Path:
     from matplotlib.figure import Figure
 
-    cells, graphs = _cells(measured), _graphs(measured)
+    lines = list(dict.fromkeys(_line(row) for row in measured if row["metric"] == "latency_ms"))
     providers = [p for p in STYLES if any(row["provider"] == p for row in measured)]
-    others = [p for p in providers if p != OURS]
-    on_gpu = any(row["metric"] in ("percent_of_copy", "percent_of_989") for row in measured)
     rate = "images_per_s" if op == "step" else "percent_of_copy"
-    panels = 2 + (on_gpu or op == "step")
-    width = 3.6 * panels + 2.2
+    has_rate = any(row["metric"] == rate for row in measured)
+    width = 3.6 * (2 + has_rate) + 2.2
     caption = _conditions(measured, int(width * 15))
-    # Inches: text below the axes, the axes, title and legend above them.
-    below, above = 0.14 * (caption.count("\n") + 1) + 0.65, 0.75
-    height = below + above + 0.45 * len(cells) * max(1.0, len(providers) / 3)
-    figure = Figure(figsize=(width, height), dpi=130)
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(
-        left=2.1 / width, right=0.985, bottom=below / height, top=1 - above / height, wspace=0.08
-    )
-    metrics = ["latency_ms", rate] if panels == 3 else ["latency_ms"]
-    for panel, metric in zip(axes, metrics, strict=False):
-        _points(panel, measured, cells, providers, metric)
-    _speedups(axes[-1], measured, cells, others)
-    if op == "step":
-        axes[0].set_xlabel("time per step, ms")
-        axes[0].set_xlim(left=0)
-    else:
-        axes[0].set_xscale("log")
-        axes[0].xaxis.set_major_formatter(_plain_number)
-        axes[0].xaxis.set_minor_formatter(_sparse_number)
-        axes[0].set_xlabel("time per call, ms (log scale)")
-    if panels == 3:
-        label = "images per second" if op == "step" else "algorithmic bytes, % of copy bandwidth"
-        axes[1].set_xlabel(label)
-        axes[1].set_xlim(left=0)
-    axes[0].set_yticks(range(len(cells)), [_name(cell, graphs) for cell in cells])
-    axes[0].set_ylim(len(cells) - 0.4, -0.6)
-    for panel in axes:
+    # Inches: the text below the axes, and title and legend above them.
+    below, above = 0.14 * (caption.count("\n") + 1) + 0.15, 1.25
+    height = below + above + 0.45 * len(lines) * max(1.0, len(providers) / 3)
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height))
+    times, *rates, ratios = figure.subplots(1, 2 + has_rate, sharey=True)
+    for place, provider in enumerate(providers):
+        offset = _offset(place, len(providers))
+        for panel, metric in zip((times, *rates), ("latency_ms", rate), strict=False):
+            chosen = [r for r in measured if r["provider"] == provider and r["metric"] == metric]
+            _points(panel, chosen, lines, offset, provider, "p20", "p80")
+    _speedups(ratios, measured, lines, [p for p in providers if p != OURS])
+    _label(op, times, rates)
+    graphs = {_line(row) for row in measured if _is_graph(row["timing"])}
+    names = [line.name.replace("\n", " *\n") if line in graphs else line.name for line in lines]
+    times.set_yticks(range(len(lines)), names)
+    times.set_ylim(len(lines) - 0.4, -0.6)
+    for panel in (times, *rates, ratios):
         panel.grid(axis="x", color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
-        for line in range(1, len(cells)):
-            panel.axhline(line - 0.5, color="#eeeeee", linewidth=0.8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    top = 1 - 0.08 / height
-    figure.text(0.1 / width, top, _title(op, measured), va="top", fontsize=11, weight="bold")
-    figure.legend(
-        handles,
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(0, 1 - 0.25 / height),
-        ncols=len(labels),
-        frameon=False,
-    )
+        for place in range(1, len(lines)):
+            panel.axhline(place - 0.5, color="#eeeeee", linewidth=0.8)
+    handles, labels = times.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    legend.set(title=_title(op, measured), alignment="left", frame_on=False)
+    legend.get_title().set(fontsize=11, weight="bold")
     small = dict(va="bottom", fontsize=7.5, color="#444444")
     figure.text(0.1 / width, 0.06 / height, caption, **small)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,61 +124,72 @@ def _chart(op: str, measured: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _points(
-    panel: Any, measured: Sequence[Row], cells: list, providers: list[str], metric: str
-) -> None:
-    """p50 of each provider with a bar from p20 to p80."""
-    for place, provider in enumerate(providers):
-        chosen = [r for r in measured if r["provider"] == provider and r["metric"] == metric]
-        y = [cells.index(_cell(r)) + _offset(place, len(providers)) for r in chosen]
-        x = [r["p50"] for r in chosen]
-        spread = [
-            [max(0.0, r["p50"] - r["p20"]) for r in chosen],
-            [max(0.0, r["p80"] - r["p50"]) for r in chosen],
-        ]
-        color, marker = STYLES[provider]
-        panel.errorbar(
-            x, y, xerr=spread, fmt=marker, color=color, markersize=5, capsize=2, label=provider
+def _label(op: str, times: Axes, rates: Sequence[Axes]) -> None:
+    """Axes of the times and, where there are rates, of those."""
+    if op == "step":
+        times.set_xlabel("time per step, ms")
+        times.set_xlim(left=0)
+    else:
+        times.set_xscale("log")
+        times.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        # Minor ticks of a log axis at 2 and 5 only.
+        times.xaxis.set_minor_formatter(
+            lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""
         )
+        times.set_xlabel("time per call, ms (log scale)")
+    for panel in rates:
+        per_second, percent = "images per second", "algorithmic bytes, % of copy bandwidth"
+        panel.set_xlabel(per_second if op == "step" else percent)
+        panel.set_xlim(left=0)
 
 
-def _speedups(panel: Any, measured: Sequence[Row], cells: list, others: list[str]) -> None:
+def _points(
+    panel: Axes,
+    chosen: Sequence[Row],
+    lines: Sequence[Line],
+    offset: float,
+    provider: str,
+    low: str,
+    high: str,
+) -> None:
+    """p50 of each row with a bar from `low` to `high`."""
+    color, marker = STYLES[provider]
+    panel.errorbar(
+        [r["p50"] for r in chosen],
+        [lines.index(_line(r)) + offset for r in chosen],
+        xerr=[
+            [max(0.0, r["p50"] - r[low]) for r in chosen],
+            [max(0.0, r[high] - r["p50"]) for r in chosen],
+        ],
+        fmt=marker,
+        color=color,
+        markersize=5,
+        capsize=2,
+        label=provider,
+    )
+
+
+def _speedups(
+    panel: Axes, measured: Sequence[Row], lines: Sequence[Line], others: Sequence[str]
+) -> None:
     """Ours against each other provider: paired ratio and 95% interval, in the other's colour."""
+    highest = 1.0
     for place, provider in enumerate(others):
-        metric = f"speedup_over_{provider}"
+        metric, offset = f"speedup_over_{provider}", _offset(place, len(others))
         chosen = [r for r in measured if r["provider"] == OURS and r["metric"] == metric]
-        y = [cells.index(_cell(r)) + _offset(place, len(others)) for r in chosen]
-        color, marker = STYLES[provider]
-        spread = [
-            [max(0.0, r["p50"] - r["low95"]) for r in chosen],
-            [max(0.0, r["high95"] - r["p50"]) for r in chosen],
-        ]
-        x = [r["p50"] for r in chosen]
-        panel.errorbar(x, y, xerr=spread, fmt=marker, color=color, markersize=5, capsize=2)
-        for row, height in zip(chosen, y, strict=True):
-            text = f" {row['p50']:.2f}x"
-            panel.annotate(
-                text, (row["high95"], height), va="center", fontsize=7.5, color=color, clip_on=False
-            )
+        _points(panel, chosen, lines, offset, provider, "low95", "high95")
+        for row in chosen:
+            highest = max(highest, row["high95"])
+            at, style = (row["high95"], lines.index(_line(row)) + offset), STYLES[provider]
+            text = panel.annotate(f" {row['p50']:.2f}x", at, va="center", fontsize=7.5)
+            text.set(color=style[0], clip_on=False)
     panel.axvline(1.0, color="#222222", linewidth=1)
-    metrics = {f"speedup_over_{provider}" for provider in others}
-    shown = [r for r in measured if r["provider"] == OURS and r["metric"] in metrics]
-    highest = [r["high95"] for r in shown]
-    panel.set_xlim(0, 1.2 * max([1.0, *highest]))
+    panel.set_xlim(0, 1.2 * highest)
     panel.set_xlabel("mixflow_fast, times faster (paired, 95% interval)")
 
 
 def _offset(place: int, count: int) -> float:
     return 0.0 if count == 1 else 0.5 * (place / (count - 1) - 0.5)
-
-
-def _plain_number(value: float, _: int) -> str:
-    return f"{value:g}"
-
-
-def _sparse_number(value: float, _: int) -> str:
-    """Minor ticks of a log axis at 2 and 5 only."""
-    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _title(op: str, measured: Sequence[Row]) -> str:
@@ -208,7 +206,7 @@ def _conditions(measured: Sequence[Row], columns: int) -> str:
         f"{first['device']}; torch {first['torch']}, triton {first['triton']}, "
         f"CUDA {first['cuda'] or 'none'}; commit {', '.join(shas)}; {first['timestamp']}",
         "Points: median; bars: p20 to p80. "
-        + "; ".join(sorted(("* " if t.startswith("CUDA graph") else "") + t for t in timings)),
+        + "; ".join(sorted(("* " if _is_graph(t) else "") + t for t in timings)),
     ]
     for provider in STYLES:
         notes = {

@@ -1,7 +1,9 @@
 """`benchmarks/gpu_suite.sh` by a stand-in for Python, and what only a GPU would find missing."""
 
 import os
+import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def _calls(folder: Path) -> list[str]:
+    """What the stand-in for Python was called with, without the folder of the plots."""
+    lines = (folder / "calls").read_text().splitlines()
+    return [re.sub(r" --plots \S+/plots", "", line) for line in lines]
 
 
 @pytest.mark.parametrize("probe", [0, 3])
@@ -31,7 +39,7 @@ def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, prob
         timeout=60,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
+    calls = _calls(tmp_path)
     segments = "expandable_segments:True"
     assert calls.pop(0).startswith(f"{segments}, -c import")  # a GPU, and such segments
     # What AdamWEMA's rows need, beside all else.
@@ -39,8 +47,8 @@ def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, prob
     calls.remove(build)
     calls[:2] = sorted(calls[:2])  # side by side
     assert [call.split("--deadline")[0].strip() for call in calls] == [
-        ", -m benchmarks.checks --family blocks",
-        ", -m benchmarks.checks --family objective",
+        ", -m benchmarks.checks --family blocks --level smoke",
+        ", -m benchmarks.checks --family objective --level smoke",
         ", -m benchmarks.run --suite kernels",
         f"{'' if probe else segments}, -m benchmarks.run --suite step",
     ]
@@ -78,18 +86,52 @@ def test_parts_of_the_gpu_suite(tmp_path, parts, status, modules) -> None:
         timeout=60,
     )
     assert done.returncode == status, done.stdout + done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines() if modules else []
+    calls = _calls(tmp_path) if modules else []
     assert ("-m mixflow_fast.extension build" in calls) == ("step" in parts)
     calls = sorted(call for call in calls if call.startswith("-m benchmarks"))
     assert [call.split(" --deadline")[0] for call in calls] == [
         f"-m benchmarks.{m}" for m in modules
     ]
-    if parts == ["kernels"]:
-        assert float(calls[0].split("--deadline ")[1].split()[0]) >= 485
+    if len(parts) == 1:
+        # All the time is its own: not less than the probe needed.
+        assert all(float(c.split("--deadline ")[1].split()[0]) >= 485 for c in calls)
+
+
+def test_few_files_come_back_and_plots_add_up(tmp_path) -> None:
+    """A stand-in that writes what a run writes; the parts one by one, into one folder."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        "#!/bin/bash\n"
+        'out=/dev/null; while [ $# -gt 0 ]; do case "$1" in\n'
+        "  --out) out=$2 ;; --plots) plots=$2 ;; --suite) name=$2 ;; --family) name=$2 ;; esac\n"
+        "shift; done\n"
+        '[ -z "$name" ] || touch "$out"/correctness_{blocks,objective}.jsonl\n'
+        '[ -z "$plots" ] || for op in 1 2 3 4 5 6 7 8; do echo $op > "$plots/$name$op.png"; done\n'
+        '[ -z "$plots" ] || touch "$out"/{rows.jsonl,environment.json}\n'
+        "case $name in '') echo compiler missing; exit 1 ;; esac\n"
+    )
+    stand_in.chmod(0o755)
+    out = tmp_path / "out"
+    for part in ("correctness", "kernels", "step", "kernels"):
+        done = subprocess.run(
+            ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--smoke", str(out), part],
+            env=os.environ | {"PYTHON": str(stand_in)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in out.iterdir()} == {
+        *("suite.log", "correctness_blocks.jsonl", "correctness_objective.jsonl"),
+        *("rows.jsonl", "environment.json", "plots.tgz"),
+    }
+    with tarfile.open(out / "plots.tgz") as packed:
+        names = {Path(name).name for name in packed.getnames() if name.endswith(".png")}
+    assert names == {f"{part}{op}.png" for part in ("kernels", "step") for op in range(1, 9)}
 
 
 def test_smoke_run_of_the_gpu_suite(tmp_path) -> None:
-    """Every part on the CPU, GPUs hidden; `tests/test_benchmark_runs.py` runs what it calls."""
+    """Every part on the CPU, GPUs hidden; `test_run.py` and `test_checks.py` run what it calls."""
     stand_in = tmp_path / "python"
     stand_in.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES, $@" >> {tmp_path}/calls\n')
     stand_in.chmod(0o755)
@@ -99,7 +141,7 @@ def test_smoke_run_of_the_gpu_suite(tmp_path) -> None:
     done = subprocess.run(["bash", script, "--smoke", str(out)], **options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no speeds" in done.stdout
-    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    calls = sorted(_calls(tmp_path))
     assert [call.split(" --deadline")[0] for call in calls] == [
         ", -m benchmarks.checks --family blocks --level timed",
         ", -m benchmarks.checks --family objective --level timed",

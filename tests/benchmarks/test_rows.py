@@ -240,3 +240,11 @@ def test_commands_choose_the_interpreter_before_triton_is_imported() -> None:
         command = [sys.executable, "-c", code.format(module)]
         done = subprocess.run(command, env=hidden, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+def test_commit_without_git(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_SHA", raising=False)
+    assert rows.git_sha() == "unknown"
+    monkeypatch.setenv("GIT_SHA", "abc")
+    assert rows.git_sha() == "abc"

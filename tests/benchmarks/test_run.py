@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import cases, checks, kernel_suite, run, step, timing
-from benchmarks import rows as devices
 from benchmarks import step_variants as variants
 from benchmarks.block_ops import TIMED_BACKENDS
 from benchmarks.cases import kernel_cases
@@ -21,8 +20,14 @@ from benchmarks.rows import KEYS, Deadline, Writer, read
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
-GREEN = checks.Report([Finding("all", "x", "float32", 0.0, 0.0)])
-RED = checks.Report([Finding("all", "x", "float32", 2.0, 1.0)])
+
+
+def _report(error: float, op: str = "gelu") -> checks.Report:
+    found = {"check": "all", "tensor": "x", "dtype": "float32", "error": error, "limit": 1.0}
+    return checks.Report([Finding(op=op, **found)])
+
+
+GREEN = _report(0.0)
 
 
 class Clock:
@@ -68,12 +73,49 @@ def _smoke(out: Path, *more: str) -> int:
     return run.main(["--smoke", "--device", "cpu", "--out", str(out), *more])
 
 
-def test_nothing_is_timed_on_red(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr(checks, "run", lambda *_: RED)
-    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed on red"))
+@pytest.mark.parametrize("red", ["gelu", "velocity_loss"])
+def test_a_red_op_stops_only_itself(monkeypatch, capsys, tmp_path, red) -> None:
+    timed, steps = [], []
+    monkeypatch.setattr(checks, "run", lambda *_: _report(2.0, red))
+    monkeypatch.setattr(kernel_suite.KernelSuite, "_cell", lambda _, case: timed.append(case.op))
+    monkeypatch.setattr(step.StepSuite, "run", lambda self: steps.append(self._red))
     assert _smoke(tmp_path) == 1
-    assert "no speed is measured until correctness is green" in capsys.readouterr().out
+    gone = {"gelu": {"gelu"}, "velocity_loss": {"velocity_loss", "objective"}}[red]
+    assert set(timed) == set(cases.KERNEL_OPS) - gone and steps == [gone]
+    out = capsys.readouterr().out
+    assert f"without a speed: {', '.join(sorted(gone))}" in out
+    assert f"  {red}: not correct on this device" in out
+
+
+def test_nothing_is_timed_where_all_is_red(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(checks, "run", lambda *_: _report(2.0, "of every op"))
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed on red"))
+    assert _smoke(tmp_path, "--suite", "kernels") == 1
+    assert "without a speed: attention, gelu" in capsys.readouterr().out
     assert not (tmp_path / "rows.jsonl").exists()
+    assert run.red_ops(["normal"]) == run.red_ops(["objective"]) == set(cases.OBJECTIVE_OPS)
+    assert run.red_ops(["block"]) == set(cases.KERNEL_OPS) - set(cases.OBJECTIVE_OPS)
+
+
+def test_checks_that_were_left_out_are_no_red_but_no_success(monkeypatch, tmp_path) -> None:
+    report = checks.Report(GREEN.findings, left_out=["what did not fit"])
+    monkeypatch.setattr(checks, "run", lambda *_: report)
+    assert _smoke(tmp_path, "--op", "interpolate") == 1
+    assert any(row["p50"] for row in read(tmp_path / "rows.jsonl"))
+
+
+def test_deepspeed_is_a_suite(capsys, tmp_path) -> None:
+    tiny = ["model.depth=1", "model.hidden_size=32", "model.num_heads=2"]
+    tiny += ["train.global_batch_size=4", "train.zero_stage=1"]
+    assert _smoke(tmp_path, "--suite", "deepspeed", "photos", *tiny) == 0
+    assert {row["op"] for row in read(tmp_path / "rows.jsonl")} == {"deepspeed"}
+    assert not list(tmp_path.glob("*.png"))
+    assert _smoke(tmp_path, "--suite", "deepspeed") == 2
+    assert _smoke(tmp_path, "--suite", "deepspeed", "photos", "train.microbatch_size=2") == 2
+    assert _smoke(tmp_path, "--suite", "step", "photos") == 2
+    err = capsys.readouterr().err
+    for message in ("needs a recipe", "one micro-batch", "only --suite deepspeed takes a recipe"):
+        assert message in err
 
 
 @pytest.mark.parametrize("change", [1.01, None])
@@ -241,17 +283,16 @@ def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
 
 
 def test_environment_of_each_suite_is_kept(tmp_path) -> None:
+    writer = Writer(tmp_path / "new" / "rows.jsonl", ENVIRONMENT)
+
+    def keep(suite: str, state: str) -> None:
+        options = dict(config=None, device=CPU, deadline=Deadline(), smoke=True, environment={})
+        job = run.Job(suite=suite, ops=(), writer=writer, plots=tmp_path, **options)
+        run._keep_state(job, {"before": state})
+
     for suite, state in (("kernels", "cold"), ("step", "cold"), ("step", "warm")):
-        run._keep_state(tmp_path / "new", suite, {"before": state})
+        keep(suite, state)
     kept = json.loads((tmp_path / "new" / "environment.json").read_text())
     assert kept == {"kernels": {"before": "cold"}, "step": {"before": "warm"}}
     (tmp_path / "new" / "environment.json").write_text('{"cut o')
-    run._keep_state(tmp_path / "new", "step", {})
-
-
-def test_commit_without_git(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(devices, "ROOT", tmp_path)
-    monkeypatch.delenv("GIT_SHA", raising=False)
-    assert devices.git_sha() == "unknown"
-    monkeypatch.setenv("GIT_SHA", "abc")
-    assert devices.git_sha() == "abc"
+    keep("step", "cold")
