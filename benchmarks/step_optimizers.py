@@ -234,15 +234,16 @@ class DeepSpeedPair:
         from mixflow_fast.training.build import build_execution, build_model, build_objective
         from mixflow_fast.training.engine import Engine
 
-        model = build_model(config)
-        copied, batch = copy.deepcopy(model), config.train.global_batch_size
-        self._mix, self._lr = build_objective(config, model.clock), config.optim.lr
-        side, self._half = model.input_size, config.train.precision == "bf16"
+        train, batch = config.train, config.train.global_batch_size
+        model = build_model(config.model)
+        copied, side = copy.deepcopy(model), model.input_size
+        self._mix = build_objective(config.objective, model.clock, train.seed)
+        self._lr, self._half = config.optim.lr, train.precision == "bf16"
         self.x1 = torch.randn(batch, model.in_channels, side, side, device=device)
         self._ids = torch.arange(batch, device=device)
         self._y = self._ids % model.num_classes
-        execution = build_execution(config, device)
-        self.engine = Engine(config, model.set_execution(execution), device)
+        execution = build_execution(config.model, train.zero_stage, device)
+        self.engine = Engine(train, config.optim, batch, model.set_execution(execution))
         self.engine.start(None)
         self.weights = Weights(copied.to(device))
         self._net = self.weights.half if self._half else self.weights.single
@@ -295,7 +296,8 @@ def time_deepspeed(config: Config, device: torch.device, writer: Writer, smoke: 
     cell.add_ratios("bare", times, notes)
     ratio = paired_ratio(times["deepspeed"], times["bare"])
     print(
-        f"a step under DeepSpeed takes {ratio} of a bare one, {config.model.name}, {c.precision}, "
-        f"ZeRO {c.zero_stage}" + (": a smoke run, no speed" if smoke else "")
+        f"a step under DeepSpeed takes {ratio.p50:.3f} times a bare one ({ratio.low95:.3f} to "
+        f"{ratio.high95:.3f}), {config.model.name}, {c.precision}, ZeRO {c.zero_stage}"
+        + (": a smoke run, no speed" if smoke else "")
     )
     pair.engine.close()
