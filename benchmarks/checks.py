@@ -1,8 +1,9 @@
 """Correctness on the device: `python -m benchmarks.checks [--device cuda|cpu] [--op NAME]`.
 
-Every kernel against float64 and against plain PyTorch in the same dtype, what it draws, and that
-its bits are a function of its inputs. Without a GPU the kernels run in Triton's interpreter, at
-toy sizes. `benchmarks.run` calls this before it times anything.
+Runs what `mixflow_fast/diagnostics/kernel_plan.py` lists: the checks of `mixflow-fast doctor` at
+the sizes that are timed, what the kernels draw, and that their bits are a function of the inputs.
+Without a GPU the kernels run in Triton's interpreter, at toy sizes. `benchmarks.run` calls this
+before it times anything.
 
 Exit status: 0 green, 1 red (a check failed, or did not fit the deadline), 2 no such device, 130
 interrupted (what was found until then is in the file).
@@ -15,29 +16,33 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from benchmarks import block_checks, draws, numerics, replay
 from benchmarks import rows as devices
-from benchmarks.block_ops import BLOCK_OPS
-from benchmarks.cases import KERNEL_OPS, OBJECTIVE_OPS
-from benchmarks.numerics import TIMED, Finding
+from benchmarks.ops import FAMILIES, GAMMA, KERNEL_OPS, PRED_DTYPE, REGISTRY, Cell, Made
 from benchmarks.rows import Deadline, Expectation
+from mixflow_fast.diagnostics.kernel_cases import (
+    Inputs,
+    Tensors,
+)
+from mixflow_fast.diagnostics.kernel_checks import (
+    ROUNDING,
+    Finding,
+    guarded,
+    relative_rms,
+    worst,
+)
+from mixflow_fast.diagnostics.kernel_plan import Level, tasks
 
-# A batch of at least four covers the four buckets of t. The odd one has rows that no vector fits.
-GPU_SHAPE, CPU_SHAPE = (8, 4, 32, 32), (4, 4, 4, 4)
-GPU_TIMED_SHAPES = (GPU_SHAPE, (5, 3, 7, 9), (256, 4, 32, 32), (64, 768, 16, 16))
-CPU_TIMED_SHAPES = (CPU_SHAPE,)
-GPU_BITS_SHAPE, CPU_BITS_SHAPE = (256, 4, 32, 32), (3, 3, 5, 3)
-
-# Two processes check them side by side, each into its own file.
-FAMILIES = {"objective": OBJECTIVE_OPS, "blocks": BLOCK_OPS}
-
-Task = tuple[str, Callable[[], Iterable[Finding]]]
+# Errors of a timed call in units of one rounding of its dtype, which tell a wrong result from a
+# right one at the timed shape; `kernel_checks.errors` holds ours to twice eager's error. Plain bf16
+# lines round after each operation, attention rounds its weights.
+OURS, OTHERS = 2.0, 6.0
+LOSS = 1e-5
 
 
 @dataclass
@@ -59,14 +64,11 @@ class Report:
 
     def table(self) -> str:
         """One line for each check and dtype with its worst tensor, then what failed."""
-        worst: dict[tuple[str, str], Finding] = {}
+        groups: dict[tuple[str, str], list[Finding]] = {}
         for finding in self.findings:
-            key = finding.check, finding.dtype
-            if key not in worst or _severity(finding) > _severity(worst[key]):
-                worst[key] = finding
+            groups.setdefault((finding.check, finding.dtype), []).append(finding)
         lines = [f"{'':4}{'error':>10}{'limit':>10}{'eager':>10}  check: worst tensor"]
-        for finding in worst.values():
-            lines.append(_line(finding))
+        lines += [_line(worst(findings)) for findings in groups.values()]
         if self.failures:
             lines += ["", f"{len(self.failures)} of {len(self.findings)} failed:"]
             lines += [_line(finding) for finding in self.failures]
@@ -74,12 +76,6 @@ class Report:
             lines += ["", "left out, the deadline or an interrupt came first:", *self.left_out]
         verdict = "green" if self.green else "RED"
         return "\n".join([*lines, "", f"correctness: {verdict}, {len(self.findings)} checks"])
-
-
-def _severity(finding: Finding) -> float:
-    if not finding.passed:
-        return math.inf
-    return finding.error / finding.limit if finding.limit else 0.0
 
 
 def _line(finding: Finding) -> str:
@@ -91,62 +87,13 @@ def _line(finding: Finding) -> str:
     )
 
 
-def tasks(
-    device: torch.device, impl: str, level: str, ops: Iterable[str] = KERNEL_OPS
-) -> Iterator[Task]:
-    """The checks of a level, the most telling first. Levels: `numerics.plan`.
-
-    Args:
-        ops: of `KERNEL_OPS` or "step", which needs all.
-    """
-    ops = set(KERNEL_OPS if "step" in ops else ops)
-    yield from block_checks.tasks(device, impl, level, ops & set(BLOCK_OPS))
-    if ops & set(OBJECTIVE_OPS):
-        yield from _objective_tasks(device, impl, level, ops & set(OBJECTIVE_OPS))
-
-
-def _objective_tasks(
-    device: torch.device, impl: str, level: str, ops: Iterable[str]
-) -> Iterator[Task]:
-    """Of `OBJECTIVE_OPS`; those other than "interpolate" need both kernels."""
-    on_gpu = device.type == "cuda"
-    needed = ("interpolate",) if set(ops) == {"interpolate"} else ("interpolate", "velocity_loss")
-    bits_shape = GPU_BITS_SHAPE if on_gpu else CPU_BITS_SHAPE
-
-    def errors(setting: numerics.Setting, shape: tuple[int, ...], dtype: torch.dtype) -> Task:
-        name = f"{setting} {shape} {dtype}"
-        return name, lambda: numerics.errors(setting, shape, dtype, device, impl, needed)
-
-    def bits(dtype: torch.dtype) -> Task:
-        return f"same bits {dtype}", lambda: draws.same_bits(device, impl, bits_shape, dtype)
-
-    plan = numerics.plan(level)
-    for setting, dtype in plan:
-        if setting == TIMED:
-            for shape in GPU_TIMED_SHAPES if on_gpu else CPU_TIMED_SHAPES:
-                yield errors(setting, shape, dtype)
-    yield "philox words", lambda: draws.integers(device, impl)
-    yield "philox normals", lambda: draws.normals(device, impl)
-    yield "times", lambda: draws.times(device, impl)
-    for dtype in (torch.bfloat16, torch.float32) if on_gpu else (torch.bfloat16,):
-        yield bits(dtype)
-    if set(needed) != {"interpolate"}:
-        yield "graph replays", lambda: replay.graph_replays(device, impl)
-    for setting, dtype in plan:
-        if setting != TIMED:
-            yield errors(setting, GPU_SHAPE if on_gpu else CPU_SHAPE, dtype)
-    # Last, as it is slow: on a GPU most of a minute, on the CPU minutes.
-    if on_gpu and level == "full" and set(needed) != {"interpolate"}:
-        yield "torch.compile", lambda: replay.compiled(device, impl)
-
-
 def run(
     device: torch.device,
     impl: str = "triton",
-    level: str = "timed",
+    level: Level = "timed",
     ops: Iterable[str] = KERNEL_OPS,
     deadline: Deadline | None = None,
-    found: Callable[[Finding], object] = lambda _: None,
+    found: Callable[[Finding], object] | None = None,
 ) -> Report:
     """Run the checks of a level. An exception in a check is a failure of that check.
 
@@ -160,31 +107,97 @@ def run(
     deadline = deadline or Deadline()
     report = Report()
     expectation = Expectation(first=10.0 if device.type == "cuda" else 2.0, cap=8.0)
-
-    def keep(finding: Finding) -> None:
-        report.findings.append(finding)
-        found(finding)
-
-    name = "every check"
     try:
-        for name, check in tasks(device, impl, level, ops):
-            if not deadline.fits(f"check {name}", expectation.seconds()):
-                report.left_out.append(name)
+        for task in tasks(device, impl, level, ops):
+            if not deadline.fits(task.name, expectation.seconds()):
+                report.left_out.append(task.name)
                 continue
             start = deadline.spent()
-            try:
-                for finding in check():
-                    keep(finding)
-                devices.synchronize(device)
-            except Exception as error:
-                what = f"raised {type(error).__name__}: {str(error).strip()[:300]}"
-                keep(Finding(name, what, "", math.inf, 0.0))
+            for finding in guarded(task.ops, task.name, "", task.run):
+                report.findings.append(finding)
+                if found is not None:
+                    found(finding)
             expectation.saw(deadline.spent() - start)
-            print(f"{deadline.spent():6.1f} s  {name}", flush=True)
+            print(f"{deadline.spent():6.1f} s  {task.name}", flush=True)
     except KeyboardInterrupt:
-        report.left_out.append(f"{name}, and what follows (interrupted)")
+        report.left_out.append(f"{task.name}, and what follows (interrupted)")
         report.interrupted = True
     return report
+
+
+def verify(
+    cell: Cell, inputs: Inputs, made: Made, provider: str, kept: Tensors | None = None
+) -> list[str]:
+    """What is wrong with the tensors that a call returned: one line each, empty if nothing is.
+
+    Everything is compared with float64 arithmetic at the very shape that is timed, so providers
+    with generators of their own are held to the same formula. Of attention the first and the last
+    sample are looked at.
+
+    Args:
+        kept: the truth of another provider of the cell, or empty, and then filled.
+    """
+    op, kept = REGISTRY[cell.op], {} if kept is None else kept
+    is_objective = cell.op in FAMILIES["objective"]
+    some, rows = inputs, None
+    if cell.op == "attention":
+        rows = [0, cell.shape[0] - 1]
+        some = inputs.rows(rows)
+    try:
+        truth = kept or op.truth(cell, some, made)
+    except ValueError as error:
+        return [str(error)]
+    wrong = []
+    if is_objective:
+        wrong += _draw_faults(cell, made)
+    else:
+        kept.update(truth)
+    for name, exact in truth.items():
+        # Samples apart, a weight's gradient is that of another batch.
+        of_batch = rows is not None and name.removeprefix("d") in inputs.shared
+        value = made[name] if rows is None or of_batch else made[name][rows]
+        dtype = cell.dtype
+        if is_objective and name != "x":
+            dtype = torch.float32 if name == "loss" else PRED_DTYPE
+        if value.shape != exact.shape or value.dtype != dtype:
+            wrong.append(f"{name} is {value.dtype} {tuple(value.shape)}")
+            continue
+        allowed = LOSS if name == "loss" else _slack(cell, provider) * ROUNDING[dtype]
+        error = 0.0 if of_batch else relative_rms(value, exact)
+        if not error <= allowed:
+            wrong.append(f"{name}: {error:.3g}, allowed {allowed:.3g}")
+    return wrong
+
+
+def _slack(cell: Cell, provider: str) -> float:
+    if cell.op in FAMILIES["objective"]:
+        return 1.0
+    return OURS if provider == "mixflow_fast" and cell.op != "attention" else OTHERS
+
+
+def _draw_faults(cell: Cell, made: Made) -> list[str]:
+    """What of the noise and the times is not as it should be distributed."""
+    if cell.op == "velocity_loss":
+        return []
+    x0 = (made["x0"]() if callable(made["x0"]) else made["x0"]).double()
+    t, slowed_t = made["t"].double(), made["slowed_t"].double()
+    # Six standard errors; Beta(2, 1) has the standard deviation 1 / sqrt(18), and bf16 rounds x0.
+    by_name = {
+        "mean of t less 2/3": (t.mean().item() - 2 / 3, 6 / math.sqrt(18 * len(t))),
+        "mean of x0": (x0.mean().item(), 6 / math.sqrt(cell.elements) + 1e-3),
+        "variance of x0 less 1": (
+            x0.square().mean().item() - 1,
+            6 * math.sqrt(2 / cell.elements) + 1e-3,
+        ),
+    }
+    wrong = [
+        f"{name}: {abs(off):.3g}, allowed {allowed:.3g}"
+        for name, (off, allowed) in by_name.items()
+        if not abs(off) <= allowed
+    ]
+    if not bool(((slowed_t <= t) & (slowed_t >= (1 - GAMMA) * t - 1e-6)).all()):
+        wrong.append("slowed_t is not in [(1 - gamma) t, t]")
+    return wrong
 
 
 class Log:
@@ -222,12 +235,11 @@ def main(argv: list[str] | None = None) -> int:
     environment = devices.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()), flush=True)
     ops = args.op or FAMILIES.get(args.family, KERNEL_OPS)
-    chosen = device, args.impl, args.level, ops, deadline
-    if args.out is None:
-        report = run(*chosen)
-    else:
+    keep = None
+    if args.out is not None:
         name = f"correctness_{args.family}.jsonl" if args.family else "correctness.jsonl"
-        report = run(*chosen, Log(args.out / name, environment).add)
+        keep = Log(args.out / name, environment).add
+    report = run(device, args.impl, args.level, ops, deadline, keep)
     print(report.table(), flush=True)
     if report.interrupted:
         return 130

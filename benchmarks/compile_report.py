@@ -1,6 +1,6 @@
 """What the kernels compile to, without a GPU: `python -m benchmarks.compile_report`.
 
-What is compiled is what is launched: each case calls the public functions on CPU tensors, Triton
+What is compiled is what is launched: each case calls the operators on CPU tensors, Triton
 itself specialises every launch for the architecture, and the launch is recorded instead of made.
 The records are compiled with Triton's own ptxas. One row for each kernel, case and architecture,
 and status 1 if any of them spills registers, uses local memory or has an atomic. It says nothing
@@ -18,38 +18,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from unittest import mock
 
-import torch
-
-from benchmarks import block_cases
-from mixflow_fast import MixFlow, Moments
-from mixflow_fast.kernels import philox, runtime
+from benchmarks.compile_cases import CASES, Case
+from mixflow_fast.kernels import runtime
 
 ARCHS, KNOWN_ARCHS = (80, 90, 100), (80, 86, 89, 90, 100, 120)
-SIT, RAE, PIXELS, ODD = (256, 4, 32, 32), (32, 768, 16, 16), (64, 3, 256, 256), (3, 7, 9, 5)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call whose launches are compiled.
-
-    Attributes:
-        op: the operator's name.
-        variant: what is particular about this call.
-        call: makes it, and calls its argument where what went before was only preparation.
-        quick: whether `--quick` has it.
-    """
-
-    op: str
-    variant: str
-    call: Callable[[Callable[[], None]], object]
-    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +97,7 @@ def recording(arch: int) -> Iterator[list[Launch]]:
 def launches_of(case: Case, arch: int) -> list[Launch]:
     with recording(arch) as launches:
         case.call(launches.clear)
-        return list(launches)
+        return [x for x in launches if not case.kernels or x.kernel in case.kernels]
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
@@ -211,115 +188,6 @@ def is_red(row: dict[str, object]) -> bool:
     return any(row[name] for name in names)
 
 
-def _prepare(shape, dtype, given=False, moments=False, patch_size=None, **options):
-    x1 = torch.empty(shape, dtype=dtype)
-    taken = {}
-    if given:
-        t = torch.zeros(shape[0])
-        taken = dict(x0=torch.empty(shape, dtype=dtype), t=t, slowed_t=t)
-    mix = MixFlow(**{"clock": "data_at_1", "impl": "triton"} | options)
-    return mix, mix.prepare(Moments(x1, x1) if moments else x1, patch_size=patch_size, **taken)
-
-
-def _interpolate(mark, **options):
-    _prepare(**options)
-
-
-def _loss(
-    mark,
-    shape,
-    dtype,
-    pred_dtype=None,
-    mode="full",
-    tokens=None,
-    weight=None,
-    reduction="mean",
-    learn_sigma=False,
-    **options,
-):
-    """mode: "forward" (no gradient), "full" (both in one), "backward" (what follows, alone)."""
-    mix, it = _prepare(shape, dtype, **options)
-    B, C, H, W = shape
-    C *= 2 if learn_sigma else 1
-    pred_shape = (B, H // tokens * (W // tokens), tokens**2 * C) if tokens else (B, C, H, W)
-    pred = torch.empty(pred_shape, dtype=pred_dtype or dtype, requires_grad=mode != "forward")
-    weight = None if weight is None else torch.ones(weight)
-    mark()
-    loss = mix.loss(pred, it, weight=weight, reduction=reduction, learn_sigma=learn_sigma)
-    if mode == "backward":
-        mark()
-        torch.autograd.grad(loss, pred, torch.ones_like(loss))
-
-
-def _normal(mark, shape):
-    numel = torch.Size(shape[1:]).numel()
-    philox.normal(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
-
-
-def _cases() -> list[Case]:
-    """Every kind of launch at least once: not every product of kinds."""
-
-    def case(op, call, variant, shape, quick=False, **options):
-        return Case(op, variant, partial(call, shape=shape, **options), quick)
-
-    interpolate = partial(case, "interpolate", _interpolate)
-    loss = partial(case, "velocity_loss", _loss)
-    backward = partial(case, "velocity_loss", _loss, mode="backward")
-    scale = partial(case, "scale_gradient_", _loss, mode="backward")
-    noise_at_1 = {"clock": "noise_at_1"}
-    plain = [("rae bf16", RAE, BF16), ("rae fp32", RAE, FP32)]
-    plain += [("sit bf16", SIT, BF16), ("sit fp32", SIT, FP32)]
-    return [
-        *(interpolate(name, shape, True, dtype=dtype) for name, shape, dtype in plain),
-        interpolate("rae bf16 tokens", RAE, dtype=BF16, patch_size=1),
-        interpolate("sit bf16 tokens of 2", SIT, dtype=BF16, patch_size=2),
-        interpolate("rae bf16 given", RAE, dtype=BF16, given=True),
-        interpolate(
-            *("sit bf16 moments, gvp, full interval, noise at 1", SIT),
-            **dict(dtype=BF16, moments=True, path="gvp", interval="full", **noise_at_1),
-        ),
-        interpolate("sit fp16 moments, tokens of 2", SIT, dtype=FP16, moments=True, patch_size=2),
-        interpolate(
-            *("rae bf16 logit-normal, shift, noise at 1", RAE),
-            **dict(dtype=BF16, timesteps="logit-normal", shift=6.93, **noise_at_1),
-        ),
-        interpolate(
-            *("odd fp16 vp, uniform, raw interval, shift", ODD),
-            **dict(dtype=FP16, path="vp", timesteps="uniform", interval="raw", shift=2.0),
-        ),
-        interpolate("odd fp32 tokens", ODD, dtype=FP32, patch_size=1),
-        *(loss(name, shape, True, dtype=dtype) for name, shape, dtype in plain),
-        loss("rae fp32 data, bf16 prediction", RAE, dtype=FP32, pred_dtype=BF16),
-        loss("pixels bf16, no gradient", PIXELS, dtype=BF16, mode="forward"),
-        loss("sit bf16 tokens of 2, sigma", SIT, True, dtype=BF16, tokens=2, learn_sigma=True),
-        loss("rae bf16 tokens", RAE, dtype=BF16, tokens=1),
-        loss(
-            *("sit bf16 moments, gvp, noise at 1", SIT),
-            **dict(dtype=BF16, moments=True, path="gvp", **noise_at_1),
-        ),
-        loss("rae bf16 given", RAE, dtype=BF16, given=True),
-        loss("sit bf16 data prediction", SIT, dtype=BF16, prediction="data"),
-        loss(
-            *("sit bf16 score, vp, likelihood weight, sigma", SIT),
-            **dict(dtype=BF16, prediction="score", path="vp", loss_weight="likelihood"),
-            learn_sigma=True,
-        ),
-        loss(
-            *("sit fp16 noise, gvp, velocity weight, weight per sample", SIT),
-            **dict(dtype=FP16, prediction="noise", path="gvp", loss_weight="velocity"),
-            **dict(weight=SIT[:1], reduction="none"),
-        ),
-        loss("sit bf16 mask", SIT, dtype=BF16, weight=(SIT[0], 1, *SIT[2:])),
-        loss("odd fp32 tokens of 3", (3, 7, 9, 6), dtype=FP32, tokens=3),
-        backward("sit fp16", SIT, dtype=FP16),
-        backward("odd fp16 per sample", ODD, dtype=FP16, reduction="none"),
-        scale("rae bf16", RAE, True, dtype=BF16),
-        scale("sit fp32 per sample", SIT, dtype=FP32, reduction="none"),
-        case("normal", _normal, "sit", SIT, True),
-        case("normal", _normal, "odd", ODD),
-    ]
-
-
 def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, object]]:
     """One row for each distinct launch of the cases and each architecture.
 
@@ -352,7 +220,6 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
                     yield names | row
 
 
-CASES = [*_cases(), *(Case(*row) for row in block_cases.rows())]
 _LINE = "{:<22} {:<14} {:<55} {:>6} {:>5} {:>4} {:>5} {:>5} {:>6} {:>7} {:>7} {:>5}"
 _HEAD = ("op", "kernel", "variant", "arch", "warps", "regs", "spill", "stack", "shared", "128-bit")
 

@@ -1,32 +1,56 @@
-"""The plain lines of the transformer-block ops: providers "eager" and "compile".
+"""The plain lines of every operator: providers "eager" and "compile".
 
-As the networks' eager mode has them, with PyTorch's fused norms and attention. `RECOMPUTE` are the
-gradients of an activation together with the activation itself, in closed form: one loop over memory
-for a compiler, where autograd's lines of both directions would be two.
+Those of the objective are what a trainer holds today, written for speed as a careful user would:
+noise in the data's dtype, arithmetic in float32, and the noise (not a float32 target) kept for the
+loss. Our own reference is no baseline: its integer Philox would make an unfairly slow one. Those of
+the transformer block are the networks' eager mode, with PyTorch's fused norms and attention.
+`RECOMPUTE` are the gradients of an activation together with the activation itself, in closed form:
+one loop over memory for a compiler, where autograd's lines of both directions would be two.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
+import benchmarks.rows  # noqa: F401 (chooses Triton's interpreter, before Triton is imported)
+from mixflow_fast.diagnostics.block_cases import EPS
 from mixflow_fast.models.blocks import rotate
 
-EPS = 1e-6
+GAMMA = 0.8
+
+
+def interpolate(x1: Tensor, x0: Tensor, slowed_t: Tensor) -> Tensor:
+    """x_m = m x1 + (1 - m) x0 in float32, cast to x1's dtype; slowed_t: (B,) float32."""
+    m = slowed_t.view(-1, *([1] * (x1.dim() - 1)))
+    return (m * x1.float() + (1 - m) * x0.float()).to(x1.dtype)
+
+
+def prepare(x1: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_m, t, m, x0) for t ~ Beta(2, 1), m ~ U[(1 - gamma) t, t], x0 ~ N(0, I)."""
+    x0 = torch.randn_like(x1)
+    t = torch.rand(len(x1), device=x1.device).sqrt()
+    slowed_t = t * (1 - gamma * torch.rand(len(x1), device=x1.device))
+    return interpolate(x1, x0, slowed_t), t, slowed_t, x0
+
+
+def velocity_loss(pred: Tensor, x1: Tensor, x0: Tensor) -> Tensor:
+    """Mean over samples and elements of |pred - (x1 - x0)|^2 in float32."""
+    error = pred.float() - (x1.float() - x0.float())
+    return error.square().flatten(1).mean(dim=1).mean()
 
 
 class BiasOfProduct(torch.autograd.Function):
     """Stands for the end of a matrix product that added a bias: its result is there already."""
 
     @staticmethod
-    def forward(ctx: Any, biased: Tensor, product: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, biased: Tensor, product: Tensor, bias: Tensor) -> Tensor:
         return biased.view_as(biased)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[None, Tensor, Tensor]:
         return None, dz, dz.flatten(0, -2).sum(0)
 
 
@@ -106,14 +130,14 @@ PLAIN = {
 }
 
 
-def plain_gelu_again(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_gelu_recompute(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(gelu(x + bias), dx, dbias)."""
     z = x + bias
     dz = torch.ops.aten.gelu_backward(dy, z, approximate="tanh")
     return F.gelu(z, approximate="tanh"), dz, dz.flatten(0, -2).sum(0)
 
 
-def plain_swiglu_again(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_swiglu_recompute(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(silu(a) b, dx, dbias) where x + bias is (a, b)."""
     a, b = (x + bias).chunk(2, dim=-1)
     sigmoid, silu = a.sigmoid(), F.silu(a)
@@ -121,4 +145,4 @@ def plain_swiglu_again(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     return silu * b, dx, dx.flatten(0, -2).sum(0)
 
 
-RECOMPUTE = {"gelu": plain_gelu_again, "swiglu": plain_swiglu_again}
+RECOMPUTE = {"gelu": plain_gelu_recompute, "swiglu": plain_swiglu_recompute}

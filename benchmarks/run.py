@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import checks, plots, rows
-from benchmarks.block_ops import BLOCK_OPS
-from benchmarks.cases import KERNEL_OPS, OBJECTIVE_OPS, OPS, kernel_cases
-from benchmarks.kernel_suite import KernelSuite
+from benchmarks.cells import kernel_cells
+from benchmarks.ops import BLOCK_OPS, KERNEL_OPS, OBJECTIVE_OPS, OPS
 from benchmarks.step import StepSuite
 from benchmarks.step_optimizers import time_deepspeed
+from benchmarks.suite import KernelSuite
 from mixflow_fast import files
 
 if TYPE_CHECKING:
@@ -184,10 +184,10 @@ def _time(job: Job, red: set[str]) -> list[str]:
     # On the CPU the kernels run in an interpreter: timing that would only take long.
     impl = "reference" if job.device.type == "cpu" else "triton"
     refused: list[str] = []
-    cases = [case for case in kernel_cases(job.ops, job.smoke) if case.op not in red]
-    if cases:
+    cells = [cell for cell in kernel_cells(job.ops, job.smoke) if cell.op not in red]
+    if cells:
         kernels = KernelSuite(job.device, job.writer, job.deadline, impl, job.smoke)
-        kernels.run(cases)
+        kernels.run(cells)
         refused += kernels.refused
     if "step" in job.ops:
         step = StepSuite(job.device, job.writer, job.deadline, impl, job.smoke, red)

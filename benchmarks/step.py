@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.flops import PEAK_TFLOPS, train_flops
-from benchmarks.providers import GAMMA
+from benchmarks.plain import GAMMA
 from benchmarks.rows import (
     Cell,
     Deadline,

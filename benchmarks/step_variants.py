@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.providers import GAMMA, interpolate, prepare, velocity_loss
+from benchmarks.plain import GAMMA, interpolate, prepare, velocity_loss
 from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights
 from mixflow_fast import MixFlow
 from mixflow_fast.kernels.attention.choice import choose_backend

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from benchmarks import block_providers, timing
-from benchmarks.block_ops import BlockCase
-from benchmarks.cases import Case
-from benchmarks.providers import Call, Compiler, make_inputs, mixflow_call, plain_call
+from benchmarks import timing
+from benchmarks.checks import verify
+from benchmarks.ops import FAMILIES, REGISTRY, Call, Cell, NotThere
 from benchmarks.rows import (
     Deadline,
     Expectation,
@@ -20,13 +20,77 @@ from benchmarks.rows import (
     paired_ratio,
     percentiles,
 )
-from benchmarks.verify import verify
+from mixflow_fast.diagnostics.kernel_cases import Function, Inputs, Tensors, shape_name
 from mixflow_fast.messages import error_line
 
 # Columns of the table; others follow in the same line.
 COLUMNS = ("eager", "compile", "mixflow_fast")
-AnyCase = Case | BlockCase
 NO_COMPILE = "left out in a smoke run: the first C++ compilation takes most of a minute"
+# Arguments of torch.compile. The last mode compiles neighbours of a choice one at a time, several
+# seconds a kernel: it is tried where memory bounds bf16, the cells that are claims.
+COMPILE_MODES = {
+    "default": {},
+    "max-autotune without coordinate descent": {"options": {"max_autotune": True}},
+    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+}
+SLOW_TO_COMPILE = "max-autotune-no-cudagraphs"
+# Below this a call is bound by launches, above it by memory: the two are tuned apart.
+SMALL_ELEMENTS = 1 << 23
+
+
+def is_small(cell: Cell) -> bool:
+    return cell.elements < SMALL_ELEMENTS
+
+
+def modes_to_try(cell: Cell) -> list[str]:
+    """The modes of torch.compile that are timed for the cell's class."""
+    every = cell.op in FAMILIES["objective"] and not is_small(cell)
+    every = every and cell.dtype is torch.bfloat16
+    return [mode for mode in COMPILE_MODES if every or mode != SLOW_TO_COMPILE]
+
+
+class Compiler:
+    """torch.compile of the plain lines, static shapes, in the fastest mode for the cell's class.
+
+    Timed at the first cell of (op, mode, variant, small or large, dtype); the winner serves the
+    others of that class, which keeps the time spent compiling inside a ten-minute run.
+
+    Args:
+        quick_ms: time of a call in milliseconds, a few repetitions.
+    """
+
+    def __init__(self, quick_ms: Callable[[Call], float]) -> None:
+        self._quick_ms = quick_ms
+        self._choice: dict[tuple[object, ...], tuple[str, str]] = {}
+        self._functions: dict[tuple[str, Function], Function] = {}
+        # Static shapes compile afresh for each; the default of 8 would fall back to eager.
+        torch._dynamo.config.recompile_limit = 256
+
+    def call(self, cell: Cell, inputs: Inputs) -> tuple[Call, str]:
+        """The call, and a sentence that says how it was tuned."""
+        plain = REGISTRY[cell.op].plain
+        key = (cell.op, cell.mode, cell.variant, is_small(cell), cell.dtype)
+        if key not in self._choice:
+            tried = modes_to_try(cell)
+            times = {
+                mode: self._quick_ms(plain(cell, inputs, partial(self._compiled, mode)))
+                for mode in tried
+            }
+            best = min(times, key=times.__getitem__)
+            text = ", ".join(f"{mode} {ms:.4f} ms" for mode, ms in times.items())
+            how = f"torch.compile, {best}, chosen at {shape_name(cell.shape)} ({text})"
+            left = [mode for mode in COMPILE_MODES if mode not in tried]
+            how += f"; not tried: {', '.join(left)}" if left else ""
+            self._choice[key] = best, how
+        mode, how = self._choice[key]
+        return plain(cell, inputs, partial(self._compiled, mode)), how
+
+    def _compiled(self, mode: str, function: Function) -> Function:
+        """The mode's version of a module-level function, made once."""
+        key = mode, function
+        if key not in self._functions:
+            self._functions[key] = torch.compile(function, dynamic=False, **COMPILE_MODES[mode])
+        return self._functions[key]
 
 
 class KernelSuite:
@@ -36,7 +100,7 @@ class KernelSuite:
         device: where.
         writer: takes the rows.
         deadline: cells that would not fit are left out.
-        impl: of `MixFlow`; a smoke run on the CPU times the reference.
+        impl: of the operators; a smoke run on the CPU times the reference.
         smoke: few rounds, and `compile` is left out.
 
     Attributes:
@@ -57,22 +121,22 @@ class KernelSuite:
         self._on_gpu = device.type == "cuda"
         self._timer = timing.CudaTimer() if self._on_gpu else None
         self._compiler = Compiler(self._timer.quick_ms) if self._timer else None
-        self._to_count: list[tuple[AnyCase, str, str]] = []
+        self._to_count: list[tuple[Cell, str, str]] = []
         self._copy = timing.copy_bandwidth(self._timer) if self._timer else None
         if self._copy:
             print(f"copy bandwidth {self._copy / 1e9:.0f} GB/s (1 GiB, read plus written)")
 
-    def run(self, cases: list[AnyCase]) -> None:
-        """Every case in turn, as far as the deadline goes, then the launches of those timed."""
+    def run(self, cells: list[Cell]) -> None:
+        """Every cell in turn, as far as the deadline goes, then the launches of those timed."""
         self._print_head()
         expectation = Expectation(first=20.0 if self._on_gpu else 1.0, cap=20.0)
-        for number, case in enumerate(cases):
-            if self._deadline.fits(case.label, expectation.seconds()):
+        for number, cell in enumerate(cells):
+            if self._deadline.fits(cell.label, expectation.seconds()):
                 start = self._deadline.spent()
                 try:
-                    self._cell(case)
+                    self._cell(cell)
                 except Exception as error:  # the other cells are worth having
-                    self.refused.append(f"{case.label}: {error_line(error)}")
+                    self.refused.append(f"{cell.label}: {error_line(error)}")
                     print(self.refused[-1], flush=True)
                 expectation.saw(self._deadline.spent() - start)
             if number == 0 and self._on_gpu:
@@ -80,59 +144,65 @@ class KernelSuite:
                 gc.collect()
                 gc.freeze()
         # The profiler slows what is timed after it.
-        for case, provider, note in self._to_count:
+        for cell, provider, note in self._to_count:
             if self._deadline.left() > 2:
                 try:
-                    self._write_launches(case, provider, note)
+                    self._write_launches(cell, provider, note)
                 except Exception as error:  # the other counts are worth having
-                    print(f"{case.label} {provider}: no launches: {error_line(error)}", flush=True)
+                    print(f"{cell.label} {provider}: no launches: {error_line(error)}", flush=True)
 
-    def _inputs(self, case: AnyCase) -> Any:
-        make = block_providers.make_inputs if isinstance(case, BlockCase) else make_inputs
-        return make(case, self._device)
-
-    def _call(self, provider: str, case: AnyCase, inputs: Any) -> tuple[Call, str]:
+    def _call(self, provider: str, cell: Cell, inputs: Inputs) -> tuple[Call, str]:
         """The provider's call, and a sentence that says how it was set up."""
-        block = isinstance(case, BlockCase)
-        plain = block_providers.plain_call if block else plain_call
+        op = REGISTRY[cell.op]
         if provider == "compile":
-            return self._compiler.call(case, inputs, plain)
+            return self._compiler.call(cell, inputs)
         if provider == "eager":
-            return plain(case, inputs), "plain PyTorch lines"
-        if not block:
-            return mixflow_call(case, inputs, self._impl), f"MixFlow(impl={self._impl!r})"
+            return op.plain(cell, inputs), "plain PyTorch lines"
         if provider == "mixflow_fast":
-            call = block_providers.mixflow_call(case, inputs, self._impl)
-            return call, block_providers.note(case, inputs, self._impl)
-        return block_providers.other_call(provider, case, inputs, self._impl)
+            return op.ours(cell, inputs, self._impl)
+        return op.other(provider, cell, inputs, self._impl)
 
-    @staticmethod
-    def _wrong(provider: str, case: AnyCase, inputs: Any, made: dict[str, Any]) -> list[str]:
-        if isinstance(case, BlockCase):
-            found = block_providers.verify(case, inputs, made, provider)
-        else:
-            found = verify(case, inputs, made)
-        return [f"{provider}: {line}" for line in found]
-
-    def _cell(self, case: AnyCase) -> None:
+    def _cell(self, cell: Cell) -> None:
         if self._on_gpu:
             torch.cuda.empty_cache()
-        inputs = self._inputs(case)
+        inputs = REGISTRY[cell.op].inputs(cell, self._device)
+        calls, notes, wrong = self._right_calls(cell, inputs)
+        if wrong:
+            self.refused.append(cell.label)
+            print(f"{cell.label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
+            return
+        rounds = 3 if self._smoke else 8
+        timed = timing.measure(calls, self._device, self._timer, rounds)
+        latency = self._write_times(cell, timed, notes)
+        ratios = self._write_ratios(cell, timed, notes)
+        self._print_line(cell, latency, ratios)
+        if self._on_gpu:
+            for provider, call in calls.items():
+                peak = timing.peak_memory_mib(call)
+                self._add_value(cell, provider, "peak_memory_mib", peak, note=notes[provider])
+                self._to_count.append((cell, provider, notes[provider]))
+
+    def _right_calls(
+        self, cell: Cell, inputs: Inputs
+    ) -> tuple[dict[str, Call], dict[str, str], list[str]]:
+        """(calls, notes on them, what is wrong) by provider; says which are not there, and why."""
         calls: dict[str, Call] = {}
         notes: dict[str, str] = {}
         missing: dict[str, str] = {}
         wrong: list[str] = []
-        for provider in case.providers:
+        truth: Tensors = {}
+        for provider in cell.providers:
             if provider == "compile" and self._compiler is None:
                 missing[provider] = NO_COMPILE
                 continue
             try:
-                call, notes[provider] = self._call(provider, case, inputs)
-                found = self._wrong(provider, case, inputs, call())
+                call, notes[provider] = self._call(provider, cell, inputs)
+                lines = verify(cell, inputs, call(), provider, truth)
+                found = [f"{provider}: {line}" for line in lines]
                 if found and provider not in COLUMNS:  # no reason to leave out the others
-                    raise block_providers.NotThere(f"wrong result: {', '.join(found)}")
+                    raise NotThere(f"wrong result: {', '.join(found)}")
                 wrong += found
-            except block_providers.NotThere as error:
+            except NotThere as error:
                 missing[provider] = str(error)
             except Exception as error:
                 text = error_line(error)
@@ -142,59 +212,44 @@ class KernelSuite:
             else:
                 calls[provider] = call
         for provider, why in missing.items():
-            self._add(case, provider, "latency_ms", None, note=why)
+            self._add(cell, provider, "latency_ms", None, note=why)
             if why != NO_COMPILE:
-                print(f"{case.label}: without {provider}: {why}", flush=True)
-        if wrong:
-            self.refused.append(case.label)
-            print(f"{case.label}: RED, no speed:", *wrong, sep="\n  ", flush=True)
-            return
-        if isinstance(case, BlockCase):
-            inputs.scratch.clear()
-        rounds = 3 if self._smoke else 8
-        timed = timing.measure(calls, self._device, self._timer, rounds)
-        latency = self._write_times(case, timed, notes)
-        ratios = self._write_ratios(case, timed, notes)
-        self._print_line(case, latency, ratios)
-        if self._on_gpu:
-            for provider, call in calls.items():
-                peak = timing.peak_memory_mib(call)
-                self._add_value(case, provider, "peak_memory_mib", peak, note=notes[provider])
-                self._to_count.append((case, provider, notes[provider]))
+                print(f"{cell.label}: without {provider}: {why}", flush=True)
+        return calls, notes, wrong
 
-    def _write_launches(self, case: AnyCase, provider: str, note: str) -> None:
-        call, _ = self._call(provider, case, self._inputs(case))
+    def _write_launches(self, cell: Cell, provider: str, note: str) -> None:
+        call, _ = self._call(provider, cell, REGISTRY[cell.op].inputs(cell, self._device))
         call()
         launches = timing.count_launches(call)
         why = note if launches else f"{note}; the profiler saw no device activity"
-        self._add_value(case, provider, "launches", launches, note=why)
+        self._add_value(cell, provider, "launches", launches, note=why)
 
     def _write_times(
-        self, case: AnyCase, timed: timing.Timing, notes: dict[str, str]
+        self, cell: Cell, timed: timing.Timing, notes: dict[str, str]
     ) -> dict[str, Percentiles]:
         """The rows of each provider; returns their latencies."""
         latency = {}
         for provider, rounds in timed.rounds.items():
             note, method = notes[provider], timed.method
             latency[provider] = p = percentiles([value for each in rounds for value in each])
-            self._add(case, provider, "latency_ms", p, note=note, timing=method)
+            self._add(cell, provider, "latency_ms", p, note=note, timing=method)
             wall = percentiles(timed.wall[provider])
             how = f"wall time per call of {timing.WALL_CALLS}" if self._on_gpu else method
-            self._add(case, provider, "call_ms", wall, note=note, timing=how)
+            self._add(cell, provider, "call_ms", wall, note=note, timing=how)
             if not self._on_gpu:
                 continue
             # The fast percentile of a time is the high one of a rate.
-            rate = Percentiles(*(case.algorithmic_bytes / (ms * 1e6) for ms in p[::-1]))
+            rate = Percentiles(*(cell.algorithmic_bytes / (ms * 1e6) for ms in p[::-1]))
             percent = Percentiles(*(100 * gb * 1e9 / self._copy for gb in rate))
-            self._add(case, provider, "gb_per_s", rate, note=note, timing=method)
-            self._add(case, provider, "percent_of_copy", percent, note=note, timing=method)
-            if case.flops:
-                tflops = Percentiles(*(case.flops / (ms * 1e9) for ms in p[::-1]))
-                self._add(case, provider, "model_tflops", tflops, note=note, timing=method)
+            self._add(cell, provider, "gb_per_s", rate, note=note, timing=method)
+            self._add(cell, provider, "percent_of_copy", percent, note=note, timing=method)
+            if cell.flops:
+                tflops = Percentiles(*(cell.flops / (ms * 1e9) for ms in p[::-1]))
+                self._add(cell, provider, "model_tflops", tflops, note=note, timing=method)
         return latency
 
     def _write_ratios(
-        self, case: AnyCase, timed: timing.Timing, notes: dict[str, str]
+        self, cell: Cell, timed: timing.Timing, notes: dict[str, str]
     ) -> dict[str, tuple[Ratio, Ratio]]:
         """The rows of ours against each other provider; returns those of latency_ms and call_ms."""
         medians = {
@@ -202,7 +257,7 @@ class KernelSuite:
             for provider, rounds in timed.rounds.items()
         }
         ratios = {}
-        for provider in case.providers:  # the rounds turn their order
+        for provider in cell.providers:  # the rounds turn their order
             if provider == "mixflow_fast" or provider not in timed.rounds:
                 continue
             note = f"per round, {len(medians[provider])} rounds; against {notes[provider]}"
@@ -211,32 +266,32 @@ class KernelSuite:
                 for times in (medians, timed.wall)
             )
             for prefix, ratio in zip(("", "call_"), ratios[provider], strict=True):
-                identity = self._identity(case, "mixflow_fast", f"{prefix}speedup_over_{provider}")
+                identity = self._identity(cell, "mixflow_fast", f"{prefix}speedup_over_{provider}")
                 self._writer.add(**identity, **ratio._asdict(), timing=timed.method, note=note)
         return ratios
 
     @staticmethod
-    def _identity(case: AnyCase, provider: str, metric: str) -> dict[str, object]:
+    def _identity(cell: Cell, provider: str, metric: str) -> dict[str, object]:
         return {
-            "op": case.op,
+            "op": cell.op,
             "provider": provider,
-            "mode": case.mode,
-            "variant": case.variant,
+            "mode": cell.mode,
+            "variant": cell.variant,
             "metric": metric,
-            "shape": list(case.shape),
-            "dtype": case.dtype_name,
+            "shape": list(cell.shape),
+            "dtype": cell.dtype_name,
         }
 
     def _add(
-        self, case: AnyCase, provider: str, metric: str, p: Percentiles | None, **fields: str
+        self, cell: Cell, provider: str, metric: str, p: Percentiles | None, **fields: str
     ) -> None:
         values = p._asdict() if p else {"p50": None}
-        self._writer.add(**self._identity(case, provider, metric), **values, **fields)
+        self._writer.add(**self._identity(cell, provider, metric), **values, **fields)
 
     def _add_value(
-        self, case: AnyCase, provider: str, metric: str, value: float | None, note: str
+        self, cell: Cell, provider: str, metric: str, value: float | None, note: str
     ) -> None:
-        self._writer.add(**self._identity(case, provider, metric), p50=value, note=note)
+        self._writer.add(**self._identity(cell, provider, metric), p50=value, note=note)
 
     def _print_head(self) -> None:
         heads = "".join(f"{provider:>14}" for provider in COLUMNS)
@@ -248,7 +303,7 @@ class KernelSuite:
 
     def _print_line(
         self,
-        case: AnyCase,
+        cell: Cell,
         latency: dict[str, Percentiles],
         ratios: dict[str, tuple[Ratio, Ratio]],
     ) -> None:
@@ -258,10 +313,10 @@ class KernelSuite:
         percent = ""
         if self._copy:
             seconds = latency["mixflow_fast"].p50 * 1e-3
-            percent = f"{100 * case.algorithmic_bytes / seconds / self._copy:.0f}%"
+            percent = f"{100 * cell.algorithmic_bytes / seconds / self._copy:.0f}%"
         wins = ", ".join(
             ("" if provider in COLUMNS else f"{provider} {latency[provider].p50:.4f} ms ")
             + f"{device.p50:.2f}x [{device.low95:.2f}, {device.high95:.2f}] / {wall.p50:.2f}x"
             for provider, (device, wall) in ratios.items()
         )
-        print(f"{case.label:64}{times}{percent:>9}  {wins}", flush=True)
+        print(f"{cell.label:64}{times}{percent:>9}  {wins}", flush=True)

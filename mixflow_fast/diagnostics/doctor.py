@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import math
 import os
 import platform
 import shutil
@@ -21,13 +22,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mixflow_fast import __version__
 from mixflow_fast.kernels import runtime
 from mixflow_fast.messages import error_line
+
+if TYPE_CHECKING:
+    from mixflow_fast.diagnostics.kernel_checks import Finding
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 9)
 # A build that is older than this holds its lock for nothing, most likely.
@@ -61,7 +65,7 @@ class Diagnosis:
     def _count(self, status: str) -> int:
         return sum(c.status == status for checks in self.sections.values() for c in checks)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """One object: version, healthy, seconds, sections -> lists of checks."""
         sections = {name: [asdict(c) for c in checks] for name, checks in self.sections.items()}
         return {
@@ -91,7 +95,7 @@ def diagnose(log: Callable[[str], None] = lambda section: None) -> Diagnosis:
     """Run every check: some 10 s, on a GPU more where Triton has not compiled the kernels before.
 
     Args:
-        say: told the name of each section before it.
+        log: told the name of each section before it.
     """
     started = time.perf_counter()
     if not torch.cuda.is_available():
@@ -174,7 +178,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    from mixflow_fast.diagnostics.kernel_checks import check_kernels
+    from mixflow_fast.diagnostics.kernel_checks import check_kernels, worst
 
     device = _device()
     version = _version("triton")
@@ -187,23 +191,28 @@ def _kernels() -> Iterator[Check]:
     else:
         found = f"{version or 'not installed'}; on a CPU its kernels are not used"
         yield Check("triton", "info", f"{found}, the operators' own path is checked instead")
-    by_op: dict[str, list[Any]] = {}
+    by_op: dict[str, list[Finding]] = {}
     for finding in check_kernels(device):
         by_op.setdefault(finding.op, []).append(finding)
     for op, findings in by_op.items():
-        failed = [f for f in findings if not f.passed]
-        if failed:
-            text = "; ".join(_finding(f) for f in failed)
-            do = "do not train with it: objective.impl=reference, model.mode=eager; please report"
-            yield Check(op, "fail", text, do)
-        else:
-            yield Check(op, "ok", "; ".join(_finding(f) for f in findings))
+        if all(finding.passed for finding in findings):
+            of_dtypes = {
+                f.dtype: worst(x for x in findings if x.dtype == f.dtype) for f in findings
+            }
+            yield Check(op, "ok", "; ".join(_finding(f) for f in of_dtypes.values()))
+            continue
+        # One line of each case: an operator that is wrong is wrong in many tensors.
+        failed = {f.check + f.dtype: f for f in reversed(findings) if not f.passed}
+        text = "; ".join(f"{f.check}: {_finding(f)}" for f in reversed(failed.values()))
+        do = "do not train with it: objective.impl=reference, model.mode=eager; please report"
+        yield Check(op, "fail", text, do)
 
 
-def _finding(f: Any) -> str:
-    if not f.limit:  # it did not run
-        return f"{f.dtype} {f.tensor}"
-    return f"{f.dtype} error {f.error:.1e} of {f.limit:.1e} allowed ({f.tensor})"
+def _finding(f: Finding) -> str:
+    dtype = {"bfloat16": "bf16", "float32": "fp32"}[f.dtype]
+    if math.isinf(f.error) and not f.limit:  # it did not run
+        return f"{dtype} {f.tensor}"
+    return f"{dtype} error {f.error:.1e} of {f.limit:.1e} allowed ({f.tensor})"
 
 
 def _attention() -> Iterator[Check]:

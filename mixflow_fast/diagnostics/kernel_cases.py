@@ -1,66 +1,141 @@
-"""Errors of the kernels against float64 arithmetic, next to plain PyTorch's in the same dtype.
+"""An operator with inputs: what `kernel_checks` checks, and those of the objective.
 
-    err(ours, float64) <= 2 err(eager in the same dtype, float64) + floor        (relative RMS)
+`ObjectiveCase` are the operators interpolate and velocity_loss, called by `MixFlow`; `block_cases`
+has those of a transformer block.
 
-float64 truth and eager are `MixFlow(impl="reference")` on the same numbers: that file is held to
-tensors of the official implementations by the tests. x0, t and m are given, so that all three see
-the same ones; the draws have their own checks (`benchmarks/draws.py`).
+Modes: "full" is a forward pass and the gradients, "forward" the first alone, and "recompute" the
+gradients together with an output that was not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.verify import relative_rms
-from mixflow_fast import MixFlow, Moments
+from mixflow_fast.kernels.interpolate import Moments
+from mixflow_fast.objective.mixflow import MixFlow
 
-FLOORS = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+SEED = 0x9E3779B97F4A7C15
 BUCKETS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+
+Mode = Literal["full", "forward", "backward", "recompute", "step"]
+Tensors = dict[str, Tensor]
+Call = Callable[[], Tensors]
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One checked number.
+class Inputs:
+    """What an operator is given.
 
     Attributes:
-        check: what was looked at, with its settings.
-        tensor: "x", "loss", "gradient", ...
-        dtype: of the data, a torch name.
-        error, limit: passed when error <= limit; for yes-or-no checks 0 or 1 and 0.
-        eager_error: of plain PyTorch in the same dtype, where there is one.
+        tensors: arguments by name; where shift, scale and gate are, they are chunks of one tensor.
+        upstream: a gradient for each output.
+        shared: names of the arguments without a batch dimension, whose gradients sum over it.
     """
 
-    check: str
-    tensor: str
-    dtype: str
-    error: float
-    limit: float
-    eager_error: float | None = None
-    op: str = ""
+    tensors: Tensors
+    upstream: tuple[Tensor, ...]
+    shared: frozenset[str] = frozenset()
 
     @property
-    def passed(self) -> bool:
-        return self.error <= self.limit
+    def trained(self) -> list[str]:
+        return [name for name, tensor in self.tensors.items() if tensor.requires_grad]
+
+    def double(self) -> Inputs:
+        """The same numbers in float64."""
+        return self._mapped(lambda name, x: x.double() if x.is_floating_point() else x)
+
+    def rows(self, rows: slice | list[int]) -> Inputs:
+        """Some samples of the batch as the whole of it."""
+        return self._mapped(lambda name, x: x if name in self.shared else x[rows])
+
+    def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+        tensors = {
+            name: change(name, tensor.detach()).requires_grad_(tensor.requires_grad)
+            for name, tensor in self.tensors.items()
+        }
+        upstream = tuple(change("upstream", gradient) for gradient in self.upstream)
+        return replace(self, tensors=tensors, upstream=upstream)
+
+
+class Case(Protocol):
+    """An operator at one shape, dtype and variant."""
+
+    dtype: torch.dtype
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Operators that the call runs."""
+
+    @property
+    def label(self) -> str: ...
+
+    def op_of(self, tensor: str) -> str:
+        """The operator that made the named result."""
+
+    def inputs(self, device: torch.device, empty: bool = False) -> Inputs:
+        """Random arguments, the same ones every time; `empty`: memory that nobody wrote."""
+
+    def call(self, inputs: Inputs, impl: str) -> Call:
+        """A call of the operator: results by name, gradients as "d" and the argument's name."""
+
+    def reference(self, inputs: Inputs) -> Call:
+        """The same in plain PyTorch; of float64 inputs it is the truth."""
+
+    def parts(self, inputs: Inputs, found: Tensors) -> Tensors:
+        """The results as they are judged."""
+
+
+class Draw:
+    """Tensors of one random generator, or unwritten memory of the same shapes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, empty: bool) -> None:
+        self._generator = torch.Generator(device).manual_seed(7)
+        self._device, self._dtype, self._empty = device, dtype, empty
+
+    def normal(
+        self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        options = {"device": self._device, "dtype": dtype or self._dtype}
+        if self._empty:
+            return torch.empty(shape, **options)
+        values = torch.randn(shape, generator=self._generator, **options)
+        return values if (mean, std) == (0.0, 1.0) else values.mul_(std).add_(mean)
+
+    def uniform(self, *shape: int, low: float = 0.0) -> Tensor:
+        """Float32 numbers between low and low + 1."""
+        return torch.rand(shape, generator=self._generator, device=self._device) + low
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What of the objective a check switches on."""
+    """What of the objective a case switches on; the defaults are what the speeds are measured with.
+
+    Attributes:
+        patch_size: the prediction comes as tokens of such patches; None: in x1's shape.
+        sigma: the prediction has a second half of channels, whose gradient is zero.
+        ids: the samples have positions; without them nothing can be drawn that a check knows.
+        weight: None, or the shape of a weight: one per "sample" or "element", or a "mask".
+    """
 
     path: str = "linear"
     prediction: str = "velocity"
     clock: str = "data_at_1"
     target_at: str = "slowed"
     loss_weight: str | None = None
-    layout: str = "nchw"  # "tokens": patches of 2, the prediction with sigma channels
+    patch_size: int | None = None
+    sigma: bool = False
     moments: bool = False
-    weight: str | None = None  # "sample" or "element"
+    weight: Literal["sample", "element", "mask"] | None = None
+    timesteps: str = "beta21"
+    interval: str = "shifted"
+    ids: bool = True
+    shift: float = 1.0
 
     def objective(self, impl: str) -> MixFlow:
         return MixFlow(
@@ -70,178 +145,156 @@ class Setting:
             prediction=self.prediction,
             target_at=self.target_at,
             loss_weight=self.loss_weight,
+            timesteps=self.timesteps,
+            interval=self.interval,
+            shift=self.shift,
+            seed=SEED,
             impl=impl,
         )
 
     def __str__(self) -> str:
         words = [self.path, self.prediction, self.clock]
-        if self.target_at == "label":
-            words.append("target at label")
-        if self.loss_weight:
-            words.append(f"{self.loss_weight} loss weight")
-        if self.layout == "tokens":
-            words.append("tokens")
-        if self.moments:
-            words.append("moments")
-        if self.weight:
-            words.append(f"{self.weight} weights")
+        words += ["target at label"] if self.target_at == "label" else []
+        words += [f"{self.loss_weight} loss weight"] if self.loss_weight else []
+        words += [f"tokens of {self.patch_size}"] if self.patch_size else []
+        words += [name for name in ("sigma", "moments") if getattr(self, name)]
+        words += [f"weight per {self.weight}"] if self.weight else []
         return " ".join(words)
 
 
-# What the speeds are measured with, then each path with each prediction, each of both kinds in both
-# clocks, and what else the kernels can do.
-TIMED = Setting()
-SETTINGS = (
-    TIMED,
-    Setting(clock="noise_at_1", weight="sample"),
-    Setting(layout="tokens", weight="element"),
-    Setting(moments=True, clock="noise_at_1"),
-    Setting("gvp", "velocity", "noise_at_1", target_at="label"),
-    Setting("vp", "velocity", "data_at_1"),
-    Setting("linear", "score", "data_at_1", loss_weight="likelihood"),
-    Setting("linear", "noise", "noise_at_1", loss_weight="velocity"),
-    Setting("gvp", "noise", "data_at_1"),
-    Setting("vp", "noise", "noise_at_1", target_at="label", loss_weight="likelihood"),
-    Setting("gvp", "score", "noise_at_1", loss_weight="velocity"),
-    Setting("vp", "score", "data_at_1", layout="tokens"),
-    Setting("linear", "data", "noise_at_1"),
-    Setting("gvp", "data", "data_at_1"),
-    Setting("vp", "data", "noise_at_1"),
-)
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveCase:
+    """`MixFlow.prepare` and `.loss`, which call interpolate and velocity_loss.
 
-
-def _patches(x: Tensor, channels: int) -> Tensor:
-    """(B, C, H, W) -> tokens (B, H/2 W/2, 4 channels), zeros in channels that x has not."""
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
-    B, C, H, W = x.shape
-    grid = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 3, 5, 1)
-    return grid.reshape(B, -1, 4 * C)
-
-
-def _inputs(
-    setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """Random tensors; the times cover the four buckets evenly."""
-    generator = torch.Generator(device).manual_seed(7)
-
-    def normal(of: tuple[int, ...] = shape, as_dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(of, generator=generator, device=device, dtype=as_dtype)
-
-    batch = shape[0]
-    t = (torch.arange(batch, device=device, dtype=torch.float32) + 0.5) / batch
-    slowing = 0.8 * torch.rand(batch, generator=generator, device=device)
-    slowed = t * (1 - slowing) if setting.clock == "data_at_1" else t + slowing * (1 - t)
-    x1: Any = normal() + 0.5
-    if setting.moments:
-        x1 = Moments(x1, normal().abs() * 0.3, 0.18215)
-    weight = None
-    if setting.weight is not None:
-        of = (batch,) if setting.weight == "sample" else shape
-        weight = torch.rand(of, generator=generator, device=device) + 0.5
-    pred = normal()
-    if setting.layout == "tokens":
-        pred = _patches(pred, 2 * shape[1])
-    return {
-        "x1": x1,
-        "x0": normal(as_dtype=torch.float32),
-        "t": t,
-        "slowed_t": slowed,
-        "pred": pred,
-        "weight": weight,
-        "upstream": torch.rand(batch, generator=generator, device=device) + 0.5,
-        "ids": torch.arange(batch, device=device) + (1 << 33),
-    }
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Moments):
-        return Moments(value.mean.double(), value.std.double(), value.scale)
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _run(setting: Setting, impl: str, given: dict[str, Any]) -> dict[str, Tensor]:
-    objective = setting.objective(impl)
-    tokens = {"patch_size": 2} if setting.layout == "tokens" else {}
-    sigma = {"learn_sigma": True} if setting.layout == "tokens" else {}
-    it = objective.prepare(
-        given["x1"],
-        ids=given["ids"],
-        x0=given["x0"],
-        t=given["t"],
-        slowed_t=given["slowed_t"],
-        **tokens,
-    )
-    pred = given["pred"].clone().requires_grad_()
-    losses = objective.loss(pred, it, weight=given["weight"], reduction="none", **sigma)
-    (of_each,) = torch.autograd.grad(losses, pred, given["upstream"].to(losses.dtype))
-    total = objective.loss(pred, it, weight=given["weight"], reduction="sum", **sigma)
-    (gradient,) = torch.autograd.grad(total, pred)
-    made = {
-        "x": it.x,
-        "losses": losses.detach(),
-        "loss": total.detach(),
-        "gradient": gradient,
-        "gradient, any upstream": of_each,
-    }
-    return made
-
-
-def errors(
-    setting: Setting,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    impl: str,
-    ops: tuple[str, ...] = ("interpolate", "velocity_loss"),
-) -> Iterator[Finding]:
-    """Findings of one setting at one shape and dtype: x_m, losses by t bucket, gradients."""
-    given = _inputs(setting, shape, dtype, device)
-    ours = _run(setting, impl, given)
-    eager = _run(setting, "reference", given)
-    truth = _run(setting, "reference", {name: _double(value) for name, value in given.items()})
-    where = f"{setting} {'x'.join(map(str, shape))}"
-    name = str(dtype).removeprefix("torch.")
-
-    def finding(tensor: str, pick: Any) -> Finding:
-        a, e, b = pick(ours), pick(eager), pick(truth)
-        eager_error = relative_rms(e, b)
-        wrong_form = a.shape != b.shape or a.dtype != e.dtype
-        error = float("inf") if wrong_form else relative_rms(a, b)
-        limit = 2 * eager_error + FLOORS[e.dtype]
-        return Finding(where, tensor, name, error, limit, eager_error)
-
-    if "interpolate" in ops:
-        yield finding("x", lambda made: made["x"])
-    if "velocity_loss" not in ops:
-        return
-    for low, high in BUCKETS:
-        inside = (given["t"] >= low) & (given["t"] < high)
-        if inside.any():
-            yield finding(
-                f"losses, t in [{low:g}, {high:g})", lambda made, i=inside: made["losses"][i]
-            )
-    for tensor in ("loss", "gradient", "gradient, any upstream"):
-        yield finding(tensor, lambda made, tensor=tensor: made[tensor])
-    if setting.layout == "tokens":
-        sigma = ours["gradient"].unflatten(-1, (4, -1))[..., shape[1] :]
-        yield Finding(where, "gradient of the sigma half", name, sigma.abs().max().item(), 0.0)
-
-
-def plan(level: str) -> list[tuple[Setting, torch.dtype]]:
-    """Settings and dtypes of a level, the most telling first.
-
-    "timed": what the speeds are measured with, in the three dtypes. "smoke": each path and each
-    prediction once. "full": every setting in float32 and in one of the two half dtypes by turns.
+    Attributes:
+        shape: (B, C, H, W).
+        dtype: of x1 and, if `pred_dtype` is None, of the prediction.
+        noise_dtype: of x0, where it is given.
+        drawn: noise and times are drawn from seed and ids; otherwise they are arguments, so that
+            every implementation sees the same ones.
     """
-    single, halves = torch.float32, (torch.bfloat16, torch.float16)
-    timed = [(TIMED, dtype) for dtype in (torch.bfloat16, torch.float16, single)]
-    if level == "timed":
-        return timed
-    if level == "smoke":
-        chosen = [SETTINGS[2], SETTINGS[4], SETTINGS[9], SETTINGS[6]]
-        return timed + list(zip(chosen, (*halves, single, single), strict=True))
-    if level != "full":
-        raise ValueError(f'level must be "timed", "smoke" or "full", got {level!r}')
-    others = list(enumerate(SETTINGS))[1:]
-    by_turns = [(setting, halves[number % 2]) for number, setting in others]
-    return timed + [(s, d) for (_, s), d in product(others, [single])] + by_turns
+
+    shape: tuple[int, ...]
+    setting: Setting = Setting()
+    dtype: torch.dtype = torch.bfloat16
+    pred_dtype: torch.dtype | None = None
+    noise_dtype: torch.dtype = torch.float32
+    drawn: bool = False
+    mode: Mode = "full"
+
+    ops = ("interpolate", "velocity_loss")
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}{' drawn' if self.drawn else ''} {shape_name(self.shape)}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {dtype_name(self.dtype)}"
+
+    def op_of(self, tensor: str) -> str:
+        return "interpolate" if tensor in ("x", "t", "slowed_t") else "velocity_loss"
+
+    def inputs(self, device: torch.device, empty: bool = False) -> Inputs:
+        """The given times cover the four buckets evenly."""
+        draw, setting = Draw(device, self.dtype, empty), self.setting
+        B, C, H, W = self.shape
+        t = (torch.arange(B, device=device, dtype=torch.float32) + 0.5) / B
+        slowing = 0.8 * draw.uniform(B)
+        slowed = t * (1 - slowing) if setting.clock == "data_at_1" else t + slowing * (1 - t)
+        tensors = {"x1": draw.normal(*self.shape, mean=0.5), "t": t, "slowed_t": slowed}
+        tensors["x0"] = draw.normal(*self.shape, dtype=self.noise_dtype)
+        if setting.ids:
+            tensors["ids"] = torch.arange(B, device=device) + (1 << 33)
+        if setting.moments:
+            tensors["std"] = draw.normal(*self.shape, std=0.3).abs_()
+        if setting.weight:
+            of = {"sample": (B,), "element": self.shape, "mask": (B, 1, H, W)}[setting.weight]
+            tensors["weight"] = draw.uniform(*of, low=0.5)
+        C *= 1 + setting.sigma
+        p = setting.patch_size
+        shape = (B, H // p * (W // p), p * p * C) if p else (B, C, H, W)
+        pred = draw.normal(*shape, dtype=self.pred_dtype)
+        tensors["pred"] = pred.requires_grad_(self.mode != "forward")
+        return Inputs(tensors, (draw.uniform(B, low=0.5),))
+
+    def call(self, inputs: Inputs, impl: str) -> Call:
+        mix = self.setting.objective(impl)
+        return lambda: self._run(mix, inputs)
+
+    def reference(self, inputs: Inputs) -> Call:
+        return self.call(inputs, "reference")
+
+    def _run(self, mix: MixFlow, inputs: Inputs) -> Tensors:
+        """The sum of the losses with its gradient, and each loss with a gradient of its own."""
+        given, pred = inputs.tensors, inputs.tensors["pred"]
+        x1 = Moments(given["x1"], given["std"], 0.18215) if self.setting.moments else given["x1"]
+        times = () if self.drawn else ("x0", "t", "slowed_t")
+        it = mix.prepare(
+            x1,
+            ids=given.get("ids"),
+            patch_size=self.setting.patch_size,
+            **{name: given[name] for name in times},
+        )
+        options = {"weight": given.get("weight"), "learn_sigma": self.setting.sigma}
+        losses = mix.loss(pred, it, reduction="none", **options)
+        total = mix.loss(pred, it, reduction="sum", **options)
+        found = {"x": it.x, "losses": losses.detach(), "loss": total.detach()}
+        if self.drawn:
+            found |= {"t": it.t, "slowed_t": it.slowed_t}
+        if self.mode == "forward":
+            return found
+        (of_each,) = torch.autograd.grad(losses, pred, inputs.upstream[0].to(losses.dtype))
+        (found["dpred"],) = torch.autograd.grad(total, pred)
+        found["dpred, any upstream"] = of_each
+        if self.setting.sigma:
+            channels = given["x1"].shape[1]
+            if self.setting.patch_size:
+                half = found["dpred"].unflatten(-1, (-1, 2 * channels))[..., channels:]
+            else:
+                half = found["dpred"][:, channels:]
+            found["dpred, sigma half"] = half
+        return found
+
+    def parts(self, inputs: Inputs, found: Tensors) -> Tensors:
+        """The losses by bucket of t: an error at one end must not hide behind the other's size."""
+        if self.drawn:
+            return found
+        t, parts = inputs.tensors["t"], dict(found)
+        losses = parts.pop("losses")
+        for low, high in BUCKETS:
+            inside = (t >= low) & (t < high)
+            if inside.any():
+                parts[f"losses, t in [{low:g}, {high:g})"] = losses[inside]
+        return parts
+
+
+def function_call(
+    function: Function, inputs: Inputs, outputs: tuple[str, ...], mode: Mode, **options: object
+) -> Call:
+    """A call of a function of the arguments by name: its outputs, and every gradient."""
+
+    def forward() -> Tensors:
+        made = function(**inputs.tensors, **options)
+        return dict(zip(outputs, made if isinstance(made, tuple) else (made,), strict=True))
+
+    def without_gradient() -> Tensors:
+        with torch.no_grad():
+            return forward()
+
+    def full() -> Tensors:
+        made = forward()
+        wanted = [inputs.tensors[name] for name in inputs.trained]
+        gradients = torch.autograd.grad(list(made.values()), wanted, inputs.upstream)
+        found = {f"d{n}": g for n, g in zip(inputs.trained, gradients, strict=True)}
+        return {name: value.detach() for name, value in made.items()} | found
+
+    return without_gradient if mode == "forward" else full
+
+
+def shape_name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

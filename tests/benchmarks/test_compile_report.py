@@ -57,7 +57,7 @@ def test_rows_are_complete(quick_rows):
 
 
 def test_every_kernel_is_compiled(quick_rows):
-    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
     kernels = set(re.findall(r"^@jit\ndef (\w+_kernel)\(", sources, re.MULTILINE))
     assert len(kernels) > 3
     assert kernels == {row["kernel"] for row in quick_rows}

@@ -1,4 +1,4 @@
-"""The benchmark of the transformer-block ops: cells, providers, and checks that can be red."""
+"""The registry of the benchmarks: cells, bytes, and providers that compute the same."""
 
 import importlib.machinery
 import itertools
@@ -9,56 +9,89 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import block_checks, block_providers, checks, kernel_suite, replay
-from benchmarks.block_ops import BLOCK_OPS, MAIN, MORE, SMOKE, BlockCase, block_cases
-from benchmarks.block_providers import NotThere
-from benchmarks.block_providers_plain import plain_modulated_norm
-from benchmarks.rows import Deadline, Writer, read
+from benchmarks import cells, ops
+from benchmarks.cells import MAIN_SHAPES, MODES, RAE, SIT, kernel_cells
+from benchmarks.checks import verify
+from benchmarks.ops import BLOCK_OPS, KERNEL_OPS, OBJECTIVE_OPS, REGISTRY, Cell, NotThere
+from benchmarks.plain import plain_modulated_norm
+from mixflow_fast.diagnostics import kernel_plan
+from mixflow_fast.diagnostics.block_cases import VARIANTS
 
 CPU = torch.device("cpu")
-# Where kernels run: on the CPU in Triton's interpreter.
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
-LARGER = {
-    "residual_norm": (4, 8, 64),
-    "modulated_norm": (4, 8, 64),
-    "gelu": (4, 8, 64),
-    "swiglu": (4, 8, 64),
-    "qk_norm_rope": (4, 9, 2, 16),
-    "attention": (4, 9, 2, 16),
-}
+EVERY = kernel_cells(KERNEL_OPS)
+BLOCKS = [cell for cell in EVERY if cell.op in BLOCK_OPS]
 
 
-def _case(op: str, variant: str = "", mode: str = "full", **options) -> BlockCase:
-    first = next(case.variant for case in MAIN if case.op == op)
-    return BlockCase(op=op, mode=mode, variant=variant or first, shape=LARGER[op], **options)
+def _cell(op: str, variant: str | None = None, mode: str = "full", **options) -> Cell:
+    if op in OBJECTIVE_OPS:
+        return Cell(op=op, mode=mode, shape=(512, 4, 2, 2), **options)
+    first = next(cell.variant for cell in BLOCKS if cell.op == op)
+    shape = (4, 9, 2, 16) if op in ("attention", "qk_norm_rope") else (4, 8, 64)
+    return Cell(op=op, mode=mode, variant=variant or first, shape=shape, **options)
 
 
-def test_cells_name_every_op_most_telling_first() -> None:
-    assert {case.op for case in MAIN} == {case.op for case in SMOKE} == set(BLOCK_OPS)
-    cells = [*MAIN, *MORE]
-    assert len(set(cells)) == len(cells)
-    assert {case.op for case in cells if case.mode == "forward"} == set(BLOCK_OPS)
-    residual_norms = {(case.variant, case.shape) for case in cells if case.op == "residual_norm"}
-    assert {("layer per sample", (B, N, 1152)) for B, N in ((256, 256), (32, 256), (64, 1024))} < (
-        residual_norms
-    )
+def test_cells_of_the_objective_cover_shapes_and_modes_main_ones_first() -> None:
+    chosen = kernel_cells(OBJECTIVE_OPS)
+    assert len(chosen) == len(set(chosen))
+    for batches, sample in (
+        ((32, 256), (4, 32, 32)),
+        ((32, 256), (4, 64, 64)),
+        ((64, 256), (768, 16, 16)),
+        ((64, 256), (768, 32, 32)),
+        ((64,), (3, 256, 256)),
+    ):
+        for batch, op in itertools.product(batches, OBJECTIVE_OPS):
+            assert any(c.shape == (batch, *sample) and c.op == op for c in chosen)
+    for op, modes in MODES.items():
+        assert {c.mode for c in chosen if c.op == op} == set(modes)
+        assert {c.dtype for c in chosen if c.op == op} == {torch.bfloat16, torch.float32}
+    assert {c.shape for c in chosen[:6]} == set(MAIN_SHAPES) == {(256, *RAE), (256, *SIT)}
+    assert {c.op for c in kernel_cells(("interpolate", "step"))} == {"interpolate"}
+    single = [c.dtype is torch.float32 for c in chosen]
+    assert single == sorted(single) and any(single)  # float32 data come last
+
+
+def test_cells_of_the_blocks_name_every_op_most_telling_first() -> None:
+    main = {row[0] for row in cells.BLOCK_MAIN}
+    assert main == {row[0] for row in cells.BLOCK_SMOKE} == set(BLOCK_OPS)
+    assert len(set(BLOCKS)) == len(BLOCKS)
+    assert {cell.op for cell in BLOCKS if cell.mode == "forward"} == set(BLOCK_OPS)
+    assert {c.op for c in BLOCKS if c.mode == "recompute"} == {"gelu", "swiglu"}
+    norms = {(cell.variant, cell.shape) for cell in BLOCKS if cell.op == "residual_norm"}
     assert {
+        *(("layer per sample", (B, N, 1152)) for B, N in ((256, 256), (32, 256), (64, 1024))),
         ("rms per sample", (64, 256, 1152)),
         ("rms per token", (64, 256, 2048)),
-    } < residual_norms
-    inner = {case.shape[-1] // 2 for case in cells if case.op == "swiglu"}
+    } == norms
+    inner = {cell.shape[-1] // 2 for cell in BLOCKS if cell.op == "swiglu"}
     assert inner == {3072, 5461, 5504}
-    heads = {(c.shape[1], c.shape[3]) for c in cells if c.op == "attention" and c.mode == "full"}
+    heads = {(c.shape[1], c.shape[3]) for c in BLOCKS if c.op == "attention" and c.mode == "full"}
     assert heads == set(itertools.product((256, 1024), (72, 128, 64)))
-    main, more = block_cases(("gelu", "interpolate"))
-    assert {case.op for case in (*main, *more)} == {"gelu"}
+    assert {cell.op for cell in kernel_cells(("gelu", "interpolate"))} == {"gelu", "interpolate"}
+    # The very widths that are timed are checked.
+    widths = {(op, variant, shape[2:]) for op, _, variant, shape in cells.BLOCK_MAIN}
+    assert {(op, v, shape[2:]) for op, _, v, shape in kernel_plan.GPU_TIMED} == widths
 
 
-def test_bytes_are_those_of_one_pass() -> None:
-    def units(op: str, mode: str, shape: tuple[int, ...], variant: str = "") -> float:
-        case = replace(_case(op, variant, mode), shape=shape)
-        return case.algorithmic_bytes / (2 * case.elements)
+def test_bytes_of_the_objective_are_those_of_the_dtypes() -> None:
+    def per_element(op: str, mode: str, dtype: torch.dtype) -> float:
+        cell = Cell(op=op, mode=mode, shape=(2, 3, 4, 5), dtype=dtype)
+        return cell.algorithmic_bytes / 120
+
+    half, single = torch.bfloat16, torch.float32
+    assert per_element("interpolate", "forward", half) == 4
+    assert per_element("velocity_loss", "forward", half) == 4
+    assert per_element("velocity_loss", "full", half) == 6
+    assert per_element("velocity_loss", "backward", half) == 6
+    assert per_element("objective", "full", half) == 10
+    assert per_element("interpolate", "forward", single) == 8
+    assert per_element("objective", "full", single) == 16
+
+
+def test_bytes_of_the_blocks_are_those_of_one_pass() -> None:
+    def units(op: str, mode: str, shape: tuple[int, ...], variant: str | None = None) -> float:
+        cell = replace(_cell(op, variant, mode), shape=shape)
+        return cell.algorithmic_bytes / (2 * cell.elements)
 
     # Vectors, statistics and partial sums are the rest.
     assert units("residual_norm", "forward", (256, 256, 1152)) == pytest.approx(4, rel=0.02)
@@ -76,87 +109,73 @@ def test_bytes_are_those_of_one_pass() -> None:
     assert units("qk_norm_rope", "full", (2, 4, 2, 8), "rope") == 4 + 5
     assert units("qk_norm_rope", "full", (2, 4, 2, 8), "rms, rope") == 4 + 7
     assert units("attention", "full", (2, 4, 2, 8)) == 4 + 8
-    attention = replace(_case("attention"), shape=(2, 4, 3, 8))
+    attention = replace(_cell("attention"), shape=(2, 4, 3, 8))
     # q k^T and p v, and twice as many products in the backward pass, two FLOPs a multiply-add.
     assert attention.flops == 3 * 2 * (2 * 3 * (4 * 4 * 8 * 2))
-    assert _case("gelu").flops is None
+    assert _cell("gelu").flops is None
 
 
-VARIANTS = sorted({(case.op, case.variant) for case in (*MAIN, *MORE)})
+OBJECTIVE = [(op, None, mode) for op, modes in MODES.items() for mode in modes]
+VARIANTS_TIMED = sorted({(cell.op, cell.variant) for cell in BLOCKS})
+FULL = [(op, variant, mode) for op, variant in VARIANTS_TIMED for mode in ("full", "forward")]
+RECOMPUTE = [(op, "bias", "recompute") for op in ("gelu", "swiglu")]
 
 
-@pytest.mark.parametrize("mode", ["full", "forward"])
-@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+@pytest.mark.parametrize(("op", "variant", "mode"), [*OBJECTIVE, *FULL, *RECOMPUTE])
 def test_providers_agree_with_float64(op, variant, mode) -> None:
     """What torch.compile is given adds the bias itself; eager's was added before."""
-    case = _case(op, variant, mode)
-    inputs = block_providers.make_inputs(case, CPU)
-    calls = {
-        "eager": block_providers.plain_call(case, inputs),
-        "compile": block_providers.plain_call(case, inputs, lambda function: function),
-        "mixflow_fast": block_providers.mixflow_call(case, inputs, "reference"),
-    }
-    for name, call in calls.items():
-        made = call()
-        assert block_providers.verify(case, inputs, made, name) == []
-        assert any(tensor.startswith("d") for tensor in made) == (mode == "full")
-    # Plain lines in float32 are those of our reference: nothing but the precision is different.
-    single = replace(case, dtype=torch.float32)
-    inputs = block_providers.make_inputs(single, CPU)
-    plain = block_providers.plain_call(single, inputs)()
-    assert block_providers.verify(single, inputs, plain, "eager") == []
+    entry = REGISTRY[op]
+    for dtype in (torch.bfloat16, torch.float32):
+        cell = _cell(op, variant, mode, dtype=dtype)
+        inputs = entry.inputs(cell, CPU)
+        calls = {
+            "eager": entry.plain(cell, inputs),
+            "compile": entry.plain(cell, inputs, lambda function: function),
+            "mixflow_fast": entry.ours(cell, inputs, "reference")[0],
+        }
+        for name, call in calls.items():
+            # Plain lines in float32 are those of our reference: only the precision differs.
+            made = call()
+            assert verify(cell, inputs, made, name) == []
+            has_gradients = any(tensor.startswith("d") for tensor in made)
+            assert has_gradients == (mode != "forward")
+            assert op in OBJECTIVE_OPS or not any(v.requires_grad for v in made.values())
+            if mode == "recompute":
+                assert set(made) == {"out", "dx", "dbias"}
+                for tensor in made:
+                    wrong = made | {tensor: made[tensor] * 1.05}
+                    assert verify(cell, inputs, wrong, name) != []
 
 
-@pytest.mark.parametrize("op", ["gelu", "swiglu"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_recomputed_activations_agree_with_float64(op, dtype) -> None:
-    case = _case(op, mode="recompute", dtype=dtype)
-    assert {c.op for c in (*MORE,) if c.mode == "recompute"} == {"gelu", "swiglu"}
-    assert case.providers == ("eager", "compile", "mixflow_fast")
-    inputs = block_providers.make_inputs(case, CPU)
-    made = {
-        "eager": block_providers.plain_call(case, inputs)(),
-        "compile": block_providers.plain_call(case, inputs, lambda function: function)(),
-        "mixflow_fast": block_providers.mixflow_call(case, inputs, "reference")(),
-    }
-    for name, tensors in made.items():
-        assert set(tensors) == {"out", "dx", "dbias"}
-        assert not any(tensor.requires_grad for tensor in tensors.values())
-        assert block_providers.verify(case, inputs, tensors, name) == []
-        for tensor in tensors:
-            wrong = tensors | {tensor: tensors[tensor] * 1.05}
-            assert block_providers.verify(case, inputs, wrong, name) != []
-    assert block_providers.note(case, inputs, "triton") == f"{op}_recompute(impl='triton')"
+def test_notes_say_how_ours_is_set_up() -> None:
+    def note(op: str, mode: str) -> str:
+        cell = _cell(op, mode=mode)
+        return REGISTRY[op].ours(cell, REGISTRY[op].inputs(cell, CPU), "reference")[1]
 
-
-@pytest.mark.parametrize("op", BLOCK_OPS)
-def test_verify_finds_what_is_wrong_in_each_tensor(op) -> None:
-    case = _case(op)
-    inputs = block_providers.make_inputs(case, CPU)
-    made = block_providers.plain_call(case, inputs)()
-    for name in made:
-        for wrong in (made[name] * 1.05, made[name].double(), made[name] * float("nan")):
-            lines = block_providers.verify(case, inputs, made | {name: wrong}, "eager")
-            assert len(lines) == 1 and lines[0].startswith(f"{name}"), (name, lines)
+    assert note("gelu", "recompute") == "gelu_recompute(impl='reference')"
+    assert note("gelu", "full") == "gelu(impl='reference')"
+    assert note("objective", "full") == "MixFlow(impl='reference')"
+    assert note("attention", "full").startswith("attention(backend=\"auto\", impl='reference'): ")
 
 
 def test_backends_and_liger_that_are_not_there_say_why(monkeypatch) -> None:
-    case = _case("attention")
-    inputs = block_providers.make_inputs(case, CPU)
-    monkeypatch.setattr(block_providers.importlib.util, "find_spec", lambda name: None)
+    cell, attention = _cell("attention"), REGISTRY["attention"]
+    inputs = attention.inputs(cell, CPU)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotThere, match="not installed"):
-        block_providers.other_call("flash2", case, inputs, "reference")
+        attention.other("flash2", cell, inputs, "reference")
     with pytest.raises(NotThere, match="needs a CUDA device"):
-        block_providers.other_call("cudnn", case, inputs, "reference")
-    call, note = block_providers.other_call("flash", case, inputs, "reference")
-    assert "ok" in note and block_providers.verify(case, inputs, call(), "flash") == []
+        attention.other("cudnn", cell, inputs, "reference")
+    call, note = attention.other("flash", cell, inputs, "reference")
+    assert "ok" in note and verify(cell, inputs, call(), "flash") == []
     with pytest.raises(NotThere, match="liger_kernel is not installed"):
-        block_providers.other_call("liger", _case("swiglu", mode="forward"), inputs, "reference")
+        REGISTRY["swiglu"].other("liger", _cell("swiglu", mode="forward"), inputs, "reference")
 
 
 def test_liger_only_where_it_computes_the_same(monkeypatch) -> None:
-    with_liger = {(c.op, c.mode, c.norm if c.op != "swiglu" else None)
-                  for c in (*MAIN, *MORE) if "liger" in c.providers}  # fmt: skip
+    with_liger = {
+        (c.op, c.mode, VARIANTS[c.variant].norm) for c in BLOCKS if "liger" in c.providers
+    }
     assert with_liger == {
         ("modulated_norm", "full", "rms"),
         ("modulated_norm", "forward", "rms"),
@@ -174,121 +193,12 @@ def test_liger_only_where_it_computes_the_same(monkeypatch) -> None:
 
     package = types.ModuleType("liger_kernel")
     package.__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
-    ops = types.ModuleType("liger_kernel.ops")
-    ops.LigerModulatedRMSNormFunction, ops.LigerSiLUMulFunction = Modulated, SiluMul
+    liger_ops = types.ModuleType("liger_kernel.ops")
+    liger_ops.LigerModulatedRMSNormFunction = Modulated
+    liger_ops.LigerSiLUMulFunction = SiluMul
     monkeypatch.setitem(sys.modules, "liger_kernel", package)
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
-    for case in (_case("modulated_norm"), _case("swiglu", mode="forward")):
-        inputs = block_providers.make_inputs(case, CPU)
-        call, _ = block_providers.other_call("liger", case, inputs, "reference")
-        assert block_providers.verify(case, inputs, call(), "liger") == []
-
-
-def test_a_wrong_backend_does_not_take_the_others_along(monkeypatch, tmp_path) -> None:
-    whole = block_providers.other_call
-
-    def wrong(provider, case, inputs, impl):
-        call, note = whole(provider, case, inputs, impl)
-        return lambda: {name: value * 1.1 for name, value in call().items()}, note
-
-    monkeypatch.setattr(block_providers, "other_call", wrong)
-    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
-    suite = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
-    suite.run([case for case in SMOKE if case.op == "attention"][:1])
-    found = {r["provider"]: r for r in read(writer.path) if r["metric"] == "latency_ms"}
-    assert found["flash"]["p50"] is None and "wrong result: flash: out" in found["flash"]["note"]
-    assert found["mixflow_fast"]["p50"] > 0 and not suite.refused
-
-
-class Wrong:
-    """A reference with an error in its second call, or in all."""
-
-    def __init__(self, op: str, error: str) -> None:
-        self._reference, self._error, self._calls = block_providers.OPS[op][1], error, 0
-
-    def __call__(self, x, *rest, impl="", **options):
-        self._calls += 1
-        y = self._reference(x, *rest, **options)
-        if self._error == "value":
-            y = y * 1.02
-        if self._error == "another run" and self._calls == 4:
-            y = y + 1
-        if self._error == "unwritten":
-            y = y + torch.empty((), dtype=y.dtype) * 0
-        if self._error == "place in the batch":
-            y = y * len(x)
-        return y
-
-
-@pytest.mark.parametrize(
-    ("error", "check"),
-    [
-        ("another run", "two runs"),
-        ("unwritten", "buffers full of NaN"),
-        ("place in the batch", "alone and in"),
-        ("", ""),
-    ],
-)
-def test_bits_are_red_on_a_wrong_kernel(monkeypatch, error, check) -> None:
-    ops = {"gelu": (Wrong("gelu", error), block_providers.OPS["gelu"][1])}
-    monkeypatch.setattr(block_providers, "OPS", ops)
-    found = list(block_checks.same_bits(_case("gelu"), CPU, "triton"))
-    failed = {finding.check for finding in found if not finding.passed}
-    assert any(check in name for name in failed) if error else not failed
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_errors_are_red_on_a_wrong_kernel(monkeypatch, dtype) -> None:
-    case = _case("gelu", dtype=dtype)
-    assert all(f.passed for f in block_checks.errors(case, DEVICE, "triton"))
-    ops = {"gelu": (Wrong("gelu", "value"), block_providers.OPS["gelu"][1])}
-    monkeypatch.setattr(block_providers, "OPS", ops)
-    found = list(block_checks.errors(case, CPU, "triton"))
-    assert {f.tensor for f in found if not f.passed} == {"out", "dx", "dbias"}
-
-
-def test_levels_of_the_checks(monkeypatch) -> None:
-    def names(level: str, device: str = "cpu") -> list[str]:
-        return [n for n, _ in block_checks.tasks(torch.device(device), "triton", level, BLOCK_OPS)]
-
-    timed, full = names("timed"), names("full")
-    assert full[: len(timed)] == timed and len(timed) == len(block_checks.CPU_TIMED)
-    for op, dtype in itertools.product(BLOCK_OPS, ("bfloat16", "float16", "float32")):
-        assert any(name.startswith(op) and name.endswith(dtype) for name in full)
-        assert any(name.startswith(op) and name.endswith(dtype) for name in names("full", "cuda"))
-    # The very widths that are timed.
-    widths = {(c.op, c.variant, c.shape[2:]) for c in MAIN}
-    assert {(c.op, c.variant, c.shape[2:]) for c in block_checks.GPU_TIMED} == widths
-    assert names("full", "cuda")[-1] == "torch.compile of a block"
-    assert not list(block_checks.tasks(CPU, "triton", "full", ("interpolate",)))
-
-
-def test_families_write_files_of_their_own(tmp_path) -> None:
-    """Two processes of the suite write at the same time. With the kernels themselves."""
-    options = [
-        "--device",
-        DEVICE.type,
-        "--family",
-        "blocks",
-        "--level",
-        "timed",
-        "--out",
-        str(tmp_path),
-    ]
-    assert checks.main(options) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["correctness_blocks.jsonl"]
-    text = (tmp_path / "correctness_blocks.jsonl").read_text()
-    assert all(f'"check": "{op}' in text for op in BLOCK_OPS) and "velocity" not in text
-
-
-def test_graph_and_compiled_blocks_are_red_on_wrong_numbers(monkeypatch) -> None:
-    found = list(block_checks.graph_replays(CPU, "reference"))
-    assert len(found) == 6 and all(finding.passed for finding in found)
-    found = list(block_checks.compiled(CPU, "reference", backend="eager"))
-    assert len(found) == 18 and all(finding.passed for finding in found)
-    monkeypatch.setattr(replay, "capture", lambda step, device: (step(), lambda: None))
-    assert not any(finding.passed for finding in block_checks.graph_replays(CPU, "reference"))
-    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *a: 1.01 * call(*a))
-    found = list(block_checks.compiled(CPU, "reference"))
-    assert not any(finding.passed for finding in found)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", liger_ops)
+    for cell in (_cell("modulated_norm"), _cell("swiglu", mode="forward")):
+        inputs = REGISTRY[cell.op].inputs(cell, CPU)
+        call, _ = REGISTRY[cell.op].other("liger", cell, inputs, "reference")
+        assert verify(cell, inputs, call(), "liger") == []

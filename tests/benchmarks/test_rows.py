@@ -1,4 +1,4 @@
-"""The benchmark harness: statistics, cells, rows, FLOPs, providers."""
+"""The benchmarks' rows: statistics, deadlines, what is on disk, the device."""
 
 import itertools
 import os
@@ -9,15 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, rows
-from benchmarks.cases import Case, kernel_cases
-from benchmarks.providers import (
-    SLOW_TO_COMPILE,
-    make_inputs,
-    mixflow_call,
-    modes_to_try,
-    plain_call,
-)
+from benchmarks import rows
 from benchmarks.rows import (
     KEYS,
     Deadline,
@@ -28,7 +20,6 @@ from benchmarks.rows import (
     percentiles,
     read,
 )
-from benchmarks.verify import verify
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
@@ -117,50 +108,6 @@ def test_one_slow_cell_does_not_keep_out_those_that_follow() -> None:
         assert expectation.seconds() == expected
 
 
-def test_bytes_are_those_of_the_dtypes() -> None:
-    def per_element(op: str, mode: str, dtype: torch.dtype) -> float:
-        case = Case(op=op, mode=mode, shape=(2, 3, 4, 5), dtype=dtype)
-        return case.algorithmic_bytes / 120
-
-    half, single = torch.bfloat16, torch.float32
-    assert per_element("interpolate", "forward", half) == 4
-    assert per_element("velocity_loss", "forward", half) == 4
-    assert per_element("velocity_loss", "full", half) == 6
-    assert per_element("velocity_loss", "backward", half) == 6
-    assert per_element("objective", "full", half) == 10
-    assert per_element("interpolate", "forward", single) == 8
-    assert per_element("objective", "full", single) == 16
-
-
-def test_cells_cover_shapes_and_modes_main_ones_first() -> None:
-    chosen = kernel_cases(cases.OBJECTIVE_OPS)
-    assert len(chosen) == len(set(chosen))
-    for batches, sample in (
-        ((32, 256), (4, 32, 32)),
-        ((32, 256), (4, 64, 64)),
-        ((64, 256), (768, 16, 16)),
-        ((64, 256), (768, 32, 32)),
-        ((64,), (3, 256, 256)),
-    ):
-        for batch, op in itertools.product(batches, cases.OBJECTIVE_OPS):
-            assert any(c.shape == (batch, *sample) and c.op == op for c in chosen)
-    for op, modes in cases.MODES.items():
-        assert {c.mode for c in chosen if c.op == op} == set(modes)
-        assert {c.dtype for c in chosen if c.op == op} == {torch.bfloat16, torch.float32}
-    assert {c.shape for c in chosen[:6]} == set(cases.MAIN_SHAPES)
-    assert {c.op for c in kernel_cases(("interpolate", "step"))} == {"interpolate"}
-    single = [c.dtype is torch.float32 for c in chosen]
-    assert single == sorted(single) and any(single)  # float32 data come last
-
-
-def test_slow_compilation_is_for_large_bf16_cells() -> None:
-    slow = {c for c in kernel_cases(cases.OBJECTIVE_OPS) if SLOW_TO_COMPILE in modes_to_try(c)}
-    assert {c.dtype for c in slow} == {torch.bfloat16}
-    assert (256, *cases.RAE) in {c.shape for c in slow}
-    assert (256, *cases.SIT) not in {c.shape for c in slow}
-    assert len(modes_to_try(_case())) == 2
-
-
 def test_rows_are_on_disk_with_every_key(tmp_path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
     writer = Writer(path, ENVIRONMENT, "smoke: not a speed")
@@ -184,48 +131,6 @@ def test_rows_are_on_disk_with_every_key(tmp_path) -> None:
     path.write_text('{"op": "interpolate"}\n')
     with pytest.raises(ValueError, match="lacks"):
         read(path)
-
-
-def _case(op: str = "objective", mode: str = "full") -> Case:
-    return Case(op=op, mode=mode, shape=(512, 4, 2, 2), dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("op", cases.OBJECTIVE_OPS)
-def test_providers_agree_with_float64(op) -> None:
-    for mode in cases.MODES[op]:
-        case = _case(op, mode)
-        inputs = make_inputs(case, CPU)
-        for call in (plain_call(case, inputs), mixflow_call(case, inputs, "reference")):
-            assert verify(case, inputs, call()) == []
-
-
-WRONG = {
-    "gradient a hundredth too long": (lambda m, i: {"gradient": m["gradient"] * 1.01}, "gradient"),
-    "gradient of another dtype": (lambda m, i: {"gradient": m["gradient"].double()}, "dtype"),
-    "loss off": (lambda m, i: {"loss": m["loss"] * 1.001}, "loss"),
-    "loss not a number": (lambda m, i: {"loss": m["loss"] * float("nan")}, "loss"),
-    "wrong direction": (
-        lambda m, i: {"x": (m["x0"].float() + i.x1.float() - m["x"].float()).bfloat16()},
-        "x_m",
-    ),
-    "slowed to the data": (
-        lambda m, i: {"slowed_t": m["t"] + 0.1 * (1 - m["t"])},
-        "slowed_t is not in",
-    ),
-    "uniform t": (lambda m, i: {"t": m["t"] ** 2}, "mean of t"),
-    "noise too small": (lambda m, i: {"x0": m["x0"] * 0.9}, "variance of x0"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_verify_finds(name) -> None:
-    case = _case()
-    inputs = make_inputs(case, CPU)
-    torch.manual_seed(0)
-    made = plain_call(case, inputs)()
-    change, message = WRONG[name]
-    assert verify(case, inputs, made) == []
-    assert any(message in line for line in verify(case, inputs, made | change(made, inputs)))
 
 
 def test_commands_choose_the_interpreter_before_triton_is_imported() -> None:

@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, checks, kernel_suite, run, step, timing
+from benchmarks import checks, ops, run, step, timing
 from benchmarks import step_variants as variants
-from benchmarks.block_ops import TIMED_BACKENDS
-from benchmarks.cases import kernel_cases
-from benchmarks.numerics import Finding
-from benchmarks.providers import (
-    Compiler,
-    mixflow_call,
-)
+from benchmarks import suite as kernel_suite
+from benchmarks.cells import kernel_cells
+from benchmarks.ops import KERNEL_OPS, OBJECTIVE_OPS, TIMED_BACKENDS
 from benchmarks.rows import KEYS, Deadline, Writer, read
+from mixflow_fast.diagnostics.kernel_checks import Finding
+from mixflow_fast.diagnostics.kernel_plan import Task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
@@ -30,28 +28,23 @@ def _report(error: float, op: str = "gelu") -> checks.Report:
 GREEN = _report(0.0)
 
 
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_an_interrupt_keeps_what_was_found(monkeypatch, capsys, tmp_path) -> None:
+    def finding(check: str, error: float) -> Finding:
+        return Finding("gelu", check, "x", "float32", error, 0.0)
+
     def interrupted():
-        yield Finding("second", "x", "float32", float("inf"), 0.0)
+        yield finding("second", float("inf"))
         raise KeyboardInterrupt
 
-    first = [Finding("first", "x", "float32", 0.0, 0.0)]
-    some = [("one", lambda: first), ("two", interrupted), ("three", lambda: first)]
+    first = [finding("first", 0.0)]
+    runs = {"one": lambda: first, "two": interrupted, "three": lambda: first}
+    some = [Task(("gelu",), name, run) for name, run in runs.items()]
     monkeypatch.setattr(checks, "tasks", lambda *_: some)
     (tmp_path / "correctness.jsonl").write_text("of another run\n")
     assert checks.main(["--device", "cpu", "--out", str(tmp_path)]) == 130
     found = [json.loads(s) for s in (tmp_path / "correctness.jsonl").read_text().splitlines()]
     assert [(row["check"], row["error"]) for row in found] == [("first", 0.0), ("second", None)]
+    assert {row["op"] for row in found} == {"gelu"}
     out = capsys.readouterr().out
     assert "RED" in out and "two, and what follows (interrupted)" in out
     assert _smoke(tmp_path / "run") == 130
@@ -77,11 +70,11 @@ def _smoke(out: Path, *more: str) -> int:
 def test_a_red_op_stops_only_itself(monkeypatch, capsys, tmp_path, red) -> None:
     timed, steps = [], []
     monkeypatch.setattr(checks, "run", lambda *_: _report(2.0, red))
-    monkeypatch.setattr(kernel_suite.KernelSuite, "_cell", lambda _, case: timed.append(case.op))
+    monkeypatch.setattr(kernel_suite.KernelSuite, "_cell", lambda _, cell: timed.append(cell.op))
     monkeypatch.setattr(step.StepSuite, "run", lambda self: steps.append(self._red))
     assert _smoke(tmp_path) == 1
     gone = {"gelu": {"gelu"}, "velocity_loss": {"velocity_loss", "objective"}}[red]
-    assert set(timed) == set(cases.KERNEL_OPS) - gone and steps == [gone]
+    assert set(timed) == set(KERNEL_OPS) - gone and steps == [gone]
     out = capsys.readouterr().out
     assert f"without a speed: {', '.join(sorted(gone))}" in out
     assert f"  {red}: not correct on this device" in out
@@ -93,8 +86,8 @@ def test_nothing_is_timed_where_all_is_red(monkeypatch, capsys, tmp_path) -> Non
     assert _smoke(tmp_path, "--suite", "kernels") == 1
     assert "without a speed: attention, gelu" in capsys.readouterr().out
     assert not (tmp_path / "rows.jsonl").exists()
-    assert run.red_ops(["normal"]) == run.red_ops(["objective"]) == set(cases.OBJECTIVE_OPS)
-    assert run.red_ops(["block"]) == set(cases.KERNEL_OPS) - set(cases.OBJECTIVE_OPS)
+    assert run.red_ops(["normal"]) == run.red_ops(["objective"]) == set(OBJECTIVE_OPS)
+    assert run.red_ops(["block"]) == set(KERNEL_OPS) - set(OBJECTIVE_OPS)
 
 
 def test_checks_that_were_left_out_are_no_red_but_no_success(monkeypatch, tmp_path) -> None:
@@ -118,84 +111,15 @@ def test_deepspeed_is_a_suite(capsys, tmp_path) -> None:
         assert message in err
 
 
-@pytest.mark.parametrize("change", [1.01, None])
-def test_a_wrong_provider_has_no_speed(monkeypatch, capsys, tmp_path, change) -> None:
-    def wrong_call(case, inputs, impl):
-        if change is None:
-            raise RuntimeError("does not launch")
-        right = mixflow_call(case, inputs, impl)
-        return lambda: (made := right()) | {"gradient": made["gradient"] * change}
-
-    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
-    monkeypatch.setattr(kernel_suite, "mixflow_call", wrong_call)
-    assert _smoke(tmp_path, "--op", "objective") == 1
-    out = capsys.readouterr().out
-    assert "RED, no speed" in out and "no speed for, because of wrong results:" in out
-    assert all(row["p50"] is None for row in read(tmp_path / "rows.jsonl"))
-    assert not (tmp_path / "objective.png").exists()
-
-
-def test_a_provider_that_fails_is_said_and_the_others_are_timed(monkeypatch, tmp_path) -> None:
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError("tried to allocate 5 TiB")
-
-    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
-    monkeypatch.setattr(kernel_suite, "plain_call", out_of_memory)
-    assert _smoke(tmp_path, "--op", "objective") == 0
-    found = [r for r in read(tmp_path / "rows.jsonl") if r["metric"] == "latency_ms"]
-    by_provider = {row["provider"]: row for row in found}
-    assert by_provider["eager"]["p50"] is None and "5 TiB" in by_provider["eager"]["note"]
-    assert by_provider["mixflow_fast"]["p50"] > 0
-
-
-def test_a_cell_that_breaks_does_not_take_the_others_along(monkeypatch, tmp_path) -> None:
-    whole = kernel_suite.timing.measure
-    monkeypatch.setattr(checks, "run", lambda *_: GREEN)
-    monkeypatch.setattr(kernel_suite.timing, "measure", _fails_once(whole))
-    assert _smoke(tmp_path, "--op", "velocity_loss") == 1
-    modes = {row["mode"] for row in read(tmp_path / "rows.jsonl") if row["metric"] == "call_ms"}
-    assert {"forward", "backward"} <= modes
-
-
-def _fails_once(whole):
-    calls = []
-
-    def measure(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise AssertionError
-        return whole(*args)
-
-    return measure
-
-
-def test_deadline_stops_before_a_cell(monkeypatch, tmp_path) -> None:
-    clock = Clock()
-    deadline = Deadline(10, clock)
-    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
-    suite = kernel_suite.KernelSuite(CPU, writer, deadline, "reference", smoke=True)
-    chosen = kernel_cases(("velocity_loss",), smoke=True)
-    whole = kernel_suite.timing.measure
-
-    def measure(*args):
-        clock.now += 9.5
-        return whole(*args)
-
-    monkeypatch.setattr(kernel_suite.timing, "measure", measure)
-    suite.run(chosen)
-    assert deadline.left_out == [case.label for case in chosen[1:]]
-    assert {row["mode"] for row in read(writer.path)} == {chosen[0].mode}
-
-
 def test_an_interrupt_keeps_what_was_measured(monkeypatch, capsys, tmp_path) -> None:
     cell = kernel_suite.KernelSuite._cell
     seen = []
 
-    def interrupted(self, case):
+    def interrupted(self, one):
         if seen:
             raise KeyboardInterrupt
-        seen.append(case)
-        cell(self, case)
+        seen.append(one)
+        cell(self, one)
 
     monkeypatch.setattr(checks, "run", lambda *_: GREEN)
     monkeypatch.setattr(kernel_suite.KernelSuite, "_cell", interrupted)
@@ -223,16 +147,16 @@ def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     last = variants.Workload(**sit, batch=4, arms=three)
     monkeypatch.setattr(step, "workloads", lambda smoke: (first, second, last))
     writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
-    suite = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
-    suite._on_gpu, suite._copy = True, 1e9
-    suite._compiler = Compiler(lambda call: float(call() is None))
-    suite.run(kernel_cases(("velocity_loss",), smoke=True))
+    kernels = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    kernels._on_gpu, kernels._copy = True, 1e9
+    kernels._compiler = kernel_suite.Compiler(lambda call: float(call() is None))
+    kernels.run(kernel_cells(("velocity_loss",), smoke=True))
     whole = step.StepSuite(CPU, writer, Deadline(), "reference")
     whole._on_gpu = True
     whole.run()
-    assert not suite.refused and not whole.refused
+    assert not kernels.refused and not whole.refused
     found = [row for row in read(writer.path) if row["p50"] is not None]
-    kernels = [row["metric"] for row in found if row["op"] in cases.KERNEL_OPS]
+    kernels = [row["metric"] for row in found if row["op"] in KERNEL_OPS]
     assert len({*kernels}) == 10
     assert {*kernels[kernels.index("launches") :]} == {"launches"}
     assert kernels.count("launches") == kernels.count("peak_memory_mib") == 12
@@ -261,7 +185,7 @@ def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
     out = capsys.readouterr().out
     assert code == 0 and "correctness: green" in out, out
     found = read(tmp_path / "rows.jsonl")
-    assert {row["op"] for row in found} == {*cases.OPS, "optimizer"}
+    assert {row["op"] for row in found} == {*ops.OPS, "optimizer"}
     for row in found:
         assert set(row) == set(KEYS) and row["note"].startswith("smoke: not a speed")
         # On a GPU a backend may refuse the toy's shape in other words.
@@ -275,7 +199,7 @@ def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
     for row in found:
         if row["metric"] == "speedup_over_eager":
             assert row["low95"] <= row["p50"] <= row["high95"]
-    for op in cases.OPS:
+    for op in ops.OPS:
         assert (tmp_path / f"{op}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     environment = json.loads((tmp_path / "environment.json").read_text())["all"]
     assert environment["torch"] == torch.__version__

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 from mixflow_fast import environment
 from mixflow_fast.cli.main import main
-from mixflow_fast.diagnostics import doctor, kernel_checks
+from mixflow_fast.diagnostics import block_cases, doctor, kernel_checks
+from mixflow_fast.diagnostics.block_cases import BLOCK_OPS
 from mixflow_fast.diagnostics.doctor import Check, Diagnosis, diagnose, stale_locks
 from mixflow_fast.kernels import runtime
 from mixflow_fast.training import engine
@@ -52,35 +54,32 @@ def test_every_kernel_is_launched_and_agrees(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(GridExecutor, "__call__", recording)
     findings = kernel_checks.check_kernels(DEVICE)
     assert [f for f in findings if not f.passed] == []
-    assert {f.dtype for f in findings} == {"bf16", "fp32"}
-    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    assert {f.dtype for f in findings} == {"bfloat16", "float32"}
+    sources = [path.read_text() for path in (ROOT / "kernels").rglob("*.py")]
     assert launched == {name for source in sources for name in KERNELS.findall(source)}
 
 
 def test_a_wrong_kernel_is_found_and_the_others_are_still_checked(
     monkeypatch: pytest.MonkeyPatch, only, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gelu, modulated_norm = kernel_checks.gelu, kernel_checks.modulated_norm
+    ops = ("gelu", "modulated_norm", "swiglu", "attention")
+    whole = {name: BLOCK_OPS[name].ours for name in ops}
 
-    def off(x, bias, impl):
-        return gelu(x, bias, impl=impl) * 1.02
+    def plant(name: str, ours) -> None:
+        monkeypatch.setitem(block_cases.BLOCK_OPS, name, replace(BLOCK_OPS[name], ours=ours))
 
-    def off_in_one_gradient(x, shift, scale, impl):
-        return modulated_norm(x, shift, scale * 0.9 + scale.detach() * 0.1, impl=impl)
+    def off_in_one_gradient(x, shift, scale, **options):
+        return whole["modulated_norm"](x, shift, scale * 0.9 + scale.detach() * 0.1, **options)
 
     def broken(x, bias, impl):
         raise RuntimeError("out of resources: shared memory")
 
-    def nan(x, bias, impl):
-        return gelu(x, bias, impl=impl) + torch.nan
-
-    monkeypatch.setattr(kernel_checks, "gelu", off)
-    monkeypatch.setattr(kernel_checks, "modulated_norm", off_in_one_gradient)
-    monkeypatch.setattr(kernel_checks, "swiglu", broken)
-    every = kernel_checks._cases
-    ops = ("gelu", "modulated_norm", "swiglu", "attention")
-    some = [case for case in every(DEVICE) if case.op in ops]
-    monkeypatch.setattr(kernel_checks, "_cases", lambda device: some)
+    plant("gelu", lambda x, bias, impl: whole["gelu"](x, bias, impl=impl) * 1.02)
+    plant("modulated_norm", off_in_one_gradient)
+    plant("swiglu", broken)
+    every = kernel_checks.small_cases
+    some = [case for case in every(DEVICE) if case.ops[0] in ops]
+    monkeypatch.setattr(kernel_checks, "small_cases", lambda device: some)
     only("versions", "kernels against float64")
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -91,14 +90,15 @@ def test_a_wrong_kernel_is_found_and_the_others_are_still_checked(
         "modulated_norm",
         "swiglu",
     }
-    assert "(y)" in checks["gelu"]["found"] and "(dscale)" in checks["modulated_norm"]["found"]
+    assert "(out)" in checks["gelu"]["found"] and "(dscale)" in checks["modulated_norm"]["found"]
     assert "out of resources" in checks["swiglu"]["found"]
     assert checks["attention"]["status"] == "ok" and "impl=reference" in checks["gelu"]["do"]
 
-    monkeypatch.setattr(kernel_checks, "gelu", nan)
-    some = [case for case in every(DEVICE) if case.op == "gelu"]
-    results = {f.op: f.passed for f in kernel_checks.check_kernels(DEVICE)}
-    assert results == {"normal": True, "gelu": False}
+    plant("gelu", lambda x, bias, impl: whole["gelu"](x, bias, impl=impl) + torch.nan)
+    some = [case for case in every(DEVICE) if case.ops == ("gelu",) and case.mode == "full"]
+    found = kernel_checks.check_kernels(DEVICE)
+    assert all(f.passed for f in found if f.op != "gelu") and "normal" in {f.op for f in found}
+    assert not any(f.passed for f in found if f.op == "gelu" and f.tensor == "out")
 
 
 def test_the_command_on_a_plain_cpu() -> None:

@@ -9,13 +9,10 @@ import torch
 from mixflow_fast import MixFlow, mixflow_loss
 from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1, get_path
 from tests.support.golden import load
+from tests.support.kernels import relative_rms
 
 CLOCKS = (DATA_AT_1, NOISE_AT_1)
 TRANSPORT = sorted(f.stem for f in (Path(__file__).parents[1] / "golden").glob("transport_*"))
-
-
-def relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).double().norm() / b.double().norm()).item()
 
 
 def batch(n: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,36 @@
+"""CUDA graphs and torch.compile of the operators: red on wrong numbers."""
+
+import pytest
+import torch
+
+from mixflow_fast.diagnostics import kernel_replays
+from tests.support.kernels import DEVICE
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("replays", "count"),
+    [(kernel_replays.objective_replays, 9), (kernel_replays.block_replays, 6)],
+)
+def test_replays_are_red_when_nothing_is_computed_anew(monkeypatch, replays, count) -> None:
+    found = list(replays(CPU, "reference"))
+    assert len(found) == count and all(finding.passed for finding in found)
+    monkeypatch.setattr(kernel_replays, "capture", lambda step, device: (step(), lambda: None))
+    assert not any(finding.passed for finding in replays(CPU, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "device", "impl", "count"),
+    [
+        (kernel_replays.objective_compiled, DEVICE, "triton", 6),
+        (kernel_replays.block_compiled, CPU, "reference", 18),
+    ],
+)
+def test_compiled_steps_are_red_on_wrong_numbers(
+    monkeypatch, compiled, device, impl, count
+) -> None:
+    found = list(compiled(device, impl, backend="eager"))
+    assert len(found) == count and all(finding.passed for finding in found)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *a, **k: 1.01 * f(*a, **k))
+    assert not any(finding.passed for finding in compiled(CPU, "reference"))
