@@ -1,6 +1,6 @@
 """Model FLOPs of the networks by formula (two a multiply-add): `python -m benchmarks.flops`.
 
-The formulas are in `mixflow_fast/flops.py`.
+The formulas are in `mixflow_fast/models/flops.py`.
 
 Importing this module tells PyTorch's `FlopCounterMode` what the fused attention counts for.
 """
@@ -8,8 +8,7 @@ Importing this module tells PyTorch's `FlopCounterMode` what the fused attention
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -37,14 +36,14 @@ def _attention_backward_flops(dout: Sequence[int], *args: Sequence[int], **_: ob
 
 SIZES = ("S", "B", "L", "XL")
 # As the published tables name them: arguments of `build`.
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+NETWORKS: dict[str, tuple[str, Mapping[str, object]]] = {
     **{f"SiT-{s}/2 {8 * n}": (f"SiT-{s}/2", {"input_size": n}) for s in SIZES for n in (32, 64)},
     **{f"REPA XL/2 {8 * n}": ("SiT-XL/2", {"input_size": n, "z_dims": [768]}) for n in (32, 64)},
     **{f"DiTDH-{s} {16 * n}": (f"DiTDH-{s}", {"input_size": n}) for s in SIZES for n in (16, 32)},
 }
 
 
-def on_meta(label: str, **options: Any) -> Transformer:
+def on_meta(label: str, **options: object) -> Transformer:
     """A network of `NETWORKS` without memory; `options` replace those of the published one."""
     name, published = NETWORKS[label]
     with torch.device("meta"):
@@ -57,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("GFLOP an image: forward, training (in brackets with the zeros of padding), share of")
     print(f"attention; images/s at {MEASURED_TFLOPS:g} (product of 8192^3) and at {PEAK_TFLOPS:g}")
     print("TFLOP/s (peak): no step reaches either\n")
-    print(f"{'network':<15} {'forward':>8} {'train':>8} {'(padded)':>10} {'attn %':>7} "
-          f"{'@790':>7} {'@989':>7}")  # fmt: skip
+    columns = "network", "forward", "train", "(padded)", "attn %", "@790", "@989"
+    print("{:<15} {:>8} {:>8} {:>10} {:>7} {:>7} {:>7}".format(*columns))
     for name in NETWORKS:
         net = on_meta(name)
         flops, padded = count(net), count(net, padded=True)

@@ -180,8 +180,8 @@ Times = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Rows that differ in provider and metric only.
+class StepRows:
+    """Rows of a training step that differ in provider and metric only.
 
     Attributes:
         timing: how times were taken, a sentence.
@@ -190,7 +190,6 @@ class Cell:
 
     writer: Writer
     op: str
-    mode: str
     variant: str | None
     shape: list[int]
     dtype: str
@@ -209,7 +208,7 @@ class Cell:
         self.writer.add(
             op=self.op,
             provider=provider,
-            mode=self.mode,
+            mode="step",
             variant=self.variant,
             metric=metric,
             shape=self.shape,

@@ -19,11 +19,8 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from benchmarks import checks, plots, rows
 from benchmarks.cells import kernel_cells
@@ -39,27 +36,6 @@ if TYPE_CHECKING:
 SMOKE_NOTE = "smoke: not a speed"
 SUITES = {"kernels": KERNEL_OPS, "step": ("step",), "deepspeed": ("deepspeed",), "all": OPS}
 SEVERAL = {"normal": OBJECTIVE_OPS, "objective": OBJECTIVE_OPS, "block": BLOCK_OPS}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is measured, where, and where it goes.
-
-    Attributes:
-        ops: those of the suite that were asked for.
-        config: of the suite "deepspeed".
-        plots: folder of the plots.
-    """
-
-    suite: str
-    ops: tuple[str, ...]
-    config: Config | None
-    device: torch.device
-    deadline: rows.Deadline
-    smoke: bool
-    environment: dict[str, str | None]
-    writer: rows.Writer
-    plots: Path
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,25 +54,87 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _job(args: argparse.Namespace) -> Job:
-    """What the arguments ask for; ValueError where it cannot be done."""
-    ops = tuple(op for op in SUITES[args.suite] if args.op is None or op in args.op)
-    device, deadline = rows.pick(args.device), rows.Deadline(args.deadline)
-    if device.type == "cpu" and not args.smoke:
-        raise ValueError(
-            "speeds need a GPU: a CPU's say nothing about these kernels. To test the harness: "
-            "--smoke --device cpu; correctness alone: python -m benchmarks.checks"
-        )
-    if args.suite != "deepspeed" and args.recipe:
-        raise ValueError(f"only --suite deepspeed takes a recipe, got {args.recipe[0]}")
-    if not ops:
-        raise ValueError(f"--op {args.op} is not in --suite {args.suite}: use --suite all")
-    config = _config(args.recipe) if args.suite == "deepspeed" else None
-    environment = rows.environment(device)
-    note = SMOKE_NOTE if args.smoke else ""
-    writer = rows.Writer(args.out / "rows.jsonl", environment, note)
-    folder = args.plots or args.out
-    return Job(args.suite, ops, config, device, deadline, args.smoke, environment, writer, folder)
+class Run:
+    """What one call of the command measures, where, and where it goes.
+
+    Raises:
+        ValueError: the arguments ask for what cannot be done here.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.ops = tuple(op for op in SUITES[args.suite] if args.op is None or op in args.op)
+        self.device, self.deadline = rows.pick(args.device), rows.Deadline(args.deadline)
+        if self.device.type == "cpu" and not args.smoke:
+            raise ValueError(
+                "speeds need a GPU: a CPU's say nothing about these kernels. To test the harness: "
+                "--smoke --device cpu; correctness alone: python -m benchmarks.checks"
+            )
+        if args.suite != "deepspeed" and args.recipe:
+            raise ValueError(f"only --suite deepspeed takes a recipe, got {args.recipe[0]}")
+        if not self.ops:
+            raise ValueError(f"--op {args.op} is not in --suite {args.suite}: use --suite all")
+        self.config = _config(args.recipe) if args.suite == "deepspeed" else None
+        self.suite, self.smoke = args.suite, args.smoke
+        self.out, self.plots = args.out, args.plots or args.out
+        self.environment = rows.environment(self.device)
+        note = SMOKE_NOTE if args.smoke else ""
+        self.writer = rows.Writer(self.out / "rows.jsonl", self.environment, note)
+
+    def measure(self) -> int:
+        """Correctness, then the suites on what is right; the exit status."""
+        green, red = self._check()
+        before = rows.conditions(self.device)
+        state = {"before": before, "after": None, **self.environment}
+        keep_state(self.out, self.suite, state)
+        refused = [f"{op}: wrong on this device" for op in self.ops if op in red]
+        refused += self._time(red)
+        after = rows.conditions(self.device)
+        keep_state(self.out, self.suite, state | {"after": after})
+        print(f"\ndevice before: {before}\ndevice after:  {after}")
+        print(f"{self.writer.count} rows in {self.writer.path}")
+        if self.deadline.left_out:
+            print(self.deadline.report())
+        for path in self.draw():
+            print(f"plot: {path}")
+        if refused:
+            print("no speed for, because of wrong results:", *refused, sep="\n  ")
+        return 0 if green and not refused else 1
+
+    def draw(self) -> list[Path]:
+        """Plots of what was measured."""
+        return plots.draw(self.writer.path, self.plots, self.ops)
+
+    def _check(self) -> tuple[bool, set[str]]:
+        """Whether every check ran and passed, and the ops with wrong results."""
+        if self.config is not None:
+            return True, set()
+        report = checks.run(self.device, "triton", "timed", self.ops, self.deadline)
+        print(report.table(), flush=True)
+        if report.interrupted:
+            raise KeyboardInterrupt
+        red = red_ops(finding.op for finding in report.failures)
+        if red:
+            print(f"RED, and without a speed: {', '.join(sorted(red))}", flush=True)
+        return report.green, red
+
+    def _time(self, red: set[str]) -> list[str]:
+        """Run the suites; what they refused."""
+        if self.config is not None:
+            time_deepspeed(self.config, self.device, self.writer, self.smoke)
+            return []
+        # On the CPU the kernels run in an interpreter: timing that would only take long.
+        impl = "reference" if self.device.type == "cpu" else "triton"
+        refused: list[str] = []
+        cells = [cell for cell in kernel_cells(self.ops, self.smoke) if cell.op not in red]
+        if cells:
+            kernels = KernelSuite(self.device, self.writer, self.deadline, impl, self.smoke)
+            kernels.run(cells)
+            refused += kernels.refused
+        if "step" in self.ops:
+            step = StepSuite(self.device, self.writer, self.deadline, impl, self.smoke, red)
+            step.run()
+            refused += step.refused
+        return refused
 
 
 def _config(recipe: list[str]) -> Config:
@@ -111,59 +149,6 @@ def _config(recipe: list[str]) -> Config:
     return config
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, and return the exit status."""
-    try:
-        job = _job(_parse(argv))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(", ".join(f"{key} {value}" for key, value in job.environment.items()), flush=True)
-    if job.smoke:
-        print(SMOKE_NOTE)
-    try:
-        return _measure(job)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {job.writer.count} rows are in {job.writer.path}", flush=True)
-        plots.draw(job.writer.path, job.plots, job.ops)
-        return 130
-
-
-def _measure(job: Job) -> int:
-    """Correctness, then the suites on what is right; the exit status."""
-    green, red = _check(job)
-    before = rows.conditions(job.device)
-    state = {"before": before, "after": None, **job.environment}
-    _keep_state(job, state)
-    refused = _time(job, red)
-    after = rows.conditions(job.device)
-    _keep_state(job, state | {"after": after})
-    print(f"\ndevice before: {before}\ndevice after:  {after}")
-    print(f"{job.writer.count} rows in {job.writer.path}")
-    if job.deadline.left_out:
-        print(job.deadline.report())
-    for path in plots.draw(job.writer.path, job.plots, job.ops):
-        print(f"plot: {path}")
-    refused = [*(f"{op}: not correct on this device" for op in job.ops if op in red), *refused]
-    if refused:
-        print("no speed for, because of wrong results:", *refused, sep="\n  ")
-    return 0 if green and not refused else 1
-
-
-def _check(job: Job) -> tuple[bool, set[str]]:
-    """Whether every check ran and passed, and the ops with wrong results."""
-    if job.config is not None:
-        return True, set()
-    report = checks.run(job.device, "triton", "timed", job.ops, job.deadline)
-    print(report.table(), flush=True)
-    if report.interrupted:
-        raise KeyboardInterrupt
-    red = red_ops(finding.op for finding in report.failures)
-    if red:
-        print(f"RED, and without a speed: {', '.join(sorted(red))}", flush=True)
-    return report.green, red
-
-
 def red_ops(found: Iterable[str]) -> set[str]:
     """The ops without a speed, where these were found wrong."""
     red: set[str] = set()
@@ -176,34 +161,32 @@ def red_ops(found: Iterable[str]) -> set[str]:
     return red
 
 
-def _time(job: Job, red: set[str]) -> list[str]:
-    """Run the suites; what they refused."""
-    if job.config is not None:
-        time_deepspeed(job.config, job.device, job.writer, job.smoke)
-        return []
-    # On the CPU the kernels run in an interpreter: timing that would only take long.
-    impl = "reference" if job.device.type == "cpu" else "triton"
-    refused: list[str] = []
-    cells = [cell for cell in kernel_cells(job.ops, job.smoke) if cell.op not in red]
-    if cells:
-        kernels = KernelSuite(job.device, job.writer, job.deadline, impl, job.smoke)
-        kernels.run(cells)
-        refused += kernels.refused
-    if "step" in job.ops:
-        step = StepSuite(job.device, job.writer, job.deadline, impl, job.smoke, red)
-        step.run()
-        refused += step.refused
-    return refused
-
-
-def _keep_state(job: Job, state: dict[str, str | None]) -> None:
+def keep_state(out: Path, suite: str, state: dict[str, str | None]) -> None:
     """OUT/environment.json: the state of each suite's run under the suite's name."""
-    path = job.writer.path.parent / "environment.json"
+    path = out / "environment.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or cut off by a kill
         kept = {}
-    files.write_json(path, kept | {job.suite: state})
+    files.write_json(path, kept | {suite: state})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and return the exit status."""
+    try:
+        run = Run(_parse(argv))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(", ".join(f"{key} {value}" for key, value in run.environment.items()), flush=True)
+    if run.smoke:
+        print(SMOKE_NOTE)
+    try:
+        return run.measure()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {run.writer.count} rows are in {run.writer.path}", flush=True)
+        run.draw()
+        return 130
 
 
 if __name__ == "__main__":

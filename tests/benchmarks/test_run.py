@@ -77,7 +77,7 @@ def test_a_red_op_stops_only_itself(monkeypatch, capsys, tmp_path, red) -> None:
     assert set(timed) == set(KERNEL_OPS) - gone and steps == [gone]
     out = capsys.readouterr().out
     assert f"without a speed: {', '.join(sorted(gone))}" in out
-    assert f"  {red}: not correct on this device" in out
+    assert f"  {red}: wrong on this device" in out
 
 
 def test_nothing_is_timed_where_all_is_red(monkeypatch, capsys, tmp_path) -> None:
@@ -207,16 +207,9 @@ def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
 
 
 def test_environment_of_each_suite_is_kept(tmp_path) -> None:
-    writer = Writer(tmp_path / "new" / "rows.jsonl", ENVIRONMENT)
-
-    def keep(suite: str, state: str) -> None:
-        options = dict(config=None, device=CPU, deadline=Deadline(), smoke=True, environment={})
-        job = run.Job(suite=suite, ops=(), writer=writer, plots=tmp_path, **options)
-        run._keep_state(job, {"before": state})
-
     for suite, state in (("kernels", "cold"), ("step", "cold"), ("step", "warm")):
-        keep(suite, state)
+        run.keep_state(tmp_path / "new", suite, {"before": state})
     kept = json.loads((tmp_path / "new" / "environment.json").read_text())
     assert kept == {"kernels": {"before": "cold"}, "step": {"before": "warm"}}
     (tmp_path / "new" / "environment.json").write_text('{"cut o')
-    keep("step", "cold")
+    run.keep_state(tmp_path / "new", "step", {})
