@@ -196,6 +196,11 @@ class StepRows:
     timing: str
     dtypes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """Op, network and batch as they are printed."""
+        return f"{self.op} {self.variant} B={self.shape[0]}"
+
     def add(
         self,
         provider: str,

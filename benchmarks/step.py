@@ -110,9 +110,7 @@ class StepSuite:
     def _cell(self, workload: Workload, shape: list[int]) -> StepRows:
         method = timing.rounds_method(self._seconds(ROUND_SECONDS))
         tf32 = {"eager_tf32": "tf32"}
-        return StepRows(
-            self._writer, "step", "step", workload.name, shape, "bfloat16", method, tf32
-        )
+        return StepRows(self._writer, "step", workload.name, shape, "bfloat16", method, tf32)
 
     def _seconds(self, seconds: float) -> float:
         return 0.0 if self._smoke else seconds  # single steps
@@ -227,7 +225,7 @@ class StepSuite:
         values = {name: arm.loss_of(draws) for name, arm in arms.items()}
         wrong = [f"{name}: loss {v}" for name, v in values.items() if not math.isfinite(v)]
         # Without ours, whose operators were red, the others are compared among themselves.
-        first = OURS if OURS in arms else next(iter(arms))
+        first = OURS if OURS in arms else list(arms)[-1]
         for name, value in values.items():
             # The same network in the same precision, or another precision.
             allowed = 1e-2 if "eager_tf32" in (name, first) else 2e-3
@@ -299,7 +297,7 @@ class StepSuite:
                 arm.step()
                 launches = timing.count_launches(arm.step)
                 cell.add(name, "launches", launches, arm.note, timed=False)
-                print(f"  {name:22}{launches or '?':>10} launches, {cell.variant}", flush=True)
+                print(f"  {name:22}{launches or '?':>10} launches, {cell.label}", flush=True)
 
     def _write_matmul(self) -> None:
         self._matmul = timing.matmul_tflops(MATMUL[0])
@@ -323,7 +321,7 @@ def add_ladder(cell: StepRows, times: Times, notes: Mapping[str, str]) -> None:
     rungs = [name for name in LADDER if name in times]
     if len(rungs) < 4:
         return
-    print(f"  step by step, {cell.variant}: over the row before [95%], over the first")
+    print(f"  step by step, {cell.label}: over the row before [95%], over the first")
     for before, name in zip([rungs[0], *rungs], rungs, strict=False):
         ratio, whole = (paired_ratio(times[n], times[name]) for n in (before, rungs[0]))
         if name not in (before, OURS):
