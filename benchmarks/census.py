@@ -97,6 +97,7 @@ def _copies(*tensors: Tensor | None, rows: bool = False) -> Moved:
 
 
 def _residual_norm(a: Arguments) -> Moved:
+    """Both directions of `residual_norm`, and of `modulated_norm`, which has no h."""
     backward, scale = "needs" in a, a["scale"]
     x, per_token = a["x_new" if backward else "x"], scale.dim() == 3
     given = {name: a.get(name) is not None for name in ("h", "shift", "h_bias", "weight", "dx_new")}
@@ -107,7 +108,7 @@ def _residual_norm(a: Arguments) -> Moved:
     others = (a.get(name) for name in ("dy", "dx_new", "h", "gate", "shift"))
     copies, copied = _copies(x, scale, *others, rows=True)
     launches = 1
-    if backward:
+    if backward:  # kernels that add up partial sums
         partial, sums = scratch_shapes(*x.shape, needs, per_token)
         launches += (partial[2] > 0) + (sums[1] > 0)
     moved = residual_norm_bytes(
@@ -139,7 +140,11 @@ def _attention(a: Arguments) -> Moved:
     batch, tokens, _, heads, head_dim = a["qkv"].shape
     backward = "dout" in a
     moved = attention_bytes(
-        *(batch, tokens, heads, head_dim, a["qkv"].dtype),
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=a["qkv"].dtype,
         backend=a["backend"],
         norm=None if a["norm"] == "none" else a["norm"],
         rope=a["cos"] is not None,
@@ -148,6 +153,7 @@ def _attention(a: Arguments) -> Moved:
     if not backward:
         return int(moved > 0), moved
     copies, copied = _copies(a["dout"], a["out"])
+    # A sum over all tokens for the gradients of the norms' weights and biases.
     sums = (a["q_weight"] is not None) + (a["q_bias"] is not None)
     return (moved > 0) + sums + copies, moved + copied
 

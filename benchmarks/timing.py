@@ -124,6 +124,7 @@ def _issue_ms(call: Call) -> float:
 
 def _capture(call: Call) -> torch.cuda.CUDAGraph:
     """A CUDA graph of GRAPH_CALLS calls."""
+    # Warmed on a stream of its own: what a first call sets up must not be captured.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -160,6 +161,7 @@ def measure(
         round_ms: device time that a provider's round should take, in milliseconds (at least 5
             and at most 50 samples).
     """
+    # Compilation, and the allocator's first blocks.
     for call in calls.values():
         for _ in range(2):
             call()
@@ -274,6 +276,7 @@ def peaks_mib(call: Call) -> tuple[float, float, float]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    # Held until the peak is read: the results are part of what a call needs.
     made = call()
     torch.cuda.synchronize()
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
