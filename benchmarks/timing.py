@@ -17,6 +17,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
@@ -36,8 +37,8 @@ WARM_ROUNDS = 2
 WARM_STEP_ROUNDS = 1
 
 Call = Callable[[], object]
-# The samples of a provider's turn, and its wall time per call, in milliseconds.
-Sampler = Callable[[], tuple[list[float], float]]
+# Milliseconds per call of a provider's turn.
+Sampler = Callable[[], list[float]]
 
 
 @dataclass
@@ -169,17 +170,49 @@ def measure(
         if device.type == "cuda":
             raise ValueError("timer must be a CudaTimer on a GPU, got None")
         method = "perf_counter around single calls on the CPU"
-        samplers = {name: _cpu_sampler(call, device) for name, call in calls.items()}
+        samplers = {name: partial(_cpu_ms, call, device) for name, call in calls.items()}
     else:
-        method, samplers = _gpu_samplers(calls, device, timer, round_ms)
+        method, samplers = _gpu_samplers(calls, timer, round_ms)
     timing = Timing(method, {name: [] for name in calls}, {name: [] for name in calls})
     for number, order in turns(list(calls), WARM_ROUNDS + rounds):
         for name in order:
-            samples, wall = samplers[name]()
+            samples = samplers[name]()
+            wall = wall_ms(calls[name], WALL_CALLS, device) if timer else median(samples)
             if number >= WARM_ROUNDS:
                 timing.rounds[name].append(samples)
                 timing.wall[name].append(wall)
     return timing
+
+
+def _cpu_ms(call: Call, device: torch.device) -> list[float]:
+    return [wall_ms(call, 1, device) for _ in range(3)]
+
+
+def _gpu_samplers(
+    calls: Mapping[str, Call], timer: CudaTimer, round_ms: float
+) -> tuple[str, dict[str, Sampler]]:
+    """The method for all providers of a cell, and a sampler for each."""
+    quick = {name: timer.quick_ms(call) for name, call in calls.items()}
+    samplers: dict[str, Sampler] = {}
+    trouble = ""
+    if min(quick.values()) < GRAPH_BELOW_MS:
+        try:
+            graphs = {name: _capture(call) for name, call in calls.items()}
+        except RuntimeError as error:
+            trouble = f"; no CUDA graph: {error_line(error, 200)}"
+        else:
+            for name, graph in graphs.items():
+                replays = _samples(round_ms, min(_replay_ms(graph, 5)) * GRAPH_CALLS)
+                samplers[name] = partial(_replay_ms, graph, replays)
+            return f"CUDA graph of {GRAPH_CALLS} calls, warm L2", samplers
+    for name, call in calls.items():
+        count = _samples(round_ms, quick[name])
+        samplers[name] = partial(timer.events_ms, call, count, _issue_ms(call))
+    return f"CUDA events per call, cold L2{trouble}", samplers
+
+
+def _samples(round_ms: float, each_ms: float) -> int:
+    return max(5, min(50, round(round_ms / max(each_ms, 1e-3))))
 
 
 def rounds_method(seconds: float) -> str:
@@ -215,54 +248,6 @@ def rounds_ms(
             if number >= WARM_STEP_ROUNDS:
                 times[name].append(ms)
     return times
-
-
-def _cpu_sampler(call: Call, device: torch.device) -> Sampler:
-    def sample() -> tuple[list[float], float]:
-        times = [wall_ms(call, 1, device) for _ in range(3)]
-        return times, median(times)
-
-    return sample
-
-
-def _gpu_samplers(
-    calls: Mapping[str, Call], device: torch.device, timer: CudaTimer, round_ms: float
-) -> tuple[str, dict[str, Sampler]]:
-    """The method for all providers of a cell, and a sampler for each."""
-    quick = {name: timer.quick_ms(call) for name, call in calls.items()}
-    trouble = ""
-    if min(quick.values()) < GRAPH_BELOW_MS:
-        try:
-            graphs = {name: _capture(call) for name, call in calls.items()}
-        except RuntimeError as error:
-            trouble = f"; no CUDA graph: {error_line(error, 200)}"
-        else:
-            samplers = {
-                name: _graph_sampler(graphs[name], call, device, round_ms)
-                for name, call in calls.items()
-            }
-            return f"CUDA graph of {GRAPH_CALLS} calls, warm L2", samplers
-    samplers = {
-        name: _event_sampler(timer, call, device, _samples(round_ms, quick[name]))
-        for name, call in calls.items()
-    }
-    return f"CUDA events per call, cold L2{trouble}", samplers
-
-
-def _samples(round_ms: float, each_ms: float) -> int:
-    return max(5, min(50, round(round_ms / max(each_ms, 1e-3))))
-
-
-def _event_sampler(timer: CudaTimer, call: Call, device: torch.device, samples: int) -> Sampler:
-    host_ms = _issue_ms(call)
-    return lambda: (timer.events_ms(call, samples, host_ms), wall_ms(call, WALL_CALLS, device))
-
-
-def _graph_sampler(
-    graph: torch.cuda.CUDAGraph, call: Call, device: torch.device, round_ms: float
-) -> Sampler:
-    samples = _samples(round_ms, min(_replay_ms(graph, 5)) * GRAPH_CALLS)
-    return lambda: (_replay_ms(graph, samples), wall_ms(call, WALL_CALLS, device))
 
 
 def peak_memory_mib(call: Call) -> float:
