@@ -126,6 +126,14 @@ class Percentiles(NamedTuple):
     p50: float
     p80: float
 
+    def times(self, factor: float) -> Percentiles:
+        """Those of the sample times a positive factor."""
+        return Percentiles(factor * self.p20, factor * self.p50, factor * self.p80)
+
+    def rate(self, amount: float) -> Percentiles:
+        """Those of `amount` over the sample: the fast percentile of a time is a rate's high one."""
+        return Percentiles(amount / self.p80, amount / self.p50, amount / self.p20)
+
 
 class Ratio(NamedTuple):
     """Median and spread of other / ours over paired rounds, and the median's 95% interval."""
@@ -180,8 +188,8 @@ Times = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class StepRows:
-    """Rows of a training step that differ in provider and metric only.
+class Cell:
+    """The rows of one cell: they differ in provider and metric only.
 
     Attributes:
         timing: how times were taken, a sentence.
@@ -190,6 +198,7 @@ class StepRows:
 
     writer: Writer
     op: str
+    mode: str
     variant: str | None
     shape: list[int]
     dtype: str
@@ -213,7 +222,7 @@ class StepRows:
         self.writer.add(
             op=self.op,
             provider=provider,
-            mode="step",
+            mode=self.mode,
             variant=self.variant,
             metric=metric,
             shape=self.shape,

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING
 
 from benchmarks import checks, plots, rows
 from benchmarks.cells import kernel_cells
-from benchmarks.ops import BLOCK_OPS, KERNEL_OPS, OBJECTIVE_OPS, OPS
+from benchmarks.ops import KERNEL_OPS, OPS
 from benchmarks.step import StepSuite
 from benchmarks.step_optimizers import time_deepspeed
 from benchmarks.suite import KernelSuite
 from mixflow_fast import files
+from mixflow_fast.diagnostics.kernel_plan import NEEDS
 
 if TYPE_CHECKING:
     from mixflow_fast.config.schema import Config
 
 SMOKE_NOTE = "smoke: not a speed"
 SUITES = {"kernels": KERNEL_OPS, "step": ("step",), "deepspeed": ("deepspeed",), "all": OPS}
-SEVERAL = {"normal": OBJECTIVE_OPS, "objective": OBJECTIVE_OPS, "block": BLOCK_OPS}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -150,15 +150,11 @@ def _config(recipe: list[str]) -> Config:
 
 
 def red_ops(found: Iterable[str]) -> set[str]:
-    """The ops without a speed, where these were found wrong."""
-    red: set[str] = set()
-    for name in found:
-        # What several ops are made of, or a check of several at once, says nothing about which.
-        alone = (name,) if name in KERNEL_OPS else KERNEL_OPS
-        red.update(SEVERAL.get(name, alone))
-    if red & set(OBJECTIVE_OPS):
-        red.add("objective")
-    return red
+    """The ops without a speed where these were found wrong: they, and those that need them."""
+    wrong = set(found)
+    if wrong - {name for op, needs in NEEDS.items() for name in (op, *needs)}:
+        return set(KERNEL_OPS)  # nobody knows whose result it was
+    return {op for op in KERNEL_OPS if wrong & {op, *NEEDS[op]}}
 
 
 def keep_state(out: Path, suite: str, state: dict[str, str | None]) -> None:

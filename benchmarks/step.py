@@ -18,16 +18,16 @@ from benchmarks import timing
 from benchmarks.flops import PEAK_TFLOPS, train_flops
 from benchmarks.plain import GAMMA
 from benchmarks.rows import (
+    Cell,
     Deadline,
     Expectation,
     Percentiles,
-    StepRows,
     Times,
     Writer,
     paired_ratio,
     percentiles,
 )
-from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights, rate, scaled, time_optimizers
+from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights, time_optimizers
 from benchmarks.step_variants import (
     LADDER,
     RECIPES,
@@ -78,7 +78,7 @@ class StepSuite:
         properties = torch.cuda.get_device_properties(device) if self._on_gpu else None
         self._memory: float = properties.total_memory if properties else math.inf
         self._matmul: float | None = None
-        self._to_count: tuple[StepRows, dict[str, Arm]] | None = None
+        self._to_count: tuple[Cell, dict[str, Arm]] | None = None
         self._has_optimizers = False
 
     def run(self) -> None:
@@ -107,10 +107,10 @@ class StepSuite:
         if self._on_gpu and self._to_count:
             self._write_launches(*self._to_count)
 
-    def _cell(self, workload: Workload, shape: list[int]) -> StepRows:
+    def _cell(self, workload: Workload, shape: list[int]) -> Cell:
         method = timing.rounds_method(self._seconds(ROUND_SECONDS))
         tf32 = {"eager_tf32": "tf32"}
-        return StepRows(self._writer, "step", workload.name, shape, "bfloat16", method, tf32)
+        return Cell(self._writer, "step", "step", workload.name, shape, "bfloat16", method, tf32)
 
     def _seconds(self, seconds: float) -> float:
         return 0.0 if self._smoke else seconds  # single steps
@@ -156,7 +156,7 @@ class StepSuite:
                 time_optimizers(weights, self._writer, self._rounds, seconds, self._on_gpu)
 
     def _arms(
-        self, workload: Workload, cell: StepRows, weights: Weights, x1: Tensor, y: Tensor
+        self, workload: Workload, cell: Cell, weights: Weights, x1: Tensor, y: Tensor
     ) -> dict[str, Arm]:
         """Arms of the same recipe for the network share its twin, and what is compiled for it."""
         ids = torch.arange(len(x1), device=self._device)
@@ -193,7 +193,7 @@ class StepSuite:
             return "compile left out in a smoke run"
         return ""
 
-    def _warm_all(self, workload: Workload, cell: StepRows, arms: dict[str, Arm]) -> bool:
+    def _warm_all(self, workload: Workload, cell: Cell, arms: dict[str, Arm]) -> bool:
         """Warm every arm and drop those that fail; False if ours is one of them."""
         self._clear()
         for name, arm in list(arms.items()):
@@ -250,7 +250,7 @@ class StepSuite:
         return timing.rounds_ms(calls, self._device, length, rounds, enough)
 
     def _report(
-        self, workload: Workload, cell: StepRows, arms: dict[str, Arm], times: Times, flops: float
+        self, workload: Workload, cell: Cell, arms: dict[str, Arm], times: Times, flops: float
     ) -> None:
         """Times and rates, then the ratios, then what takes another step: memory, idle host."""
         toy = " (smoke run at toy sizes: not speeds)" if self._smoke else ""
@@ -258,12 +258,12 @@ class StepSuite:
         notes = {name: arm.note for name, arm in arms.items()}
         for name, arm in arms.items():
             ms = percentiles(times[name])
-            images = rate(arm.batch * 1e3, ms)
+            images = ms.rate(arm.batch * 1e3)
             cell.add(name, "latency_ms", ms, notes[name])
             cell.add(name, "images_per_s", images, notes[name])
             text = f"  {name:22}{ms.p50:10.2f} ms {images.p50:9.1f} img/s"
             if self._on_gpu:
-                text += self._report_flops(cell, name, scaled(flops / 1e12, images), notes[name])
+                text += self._report_flops(cell, name, images.times(flops / 1e12), notes[name])
             print(text, flush=True)
         cell.add_ratios(OURS, times, notes)
         add_ladder(cell, times, notes)
@@ -280,18 +280,18 @@ class StepSuite:
             text += f", micro-batches of {arm.micro}" if arm.micro < arm.batch else ""
             print(f"  {name:22}{text}", flush=True)
 
-    def _report_flops(self, cell: StepRows, name: str, tflops: Percentiles, note: str) -> str:
+    def _report_flops(self, cell: Cell, name: str, tflops: Percentiles, note: str) -> str:
         """Rows of the model FLOPs, and what is printed of them."""
         cell.add(name, "model_tflops", tflops, note)
         text = f" {tflops.p50:7.1f} TFLOP/s"
         for metric, whole in (("989", PEAK_TFLOPS), ("matmul", self._matmul)):
             if whole:
-                percent = scaled(100 / whole, tflops)
+                percent = tflops.times(100 / whole)
                 cell.add(name, f"percent_of_{metric}", percent, note)
                 text += f" {percent.p50:5.1f}% of {whole:.0f} ({metric})"
         return text
 
-    def _write_launches(self, cell: StepRows, arms: dict[str, Arm]) -> None:
+    def _write_launches(self, cell: Cell, arms: dict[str, Arm]) -> None:
         for name, arm in arms.items():
             if self._deadline.left() > 5:
                 arm.step()
@@ -316,7 +316,7 @@ class StepSuite:
             torch.cuda.empty_cache()
 
 
-def add_ladder(cell: StepRows, times: Times, notes: Mapping[str, str]) -> None:
+def add_ladder(cell: Cell, times: Times, notes: Mapping[str, str]) -> None:
     """Each row of the ladder over the row before and over the first: what pays."""
     rungs = [name for name in LADDER if name in times]
     if len(rungs) < 4:

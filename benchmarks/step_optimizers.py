@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.rows import Percentiles, StepRows, Times, Writer, paired_ratio, percentiles
+from benchmarks.rows import Cell, Times, Writer, paired_ratio, percentiles
 from mixflow_fast import extension
 from mixflow_fast.environment import apex_message, detect_apex
 from mixflow_fast.messages import error_line
@@ -158,16 +158,6 @@ def _inner(kind: str, masters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(masters, lr=LR, weight_decay=0.0, fused=fused)
 
 
-def scaled(factor: float, p: Percentiles) -> Percentiles:
-    """The percentiles of `factor` times what was measured."""
-    return Percentiles(factor * p.p20, factor * p.p50, factor * p.p80)
-
-
-def rate(amount: float, ms: Percentiles) -> Percentiles:
-    """`amount` over times; the slowest time is the lowest rate."""
-    return Percentiles(amount / ms.p80, amount / ms.p50, amount / ms.p20)
-
-
 def describe_adamwema(device_type: str) -> str:
     """Which of its implementations `AdamWEMA` takes here."""
     status = extension.load()
@@ -208,10 +198,10 @@ def time_optimizers(
         p.grad = None
         params += p.numel()
     method = timing.rounds_method(seconds)
-    cell = StepRows(writer, "optimizer", None, [params], "float32", method)
+    cell = Cell(writer, "optimizer", "step", None, [params], "float32", method)
     for name, note in notes.items():
         ms = percentiles(times[name])
-        gb_per_s = rate(STEP_BYTES * params / 1e6, ms)
+        gb_per_s = ms.rate(STEP_BYTES * params / 1e6)
         cell.add(name, "latency_ms", ms, note)
         cell.add(name, "gb_per_s", gb_per_s, note)
         print(
@@ -288,7 +278,7 @@ def time_deepspeed(config: Config, device: torch.device, writer: Writer, smoke: 
     times = timing.rounds_ms(calls, device, seconds, 3 if smoke else DEEPSPEED_ROUNDS)
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[c.precision]
     method, shape = timing.rounds_method(seconds), list(pair.x1.shape)
-    cell = StepRows(writer, "deepspeed", config.model.name, shape, dtype, method)
+    cell = Cell(writer, "deepspeed", "step", config.model.name, shape, dtype, method)
     same = f"AdamWEMA: {describe_adamwema(device.type)}"
     notes = {"deepspeed": f"ZeRO {c.zero_stage}, {same}", "bare": f"no DeepSpeed, {same}"}
     for name, note in notes.items():

@@ -86,7 +86,8 @@ def test_nothing_is_timed_where_all_is_red(monkeypatch, capsys, tmp_path) -> Non
     assert _smoke(tmp_path, "--suite", "kernels") == 1
     assert "without a speed: attention, gelu" in capsys.readouterr().out
     assert not (tmp_path / "rows.jsonl").exists()
-    assert run.red_ops(["normal"]) == run.red_ops(["objective"]) == set(OBJECTIVE_OPS)
+    assert run.red_ops(["normal"]) == run.red_ops(["interpolate"]) == set(OBJECTIVE_OPS)
+    assert run.red_ops(["objective"]) == {"objective"} and run.red_ops([]) == set()
     assert run.red_ops(["block"]) == set(KERNEL_OPS) - set(OBJECTIVE_OPS)
 
 

@@ -61,4 +61,4 @@ def test_arms_name_the_operators_that_they_run() -> None:
     assert recipes["compile"].ops(variants.SiT) == recipes["eager_bf16"].ops(variants.SiT) == set()
     assert recipes["fused"].ops(variants.SiT) == set(variants.FUSED_OPS[variants.SiT])
     head = recipes["mixflow_fast"].ops(variants.DiTDH)
-    assert {"swiglu", "qk_norm_rope", "interpolate", "velocity_loss"} < head and "gelu" not in head
+    assert {"swiglu", "qk_norm_rope", "objective"} < head and "gelu" not in head
