@@ -6,7 +6,7 @@
 #
 #   benchmarks/gpu_suite.sh [--smoke] [FOLDER [PART...]]
 #
-# --smoke: the same path on the CPU at toy sizes, in less than a minute. It tests this script and the
+# --smoke: the same path on the CPU at toy sizes, in a minute or two. It tests this script and the
 # harness; its times are no speeds.
 # FOLDER: runs/gpu_suite, or runs/gpu_suite_smoke. PART: correctness, kernels, step; all three
 # without any. One part alone has the whole time: "correctness" is complete then, and "kernels" and
