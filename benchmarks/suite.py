@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import timing
+from benchmarks import rows, timing
 from benchmarks.checks import verify
 from benchmarks.ops import FAMILIES, REGISTRY, Call, Cell, NotThere
 from benchmarks.rows import (
@@ -179,7 +179,9 @@ class KernelSuite:
         if self._on_gpu:
             for provider, call in calls.items():
                 peak = timing.peak_memory_mib(call)
-                self._add_value(cell, provider, "peak_memory_mib", peak, note=notes[provider])
+                self._rows(cell).add(
+                    provider, "peak_memory_mib", peak, notes[provider], timed=False
+                )
                 self._to_count.append((cell, provider, notes[provider]))
 
     def _right_calls(
@@ -212,40 +214,44 @@ class KernelSuite:
             else:
                 calls[provider] = call
         for provider, why in missing.items():
-            self._add(cell, provider, "latency_ms", None, note=why)
+            self._rows(cell).add(provider, "latency_ms", None, why, timed=False)
             if why != NO_COMPILE:
                 print(f"{cell.label}: without {provider}: {why}", flush=True)
         return calls, notes, wrong
+
+    def _rows(self, cell: Cell, timing: str = "") -> rows.Cell:
+        shape = list(cell.shape)
+        return rows.Cell(
+            self._writer, cell.op, cell.mode, cell.variant, shape, cell.dtype_name, timing
+        )
 
     def _write_launches(self, cell: Cell, provider: str, note: str) -> None:
         call, _ = self._call(provider, cell, REGISTRY[cell.op].inputs(cell, self._device))
         call()
         launches = timing.count_launches(call)
         why = note if launches else f"{note}; the profiler saw no device activity"
-        self._add_value(cell, provider, "launches", launches, note=why)
+        self._rows(cell).add(provider, "launches", launches, why, timed=False)
 
     def _write_times(
         self, cell: Cell, timed: timing.Timing, notes: dict[str, str]
     ) -> dict[str, Percentiles]:
         """The rows of each provider; returns their latencies."""
         latency = {}
+        out = self._rows(cell, timed.method)
+        how = f"wall time per call of {timing.WALL_CALLS}" if self._on_gpu else timed.method
+        by_wall = self._rows(cell, how)
         for provider, rounds in timed.rounds.items():
-            note, method = notes[provider], timed.method
+            note = notes[provider]
             latency[provider] = p = percentiles([value for each in rounds for value in each])
-            self._add(cell, provider, "latency_ms", p, note=note, timing=method)
-            wall = percentiles(timed.wall[provider])
-            how = f"wall time per call of {timing.WALL_CALLS}" if self._on_gpu else method
-            self._add(cell, provider, "call_ms", wall, note=note, timing=how)
+            out.add(provider, "latency_ms", p, note)
+            by_wall.add(provider, "call_ms", percentiles(timed.wall[provider]), note)
             if not self._on_gpu:
                 continue
-            # The fast percentile of a time is the high one of a rate.
-            rate = Percentiles(*(cell.algorithmic_bytes / (ms * 1e6) for ms in p[::-1]))
-            percent = Percentiles(*(100 * gb * 1e9 / self._copy for gb in rate))
-            self._add(cell, provider, "gb_per_s", rate, note=note, timing=method)
-            self._add(cell, provider, "percent_of_copy", percent, note=note, timing=method)
+            moved = cell.algorithmic_bytes
+            out.add(provider, "gb_per_s", _rate(moved / 1e6, p), note)
+            out.add(provider, "percent_of_copy", _rate(1e5 * moved / self._copy, p), note)
             if cell.flops:
-                tflops = Percentiles(*(cell.flops / (ms * 1e9) for ms in p[::-1]))
-                self._add(cell, provider, "model_tflops", tflops, note=note, timing=method)
+                out.add(provider, "model_tflops", _rate(cell.flops / 1e9, p), note)
         return latency
 
     def _write_ratios(
@@ -256,42 +262,19 @@ class KernelSuite:
             provider: [percentiles(each).p50 for each in rounds]
             for provider, rounds in timed.rounds.items()
         }
-        ratios = {}
+        out, ratios = self._rows(cell, timed.method), {}
         for provider in cell.providers:  # the rounds turn their order
             if provider == "mixflow_fast" or provider not in timed.rounds:
                 continue
             note = f"per round, {len(medians[provider])} rounds; against {notes[provider]}"
-            ratios[provider] = tuple(
+            device, wall = (
                 paired_ratio(times[provider], times["mixflow_fast"])
                 for times in (medians, timed.wall)
             )
-            for prefix, ratio in zip(("", "call_"), ratios[provider], strict=True):
-                identity = self._identity(cell, "mixflow_fast", f"{prefix}speedup_over_{provider}")
-                self._writer.add(**identity, **ratio._asdict(), timing=timed.method, note=note)
+            out.add("mixflow_fast", f"speedup_over_{provider}", device, note)
+            out.add("mixflow_fast", f"call_speedup_over_{provider}", wall, note)
+            ratios[provider] = device, wall
         return ratios
-
-    @staticmethod
-    def _identity(cell: Cell, provider: str, metric: str) -> dict[str, object]:
-        return {
-            "op": cell.op,
-            "provider": provider,
-            "mode": cell.mode,
-            "variant": cell.variant,
-            "metric": metric,
-            "shape": list(cell.shape),
-            "dtype": cell.dtype_name,
-        }
-
-    def _add(
-        self, cell: Cell, provider: str, metric: str, p: Percentiles | None, **fields: str
-    ) -> None:
-        values = p._asdict() if p else {"p50": None}
-        self._writer.add(**self._identity(cell, provider, metric), **values, **fields)
-
-    def _add_value(
-        self, cell: Cell, provider: str, metric: str, value: float | None, note: str
-    ) -> None:
-        self._writer.add(**self._identity(cell, provider, metric), p50=value, note=note)
 
     def _print_head(self) -> None:
         heads = "".join(f"{provider:>14}" for provider in COLUMNS)
@@ -320,3 +303,8 @@ class KernelSuite:
             for provider, (device, wall) in ratios.items()
         )
         print(f"{cell.label:64}{times}{percent:>9}  {wins}", flush=True)
+
+
+def _rate(per_ms: float, p: Percentiles) -> Percentiles:
+    """The fast percentile of a time is the high one of a rate."""
+    return Percentiles(per_ms / p.p80, per_ms / p.p50, per_ms / p.p20)

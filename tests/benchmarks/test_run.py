@@ -148,14 +148,14 @@ def test_what_only_a_gpu_writes_comes_in_order(monkeypatch, tmp_path) -> None:
     last = variants.Workload(**sit, batch=4, arms=three)
     monkeypatch.setattr(step, "workloads", lambda smoke: (first, second, last))
     writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
-    kernels = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
-    kernels._on_gpu, kernels._copy = True, 1e9
-    kernels._compiler = kernel_suite.Compiler(lambda call: float(call() is None))
-    kernels.run(kernel_cells(("velocity_loss",), smoke=True))
+    whole_kernels = kernel_suite.KernelSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    whole_kernels._on_gpu, whole_kernels._copy = True, 1e9
+    whole_kernels._compiler = kernel_suite.Compiler(lambda call: float(call() is None))
+    whole_kernels.run(kernel_cells(("velocity_loss",), smoke=True))
     whole = step.StepSuite(CPU, writer, Deadline(), "reference")
     whole._on_gpu = True
     whole.run()
-    assert not kernels.refused and not whole.refused
+    assert not whole_kernels.refused and not whole.refused
     found = [row for row in read(writer.path) if row["p50"] is not None]
     kernels = [row["metric"] for row in found if row["op"] in KERNEL_OPS]
     assert len({*kernels}) == 10
