@@ -173,7 +173,7 @@ def _norm_cases() -> Iterator[Case]:
 def _activation_cases() -> Iterator[Case]:
     for op, width, narrow, odd in (("gelu", 4608, 1536, 1023), ("swiglu", 11008, 4096, 2046)):
         row, wide = partial(BlockCase, op=op, variant="bias"), (32, 256, width)
-        again = partial(row, mode="recompute")
+        recompute = partial(row, mode="recompute")
         yield _block(row(shape=wide), quick=True)
         yield _block(row(shape=wide, dtype=FP32), quick=True)
         yield _block(row(shape=wide, vector_dtype=FP32))
@@ -182,10 +182,10 @@ def _activation_cases() -> Iterator[Case]:
         yield _block(row(shape=(32, 256, narrow), dtype=FP16))
         yield _block(row(shape=(1, 256, width)))
         yield _block(row(shape=(2, 7, odd)))
-        yield _block(again(shape=wide), quick=True)
-        yield _block(again(shape=wide, dtype=FP32))
+        yield _block(recompute(shape=wide), quick=True)
+        yield _block(recompute(shape=wide, dtype=FP32))
         for shape in ((2, 7, 2046), (257, 257, width), (1, 1, width)):
-            yield _block(again(shape=shape))
+            yield _block(recompute(shape=shape))
     yield _block(BlockCase(op="swiglu", variant="bias", shape=(32, 256, 2 * 2730)))
 
 

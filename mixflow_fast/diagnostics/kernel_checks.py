@@ -79,7 +79,9 @@ class Finding:
 
 
 def relative_rms(value: Tensor, truth: Tensor) -> float:
-    """||value - truth|| / ||truth||, in float64; inf where a value is not finite."""
+    """||value - truth|| / ||truth||, in float64; inf for another shape or what is not finite."""
+    if value.shape != truth.shape:
+        return math.inf
     exact = truth.detach().to(value.device, torch.float64)
     difference = (value.detach().double() - exact).square().mean().sqrt()
     error = (difference / exact.square().mean().sqrt().clamp_min(1e-300)).item()
@@ -93,7 +95,9 @@ def against_eager(
     eager_error = relative_rms(eager, truth)
     wrong_form = ours.shape != eager.shape or ours.dtype != eager.dtype
     error = math.inf if wrong_form else relative_rms(ours, truth)
-    return error, 2 * eager_error + (FLOORS[eager.dtype] if floor is None else floor), eager_error
+    floor = FLOORS[eager.dtype] if floor is None else floor
+    # What eager itself cannot compute allows nothing.
+    return error, (2 * eager_error if math.isfinite(eager_error) else 0.0) + floor, eager_error
 
 
 def guarded(

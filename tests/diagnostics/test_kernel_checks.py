@@ -105,6 +105,7 @@ def test_relative_rms() -> None:
     assert relative_rms(truth.bfloat16(), truth.double()) == 0
     assert relative_rms(torch.tensor([math.nan, 4.0]), truth) == math.inf
     assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_rms(truth.expand(2, 2), truth) == math.inf
     assert relative_rms(torch.full((2,), 1e-20), torch.zeros(2)) > 1
 
 
@@ -116,6 +117,7 @@ def test_the_limit_is_twice_eager_and_a_floor() -> None:
     assert limit == 2 * eager_error + 1e-6
     for wrong in (eager.double(), eager.view(1, 2), eager * math.nan):
         assert against_eager(wrong, eager, truth)[0] == math.inf
+    assert against_eager(eager, eager * math.nan, truth)[1] == 1e-6
     assert not Finding("gelu", "errors", "out", "float32", math.nan, 1.0).passed
 
 

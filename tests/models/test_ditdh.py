@@ -13,6 +13,7 @@ from mixflow_fast.models import MODELS, DiTDH, build
 from mixflow_fast.models.blocks import rotate
 from mixflow_fast.models.embedders import rope_tables
 from tests.support.golden import FOLDER, load
+from tests.support.kernels import relative_rms
 
 PARITY = 1e-5
 TOY: dict[str, Any] = {
@@ -32,21 +33,16 @@ def golden(**overrides: Any) -> tuple[DiTDH, dict[str, Tensor]]:
     return model, tensors
 
 
-def relative(ours: Tensor, truth: Tensor) -> float:
-    assert ours.shape == truth.shape
-    return float((ours.detach().double() - truth.double()).norm() / truth.double().norm())
-
-
 def test_output_and_all_gradients() -> None:
     model, g = golden()
     x = g["x"].clone().requires_grad_()
     out = model(x, g["t"], g["y"])
-    assert relative(out, g["out"]) < PARITY
+    assert relative_rms(out, g["out"]) < PARITY
     (out * g["cotangent"]).sum().backward()
     gradients = {f"grad.{n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert gradients.keys() == {key for key in g if key.startswith("grad.")}
-    errors = {key: relative(gradient, g[key]) for key, gradient in gradients.items()}
-    errors["grad_x"] = relative(x.grad, g["grad_x"])
+    errors = {key: relative_rms(gradient, g[key]) for key, gradient in gradients.items()}
+    errors["grad_x"] = relative_rms(x.grad, g["grad_x"])
     assert {key: error for key, error in errors.items() if error >= PARITY} == {}
 
 
@@ -56,11 +52,11 @@ def test_guidance_in_an_interval_against_the_official_batch() -> None:
     y = torch.cat([g["y"], torch.full_like(g["y"], model.null_class)])
     truth = g["out_cfg_1.5_interval_0.1_0.9"]
     out = model.forward_with_cfg(x, t, y, 1.5, None, (0.1, 0.9))
-    assert relative(out, truth) < PARITY
+    assert relative_rms(out, truth) < PARITY
     inside = (g["t"] >= 0.1) & (g["t"] <= 0.9)
     assert inside.any()
     nowhere = model.forward_with_cfg(x, t, y, 1.5, None, (0.95, 0.96))
-    assert relative(nowhere[:3], model(g["x"], g["t"], g["y"])) < PARITY
+    assert relative_rms(nowhere[:3], model(g["x"], g["t"], g["y"])) < PARITY
 
 
 @pytest.mark.parametrize("size", [256, 512])
@@ -116,9 +112,9 @@ def test_head_of_5461_is_padded_without_a_trace() -> None:
         out[mode] = mlp(x)
         gradients[mode] = torch.autograd.grad(out[mode], mlp.parameters(), cotangent)
         assert list(model.state_dict()) == names
-    assert relative(out["compile"], out["eager"]) < 1e-6
+    assert relative_rms(out["compile"], out["eager"]) < 1e-6
     for ours, plain in zip(*gradients.values(), strict=True):
-        assert relative(ours, plain) < 1e-6
+        assert relative_rms(ours, plain) < 1e-6
 
 
 def test_half_precision_keeps_frequencies_and_angles() -> None:
@@ -142,7 +138,7 @@ def test_rope_is_a_rotation_by_row_and_column() -> None:
     angles = [(axis[:, None] * frequencies) for axis in (token // side, token % side)]
     turn = torch.polar(torch.ones(9, 4, dtype=torch.float64), torch.cat(angles, dim=1))
     truth = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn).flatten(-2)
-    assert relative(ours, truth) < 1e-7
+    assert relative_rms(ours, truth) < 1e-7
 
 
 @pytest.mark.parametrize(
@@ -178,7 +174,7 @@ def test_the_official_switches(options: dict[str, Any]) -> None:
     eager = model(x, t, y)
     assert eager.std() > 0
     fused = model.set_execution(mode="fused", compiled=False)(x, t, y)
-    assert relative(fused, eager.detach()) < PARITY
+    assert relative_rms(fused, eager.detach()) < PARITY
 
 
 @pytest.mark.parametrize(

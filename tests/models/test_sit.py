@@ -11,6 +11,7 @@ from torch import Tensor
 from mixflow_fast.models import MODELS, SiT, build, repa_alignment_loss
 from mixflow_fast.models.embedders import timestep_sinusoid
 from tests.support.golden import FOLDER, load
+from tests.support.kernels import relative_rms
 
 PARITY = 1e-5
 TOY: dict[str, Any] = {
@@ -28,14 +29,6 @@ def golden(name: str, **overrides: Any) -> tuple[SiT, dict[str, Tensor]]:
     model = SiT(**config | overrides)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("state.")})
     return model, tensors
-
-
-def relative(ours: Tensor, truth: Tensor) -> float:
-    assert ours.shape == truth.shape
-    if not truth.any():
-        return 0.0 if not ours.any() else math.inf
-    ours, truth = ours.detach().double(), truth.detach().double()
-    return float((ours - truth).norm() / truth.norm())
 
 
 def inputs(model: SiT, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,15 +49,15 @@ def test_outputs_and_all_gradients(name: str, mode: str) -> None:
     if name == "repa_0":
         out, zs = out
         assert len(zs) == 1
-        assert relative(zs[0], g["z0"]) < PARITY
+        assert relative_rms(zs[0], g["z0"]) < PARITY
         loss = sum(z.mean() for z in zs)
-    assert relative(out, g["out"]) < PARITY
+    assert relative_rms(out, g["out"]) < PARITY
     (loss + (out * g["cotangent"]).sum()).backward()
     gradients = {f"grad.{n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert gradients.keys() == {key for key in g if key.startswith("grad.")}
-    errors = {key: relative(gradient, g[key]) for key, gradient in gradients.items()}
+    errors = {key: relative_rms(gradient, g[key]) for key, gradient in gradients.items()}
     if "grad_x" in g:
-        errors["grad_x"] = relative(x.grad, g["grad_x"])
+        errors["grad_x"] = relative_rms(x.grad, g["grad_x"])
     assert {key: error for key, error in errors.items() if error >= PARITY} == {}
 
 
@@ -83,13 +76,13 @@ def test_guidance_against_the_official_batch() -> None:
     y = torch.cat([g["y"], torch.full_like(g["y"], model.null_class)])
     truth = g["out_cfg_1.5"]
     out = model.forward_with_cfg(x, t, y, 1.5)
-    assert relative(out, truth) < PARITY
+    assert relative_rms(out, truth) < PARITY
     cond, uncond = model(x, t, y).chunk(2)
     everything = model.forward_with_cfg(x, t, y, 1.5, channels=None)
-    assert relative(everything[:, :3], truth[:, :3]) < PARITY
+    assert relative_rms(everything[:, :3], truth[:, :3]) < PARITY
     last = (uncond.double() + 1.5 * (cond.double() - uncond.double()))[:, 3:]
-    assert relative(everything[:3, 3:], last) < PARITY
-    assert relative(everything[3:, 3:], last) < PARITY
+    assert relative_rms(everything[:3, 3:], last) < PARITY
+    assert relative_rms(everything[3:, 3:], last) < PARITY
     x[3:] = 7.0  # only the first half is fed
     assert torch.equal(model.forward_with_cfg(x, t, y, 1.5), out)
 
@@ -97,10 +90,10 @@ def test_guidance_against_the_official_batch() -> None:
 def test_guidance_and_velocity_of_repa_leave_the_projectors_out() -> None:
     model, g = golden("repa_0")
     model.projectors = torch.nn.ModuleList([torch.nn.Identity()])
-    assert relative(model.velocity(g["x"], g["t"], g["y"]), g["out"]) < PARITY
+    assert relative_rms(model.velocity(g["x"], g["t"], g["y"]), g["out"]) < PARITY
     x, t, y = (torch.cat([g[key], g[key]]) for key in ("x", "t", "y"))
     out = model.forward_with_cfg(x, t, y, 2.0, channels=None)  # equal labels: no change
-    assert relative(out[:3], g["out"]) < PARITY
+    assert relative_rms(out[:3], g["out"]) < PARITY
 
 
 def test_repa_losses_against_the_official_loop() -> None:
@@ -110,10 +103,10 @@ def test_repa_losses_against_the_official_loop() -> None:
     x_t = (1 - t) * loss["x1"] + t * loss["noise"]
     velocity, zs = model(x_t, loss["t_repa"], g["y"])
     denoising = (velocity - (loss["noise"] - loss["x1"])).square().mean(dim=(1, 2, 3))
-    assert relative(denoising, loss["denoising_loss"].reshape(3)) < PARITY
+    assert relative_rms(denoising, loss["denoising_loss"].reshape(3)) < PARITY
     alignment = repa_alignment_loss(zs, [loss["target_z0"]])
     assert alignment.shape == () and alignment.dtype == torch.float32
-    assert relative(alignment.reshape(1), loss["proj_loss"]) < PARITY
+    assert relative_rms(alignment.reshape(1), loss["proj_loss"]) < PARITY
     half = repa_alignment_loss([zs[0].bfloat16()], [loss["target_z0"].bfloat16()])
     assert half.dtype == torch.float32
 
@@ -226,7 +219,7 @@ def test_bfloat16_model_stays_near_the_official_output() -> None:
     model, g = golden("sit_0")
     out = model.bfloat16()(g["x"], g["t"], g["y"])
     assert out.dtype == torch.bfloat16
-    assert relative(out, g["out"]) < 2e-2
+    assert relative_rms(out, g["out"]) < 2e-2
 
 
 def test_qk_norm_keys_and_scale_invariance() -> None:
@@ -266,7 +259,7 @@ def test_clock_null_class_and_config() -> None:
 def test_compiles_without_graph_breaks() -> None:
     model, g = golden("sit_0")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert relative(compiled(g["x"], g["t"], g["y"]), g["out"]) < PARITY
+    assert relative_rms(compiled(g["x"], g["t"], g["y"]), g["out"]) < PARITY
 
 
 def test_registry() -> None:

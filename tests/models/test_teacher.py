@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixflow_fast.models.teacher import Teacher, TeacherFiles, preprocess, resample_positions
+from tests.support.kernels import relative_rms
 from tests.support.teacher import PATCH, TABLE, WIDTH, images, save_teacher
 
 KINDS = {"dinov2": 1, "dinov2_with_registers": 5}
@@ -22,10 +23,6 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("teachers")
     return {kind: save_teacher(root / kind, kind) for kind in KINDS}
-
-
-def relative(ours: Tensor, truth: Tensor) -> float:
-    return ((ours.double() - truth).norm() / truth.norm()).item()
 
 
 def reference_input(x: Tensor, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -40,13 +37,13 @@ def test_preprocessing_is_repas(size: int, resolution: int) -> None:
     truth = reference_input(x, resolution)
     ours = preprocess(x, resolution)
     # float32 places the bicubic taps to about 1e-6 of a pixel only.
-    most = 2 * relative(reference_input(x, resolution, torch.float32), truth) + 1e-6
-    assert most < 2e-5 and ours.dtype == torch.float32 and relative(ours, truth) < most
+    most = 2 * relative_rms(reference_input(x, resolution, torch.float32), truth) + 1e-6
+    assert most < 2e-5 and ours.dtype == torch.float32 and relative_rms(ours, truth) < most
     # A model of pixels hands over what it trains on.
-    assert relative(preprocess(x.float() / 127.5 - 1, resolution), truth) < most
-    assert relative(preprocess(x.double() / 127.5 - 1, resolution), truth) < 1e-14
+    assert relative_rms(preprocess(x.float() / 127.5 - 1, resolution), truth) < most
+    assert relative_rms(preprocess(x.double() / 127.5 - 1, resolution), truth) < 1e-14
     half = preprocess((x.float() / 127.5 - 1).bfloat16(), resolution)
-    assert half.dtype == torch.float32 and relative(half, truth) < 1e-2
+    assert half.dtype == torch.float32 and relative_rms(half, truth) < 1e-2
 
 
 def test_what_preprocessing_is_not() -> None:
@@ -55,10 +52,10 @@ def test_what_preprocessing_is_not() -> None:
     truth = reference_input(x, 56)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     bytes_first = F.interpolate(x, (56, 56), mode="bicubic").float() / 255  # rounds and clamps
-    assert relative((bytes_first - mean) / std, truth) > 1e-3
+    assert relative_rms((bytes_first - mean) / std, truth) > 1e-3
     normalised = (x.float() / 255 - mean) / std
     smoothed = F.interpolate(normalised, (56, 56), mode="bicubic", antialias=True)
-    assert relative(smoothed, truth) > 1e-3
+    assert relative_rms(smoothed, truth) > 1e-3
 
 
 def plain_dinov2(folder: Path, x: Tensor, kind: str, antialias: bool) -> Tensor:
@@ -114,10 +111,10 @@ def test_features_are_the_normalised_patch_tokens(
     truth = plain_dinov2(folders[kind], reference_input(x, side * PATCH), kind, antialias)
     ours = teacher(x)
     assert ours.shape == (2, side * side, WIDTH) == (2, teacher.tokens, teacher.hidden_size)
-    assert relative(ours, truth) < 1e-5
+    assert relative_rms(ours, truth) < 1e-5
     if side < TABLE:  # the two ways differ where the table shrinks
         other = plain_dinov2(folders[kind], reference_input(x, side * PATCH), kind, not antialias)
-        assert relative(ours, other) > 1e-3
+        assert relative_rms(ours, other) > 1e-3
 
 
 def test_256_pixels_give_16_by_16_tokens_of_224_pixels(folders: dict[str, Path]) -> None:
@@ -137,7 +134,7 @@ def test_positions_are_resampled_like_timm_and_only_when_needed() -> None:
     grid = F.interpolate(grid, (16, 16), mode="bicubic", antialias=True)
     ours = resample_positions(table, 16)
     assert torch.equal(ours[:, 0], table[:, 0]) and ours.shape == (1, 257, 8)
-    assert relative(ours[:, 1:], grid.permute(0, 2, 3, 1).reshape(1, 256, 8)) < 1e-6
+    assert relative_rms(ours[:, 1:], grid.permute(0, 2, 3, 1).reshape(1, 256, 8)) < 1e-6
 
 
 def test_it_is_frozen_and_its_tokens_enter_a_graph_as_constants(folders: dict[str, Path]) -> None:
@@ -163,7 +160,7 @@ def test_precision_and_autocast(folders: dict[str, Path]) -> None:
     half = teacher(x)
     assert half.dtype == torch.bfloat16
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
-    assert relative(half, truth.double()) < 3e-2
+    assert relative_rms(half, truth.double()) < 3e-2
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(Teacher(folders["dinov2"], 4)(x), truth)
 
