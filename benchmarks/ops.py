@@ -125,7 +125,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class ObjectiveOp:
+class ObjectiveEntry:
     """interpolate, velocity_loss or both, by `MixFlow`; plain lines draw with torch's generator.
 
     An operator of the registry gives, for a cell: who is asked (`providers`), bytes of one call,
@@ -230,7 +230,7 @@ _PRODUCT = {"residual_norm": ("h", "h_bias"), "gelu": ("x", "bias"), "swiglu": (
 
 
 @dataclass(frozen=True)
-class BlockOp:
+class BlockEntry:
     """One of `block_cases.BLOCK_OPS`; bytes: (cell, backward) -> bytes of one direction."""
 
     name: str
@@ -364,21 +364,21 @@ def _attention_bytes(cell: Cell, backward: bool) -> int:
     return cell.elements * cell.dtype.itemsize * (8 if backward else 4)
 
 
-REGISTRY: dict[str, ObjectiveOp | BlockOp] = {
+REGISTRY: dict[str, ObjectiveEntry | BlockEntry] = {
     op.name: op
     for op in (
-        ObjectiveOp("interpolate", loses=False),
-        ObjectiveOp("velocity_loss", interpolates=False),
-        ObjectiveOp("objective"),
-        BlockOp("residual_norm", _norm_bytes),
-        BlockOp("modulated_norm", _norm_bytes),
-        BlockOp("gelu", _activation_bytes),
-        BlockOp("swiglu", _activation_bytes),
-        BlockOp("qk_norm_rope", _qk_bytes),
-        BlockOp("attention", _attention_bytes),
+        ObjectiveEntry("interpolate", loses=False),
+        ObjectiveEntry("velocity_loss", interpolates=False),
+        ObjectiveEntry("objective"),
+        BlockEntry("residual_norm", _norm_bytes),
+        BlockEntry("modulated_norm", _norm_bytes),
+        BlockEntry("gelu", _activation_bytes),
+        BlockEntry("swiglu", _activation_bytes),
+        BlockEntry("qk_norm_rope", _qk_bytes),
+        BlockEntry("attention", _attention_bytes),
     )
 }
-OBJECTIVE_OPS = tuple(op.name for op in REGISTRY.values() if isinstance(op, ObjectiveOp))
+OBJECTIVE_OPS = tuple(op.name for op in REGISTRY.values() if isinstance(op, ObjectiveEntry))
 FAMILIES = {"objective": OBJECTIVE_OPS, "blocks": tuple(BLOCK_OPS)}
 KERNEL_OPS = tuple(REGISTRY)
 OPS = (*KERNEL_OPS, "step")

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import ops, suite
 from benchmarks.cells import SMOKE_SHAPES, kernel_cells
-from benchmarks.ops import OBJECTIVE_OPS, BlockOp, Cell, ObjectiveOp
+from benchmarks.ops import OBJECTIVE_OPS, BlockEntry, Cell, ObjectiveEntry
 from benchmarks.rows import Deadline, Writer, read
 from benchmarks.suite import SLOW_TO_COMPILE, Compiler, KernelSuite, modes_to_try
 
@@ -37,7 +37,7 @@ def rows_of(kernel_suite: KernelSuite, metric: str = "latency_ms") -> list[dict]
 
 @pytest.mark.parametrize("change", [1.01, None])
 def test_a_wrong_provider_has_no_speed(monkeypatch, capsys, kernel_suite, change) -> None:
-    right = ObjectiveOp.ours
+    right = ObjectiveEntry.ours
 
     def wrong(self, cell, inputs, impl):
         if change is None:
@@ -45,7 +45,7 @@ def test_a_wrong_provider_has_no_speed(monkeypatch, capsys, kernel_suite, change
         call, note = right(self, cell, inputs, impl)
         return lambda: (made := call()) | {"dpred": made["dpred"] * change}, note
 
-    monkeypatch.setattr(ObjectiveOp, "ours", wrong)
+    monkeypatch.setattr(ObjectiveEntry, "ours", wrong)
     cells = kernel_cells(("objective",), smoke=True)
     kernel_suite.run(cells)
     assert kernel_suite.refused == [cell.label for cell in cells]
@@ -57,7 +57,7 @@ def test_a_provider_that_fails_is_said_and_the_others_are_timed(monkeypatch, ker
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("tried to allocate 5 TiB")
 
-    monkeypatch.setattr(ObjectiveOp, "plain", out_of_memory)
+    monkeypatch.setattr(ObjectiveEntry, "plain", out_of_memory)
     kernel_suite.run(kernel_cells(("objective",), smoke=True))
     by_provider = {row["provider"]: row for row in rows_of(kernel_suite)}
     assert by_provider["eager"]["p50"] is None and "5 TiB" in by_provider["eager"]["note"]
@@ -65,13 +65,13 @@ def test_a_provider_that_fails_is_said_and_the_others_are_timed(monkeypatch, ker
 
 
 def test_a_wrong_backend_does_not_take_the_others_along(monkeypatch, kernel_suite) -> None:
-    whole = BlockOp.other
+    whole = BlockEntry.other
 
     def wrong(self, provider, cell, inputs, impl):
         call, note = whole(self, provider, cell, inputs, impl)
         return lambda: {name: value * 1.1 for name, value in call().items()}, note
 
-    monkeypatch.setattr(BlockOp, "other", wrong)
+    monkeypatch.setattr(BlockEntry, "other", wrong)
     kernel_suite.run(kernel_cells(("attention",), smoke=True)[:1])
     found = {row["provider"]: row for row in rows_of(kernel_suite)}
     assert found["flash"]["p50"] is None and "wrong result: flash: out" in found["flash"]["note"]
