@@ -248,10 +248,10 @@ class KernelSuite:
             if not self._on_gpu:
                 continue
             moved = cell.algorithmic_bytes
-            out.add(provider, "gb_per_s", _rate(moved / 1e6, p), note)
-            out.add(provider, "percent_of_copy", _rate(1e5 * moved / self._copy, p), note)
+            out.add(provider, "gb_per_s", p.rate(moved / 1e6), note)
+            out.add(provider, "percent_of_copy", p.rate(1e5 * moved / self._copy), note)
             if cell.flops:
-                out.add(provider, "model_tflops", _rate(cell.flops / 1e9, p), note)
+                out.add(provider, "model_tflops", p.rate(cell.flops / 1e9), note)
         return latency
 
     def _write_ratios(
@@ -303,8 +303,3 @@ class KernelSuite:
             for provider, (device, wall) in ratios.items()
         )
         print(f"{cell.label:64}{times}{percent:>9}  {wins}", flush=True)
-
-
-def _rate(per_ms: float, p: Percentiles) -> Percentiles:
-    """The fast percentile of a time is the high one of a rate."""
-    return Percentiles(per_ms / p.p80, per_ms / p.p50, per_ms / p.p20)
