@@ -25,17 +25,8 @@ import torch
 from benchmarks import rows as devices
 from benchmarks.ops import FAMILIES, GAMMA, KERNEL_OPS, PRED_DTYPE, REGISTRY, Cell, Made
 from benchmarks.rows import Deadline, Expectation
-from mixflow_fast.diagnostics.kernel_cases import (
-    Inputs,
-    Tensors,
-)
-from mixflow_fast.diagnostics.kernel_checks import (
-    ROUNDING,
-    Finding,
-    guarded,
-    relative_rms,
-    worst,
-)
+from mixflow_fast.diagnostics.kernel_cases import Inputs, Tensors
+from mixflow_fast.diagnostics.kernel_checks import ROUNDING, Finding, guarded, relative_rms, worst
 from mixflow_fast.diagnostics.kernel_plan import Level, tasks
 
 # Errors of a timed call in units of one rounding of its dtype, which tell a wrong result from a

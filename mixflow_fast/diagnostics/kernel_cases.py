@@ -73,7 +73,12 @@ class Case(Protocol):
         """Operators that the call runs."""
 
     @property
-    def label(self) -> str: ...
+    def name(self) -> str:
+        """What is called, and how."""
+
+    @property
+    def label(self) -> str:
+        """The name with the dtype."""
 
     def op_of(self, tensor: str) -> str:
         """The operator that made the named result."""
