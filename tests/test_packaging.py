@@ -148,8 +148,10 @@ def test_wheel_metadata(wheel):
 
 
 def test_command_has_its_function():
-    tree = ast.parse((ROOT / "mixflow_fast" / "cli.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "mixflow_fast" / "cli" / "main.py").read_text(encoding="utf-8"))
     assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    init = (ROOT / "mixflow_fast" / "cli" / "__init__.py").read_text(encoding="utf-8")
+    assert "from mixflow_fast.cli.main import main" in init
 
 
 def test_installed_wheel_beside_a_foreign_kernels(wheel, foreign, tmp_path):
