@@ -1,15 +1,49 @@
-"""The findings of `checkpoints.inspect` in words, for a terminal."""
+"""`mixflow-fast inspect`: what is in a checkpoint, and whether its weights fit; as text or JSON."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import textwrap
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from mixflow_fast.checkpoints.inspect import Inspection
+if TYPE_CHECKING:
+    from mixflow_fast.checkpoints.inspect import Inspection
 
 _WIDTH = 92
-# Of what our own files record.
-_SAID_ABOVE = ("format", "class", "model", "name", "clock", "prediction", "steps")
+# Settings that our own files record and that other lines of the text already show.
+_SHOWN_ABOVE = ("format", "class", "model", "name", "clock", "prediction", "steps")
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="what is in a checkpoint, and whether its weights fit",
+        description="Says whose checkpoint it is, which network, clock and settings, and whether "
+        "names, shapes and values are right. Nothing in the file is executed. Exit code: 0 it "
+        "fits, 1 it does not, 2 it cannot be read.",
+        epilog="example: mixflow-fast inspect SiT-XL-2-256.pt --against SiT-XL/2",
+    )
+    command.add_argument("checkpoint", help="run folder, or a .pt or .safetensors file")
+    command.add_argument(
+        "--against",
+        metavar="NAME",
+        help="hold it against SiT-{S,B,L,XL}/{2,4,8} or DiTDH-{S,B,L,XL}; default: what the "
+        "shapes tell",
+    )
+    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.add_argument("--json", action="store_true", help="all findings as JSON")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from mixflow_fast.checkpoints.inspect import as_json, inspect_file
+
+    found = inspect_file(options.checkpoint, options.weights, options.against)
+    print(json.dumps(as_json(found), indent=1) if options.json else as_text(found))
+    return 0 if found.fits else 1
 
 
 def as_text(found: Inspection) -> str:
@@ -18,25 +52,14 @@ def as_text(found: Inspection) -> str:
         _line("checkpoint", f"{found.path}, {size_text(found.size_bytes)}, {found.format}"),
         _line("layout", found.layout),
         _line("model", found.model if found.kind != "unknown" else "unknown"),
+        *_network(found),
     ]
-    own = found.kwargs
-    if found.class_name is not None:
-        side, channels = own["input_size"], own["in_channels"]
-        null = " and the null class" if own.get("class_dropout_prob", 0.1) > 0 else ""
-        out += [
-            _line("", f"latents {channels}x{side}x{side}, patch {own['patch_size']}, "
-                  f"{found.tokens} tokens, {own['num_classes']} classes{null}"),
-            _line("head", "velocity and sigma channels (learn_sigma)" if own.get("learn_sigma")
-                  else "velocity channels"),
-            _line("clock", f"{found.clock}, {found.clock_from}"),
-            _line("prediction", found.prediction or ""),
-        ]  # fmt: skip
     trains = "" if found.trainable is None else f"; the network trains {found.trainable:,}"
     values = f"{found.parameters:,} in the file, {', '.join(found.dtypes)}{trains}"
     out.append(_line("parameters", values))
     progress = [f"{n} {v:,}" for n in ("steps", "epoch") if (v := getattr(found, n))]
     out += [_line("progress", ", ".join(progress))] if progress else []
-    known = _SAID_ABOVE if found.layout.startswith("mixflow-fast") else ()
+    known = _SHOWN_ABOVE if found.layout.startswith("mixflow-fast") else ()
     shown = {n: v for n, v in found.args.items() if n not in known and not str(v).startswith('{"')}
     if shown:
         out.append(_line("recorded", ", ".join(f"{name}={value}" for name, value in shown.items())))
@@ -53,6 +76,29 @@ def as_text(found: Inspection) -> str:
     if not found.fits:
         verdict = "does not fit" + (f" {found.against}" if found.against else " any known network")
     return "\n".join([*out, "", verdict])
+
+
+def _network(found: Inspection) -> list[str]:
+    """What the shapes tell of the network; nothing where it is not known."""
+    if found.class_name is None:
+        return []
+    own = found.kwargs
+    side, channels = own["input_size"], own["in_channels"]
+    null = " and the null class" if own.get("class_dropout_prob", 0.1) > 0 else ""
+    sigma = own.get("learn_sigma")
+    return [
+        _line(
+            "",
+            f"latents {channels}x{side}x{side}, patch {own['patch_size']}, "
+            f"{found.tokens} tokens, {own['num_classes']} classes{null}",
+        ),
+        _line(
+            "head",
+            "velocity and sigma channels (learn_sigma)" if sigma else "velocity channels",
+        ),
+        _line("clock", f"{found.clock}, {found.clock_from}"),
+        _line("prediction", found.prediction or ""),
+    ]
 
 
 def _line(label: str, text: str, indent: int = 12) -> str:
@@ -94,7 +140,7 @@ def _diff(found: Inspection) -> list[str]:
     return lines + [f"  ~ shape       {text}" for text in _first(_changed(found.misshaped))]
 
 
-def _changed(misshaped: dict[str, list[tuple[int, ...]]]) -> list[str]:
+def _changed(misshaped: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:
     """One line for a tensor that differs in the same way in several blocks."""
     places: dict[tuple[str, str], list[str]] = {}
     for name, (have, want) in misshaped.items():

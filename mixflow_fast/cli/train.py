@@ -1,0 +1,68 @@
+"""`mixflow-fast train`: train or post-train from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import warnings
+
+from mixflow_fast.cli.errors import FAILED, REFUSED, leave_at_once, report
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train or post-train from a recipe",
+        description="Train or post-train. Started again in the same folder, it resumes. Several "
+        "processes: torchrun --nproc-per-node N -m mixflow_fast.cli train ... The train.keep_last "
+        "newest checkpoints stay, and those of each train.keep_every steps. Ctrl-C, SIGTERM or "
+        "SIGUSR1 saves and ends with exit code 0; a second one ends at once.",
+        epilog="example: mixflow-fast train sit-xl2-256 data.path=latents/ "
+        "train.init=SiT-XL-2-256.pt objective.gamma=0.8",
+    )
+    command.add_argument("recipe", help="name of a recipe, or a .yaml file")
+    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+    command.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto continues the run in out= if there is one; never refuses such a folder",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check and print the resolved configuration"
+    )
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from mixflow_fast.checkpoints.writing import SaveError
+    from mixflow_fast.config.loading import load_config
+    from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
+    from mixflow_fast.distributed.process_group import leave, rank, world_size
+    from mixflow_fast.training.build import check
+    from mixflow_fast.training.trainer import TrainingDiverged, train
+
+    # DeepSpeed's own calls warn of themselves, once for each rank.
+    warnings.filterwarnings("ignore", r".*`torch\.distributed.* is deprecated", FutureWarning)
+    config = load_config(options.recipe, options.overrides)
+    check(config, world_size())
+    if options.dry_run:
+        print(config.to_yaml(), end="")
+        return 0
+    try:
+        with roll_call():
+            result = train(config, resume=options.resume, recipe=options.recipe)
+    except TrainingDiverged as error:
+        return report(error, FAILED)
+    except SaveError as error:  # every rank has it
+        return report(error, REFUSED) if rank() == 0 else REFUSED
+    except RankLost as error:
+        if error.speaks:
+            report(error, FAILED)
+        leave_at_once(FAILED)
+    atexit.register(leave)  # not yet: who calls this function may train again
+    if rank() == 0:
+        # With train.save_weights=never the folder is all there is.
+        made = result.weights if result.weights.exists() else result.out
+        print(f"{made}: {result.images_seen} images, step {result.step}")
+    return 0  # also when it was asked to stop: its checkpoint is written
