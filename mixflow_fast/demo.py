@@ -9,7 +9,6 @@ Everything is a function of the seed: the same seed gives the same bits on the s
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -17,17 +16,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixflow_fast import __version__
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.data import build_dataset, sample_index
+from mixflow_fast.environment import cpu_name, current_environment, is_installed
 from mixflow_fast.evaluation import FEATURES, frechet_distance, moments
 from mixflow_fast.files import write_bytes, write_json
 from mixflow_fast.metrics.metrics_file import read_metrics
@@ -319,7 +317,7 @@ def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
     for arm in arms.values():
         distribution = {"gamma": 0.0, "timesteps": "uniform"} if arm.timesteps is None else {}
         check(arm_config(base, replace(arm, **distribution), settings, 0, out / "arm"))
-    if util.find_spec("matplotlib") is None:
+    if not is_installed("matplotlib"):
         raise ValueError('the report needs matplotlib: pip install "mixflow_fast[eval]"')
 
 
@@ -343,27 +341,20 @@ def _claim(out: Path, settings: Settings, fresh: bool) -> None:
     write_json(mark, plan)
 
 
-def _environment() -> dict[str, Any]:
+def _environment() -> dict[str, object]:
+    """What the report shows of this process's environment; no host name, for it is published."""
+    on_gpu = torch.cuda.is_available()
+    here = current_environment(torch.device("cuda" if on_gpu else "cpu"))
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": metadata.version("deepspeed"),
-        "mixflow_fast": __version__,
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": here.python,
+        "torch": here.torch,
+        "deepspeed": here.deepspeed,
+        "mixflow_fast": here.mixflow_fast,
+        "platform": here.platform,
+        "cpu": cpu_name(),
+        "threads": here.threads,
+        "device": here.device if on_gpu else "cpu",
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def _about(settings: Settings) -> str:

@@ -1,22 +1,26 @@
-"""Optional packages, looked at without importing them: what is installed, and which `apex` it is.
+"""Versions and devices of a process, and which optional packages are there.
 
-Two distributions answer to `import apex`: NVIDIA's (FusedAdam and others, installed from source)
-and PyPI's, a toolkit for the Pyramid web framework that has nothing to do with it.
+Packages are looked at without importing them. Two distributions answer to `import apex`: NVIDIA's
+(FusedAdam and others, installed from source) and PyPI's, a toolkit for the Pyramid web framework
+that has nothing to do with it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import platform
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from mixflow_fast import __version__
 
-APEX_MESSAGES = {
+Apex = Literal["nvidia", "unrelated", "absent"]
+APEX_MESSAGES: dict[Apex, str] = {
     "nvidia": "NVIDIA apex is installed",
     "absent": "apex is not installed: it is optional, see https://github.com/NVIDIA/apex",
     "unrelated": (
@@ -31,7 +35,7 @@ LoggerName = Literal["tensorboard", "wandb"]
 _FLASH_ATTN_3 = ("flash_attn_interface", "flash_attn_3")
 
 
-def _find_spec(name: str) -> object | None:
+def _find_spec(name: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(name)
     # A module that was put in `sys.modules` without a spec.
@@ -50,8 +54,8 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def detect_apex() -> str:
-    """Returns "nvidia", "unrelated" or "absent", by the package's files: nothing of it is run."""
+def detect_apex() -> Apex:
+    """Which apex is installed, by the package's files: nothing of it is run."""
     spec = _find_spec("apex")
     if spec is None:
         return "absent"
@@ -63,52 +67,82 @@ def detect_apex() -> str:
 
 
 def apex_message() -> str:
-    """What `detect_apex` found, in words, with the way out."""
+    """What `detect_apex` found, as a sentence, with the way out."""
     return APEX_MESSAGES[detect_apex()]
 
 
+def package_version(distribution: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _version(module: str, *distributions: str) -> str | None:
+    """Version of a module that one of the distributions brings, None where there is no module."""
     if _find_spec(module) is None:
         return None
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return "unknown"
+    versions = (package_version(name) for name in distributions)
+    return next((version for version in versions if version is not None), "unknown")
 
 
 def flash_attn_version() -> str | None:
-    """Of the package `flash_attn` (FlashAttention 2), None where there is none."""
+    """Version of the package `flash_attn` (FlashAttention 2), None where there is none."""
     return _version("flash_attn", "flash-attn", "flash_attn")
 
 
 def flash_attn_3_version() -> str | None:
-    """Of FlashAttention 3, which is built from source, None where there is none."""
+    """Version of FlashAttention 3, which is built from source, None where there is none."""
     found = (_version(m, "flash-attn-3", "flash_attn_3") for m in _FLASH_ATTN_3)
     return next((version for version in found if version is not None), None)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and device of this process, for the record of a run."""
-    versions = {}
-    for name in ("deepspeed", "triton", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where a process runs: the record in metrics.jsonl and in reports.
+
+    Attributes:
+        mixflow_fast, torch, deepspeed, triton, numpy, python: versions; None: not installed.
+        cuda: what PyTorch was built for; None for a process on the CPU.
+        platform, host: operating system and host name.
+        device: name of the GPU or CPU that computes.
+        threads: of PyTorch on the CPU.
+    """
+
+    mixflow_fast: str
+    torch: str
+    cuda: str | None
+    deepspeed: str | None
+    triton: str | None
+    numpy: str | None
+    python: str
+    platform: str
+    host: str
+    device: str
+    threads: int
+
+    def to_dict(self) -> dict[str, str | int | None]:
+        """The fields as plain values, in this order."""
+        return asdict(self)
+
+
+def current_environment(device: torch.device) -> Environment:
+    """The record of this process, which computes on `device`."""
     on_gpu = device.type == "cuda"
-    return {
-        "mixflow_fast": __version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        **versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
+    return Environment(
+        mixflow_fast=__version__,
+        torch=torch.__version__,
+        cuda=torch.version.cuda if on_gpu else None,
+        deepspeed=package_version("deepspeed"),
+        triton=package_version("triton"),
+        numpy=package_version("numpy"),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        host=platform.node(),
+        device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        threads=torch.get_num_threads(),
+    )
 
 
 def cpu_name() -> str:

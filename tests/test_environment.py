@@ -1,8 +1,10 @@
-"""Which optional packages are there, by their files alone."""
+"""The record of a process's environment, and which optional packages are there."""
 
+import json
 import sys
 
 import pytest
+import torch
 
 from mixflow_fast import environment
 
@@ -68,3 +70,20 @@ def test_modules_without_a_spec(monkeypatch) -> None:
     stand_in = type(sys)("apex")
     monkeypatch.setitem(sys.modules, "apex", stand_in)
     assert stand_in.__spec__ is None and environment.detect_apex() == "absent"
+
+
+def test_the_record_of_this_process() -> None:
+    found = environment.current_environment(torch.device("cpu"))
+    assert found.torch == torch.__version__ and found.cuda is None
+    assert found.device == environment.cpu_name() != ""
+    # Keys of metrics.jsonl's row "start", which files of finished runs have too.
+    assert list(json.loads(json.dumps(found.to_dict()))) == [
+        *("mixflow_fast", "torch", "cuda", "deepspeed", "triton", "numpy"),
+        *("python", "platform", "host", "device", "threads"),
+    ]
+
+
+def test_versions_of_distributions(site) -> None:
+    assert environment.package_version("nothing-here") is None
+    distribution(site, "nothing-here", "1.2")
+    assert environment.package_version("nothing-here") == "1.2"

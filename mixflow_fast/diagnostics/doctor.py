@@ -20,13 +20,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mixflow_fast import __version__
+from mixflow_fast.environment import package_version
 from mixflow_fast.kernels import runtime
 from mixflow_fast.messages import error_line
 
@@ -143,7 +143,7 @@ def _versions() -> Iterator[Check]:
     else:
         yield Check("torch", "ok", f"{torch.__version__}, {built}")
     for name in ("numpy", "pyyaml", "tqdm", "safetensors", "pillow"):
-        version = _version(name)
+        version = package_version(name)
         if version is None:
             yield Check(name, "fail", "not installed", f"pip install {name}")
         else:
@@ -181,7 +181,7 @@ def _kernels() -> Iterator[Check]:
     from mixflow_fast.diagnostics.kernel_checks import check_kernels, worst
 
     device = _device()
-    version = _version("triton")
+    version = package_version("triton")
     if runtime.can_launch(device):
         where = "in its interpreter (TRITON_INTERPRET=1)" if runtime.interpreting() else "compiled"
         yield Check("triton", "ok", f"{version}, kernels run {where} on {device}")
@@ -312,7 +312,7 @@ def _optional() -> Iterator[Check]:
         ("tensorboard", "watching runs", "tensorboard"),
         ("wandb", "watching runs", "wandb"),
     ):
-        version = _version(name)
+        version = package_version(name)
         do = "" if version else f"for {use}: pip install {what}"
         yield Check(name, "ok" if version else "info", version or "not installed", do)
 
@@ -374,13 +374,6 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _nvidia_smi() -> str:

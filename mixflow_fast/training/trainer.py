@@ -29,7 +29,7 @@ from mixflow_fast.data import Batch, BatchLoader
 from mixflow_fast.distributed import lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
-from mixflow_fast.environment import environment
+from mixflow_fast.environment import current_environment
 from mixflow_fast.evaluation.validation_loss import ValidationLoss
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.choice import AttentionChoice
@@ -421,7 +421,7 @@ class Trainer:
             clock=self.model.clock,
             train_gflops_per_image=self._train_flops / 1e9,
             recipe=self._recipe,
-            environment=environment(self.device),
+            environment=current_environment(self.device).to_dict(),
             **facts,
         )
         if c.preview_every:
