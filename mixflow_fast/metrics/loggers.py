@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mixflow_fast.environment import LoggerName
 from mixflow_fast.messages import error_line
@@ -24,53 +24,55 @@ class Loggers:
     """The loggers of a run. One that raises is warned of once and left out from then on.
 
     Args:
-        names: `environment.LoggerName`s.
+        names: which.
         out: run folder.
-        config: the run's, as plain values.
+        config: configuration of the run, as plain values.
         start_step: steps done.
-        say: prints a line.
+        log: prints a line.
     """
 
     def __init__(
         self,
         names: Sequence[LoggerName],
         out: Path,
-        config: dict[str, Any],
+        config: Mapping[str, object],
         start_step: int,
         log: Callable[[str], None],
     ) -> None:
         self._log = log
-        self._open: dict[str, Logger] = {}
-        makers: dict[LoggerName, Callable[..., Logger]] = {
+        self._open: dict[LoggerName, Logger] = {}
+        makers: dict[LoggerName, Callable[[Path, Mapping[str, object], int], Logger]] = {
             "tensorboard": _TensorBoard,
             "wandb": _Wandb,
         }
-        given = out, config, start_step
         for name in names:
-            self._try(name, lambda name=name: self._add(name, makers[name], *given))
+            with self._warned(name):
+                self._open[name] = makers[name](out, config, start_step)
 
-    def _add(self, name: str, maker: Callable[..., Logger], *args: Any) -> None:
-        self._open[name] = maker(*args)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """The numbers of a row."""
+    def write(self, row: Mapping[str, object]) -> None:
+        """Log the numbers of a row."""
         for name, logger in list(self._open.items()):
-            self._try(name, lambda logger=logger: logger.write(row))
+            with self._warned(name):
+                logger.write(row)
 
     def picture(self, path: Path, step: int) -> None:
-        """A preview that was written."""
+        """Log a preview that was written."""
         for name, logger in list(self._open.items()):
-            self._try(name, lambda logger=logger: logger.picture(path, step))
+            with self._warned(name):
+                logger.picture(path, step)
 
     def close(self) -> None:
         """Flush and end them."""
         for name, logger in list(self._open.items()):
-            self._try(name, logger.close)
+            with self._warned(name):
+                logger.close()
         self._open = {}
 
-    def _try(self, name: str, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _warned(self, name: LoggerName) -> Iterator[None]:
+        """An error inside becomes a warning, and that logger is left out from then on."""
         try:
-            action()
+            yield
         except Exception as error:  # whatever a foreign package may raise
             self._open.pop(name, None)
             self._log(
@@ -79,40 +81,40 @@ class Loggers:
             )
 
 
-def numbers(row: dict[str, Any]) -> dict[str, float]:
+def numbers(row: Mapping[str, object]) -> dict[str, float]:
     """The numbers of a row by path: {"train/loss": 0.5, "validation/ema/loss": 0.4}.
 
     Lists give one number an entry ("train/loss_by_t/0"), tables none.
     """
     kind = row.get("kind", "train")
-    return {} if kind == "start" else dict(_flat(row, kind))
+    return {} if kind == "start" else dict(_numbers_below(row, str(kind)))
 
 
-def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for key, item in value.items():
+def _numbers_below(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
         name = f"{prefix}/{key}"
-        if key in _PLACES or isinstance(item, (bool, str)) or item is None:
+        if key in _PLACES:
             continue
-        if isinstance(item, dict):
-            yield from _flat(item, name)
-        elif isinstance(item, list):
-            scalars = enumerate(item)
-            yield from ((f"{name}/{i}", v) for i, v in scalars if isinstance(v, (int, float)))
-        elif isinstance(item, (int, float)):
-            yield name, item
+        if isinstance(value, dict):
+            yield from _numbers_below(value, name)
+        elif isinstance(value, list):
+            places = enumerate(value)
+            yield from ((f"{name}/{i}", v) for i, v in places if isinstance(v, (int, float)))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
 
 
 class _TensorBoard:
-    """Scalars and pictures in OUT/tensorboard."""
+    """TensorBoard: scalars and pictures in OUT/tensorboard."""
 
-    def __init__(self, out: Path, config: dict[str, Any], start_step: int) -> None:
+    def __init__(self, out: Path, config: Mapping[str, object], start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a run that was cut off wrote after its last checkpoint comes again.
+        # What a run wrote after its last checkpoint, before it was cut off, is written again.
         purge = start_step + 1 if start_step else None
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge, flush_secs=30)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         for name, value in numbers(row).items():
             self._writer.add_scalar(name, value, row["step"], row.get("time"))
 
@@ -130,18 +132,18 @@ class _TensorBoard:
 class _Wandb:
     """A wandb run in OUT/wandb; the parts of a resumed run have one id."""
 
-    def __init__(self, out: Path, config: dict[str, Any], start_step: int) -> None:
+    def __init__(self, out: Path, config: Mapping[str, object], start_step: int) -> None:
         import wandb
 
         self._wandb = wandb
-        mark = out / "wandb" / "run_id"
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        if not mark.exists():
-            mark.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        id_file = out / "wandb" / "run_id"
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        if not id_file.exists():
+            id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "mixflow_fast"),
             name=os.environ.get("WANDB_NAME", out.resolve().name),
-            id=mark.read_text().strip(),
+            id=id_file.read_text().strip(),
             resume="allow",
             dir=str(out),
             mode=os.environ.get("WANDB_MODE", "offline"),
@@ -149,7 +151,7 @@ class _Wandb:
             settings=wandb.Settings(console="off", silent=True),
         )
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         values = numbers(row)
         if values:
             self._run.log(values, step=row["step"])

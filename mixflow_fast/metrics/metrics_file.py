@@ -1,28 +1,21 @@
-"""What a run says while it works: `metrics.jsonl` for machines, a progress line for people.
-
-Rows of metrics.jsonl by their "kind"; each has "step":
-
-    (none)        training, one per log_every steps: means over the window since the last one
-    "start"       a process took up the run: versions, device, how the network is run
-    "validation"  losses at fixed times and over the grid, of EMA and live weights
-"""
+"""`metrics.jsonl`: the record of a run, one JSON object a line (see `rows`)."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol, overload
 
 from mixflow_fast import files
-
-TRAINING = "training"  # the kind of rows that name none
+from mixflow_fast.metrics.rows import TRAINING, Kind, Row, StartRow, TrainingRow, ValidationRow
 
 
 class Logger(Protocol):
-    """What gets the rows too."""
+    """A copy of the record, such as TensorBoard's."""
 
-    def write(self, row: dict[str, Any]) -> None: ...
+    def write(self, row: Mapping[str, object]) -> None: ...
 
     def picture(self, path: Path, step: int) -> None: ...
 
@@ -40,44 +33,58 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_step: int = 0, logger: Logger | None = None) -> None:
-        self._mirror = logger
+        self._logger = logger
         rows = [row for row in read_metrics(path, kind=None) if row["step"] <= resume_step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         """Append one row; it must have a "step". What is not finite is written as null."""
-        row = _finite(row)
+        row = _finite_row(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._mirror is not None:
-            self._mirror.write(row)
+        if self._logger is not None:
+            self._logger.write(row)
 
     def picture(self, path: Path, step: int) -> None:
         """Tell the logger of a picture that was written."""
-        if self._mirror is not None:
-            self._mirror.picture(path, step)
+        if self._logger is not None:
+            self._logger.picture(path, step)
 
     def close(self) -> None:
         self._file.close()
-        if self._mirror is not None:
-            self._mirror.close()
+        if self._logger is not None:
+            self._logger.close()
 
 
-def _finite(value: Any) -> Any:
+def _finite_row(row: Mapping[str, object]) -> dict[str, object]:
+    return {key: _finite(value) for key, value in row.items()}
+
+
+def _finite(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return _finite_row(value)
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path, kind: str | None = TRAINING) -> list[dict[str, Any]]:
+@overload
+def read_metrics(path: Path, kind: Literal["training"] = ...) -> list[TrainingRow]: ...
+@overload
+def read_metrics(path: Path, kind: Literal["start"]) -> list[StartRow]: ...
+@overload
+def read_metrics(path: Path, kind: Literal["validation"]) -> list[ValidationRow]: ...
+@overload
+def read_metrics(path: Path, kind: None) -> list[Row]: ...
+
+
+def read_metrics(path: Path, kind: Kind | None = TRAINING) -> list[Row]:
     """The rows of a `metrics.jsonl`; empty if there is none. Unfinished lines are left out.
 
     Args:
         path: the file.
-        kind: of the rows; None gives all.
+        kind: which rows; None gives all.
     """
     rows = []
     if path.exists():

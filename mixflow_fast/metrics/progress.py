@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from mixflow_fast.metrics.rows import TrainingRow
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def _has_screen(stream: TextIO) -> bool:
@@ -29,19 +34,19 @@ class Progress:
 
     def __init__(self, total: int, start: int, label: str, quiet: bool = False) -> None:
         self._total, self._label, self._quiet = total, label, quiet
-        self._bar = None
+        self._bar: tqdm | None = None
         if not quiet and _has_screen(sys.stderr):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=start, desc=label, unit="step", leave=True)
 
     def step(self) -> None:
-        """One more optimizer step is queued. Reads nothing from the device."""
+        """Count one more optimizer step that is queued. Reads nothing from the device."""
         if self._bar is not None:
             self._bar.update()
 
-    def report(self, row: dict[str, Any]) -> None:
-        """Show a metrics row."""
+    def report(self, row: TrainingRow) -> None:
+        """Show loss, learning rate and speed of a metrics row."""
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"  # every step was skipped
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {row['images_per_s']:.0f} img/s")
@@ -52,7 +57,7 @@ class Progress:
             )
 
     def log(self, text: str) -> None:
-        """A line of text that does not break the bar."""
+        """Print a line of text without breaking the bar."""
         if self._quiet:
             return
         if self._bar is not None:

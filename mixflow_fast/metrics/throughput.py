@@ -30,7 +30,7 @@ class Stopwatch:
         self._seconds += time.perf_counter() - self._started
 
     def take(self) -> float:
-        """The seconds; starts again at 0."""
+        """The seconds; the count starts again at 0."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 

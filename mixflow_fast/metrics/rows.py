@@ -1,0 +1,110 @@
+"""What a row of `metrics.jsonl` holds, by its "kind".
+
+    (none)        training, one per train.log_every steps: means over the window since the last one
+    "start"       a process took up the run: versions, device, how the network is run
+    "validation"  losses at fixed times and over the grid, of EMA and live weights
+
+Every row has "step", the optimizer steps done. A number that was not finite is null in the file.
+Rows of former releases may lack a key, which is why most are optional.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+Kind = Literal["training", "start", "validation"]
+TRAINING: Kind = "training"  # the kind of rows that name none
+
+
+class _Step(TypedDict):
+    step: int
+
+
+class TrainingRow(_Step, total=False):
+    """Means over the training steps since the last row.
+
+    Keys:
+        loss: mean training loss, REPA's term included; None if every step was skipped.
+        alignment: REPA's term in it.
+        loss_by_t, count_by_t: mean loss, and samples, in equal parts of the network's time.
+        grad_norm: of the last step, before clipping.
+        skipped, rollbacks: steps of the whole run, where the configuration allows any.
+        seconds: of the window; data_wait_s: of them, those without data.
+        model_tflops, peak_tflops: of a device.
+        time: seconds since 1970.
+    """
+
+    images_seen: int
+    loss: float | None
+    alignment: float | None
+    loss_by_t: list[float | None]
+    count_by_t: list[int]
+    grad_norm: float | None
+    skipped: int
+    rollbacks: int
+    lr: float
+    images_per_s: float
+    seconds: float
+    data_wait_s: float
+    model_tflops: float
+    peak_tflops: float | None
+    peak_memory_mib: float
+    time: float
+
+
+class StartRow(_Step, total=False):
+    """How a process runs the network from a step on.
+
+    Keys:
+        clock: "data_at_1" or "noise_at_1", the network's.
+        environment: the fields of `environment.Environment`.
+        objective, network, averages: sentences.
+    """
+
+    kind: Literal["start"]
+    images_seen: int
+    time: float
+    ranks: int
+    clock: str
+    recipe: str | None
+    train_gflops_per_image: float
+    objective: str
+    network: str
+    averages: str
+    environment: dict[str, str | int | None]
+
+
+class Losses(TypedDict, total=False):
+    """Validation losses of one set of weights.
+
+    Keys:
+        loss: mean over the times.
+        loss_by_t: at the row's times t.
+        grid: rows m, columns t at the row's grid_t; None where m > t is not trained.
+    """
+
+    loss: float | None
+    loss_by_t: list[float | None]
+    grid: list[list[float | None]]
+
+
+class ValidationRow(_Step, total=False):
+    """Losses on fixed examples with fixed noise.
+
+    Keys:
+        examples, data: how many, and of what.
+        t, grid_t: the times of loss_by_t and of the grid.
+    """
+
+    kind: Literal["validation"]
+    images_seen: int
+    time: float
+    examples: int
+    data: str
+    t: list[float]
+    grid_t: list[float]
+    ema: Losses
+    model: Losses
+
+
+Row = TrainingRow | StartRow | ValidationRow
