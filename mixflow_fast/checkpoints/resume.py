@@ -14,7 +14,7 @@ from mixflow_fast.checkpoints.run_folder import (
     weights_file,
 )
 from mixflow_fast.checkpoints.shards import fill_network, read_layout
-from mixflow_fast.config.loading import load_config
+from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.models import Transformer, load_into
 from mixflow_fast.models.weights.files import WeightsFile
@@ -99,7 +99,7 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
         )
     descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
     free = FREE - {"train.images"} if descends_to_the_end else FREE
-    _check_same_run(_flat(config.to_dict()), out, free)
+    _check_same_run(flatten(config.to_dict()), out, free)
     stage = config.train.zero_stage
     before = resharded_from(newest, stage, ranks)
     return ResumePoint(newest, read_state(newest), before, tuple(passed_over))
@@ -139,7 +139,7 @@ def _check_same_run(new: Mapping[str, object], out: Path, free: set[str]) -> Non
         out: run folder.
         free: names whose values may change between the parts of a run.
     """
-    old = _flat(load_config(str(out / "config.yaml")).to_dict())
+    old = flatten(load_config(str(out / "config.yaml")).to_dict())
     changed = sorted(k for k in new.keys() | old.keys() if old.get(k) != new.get(k))
     changed = [key for key in changed if key not in free]
     if changed:
@@ -148,13 +148,3 @@ def _check_same_run(new: Mapping[str, object], out: Path, free: set[str]) -> Non
             f"{out} holds a run with another configuration ({listed}): choose another "
             "out=, or give the same settings to resume it"
         )
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -58,6 +58,17 @@ def from_dict(tree: Mapping[str, object]) -> Config:
     return Config(**values)
 
 
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted name: {"optim": {"lr": 1e-4}} -> {"optim.lr": 1e-4}."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _recipe_file(recipe: str) -> Path:
     file = Path(recipe)
     if file.suffix not in (".yaml", ".yml"):

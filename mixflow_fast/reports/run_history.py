@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
-from mixflow_fast.config.loading import RECIPES, REQUIRED, from_dict
+from mixflow_fast.config.loading import RECIPES, REQUIRED, flatten, from_dict
 from mixflow_fast.config.schema import Config
-from mixflow_fast.metrics.metrics_file import TRAINING, read_metrics
+from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.metrics.rows import StartRow, TrainingRow, ValidationRow
+
+Status = Literal["running", "finished", "interrupted", "no step yet"]
+_Row = TypeVar("_Row", TrainingRow, ValidationRow)
 
 
 @dataclass(frozen=True)
@@ -25,20 +30,21 @@ class Run:
 
     out: Path
     config: Config | None
-    starts: list[dict[str, Any]]
-    training: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    starts: list[StartRow]
+    training: list[TrainingRow]
+    validation: list[ValidationRow]
     previews: list[tuple[int, Path]]
     active: bool
 
     @property
     def step(self) -> int:
         """Steps done, as far as they were written down."""
-        return max((row["step"] for row in (*self.training, *self.validation)), default=0)
+        steps = [row["step"] for row in self.training] + [row["step"] for row in self.validation]
+        return max(steps, default=0)
 
     @property
-    def status(self) -> str:
-        """In words."""
+    def status(self) -> Status:
+        """Where the run stands."""
         total = self.config.steps if self.config else None
         if self.active:
             return "running"
@@ -58,25 +64,27 @@ def read_run(out: Path) -> Run:
             f"{out} holds no run: give the folder that out= named, with config.yaml and "
             "metrics.jsonl in it"
         )
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    starts = []
-    for row in read_metrics(out / "metrics.jsonl", kind=None):
-        kind = row.get("kind", TRAINING)
-        if kind == "start":
-            starts.append(row)
-        else:  # a step that was done again counts as it was the last time
-            rows.setdefault(kind, {})[row["step"]] = row
-    training, validation = (
-        [found[step] for step in sorted(found)]
-        for found in (rows.get(TRAINING, {}), rows.get("validation", {}))
-    )
+    metrics = out / "metrics.jsonl"
     previews = [
         (int(path.stem.removeprefix("step_")), path)
         for path in sorted((out / "previews").glob("step_*.png"))
         if path.stem.removeprefix("step_").isdigit()
     ]
-    config = _read_config(out / "config.yaml")
-    return Run(out, config, starts, training, validation, previews, _active(out))
+    return Run(
+        out=out,
+        config=_read_config(out / "config.yaml"),
+        starts=read_metrics(metrics, kind="start"),
+        training=_last_of_each_step(read_metrics(metrics)),
+        validation=_last_of_each_step(read_metrics(metrics, kind="validation")),
+        previews=previews,
+        active=_active(out),
+    )
+
+
+def _last_of_each_step(rows: Sequence[_Row]) -> list[_Row]:
+    """In the order of steps. A step that was done twice counts as it was the last time."""
+    last = {row["step"]: row for row in rows}
+    return [last[step] for step in sorted(last)]
 
 
 def _read_config(file: Path) -> Config | None:
@@ -103,7 +111,7 @@ def _active(out: Path) -> bool:
 
 
 def read_recipe(name: str | None) -> tuple[Config | None, set[str]]:
-    """A recipe with its open places at their defaults, and which those are."""
+    """A recipe with the settings it leaves open (`???`) at their defaults, and their names."""
     import yaml
 
     if name is None:
@@ -111,19 +119,10 @@ def read_recipe(name: str | None) -> tuple[Config | None, set[str]]:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     try:
         tree = yaml.safe_load(file.read_text()) or {}
-        needed = {key for key, value in flat(tree).items() if value == REQUIRED}
+        needed = {key for key, value in flatten(tree).items() if value == REQUIRED}
         for key in needed:
             section, _, field = key.rpartition(".")
             (tree[section] if section else tree).pop(field)
         return from_dict(tree), needed
     except (OSError, ValueError, AttributeError, KeyError, yaml.YAMLError):
         return None, set()
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found

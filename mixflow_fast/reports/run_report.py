@@ -11,14 +11,15 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from mixflow_fast.config.loading import flatten
 from mixflow_fast.config.schema import Config
-from mixflow_fast.files import write_bytes
-from mixflow_fast.reports.html import STYLE, duration, number, picture
+from mixflow_fast.files import write_text
+from mixflow_fast.metrics.rows import TrainingRow, ValidationRow
+from mixflow_fast.reports.html import duration, number, page, picture
 from mixflow_fast.reports.plots import grid_map, loss_over_times, plot
 from mixflow_fast.reports.previews import PreviewOptions, caption
-from mixflow_fast.reports.run_history import Run, flat, read_recipe, read_run
+from mixflow_fast.reports.run_history import Run, read_recipe, read_run
 
 MOST_PREVIEWS = 12
 _STYLE = """
@@ -47,15 +48,15 @@ def write_run_report(out: Path, path: Path | None = None) -> Path:
         ValueError: no run folder, or matplotlib is not installed.
     """
     path = out / "report.html" if path is None else path
-    write_bytes(path, render(read_run(out)).encode())
+    write_text(path, render(read_run(out)))
     return path
 
 
 def render(run: Run) -> str:
     """The page."""
-    title = html.escape(run.out.resolve().name)
-    parts = [
-        _head(run),
+    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    sections = [
+        _summary(run),
         _curves(run),
         _validation(run),
         _previews(run),
@@ -63,26 +64,32 @@ def render(run: Run) -> str:
         _configuration(run),
         _environment(run),
     ]
-    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{title}</title><style>{STYLE}{_STYLE}</style></head><body>
-<h1>{title}</h1>
-<p class="meta">Report of {written} on {html.escape(str(run.out))}</p>
-{"".join(part for part in parts if part)}
-</body></html>
-"""
+    body = f'<p class="meta">Report of {written} on {html.escape(str(run.out))}</p>\n' + "".join(
+        sections
+    )
+    return page(run.out.resolve().name, body, _STYLE)
 
 
-def _head(run: Run) -> str:
+def _summary(run: Run) -> str:
+    """Where the run stands: tiles with a number each, the share that is done, notes."""
     total = run.config.steps if run.config else None
-    last = run.training[-1] if run.training else {}
+    tiles = "".join(
+        f"<div><span>{html.escape(name)}</span><b>{html.escape(value)}</b></div>"
+        for name, value in _tiles(run, total)
+    )
+    done = min(100.0, 100 * run.step / total) if total else 0
+    bar = f'<div class="bar"><i style="width:{done:.1f}%"></i></div>' if total else ""
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(run))
+    return f'<div class="tiles">{tiles}</div>{bar}{notes}'
+
+
+def _tiles(run: Run, total: int | None) -> list[tuple[str, str]]:
     recent = run.training[-20:]
-    tiles = [("status", run.status)]
+    tiles: list[tuple[str, str]] = [("status", run.status)]
     tiles.append(("step", f"{run.step:,}" + (f" of {total:,}" if total else "")))
-    if last.get("images_seen") is not None:
-        tiles.append(("images seen", f"{last['images_seen']:,}"))
+    images = run.training[-1].get("images_seen") if run.training else None
+    if images is not None:
+        tiles.append(("images seen", f"{images:,}"))
     if losses := _values(recent, "loss"):
         words = "training loss" if len(losses) < 2 else f"loss, last {len(losses)} rows"
         tiles.append((words, number(sum(losses) / len(losses))))
@@ -90,48 +97,58 @@ def _head(run: Run) -> str:
         ema = run.validation[-1].get("ema", {}).get("loss")
         if ema is not None:
             tiles.append(("validation loss, EMA", number(ema)))
-    if rates := _values(recent, "images_per_s"):
+    rates = _values(recent, "images_per_s")
+    if rates:
         tiles.append(("images/s", number(sum(rates) / len(rates))))
     if seconds := _values(run.training, "seconds"):
         tiles.append(("time in training", duration(sum(seconds))))
-        if run.active and total and rates:
+        if run.active and run.config and total and rates:
             batch = run.config.train.global_batch_size
             left = (total - run.step) * batch / (sum(rates) / len(rates))
             tiles.append(("to go, at this rate", duration(left)))
-    shown = "".join(f"<div><span>{html.escape(k)}</span><b>{html.escape(v)}</b></div>"
-                    for k, v in tiles)  # fmt: skip
-    part = min(100.0, 100 * run.step / total) if total else 0
-    bar = f'<div class="bar"><i style="width:{part:.1f}%"></i></div>' if total else ""
-    notes = []
+    return tiles
+
+
+def _notes(run: Run) -> list[str]:
     if not run.training:
-        notes.append("No training row has been written yet: the first comes after "
-                     "train.log_every steps.")  # fmt: skip
-    elif run.status == "interrupted":
+        return [
+            "No training row has been written yet: the first comes after train.log_every steps."
+        ]
+    notes = []
+    if run.status == "interrupted":
         notes.append("The run did not reach its end. The same command resumes it.")
-    for name in ("skipped", "rollbacks"):
-        if last.get(name):
-            notes.append(f"{name} so far, for a loss or gradient not finite: {last[name]}")
-    return f'<div class="tiles">{shown}</div>{bar}' + "".join(
-        f'<p class="note">{html.escape(note)}</p>' for note in notes
-    )
+    last = run.training[-1]
+    counts = {"skipped": last.get("skipped"), "rollbacks": last.get("rollbacks")}
+    for name, count in counts.items():
+        if count:
+            notes.append(f"{name} so far, for a loss or gradient not finite: {count}")
+    return notes
 
 
-def _values(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
-    return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
-
-
-def _curve(rows: Sequence[dict[str, Any]], *keys: str | int) -> list[tuple[float, float]]:
-    """(step, value) of the rows that have a number under the keys."""
+def _curve(
+    rows: Sequence[TrainingRow | ValidationRow], *keys: str | int
+) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have a number under the keys, one key a level."""
     points = []
     for row in rows:
-        value: Any = row
+        value: object = row
         for key in keys:
-            inside = isinstance(value, dict) and key in value
-            inside |= isinstance(value, list) and isinstance(key, int) and key < len(value)
-            value = value[key] if inside else None
+            value = _inside(value, key)
         if isinstance(value, (int, float)):
             points.append((row["step"], value))
     return points
+
+
+def _inside(value: object, key: str | int) -> object:
+    if isinstance(value, dict):
+        return value.get(key)
+    if isinstance(value, list) and isinstance(key, int) and key < len(value):
+        return value[key]
+    return None
+
+
+def _values(rows: Sequence[TrainingRow], key: str) -> list[float]:
+    return [value for _, value in _curve(rows, key)]
 
 
 def _resumed(run: Run) -> list[int]:
@@ -194,11 +211,11 @@ def _validation(run: Run) -> str:
     grid, before = (row.get("ema", {}).get("grid") for row in (last, first))
     objective = run.config.objective if run.config else None
     gamma = objective.gamma if objective and objective.interval == "shifted" else 0.0
-    options = {"times": last.get("grid_t"), "gamma": gamma}
-    maps = [(f"EMA at step {last['step']:,}: loss", grid_map("grid", grid, **options))]
+    at = last.get("grid_t")
+    maps = [(f"EMA at step {last['step']:,}: loss", grid_map("grid", grid, at, gamma))]
     if last is not first:
         words = f"Change since step {first['step']:,}, in percent: blue is better"
-        maps.append((words, grid_map("change", grid, before=before, **options)))
+        maps.append((words, grid_map("change", grid, at, gamma, before)))
     what = f"{last.get('examples', '?')} {last.get('data', 'examples')}, the same noise each time"
     note = (
         "Columns: the time t that the network is told. Rows: the time m at which its input was "
@@ -280,10 +297,10 @@ def _configuration(run: Run) -> str:
     recipe = next((row["recipe"] for row in reversed(run.starts) if row.get("recipe")), None)
     base, needed = read_recipe(recipe)
     origin = f"the recipe {recipe}" if base is not None else "the defaults"
-    before = flat((base or Config()).to_dict())
+    before = flatten((base or Config()).to_dict())
     changed = [
         (key, "to be given" if key in needed else _text(before.get(key)), _text(value))
-        for key, value in flat(run.config.to_dict()).items()
+        for key, value in flatten(run.config.to_dict()).items()
         if value != before.get(key) and key != "out"
     ]
     if changed:
@@ -298,7 +315,7 @@ def _configuration(run: Run) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -316,14 +333,16 @@ def _environment(run: Run) -> str:
     if not run.starts:
         return ""
     last = run.starts[-1]
-    facts = {
+    facts: dict[str, object] = {
         "ranks": last.get("ranks"),
-        **{key: last.get(key) for key in ("objective", "network", "averages")},
+        "objective": last.get("objective"),
+        "network": last.get("network"),
+        "averages": last.get("averages"),
         "GFLOP an image, training": last.get("train_gflops_per_image"),
         **last.get("environment", {}),
     }
     rows = [(key, _text(value)) for key, value in facts.items() if value is not None]
-    page = f"<h2>Environment</h2>{_table((), rows)}"
+    section = f"<h2>Environment</h2>{_table((), rows)}"
     if len(run.starts) > 1:
         parts = [
             (
@@ -335,5 +354,5 @@ def _environment(run: Run) -> str:
             for row in run.starts
         ]
         table = _table(("started", "after step", "ranks", "device"), parts)
-        page += f"<h3>Parts of the run</h3>{table}"
-    return page
+        section += f"<h3>Parts of the run</h3>{table}"
+    return section
