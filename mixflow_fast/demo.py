@@ -13,11 +13,11 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -27,15 +27,19 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.data import build_dataset, sample_index
 from mixflow_fast.environment import cpu_name, current_environment, is_installed
 from mixflow_fast.evaluation import FEATURES, frechet_distance, moments
-from mixflow_fast.files import write_bytes, write_json
+from mixflow_fast.files import write_json, write_text
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
 from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report
+from mixflow_fast.reports.demo_result import ArmResult, DemoResult, Distances, Metric
 from mixflow_fast.reports.images import save_grid, save_side_by_side
 from mixflow_fast.sampling.samples import sample
 from mixflow_fast.training.build import check
 
-METRIC_OF_FEATURE = {"pooled_pixels": "frechet", "random_conv": "frechet_random_conv"}
+METRIC_OF_FEATURE: dict[str, Metric] = {
+    "pooled_pixels": "frechet",
+    "random_conv": "frechet_random_conv",
+}
 GRID_STEPS = 10  # Euler steps behind the pictures in the report
 
 
@@ -65,6 +69,14 @@ class Settings:
 
 
 SETTINGS = {"photos": Settings(), "digits": Settings(data="digits", size=8)}
+
+
+class Evaluation(TypedDict):
+    """One arm of one seed, as in its frechet.json: distances by number of steps, seconds of all."""
+
+    frechet: dict[str, float]
+    frechet_random_conv: dict[str, float]
+    seconds: float
 
 
 def arms_of(settings: Settings, sweep: bool) -> dict[str, Arm]:
@@ -121,19 +133,31 @@ def arm_config(base: Config, arm: Arm, settings: Settings, seed: int, out: Path)
     )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A finished arm of one seed."""
+
+    config: Config
+    evaluation: Evaluation
+
+
 class Measure:
     """Frechet distances to the held-out real images, in every feature space of the demo."""
 
     def __init__(self, data: str, size: int) -> None:
         self.size = size
         self.real = _all_images(data, "heldout", size)
-        self.truth = {name: moments(map_(self.real)) for name, map_ in FEATURES.items()}
+        self.truth = {name: moments(features(self.real)) for name, features in FEATURES.items()}
 
-    def __call__(self, images: Tensor) -> dict[str, float]:
-        return {
-            METRIC_OF_FEATURE[name]: frechet_distance(*moments(map_(images)), *self.truth[name])
-            for name, map_ in FEATURES.items()
-        }
+    def __call__(self, images: Tensor) -> dict[Metric, float]:
+        distances = {}
+        for name, features in FEATURES.items():
+            mean, covariance = moments(features(images))
+            true_mean, true_covariance = self.truth[name]
+            distances[METRIC_OF_FEATURE[name]] = frechet_distance(
+                mean, covariance, true_mean, true_covariance
+            )
+        return distances
 
 
 @lru_cache(maxsize=2)
@@ -149,7 +173,7 @@ def run_demo(
     command: str = "mixflow-fast demo",
     quiet: bool = False,
     fresh: bool = False,
-) -> dict[str, Any]:
+) -> DemoResult:
     """Run the demo and write OUT/report.html, report.json, report.md and the checkpoints.
 
     Finished arms are kept: a demo that was interrupted goes on where it was, and more seeds or the
@@ -170,8 +194,6 @@ def run_demo(
     Raises:
         ValueError: no seeds; a folder that holds another demo; a missing extra.
     """
-    from mixflow_fast.training.trainer import train
-
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
     out = Path(out)
@@ -180,71 +202,48 @@ def run_demo(
     measure = _measure(settings.data, settings.size)
     _claim(out, settings, fresh)
     log: Callable[[str], None] = (lambda _: None) if quiet else _log
-    configs: dict[str, Any] = {}
-    losses: dict[str, list] = {}
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    runs: dict[str, list[_Run]] = {name: [] for name in arms}
     for number, seed in enumerate(seeds, 1):
-        folder = out / f"seed_{seed}"
-        base = base_config(settings, seed, folder / "base")
+        base = base_config(settings, seed, out / f"seed_{seed}" / "base")
         for name, arm in arms.items():
             log(f"seed {seed} ({number}/{len(seeds)}): {arm.label}")
             config = base
             if name != "base":
-                config = arm_config(base, arm, settings, seed, folder / name)
-            done = folder / name / "frechet.json"
+                config = arm_config(base, arm, settings, seed, out / f"seed_{seed}" / name)
+            done = Path(config.out) / "frechet.json"
             if done.exists():
                 log(f"  finished already, kept: {done.parent} (--fresh starts over)")
             else:
-                started = time.monotonic()
-                if not train(config, quiet=quiet).finished:
-                    raise KeyboardInterrupt
-                table = _evaluate(config, settings, measure, seed)
-                write_json(done, {**table, "seconds": time.monotonic() - started})
-            cells[name].append(json.loads(done.read_text()))
-            if number == 1:
-                configs[name] = config.to_dict()
-                rows = read_metrics(Path(config.out) / "metrics.jsonl")
-                losses[name] = [[row["images_seen"], row["loss"]] for row in rows]
-    result = {
-        "title": "MixFlow post-training on photo crops" if settings.data == "photos" else
-        "MixFlow post-training on handwritten digits",
-        "seed": seeds[0],
-        "seeds": list(seeds),
-        "seconds": sum(table["seconds"] for tables in cells.values() for table in tables),
-        "steps": list(settings.steps),
-        "arms": {
-            name: {
-                "label": arm.label,
-                "gamma": arm.gamma,
-                "timesteps": arm.timesteps,
-                "interval": arm.interval,
-                **{metric: _combine(cells[name], metric) for metric in METRIC_OF_FEATURE.values()},
-                "images": str(out / f"seed_{seeds[0]}" / name / "samples.png"),
-            }
-            for name, arm in arms.items()
-        },
-        "floor": _floor(settings, measure),
-        "losses": losses,
-        "real_grid": str(_real_grid(out, measure)),
-        "config": {"settings": asdict(settings), **configs},
-        "environment": _environment(),
-        "notes": _notes(settings, len(seeds)),
-        "command": command,
-        "images_caption": f"{GRID_STEPS} Euler steps, same noise and labels in every arm",
-        "about": _about(settings),
-    }  # fmt: skip
+                _train_and_evaluate(config, settings, measure, seed, done, quiet)
+            runs[name].append(_Run(config, json.loads(done.read_text())))
+    result = _result(out, settings, seeds, arms, runs, measure, command)
     _save_comparison(out, result)
     render_demo_report(result, out / "report.html")
-    write_bytes(out / "report.md", evidence_markdown(result).encode())
+    write_text(out / "report.md", evidence_markdown(result))
     write_json(out / "report.json", result)  # last: its presence marks a finished demo
     return result
 
 
-def _evaluate(config: Config, settings: Settings, measure: Measure, seed: int) -> dict:
-    """Sample the run's EMA model with each number of steps; also draws its picture."""
+def _train_and_evaluate(
+    config: Config, settings: Settings, measure: Measure, seed: int, done: Path, quiet: bool
+) -> None:
+    """One arm of one seed; `done` is written last, and marks that it is finished."""
+    from mixflow_fast.training.trainer import train
+
+    started = time.monotonic()
+    if not train(config, quiet=quiet).finished:
+        raise KeyboardInterrupt
+    table = _evaluate(config, settings, measure, seed)
+    write_json(done, {**table, "seconds": time.monotonic() - started})
+
+
+def _evaluate(
+    config: Config, settings: Settings, measure: Measure, seed: int
+) -> dict[Metric, dict[str, float]]:
+    """Sample the run's EMA model with each number of steps, and save a picture of one of them."""
     folder = Path(config.out)
     model = load_model(folder / "weights.pt")
-    table: dict[str, dict[str, float]] = {}
+    table: dict[Metric, dict[str, float]] = {}
     for steps in settings.steps:
         drawn = sample(
             model,
@@ -262,7 +261,69 @@ def _evaluate(config: Config, settings: Settings, measure: Measure, seed: int) -
     return table
 
 
-def _floor(settings: Settings, measure: Measure, draws: int = 10) -> dict[str, float]:
+def _result(
+    out: Path,
+    settings: Settings,
+    seeds: Sequence[int],
+    arms: Mapping[str, Arm],
+    runs: Mapping[str, Sequence[_Run]],
+    measure: Measure,
+    command: str,
+) -> DemoResult:
+    """What the report shows: numbers of every seed, pictures, curves and settings of the first."""
+    configs = {name: of_arm[0].config for name, of_arm in runs.items()}
+    return {
+        "title": _title(settings),
+        "seed": seeds[0],
+        "seeds": list(seeds),
+        "seconds": sum(run.evaluation["seconds"] for of_arm in runs.values() for run in of_arm),
+        "steps": list(settings.steps),
+        "arms": {name: _arm_result(arm, runs[name]) for name, arm in arms.items()},
+        "floor": _floor(settings, measure),
+        "losses": {name: _losses(config) for name, config in configs.items()},
+        "real_grid": str(_real_grid(out, measure)),
+        "config": {
+            "settings": asdict(settings),
+            **{name: config.to_dict() for name, config in configs.items()},
+        },
+        "environment": _environment(),
+        "notes": _notes(settings, len(seeds)),
+        "command": command,
+        "images_caption": f"{GRID_STEPS} Euler steps, same noise and labels in every arm",
+        "about": _about(settings),
+    }
+
+
+def _arm_result(arm: Arm, runs: Sequence[_Run]) -> ArmResult:
+    found = [run.evaluation for run in runs]
+    return {
+        "label": arm.label,
+        "gamma": arm.gamma,
+        "timesteps": arm.timesteps,
+        "interval": arm.interval,
+        "frechet": _combine([evaluation["frechet"] for evaluation in found]),
+        "frechet_random_conv": _combine([e["frechet_random_conv"] for e in found]),
+        "images": str(Path(runs[0].config.out) / "samples.png"),
+    }
+
+
+def _combine(tables: Sequence[Mapping[str, float]]) -> Distances:
+    """One seed's numbers as they are; of several the mean and the sample standard deviation."""
+    if len(tables) == 1:
+        return tables[0]
+    values = {steps: [table[steps] for table in tables] for steps in tables[0]}
+    return {
+        steps: {"mean": statistics.fmean(each), "std": statistics.stdev(each), "values": each}
+        for steps, each in values.items()
+    }
+
+
+def _losses(config: Config) -> list[list[float]]:
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    return [[row["images_seen"], row["loss"]] for row in rows]
+
+
+def _floor(settings: Settings, measure: Measure, draws: int = 10) -> dict[Metric, float]:
     """As many random training images against the held-out ones, mean over independent draws."""
     images = _all_images(settings.data, "train", settings.size)
     count = min(settings.samples, len(images))
@@ -274,12 +335,12 @@ def _floor(settings: Settings, measure: Measure, draws: int = 10) -> dict[str, f
 
 
 def _all_images(data: str, split: str, size: int) -> Tensor:
-    source = build_dataset(data, size=size, split=split)
-    index = torch.arange(len(source))
-    return source.get(index, index, 0).x
+    dataset = build_dataset(data, size=size, split=split)
+    index = torch.arange(len(dataset))
+    return dataset.get(index, index, 0).x
 
 
-def _save_comparison(out: Path, result: dict[str, Any]) -> None:
+def _save_comparison(out: Path, result: DemoResult) -> None:
     """OUT/arms.png: the first three arms beside real images, for pages that show one picture."""
     words = {"base": "base", "control": "control", "mixflow": f"MixFlow, {GRID_STEPS} steps each"}
     pictures = {text: Path(result["arms"][name]["images"]) for name, text in words.items()}
@@ -294,35 +355,20 @@ def _real_grid(out: Path, measure: Measure) -> Path:
     return out / "real.png"
 
 
-def _combine(tables: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """One seed's numbers as they are; of several the mean and the sample standard deviation."""
-    if len(tables) == 1:
-        return tables[0][metric]
-    return {
-        steps: {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values),
-            "values": values,
-        }
-        for steps in tables[0][metric]
-        if (values := [table[metric][steps] for table in tables])
-    }
-
-
 def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
     """Refuse settings that some arm, the sampling or the report could not work with."""
     if settings.samples < 2:
         raise ValueError(f"samples must be >= 2, got {settings.samples}")
     base = base_config(settings, 0, out / "base")
     for arm in arms.values():
-        distribution = {"gamma": 0.0, "timesteps": "uniform"} if arm.timesteps is None else {}
-        check(arm_config(base, replace(arm, **distribution), settings, 0, out / "arm"))
+        trained = replace(arm, gamma=0.0, timesteps="uniform") if arm.timesteps is None else arm
+        check(arm_config(base, trained, settings, 0, out / "arm"))
     if not is_installed("matplotlib"):
         raise ValueError('the report needs matplotlib: pip install "mixflow_fast[eval]"')
 
 
 def _claim(out: Path, settings: Settings, fresh: bool) -> None:
-    """Take the folder for a demo of these settings, keeping finished arms unless `fresh`."""
+    """Take the folder for a demo with these settings, keeping finished arms unless `fresh`."""
     mark = out / "settings.json"
     plan = json.loads(json.dumps(asdict(settings)))
     if mark.exists():
@@ -355,6 +401,11 @@ def _environment() -> dict[str, object]:
         "threads": here.threads,
         "device": here.device if on_gpu else "cpu",
     }
+
+
+def _title(settings: Settings) -> str:
+    what = "photo crops" if settings.data == "photos" else "handwritten digits"
+    return f"MixFlow post-training on {what}"
 
 
 def _about(settings: Settings) -> str:

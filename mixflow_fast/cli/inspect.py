@@ -172,8 +172,8 @@ def _grouped(names: list[str]) -> list[str]:
         else:
             lines.append(name)
     runs = groupby(sorted(blocks), key=lambda number: sorted(blocks[number]))
-    for rests, numbers in runs:
-        numbers = list(numbers)
+    for rests, run_of_blocks in runs:
+        numbers = list(run_of_blocks)
         which = f"blocks.{numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
         what = rests[0] if len(rests) == 1 else f"{len(rests)} tensors ({rests[0]}, ...)"
         lines.append(f"{which}: {what}" + (" each" if len(numbers) > 1 else ""))

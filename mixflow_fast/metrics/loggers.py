@@ -147,7 +147,7 @@ class _Wandb:
             resume="allow",
             dir=str(out),
             mode=os.environ.get("WANDB_MODE", "offline"),
-            config=config,
+            config=dict(config),
             settings=wandb.Settings(console="off", silent=True),
         )
 

@@ -79,7 +79,7 @@ def read_metrics(path: Path, kind: Literal["validation"]) -> list[ValidationRow]
 def read_metrics(path: Path, kind: None) -> list[Row]: ...
 
 
-def read_metrics(path: Path, kind: Kind | None = TRAINING) -> list[Row]:
+def read_metrics(path: Path, kind: Kind | None = TRAINING) -> list:
     """The rows of a `metrics.jsonl`; empty if there is none. Unfinished lines are left out.
 
     Args:

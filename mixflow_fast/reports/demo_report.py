@@ -207,7 +207,8 @@ def _legend(canvas: Figure, axes: Axes, columns: int) -> None:
 
 def _distance_plot(result: DemoResult, metric: Metric) -> str:
     canvas, axes = figure(5.2, 3.4 + _legend_height(result, 2))
-    positive, values = True, []
+    positive = True
+    values: list[float] = []
     for index, arm in enumerate(result["arms"].values()):
         cells = [(s, cell_value(arm, metric, s)) for s in result["steps"]]
         points = [(s, *v) for s, v in cells if v is not None and math.isfinite(v[0])]

@@ -159,12 +159,12 @@ def plot(
     for place, (label, points) in enumerate(curves.items()):
         style = _ramp(place, len(curves)) if ramp else line_style(place)
         x, y = zip(*thin(points), strict=True)
-        dots = {"marker": "o", "markersize": 3.5} if len(points) < 15 else {}
+        marker = "o" if len(points) < 15 else None
         if smooth and len(points) > 30:
             if not ramp:
                 axes.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.4)
             x, y = zip(*thin(_running_mean(points)), strict=True)
-        axes.plot(x, y, label=plain(label), **style, **dots)
+        axes.plot(x, y, label=plain(label), marker=marker, markersize=3.5, **style)
     for step in marks:
         axes.axvline(step, color=FAINT, linestyle=":", linewidth=1)
     if log and min(values) > 0 and max(values) / min(values) > 4:

@@ -129,7 +129,7 @@ def _curve(
     rows: Sequence[TrainingRow | ValidationRow], *keys: str | int
 ) -> list[tuple[float, float]]:
     """(step, value) of the rows that have a number under the keys, one key a level."""
-    points = []
+    points: list[tuple[float, float]] = []
     for row in rows:
         value: object = row
         for key in keys:
@@ -192,7 +192,7 @@ def _curves(run: Run) -> str:
 def _by_time(run: Run) -> str:
     ends = {"data_at_1": ": 0 is noise, 1 is data", "noise_at_1": ": 0 is data, 1 is noise"}
     clock = run.starts[-1].get("clock") if run.starts else None
-    return f"Loss by label time, network's clock{ends.get(clock, '')}"
+    return f"Loss by label time, network's clock{ends.get(clock or '', '')}"
 
 
 def _validation(run: Run) -> str:
