@@ -110,6 +110,7 @@ def base_config(settings: Settings, seed: int, out: Path) -> Config:
             f"data.size={settings.size}",
             f"model.input_size={settings.size}",
             f"model.init_seed={seed}",
+            # Even for the base, odd for its arms: they see other examples and noise than it did.
             f"train.seed={2 * seed}",
             f"train.images={settings.base_images}",
             f"optim.lr={settings.base_lr}",
@@ -231,6 +232,7 @@ def _train_and_evaluate(
     from mixflow_fast.training.trainer import train
 
     started = time.monotonic()
+    # A signal ends the training with a checkpoint: the demo must end too, and not go on.
     if not train(config, quiet=quiet).finished:
         raise KeyboardInterrupt
     table = _evaluate(config, settings, measure, seed)
@@ -254,6 +256,7 @@ def _evaluate(
             balanced=True,
             batch_size=min(250, settings.samples),
         )
+        # A side of 64 pixels, whatever the size of the images.
         if steps == GRID_STEPS:
             save_grid(folder / "samples.png", drawn.x[:32], columns=8, scale=64 // settings.size)
         for metric, value in measure(drawn.x).items():
@@ -348,6 +351,7 @@ def _save_comparison(out: Path, result: DemoResult) -> None:
 
 
 def _real_grid(out: Path, measure: Measure) -> Path:
+    # Evenly over the set, in which the crops of one photograph follow those of the other.
     chosen = torch.linspace(0, len(measure.real) - 1, 32).long()
     # Alternate the two halves of the set, as the generated pictures alternate the labels.
     chosen = chosen.view(2, 16).T.reshape(-1)
@@ -361,6 +365,7 @@ def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
         raise ValueError(f"samples must be >= 2, got {settings.samples}")
     base = base_config(settings, 0, out / "base")
     for arm in arms.values():
+        # The base is not post-trained; any distribution will do to check the sizes.
         trained = replace(arm, gamma=0.0, timesteps="uniform") if arm.timesteps is None else arm
         check(arm_config(base, trained, settings, 0, out / "arm"))
     if not is_installed("matplotlib"):
@@ -375,6 +380,7 @@ def _claim(out: Path, settings: Settings, fresh: bool) -> None:
         if fresh:
             for folder in out.glob("seed_*"):
                 shutil.rmtree(folder)
+        # Arms with other settings must not end up in one table.
         elif json.loads(mark.read_text()) != plan:
             raise ValueError(
                 f"{out} holds a demo with other settings: choose another --out, or replace it with "

@@ -56,6 +56,7 @@ def is_installed(module: str) -> bool:
 
 def detect_apex() -> Apex:
     """Which apex is installed, by the package's files: nothing of it is run."""
+    # FusedAdam is what NVIDIA's package is asked for here, and the other one has none.
     spec = _find_spec("apex")
     if spec is None:
         return "absent"

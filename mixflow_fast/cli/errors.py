@@ -14,6 +14,7 @@ def exit_code(command: Callable[[], int]) -> int:
     """Run a command; what users can get wrong becomes a line, anything else a traceback."""
     try:
         return command()
+    # ImportError: an extra that is not installed, whose message says how to get it.
     except (ValueError, OSError, ImportError) as error:
         return report(error, REFUSED)
     except KeyboardInterrupt:

@@ -59,6 +59,7 @@ def as_text(found: Inspection) -> str:
     out.append(_line("parameters", values))
     progress = [f"{n} {v:,}" for n in ("steps", "epoch") if (v := getattr(found, n))]
     out += [_line("progress", ", ".join(progress))] if progress else []
+    # A network's description as JSON is long, and the lines above say what is in it.
     known = _SHOWN_ABOVE if found.layout.startswith("mixflow-fast") else ()
     shown = {n: v for n, v in found.args.items() if n not in known and not str(v).startswith('{"')}
     if shown:

@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = None
     if options.label is not None:
+        # Repeated rather than grouped: a few samples already show every class.
         labels = torch.tensor([options.label[i % len(options.label)] for i in range(options.num)])
     result = sample(
         model.to(device),

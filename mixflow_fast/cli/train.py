@@ -54,11 +54,12 @@ def run(options: argparse.Namespace) -> int:
             result = train(config, resume=options.resume, recipe=options.recipe)
     except TrainingDiverged as error:
         return report(error, FAILED)
-    except SaveError as error:  # every rank has it
+    except SaveError as error:  # every rank has it, one line is enough
         return report(error, REFUSED) if rank() == 0 else REFUSED
     except RankLost as error:
         if error.speaks:
             report(error, FAILED)
+        # The end of the process group would wait for the lost rank until its timeout.
         leave_at_once(FAILED)
     atexit.register(leave)  # not yet: who calls this function may train again
     if rank() == 0:

@@ -51,6 +51,7 @@ class Loggers:
 
     def write(self, row: Mapping[str, object]) -> None:
         """Log the numbers of a row."""
+        # A list, because a logger that fails is taken out while this goes on.
         for name, logger in list(self._open.items()):
             with self._warned(name):
                 logger.write(row)

@@ -42,7 +42,7 @@ class MetricsFile:
         """Append one row; it must have a "step". What is not finite is written as null."""
         row = _finite_row(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.flush()  # to the system, not to the disk: a killed process loses nothing
         if self._logger is not None:
             self._logger.write(row)
 
@@ -88,6 +88,7 @@ def read_metrics(path: Path, kind: Kind | None = TRAINING) -> list:
     """
     rows = []
     if path.exists():
+        # A line that was cut off in the middle of a character is still only one bad line.
         for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)

@@ -234,6 +234,7 @@ def _distance_plot(result: DemoResult, metric: Metric) -> str:
         values.append(floor)
     axes.set_xscale("log")
     axes.set_xticks(result["steps"], [str(s) for s in result["steps"]])
+    # The steps that were measured are the only ticks.
     axes.minorticks_off()
     if values and positive and min(values) > 0 and max(values) / min(values) > 4:
         logarithmic_values(axes)

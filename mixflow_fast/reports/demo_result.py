@@ -123,6 +123,7 @@ def best_arms(result: DemoResult, metric: Metric, steps: int) -> set[str]:
     for name, arm in result["arms"].items():
         value = cell_value(arm, metric, steps)
         if value is not None and math.isfinite(value[0]):
+            # As printed: two cells that read the same are both bold.
             means[name] = float(number(value[0]))
     return {name for name, mean in means.items() if mean == min(means.values())}
 

@@ -63,6 +63,7 @@ def page(title: str, body: str, style: str = "") -> str:
 
 def number(value: float) -> str:
     """Four significant digits, without an exponent between 0.0001 and 100,000."""
+    # `g` drops zeros at the end, and the rows of a table would not align.
     if not math.isfinite(value) or value == 0 or not 1e-4 <= abs(value) < 1e5:
         return f"{value:.4g}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
@@ -84,6 +85,7 @@ def picture(path: str | os.PathLike[str] | None, caption: str) -> str:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"picture {caption!r}: cannot read {path} ({error.strerror})") from error
+    # A browser would show a broken picture and no reason.
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError(f"picture {caption!r}: {path} is not a PNG file")
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -59,9 +59,11 @@ def figure(width: float, height: float) -> tuple[Figure, Axes]:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
+    # `Figure` itself, not pyplot: no display is needed and nothing global is left behind.
     with rc_context(style):
         canvas = Figure(figsize=(width, height), layout="constrained")
         axes = canvas.add_subplot()
+    # The page's background shows through, whichever mode the reader has.
     canvas.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     axes.grid(True, color=FAINT, alpha=0.25, linewidth=0.6)
@@ -73,15 +75,17 @@ def svg(canvas: Figure, salt: str, label: str) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    # The text stays text: the page's font, selectable, small.
+    # Text stays text: the page's font, selectable, small. The salt makes ids repeatable.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    # Without a size of its own the drawing takes the width of its place on the page.
     text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
+    # Ids must differ between the plots of a page, or a clip path of one would cut another.
     text = re.sub(r'\bid="', f'id="{salt}-', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{salt}-", text)
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
@@ -160,8 +164,9 @@ def plot(
         style = _ramp(place, len(curves)) if ramp else line_style(place)
         x, y = zip(*thin(points), strict=True)
         marker = "o" if len(points) < 15 else None
+        # Below that there is no noise to see through.
         if smooth and len(points) > 30:
-            if not ramp:
+            if not ramp:  # several curves and their raw points would hide each other
                 axes.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.4)
             x, y = zip(*thin(_running_mean(points)), strict=True)
         axes.plot(x, y, label=plain(label), marker=marker, markersize=3.5, **style)
@@ -170,6 +175,7 @@ def plot(
     if log and min(values) > 0 and max(values) / min(values) > 4:
         logarithmic_values(axes)
     elif zero:
+        # A curve that is zero throughout needs an axis too.
         axes.set_ylim(bottom=min(0.0, min(values)), top=1.08 * max(values) or 1.0)
     else:
         _ignore_outliers(axes, values)
@@ -242,11 +248,13 @@ def grid_map(
     if before is None:
         mesh = axes.pcolormesh(edges, edges, shown, linewidth=0, cmap="viridis")
     else:
+        # The same distance in both directions, so that white means no change.
         most = float(np.abs(shown).max()) or 1.0
         mesh = axes.pcolormesh(
             edges, edges, shown, linewidth=0, cmap="RdBu_r", vmin=-most, vmax=most
         )
     _write_values(axes, mesh, cells, times, "{:+.0f}".format if before is not None else _short)
+    # A set: without slowing the two lines are one.
     for end in {1.0, 1 - gamma}:
         axes.plot([0, 1], [0, end], color="#e8853a", linewidth=1.4, linestyle=":")
     axes.set_aspect("equal")
@@ -280,6 +288,7 @@ def _ramp(place: int, count: int) -> LineStyle:
     """The style of one of `count` curves that have an order."""
     from matplotlib import colormaps
 
+    # The very ends of the map are hard to see on a page's background.
     share = 0.05 + 0.9 * place / max(1, count - 1)
     return {"color": colormaps["cool"](share), "linewidth": 1.5}
 
@@ -291,7 +300,7 @@ def _running_mean(points: Points) -> list[tuple[float, float]]:
     out = []
     for step, value in points:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
-        out.append((step, mean / weight))
+        out.append((step, mean / weight))  # unbiased from the first point on
     return out
 
 

@@ -90,6 +90,7 @@ def _last_of_each_step(rows: Sequence[_Row]) -> list[_Row]:
 def _read_config(file: Path) -> Config | None:
     import yaml
 
+    # A configuration of another release may not be read; the rest of the report is worth having.
     try:
         return from_dict(yaml.safe_load(file.read_text()))
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
@@ -100,12 +101,13 @@ def _active(out: Path) -> bool:
     """Whether a process holds the run's lock."""
     import fcntl
 
+    # A process id in a file may be another process by now; the kernel drops a lock with its owner.
     try:
         with (out / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except OSError:  # no lock file, or a file system without locks
         pass
     return False
 
@@ -119,10 +121,12 @@ def read_recipe(name: str | None) -> tuple[Config | None, set[str]]:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     try:
         tree = yaml.safe_load(file.read_text()) or {}
+        # `from_dict` refuses a `???`; what the run was given there is listed as a difference.
         needed = {key for key, value in flatten(tree).items() if value == REQUIRED}
         for key in needed:
             section, _, field = key.rpartition(".")
             (tree[section] if section else tree).pop(field)
         return from_dict(tree), needed
+    # The recipe may be gone or have changed since; the report then compares with the defaults.
     except (OSError, ValueError, AttributeError, KeyError, yaml.YAMLError):
         return None, set()

@@ -84,7 +84,7 @@ def _summary(run: Run) -> str:
 
 
 def _tiles(run: Run, total: int | None) -> list[tuple[str, str]]:
-    recent = run.training[-20:]
+    recent = run.training[-20:]  # enough to average a noisy loss, few enough to be of now
     tiles: list[tuple[str, str]] = [("status", run.status)]
     tiles.append(("step", f"{run.step:,}" + (f" of {total:,}" if total else "")))
     images = run.training[-1].get("images_seen") if run.training else None
@@ -237,6 +237,7 @@ def _validation(run: Run) -> str:
 def _previews(run: Run) -> str:
     if not run.previews:
         return ""
+    # Spread over the run, first and last among them; a page of hundreds would be too large.
     count = len(run.previews)
     chosen = sorted(
         {round(i * (count - 1) / max(1, MOST_PREVIEWS - 1)) for i in range(MOST_PREVIEWS)}
@@ -295,6 +296,7 @@ def _configuration(run: Run) -> str:
     if run.config is None:
         return '<h2>Configuration</h2><p class="note">config.yaml is missing or damaged.</p>'
     recipe = next((row["recipe"] for row in reversed(run.starts) if row.get("recipe")), None)
+    # Against its recipe a run differs in a handful of settings, which are what people look for.
     base, needed = read_recipe(recipe)
     origin = f"the recipe {recipe}" if base is not None else "the defaults"
     before = flatten((base or Config()).to_dict())
