@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from mixflow_fast.config.loading import RECIPES, REQUIRED, flatten, from_dict
 from mixflow_fast.config.schema import Config
+from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.metrics.rows import StartRow, TrainingRow, ValidationRow
 
@@ -22,7 +23,7 @@ class Run:
 
     Attributes:
         out: the folder.
-        config: None where it was never written or cannot be read.
+        config: None where it was never written or cannot be read; `problem` then says why.
         starts, training, validation: rows of metrics.jsonl, in order of their steps.
         previews: (step, file).
         active: a process of this machine is in the run now.
@@ -30,6 +31,7 @@ class Run:
 
     out: Path
     config: Config | None
+    problem: str
     starts: list[StartRow]
     training: list[TrainingRow]
     validation: list[ValidationRow]
@@ -70,9 +72,11 @@ def read_run(out: Path) -> Run:
         for path in sorted((out / "previews").glob("step_*.png"))
         if path.stem.removeprefix("step_").isdigit()
     ]
+    config, problem = _read_config(out / "config.yaml")
     return Run(
         out=out,
-        config=_read_config(out / "config.yaml"),
+        config=config,
+        problem=problem,
         starts=read_metrics(metrics, kind="start"),
         training=_last_of_each_step(read_metrics(metrics)),
         validation=_last_of_each_step(read_metrics(metrics, kind="validation")),
@@ -87,14 +91,14 @@ def _last_of_each_step(rows: Sequence[_Row]) -> list[_Row]:
     return [last[step] for step in sorted(last)]
 
 
-def _read_config(file: Path) -> Config | None:
+def _read_config(file: Path) -> tuple[Config | None, str]:
     import yaml
 
     # A configuration of another release may not be read; the rest of the report is worth having.
     try:
-        return from_dict(yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
-        return None
+        return from_dict(yaml.safe_load(file.read_text())), ""
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        return None, error_line(error)
 
 
 def _active(out: Path) -> bool:

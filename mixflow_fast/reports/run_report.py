@@ -294,7 +294,8 @@ def _throughput(run: Run) -> str:
 
 def _configuration(run: Run) -> str:
     if run.config is None:
-        return '<h2>Configuration</h2><p class="note">config.yaml is missing or damaged.</p>'
+        why = f"config.yaml is missing or damaged, or of another release ({run.problem})."
+        return f'<h2>Configuration</h2><p class="note">{html.escape(why)}</p>'
     recipe = next((row["recipe"] for row in reversed(run.starts) if row.get("recipe")), None)
     # Against its recipe a run differs in a handful of settings, which are what people look for.
     base, needed = read_recipe(recipe)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.config.loading import from_dict, load_config, recipe_names
+from mixflow_fast.config.loading import flatten, from_dict, load_config, recipe_names
 from mixflow_fast.config.validate import validate
 from mixflow_fast.training.build import build_model
 from tests.support.configs import resolved
@@ -107,3 +107,13 @@ def test_a_value_left_open_is_asked_for_wherever_it_stands() -> None:
     with pytest.raises(ValueError, match="out must be given: add out=VALUE"):
         from_dict({"out": "???"})
     assert from_dict({"train": {"seed": 3}}).train.seed == 3
+
+
+def test_nested_settings_by_dotted_name() -> None:
+    tree = {"out": "x", "optim": {"lr": 1e-4, "ema_decays": (0.9,)}, "train": {"a": {"b": None}}}
+    assert flatten(tree) == {
+        "out": "x",
+        "optim.lr": 1e-4,
+        "optim.ema_decays": (0.9,),
+        "train.a.b": None,
+    }

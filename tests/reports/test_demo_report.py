@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from mixflow_fast.files import write_json
 from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report
 from mixflow_fast.reports.images import save_grid
 from tests.support.pages import Page, assert_loads_nothing
@@ -216,15 +215,3 @@ def test_errors(tmp_path: Path, pictures: dict[str, str]) -> None:
         with pytest.raises(ValueError, match=message):
             render_demo_report(broken(change), path)
         assert not path.exists()
-
-
-def test_write_json(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.json"
-    value = {"é": [1, 2.5, None, {"x": "y"}]}
-    write_json(path, value)
-    assert json.loads(path.read_text(encoding="utf-8")) == value
-    for bad in ({"x": math.nan}, {"x": object()}):
-        with pytest.raises(ValueError, match="b.json"):
-            write_json(path, bad)
-    assert json.loads(path.read_text(encoding="utf-8")) == value
-    assert [p.name for p in path.parent.iterdir()] == ["b.json"]

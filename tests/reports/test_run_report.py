@@ -128,7 +128,10 @@ def test_an_empty_run_and_damaged_files(tmp_path: Path) -> None:
     (out / "previews" / "step_00000001.png").write_bytes(b"cut off")
     (out / "config.yaml").write_text("train: {nonsense: 1}")
     text = page_of(out).words
-    assert "config.yaml is missing or damaged" in text
+    assert "config.yaml is missing or damaged" in text and "train.nonsense" in text
+    # The key's name at the time the run was made.
+    (out / "config.yaml").write_text("train: {keep: 3}")
+    assert "train.keep is now train.keep_last" in page_of(out).words
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
