@@ -339,9 +339,9 @@ def synchronize(device: torch.device) -> None:
 def environment(device: torch.device) -> dict[str, str | None]:
     """The fields of every row that say where it was measured."""
     # Inside the function because it imports Triton, see the module's first lines.
-    from mixflow_fast.environment import environment as describe
+    from mixflow_fast.environment import current_environment
 
-    found = describe(device)
+    found = current_environment(device).to_dict()
     where = {key: found[key] for key in ("device", "torch", "triton", "cuda")}
     return where | {"git_sha": git_sha()}
 
