@@ -1,4 +1,4 @@
-"""Where an element lies: NCHW images, and the token sequences that a patchifying network works on.
+"""Where an element lies: NCHW images, and the token sequences of a network with patches.
 
 A sample is a table of C channels by S = H W places. NCHW addresses (c, s) as c S + s; tokens of
 patch size p as ((n p + i) p + j) C + c, with n the patch in reading order and (i, j) the place in
@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.runtime import jit, tl, triton
@@ -89,6 +92,21 @@ def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None
     block_channels = min(triton.next_power_of_2(channels), 32)
     block_places = min(2048 // block_channels, max(16, triton.next_power_of_2(height * width)))
     return Layout(channels, height * width, width, patch_size, block_channels, block_places, 1)
+
+
+def to_tokens(x: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, H/p W/p, p p C), channels last in each token."""
+    B, C, H, W = x.shape
+    p = patch_size
+    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def from_tokens(tokens: Tensor, shape: torch.Size, patch_size: int) -> Tensor:
+    """(B, N, p p C') -> (B, C', H, W) for data of `shape` (B, C, H, W); SiT's `unpatchify`."""
+    B, _, H, W = shape
+    p = patch_size
+    x = tokens.reshape(B, H // p, W // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)
 
 
 @jit

@@ -46,13 +46,13 @@ _MASK = 0xFFFFFFFF
 
 
 class Stream(IntEnum):
-    """What a number is drawn for. The values are part of a run's identity: never renumber them."""
+    """Purpose of a draw. The values are part of a run's identity: never renumber them."""
 
     ORDER = 0  # permutation of the data set, keyed by epoch
     FLIP = 1  # horizontal flip of a training image
     POSTERIOR = 2  # noise of the VAE posterior sample
     LABEL_DROPOUT = 3  # replacement of the label by the null class
-    TIME = 4  # label time t
+    TIME = 4  # the network's time t
     SLOWING = 5  # position of m inside its interval
     NOISE = 6  # x0 of training
     SAMPLE_NOISE = 7  # x0 of generated samples
@@ -137,6 +137,7 @@ def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int 
 
 
 def _unit_open(word: Tensor) -> Tensor:
+    """Uniform in (0, 1) of a 32-bit word."""
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -189,12 +190,12 @@ def normal(
     return _normal_op(seed, _check_positions(positions), int(stream), numel)
 
 
-# Device functions. Scalars: seed and position int64, stream a constexpr. Blocks: int32.
-
-
 @jit
 def philox_words(seed, stream: tl.constexpr, position, block):
-    """Four uint32 words for each counter block (element // 4)."""
+    """Four uint32 words for each counter block (element // 4).
+
+    In all device functions here seed and position are int64 scalars, blocks int32.
+    """
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     return tl.philox(seed, block.to(tl.uint32), tl.cast(stream, tl.uint32), low, high)
@@ -231,7 +232,7 @@ def minus_two_log(a):
 
 @jit
 def square_root(x):
-    """sqrt of x >= 0, rightly rounded or nearly so: a device's own is off by a unit."""
+    """sqrt of x >= 0, rounded to nearest or nearly so: a device's own is off by one unit."""
     y = tl.rsqrt(tl.maximum(x, 1e-30))
     root = x * y
     return root + (0.5 * y) * (x - root * root)
@@ -239,6 +240,7 @@ def square_root(x):
 
 @jit
 def box_muller(radius_word, angle_word):
+    """Two normals from two words, as the module's docstring says."""
     # A float from bits, [1, 2) by its exponent: a conversion from integers is a slower unit's.
     half_turns = (((angle_word >> 8) & 0x7FFFFE) | 0x3F800000).to(tl.float32, bitcast=True)
     c = half_turns * 0.5 - 0.749999940395355224609375  # 3/4 - 2^-24; exact

@@ -1,7 +1,7 @@
-"""Triton where it is installed, and which implementation serves a tensor.
+"""Triton where it is installed, and the choice between kernels and references for a tensor.
 
-Every kernel file imports without Triton: `jit` then leaves its functions alone, and nothing can
-launch. With `TRITON_INTERPRET=1` set before the first import, kernels run on CPU tensors in
+Every kernel file imports without Triton: `jit` then returns its functions as they are, and nothing
+can launch. With `TRITON_INTERPRET=1` set before the first import, kernels run on CPU tensors in
 Triton's interpreter: slow, and exact enough to test every line of them without a GPU.
 """
 
@@ -23,9 +23,10 @@ except ImportError:
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = get_args(Impl)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One-dimensional grids: CUDA's limit.
+# Largest one-dimensional grid that CUDA launches.
 MAX_PROGRAMS = 2**31 - 1
-# Offsets inside a sample are 32-bit: of twice as many elements (learn_sigma), with a tile to spare.
+# Offsets inside a sample are 32-bit. A prediction may have twice as many elements (learn_sigma),
+# and the last tile reaches beyond them.
 MAX_SAMPLE = 2**29
 # Triton 3.10 turns fused multiply-add off by default, which would change bits and registers.
 OPTIONS = {"enable_fp_fusion": True}
@@ -79,8 +80,13 @@ def use_kernels(impl: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     return True
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that references compute in: float64 for float64 data, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Launches go to the current device: makes that the tensor's."""
+    """Makes the tensor's device the current one, which is where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

@@ -1,7 +1,7 @@
-"""Times and path coefficients on the device: the twins of `flow/schedule.py` and `flow/path.py`.
+"""Times and path coefficients on the device: `flow/schedule.py` and `flow/path.py` for kernels.
 
 Scalars of one sample, drawn and computed in registers by every program that works on the sample.
-Formulas, names and sources stand in `flow/`; only what a device needs besides is explained here.
+Formulas, names and references stand in `flow/`; only what a device needs besides is explained here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def schedule_arguments(schedule: Schedule) -> dict[str, object]:
         "high": schedule.high,
         "mu": distribution.mu,
         "distribution_sigma": distribution.sigma,
-        "law_first": first,
-        "law_span": last - first,
+        "distribution_first": first,
+        "distribution_span": last - first,
         "distribution_low": distribution.low,
         "distribution_high": distribution.high,
         "SHIFTED": k != 1,
@@ -63,6 +63,7 @@ def normal_quantile(p):
 
 @jit
 def shift_time(t, k, k_less_1, SHIFTED: tl.constexpr, NOISE_AT_1: tl.constexpr):
+    """`flow.timesteps.shift_time`; k - 1 comes from the host, where it is float64."""
     if SHIFTED:
         if NOISE_AT_1:
             t = tl.div_rn(k * t, 1.0 + k_less_1 * t)
@@ -73,6 +74,7 @@ def shift_time(t, k, k_less_1, SHIFTED: tl.constexpr, NOISE_AT_1: tl.constexpr):
 
 @jit
 def slow_time(t, v, gamma, NOISE_AT_1: tl.constexpr):
+    """`flow.timesteps.slow_time`."""
     if NOISE_AT_1:
         m = t + gamma * v * (1.0 - t)
     else:
@@ -81,19 +83,19 @@ def slow_time(t, v, gamma, NOISE_AT_1: tl.constexpr):
 
 
 @jit
-def raw_label(
+def draw_raw_time(
     u,
     mu,
     distribution_sigma,
-    law_first,
-    law_span,
+    distribution_first,
+    distribution_span,
     distribution_low,
     distribution_high,
     DISTRIBUTION: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
 ):
     """`TimeDistribution.quantile`, in the caller's clock."""
-    u = law_first + law_span * u
+    u = distribution_first + distribution_span * u
     if DISTRIBUTION == "uniform":
         t = u
     elif DISTRIBUTION == "beta21":
@@ -121,8 +123,8 @@ def draw_times(
     high,
     mu,
     distribution_sigma,
-    law_first,
-    law_span,
+    distribution_first,
+    distribution_span,
     distribution_low,
     distribution_high,
     SHIFTED: tl.constexpr,
@@ -139,12 +141,12 @@ def draw_times(
         raw = shift_time(t, inverse_k, inverse_k_less_1, SHIFTED, NOISE_AT_1)
     else:
         u = first_uniform(seed, TIME, position)
-        raw = raw_label(
+        raw = draw_raw_time(
             u,
             mu,
             distribution_sigma,
-            law_first,
-            law_span,
+            distribution_first,
+            distribution_span,
             distribution_low,
             distribution_high,
             DISTRIBUTION,
@@ -189,6 +191,7 @@ def _expm1(x):
 
 @jit
 def _engine_times(time, NOISE_AT_1: tl.constexpr):
+    """`flow.clock.engine_times`: (t, 1 - t), one of them untouched."""
     t = time
     s = 1.0 - time
     if NOISE_AT_1:

@@ -32,13 +32,12 @@ from mixflow_fast.kernels.activations.rows import (
     sum_rows,
     tiling,
 )
-from mixflow_fast.kernels.interpolate import compute_dtype
-from mixflow_fast.kernels.runtime import jit, tl
+from mixflow_fast.kernels.runtime import compute_dtype, jit, tl
 
 # 2u = z (LINEAR + CUBIC z^2)
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = LINEAR * 0.044715
-# Rows that a thread has in flight, of each tensor.
+# Rows of each tensor that a thread has in flight.
 LOADS = 8
 
 
@@ -53,7 +52,7 @@ def gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _backward_reference(
     dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In closed form: an operator cannot record its own."""
+    """(dx, dbias, y) in closed form: autograd records nothing inside of an operator."""
     z = x.to(compute_dtype(x))
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -135,7 +134,7 @@ def _gelu_backward_kernel(
         square = z * z
         v = z * (LOG2_E * LINEAR + (LOG2_E * CUBIC) * square)
         value, slope = sigmoid_and_slope(v)
-        # slope first: it is 0 where the cubic grows large.
+        # The slope is multiplied first: it is 0 where the cubic would overflow.
         dz = dy * (value + (slope * z) * (LINEAR + (3 * CUBIC) * square))
         tl.store(dx_ptr + row * F + offset, dz.to(dx_ptr.dtype.element_ty), mask=mask)
         if WITH_Y:
@@ -205,7 +204,7 @@ def _launch_backward(
 def gelu_bytes(x: Tensor, bias: Tensor | None, backward: bool, with_y: bool = False) -> int:
     """Bytes that the kernels of one pass move, for contiguous tensors and a trained bias.
 
-    Partial sums are written once and read once. `with_y`: the backward pass recomputes y.
+    Partial sums count twice, written and read. `with_y`: the backward pass recomputes y.
     """
     F = x.shape[-1]
     vector = 0 if bias is None else bias.numel() * bias.element_size()

@@ -1,4 +1,4 @@
-"""What elementwise kernels over rows of F columns share: tiles, a sigmoid, sums over all rows.
+"""Shared parts of elementwise kernels over rows of F columns: tiles, a sigmoid, sums over rows.
 
 A bias' gradient is the sum over rows (tokens) of a gradient that such a kernel has in registers
 anyway. A program works down a strip of rows for a block of columns, and writes what its columns
@@ -24,7 +24,7 @@ BLOCK_F, WARPS = 256, 2
 FORWARD_ROWS = 32
 # Partial sums are 2% of what a strip of 64 rows moves in bfloat16; very long ones round more.
 MIN_ROWS, MAX_ROWS = 64, 4096
-# Exponentials are powers of two: who has a factor to multiply with anyway, multiplies with this.
+# The device has exp2 only: where a factor is multiplied in anyway, this one is part of it.
 LOG2_E = math.log2(math.e)
 # Four for each multiprocessor of an H100 or H200. Five fit with up to 200 registers a thread, so
 # all are resident at once, share the memory evenly and end together: no last wave of a few.
@@ -32,7 +32,7 @@ PROGRAMS = 4 * 132
 
 
 def strip_rows(M: int, F: int) -> int:
-    """Rows of a strip of a backward pass over (M, F): as many as leave `PROGRAMS`."""
+    """Rows of a strip of a backward pass over (M, F): enough that about `PROGRAMS` remain."""
     blocks = -(-F // BLOCK_F)
     rows = M // -(-PROGRAMS // blocks)
     return max(MIN_ROWS, min(rows // 16 * 16, MAX_ROWS))
@@ -44,7 +44,7 @@ def strips(M: int, F: int) -> int:
 
 
 def alignment(F: int) -> int:
-    """The power of two, up to 8, that divides F: a row then starts on so many elements."""
+    """The largest power of two, up to 8, that divides F: every row starts at a multiple of it."""
     return min(F & -F, 8)
 
 
@@ -53,13 +53,13 @@ def tiling(
 ) -> tuple[tuple[int], dict[str, object]]:
     """(grid, keyword arguments) of a kernel over (M, F) in strips of `rows`.
 
-    loads: how many rows a thread has in flight, of 2-byte elements in rows of a multiple of 8.
+    loads: rows that a thread has in flight, for 2-byte elements and F a multiple of 8.
     """
     blocks, align = triton.cdiv(F, BLOCK_F), alignment(F)
     loads = loads * 2 // element_size
-    if align * element_size < 16:  # more addresses and masks than data
+    if align * element_size < 16:  # registers hold more addresses and masks than data
         loads = max(loads // 4, 1)
-    # A single short strip does not walk on over rows that are not there.
+    # A single short strip ends with the rows, not with the strip's usual length.
     rows = min(rows, triton.cdiv(M, loads * WARPS) * loads * WARPS)
     return (triton.cdiv(M, rows) * blocks,), {
         "M": M,

@@ -29,10 +29,9 @@ from mixflow_fast.kernels.activations.rows import (
     sum_rows,
     tiling,
 )
-from mixflow_fast.kernels.interpolate import compute_dtype
-from mixflow_fast.kernels.runtime import jit, tl
+from mixflow_fast.kernels.runtime import compute_dtype, jit, tl
 
-# Rows that a thread has in flight, of each tensor: with more, ptxas spills.
+# Rows of each tensor that a thread has in flight: with more, registers spill.
 FORWARD_LOADS, BACKWARD_LOADS = 2, 4
 
 
@@ -53,7 +52,7 @@ def swiglu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _backward_reference(
     dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In closed form: an operator cannot record its own."""
+    """(dx, dbias, y) in closed form: autograd records nothing inside of an operator."""
     a, b = _halves(x, bias)
     dy = dy.to(a.dtype)
     da = torch.ops.aten.silu_backward(dy * b, a)
@@ -206,7 +205,7 @@ def _launch_backward(
 def swiglu_bytes(x: Tensor, bias: Tensor | None, backward: bool, with_y: bool = False) -> int:
     """Bytes that the kernels of one pass move, for contiguous tensors and a trained bias.
 
-    Partial sums are written once and read once. `with_y`: the backward pass recomputes y.
+    Partial sums count twice, written and read. `with_y`: the backward pass recomputes y.
     """
     F = x.shape[-1] // 2
     vector = 0 if bias is None else bias.numel() * bias.element_size()

@@ -1,1 +1,1 @@
-"""Attention on a packed qkv."""
+"""Self-attention on a packed qkv, with norm and rotation of q and k."""

@@ -1,8 +1,8 @@
-"""Who computes softmax(q k^T / sqrt(K)) v: what each backend is called, gives back, and refuses.
+"""Backends that compute softmax(q k^T / sqrt(K)) v: how each is called, and what it refuses.
 
 All take q, k, v (B, N, H, K) with any strides whose last is 1, and give out (B, N, H, K) and the
 natural logarithm of the softmax's denominator, lse (B, H, N) float32, both contiguous: one
-backend's forward pass and another's backward pass fit together. None makes a mask or drops out.
+backend's forward pass and another's backward pass fit together. There is no mask and no dropout.
 
 * flash3: `flash_attn_interface` (Hopper; compiled from source). flash2: the package `flash_attn`.
   They write dq, dk, dv where they are told: into one packed buffer.
@@ -30,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixflow_fast.kernels.runtime import compute_dtype
+
 # (dq, dk, dv), or all of them in one (B, N, 3, H, K).
 Gradients = Tensor | tuple[Tensor, Tensor, Tensor]
 HALF = (torch.bfloat16, torch.float16)
-# Scores that "math" holds at a time: 256 MiB in float32.
+# Scores that "math" holds at a time: 256 MiB in float32, whatever the batch.
 MATH_SCORES = 2**26
 aten = torch.ops.aten
 
@@ -53,7 +55,7 @@ class Backend:
         forward: (q, k, v, scale) -> (out, lse), in any strides, lse of at least N.
         backward: (dout, q, k, v, out, lse, scale) -> gradients.
         packs: whether the gradients come in one packed buffer.
-        multiple: of which the head dimension must be one; not on CPUs.
+        multiple: what the head dimension must be a multiple of; not on CPUs.
     """
 
     name: BackendName
@@ -64,11 +66,12 @@ class Backend:
     multiple: int = 1
 
     def padding(self, head_dim: int, device: torch.device) -> int:
+        """Zeros that are appended to each head."""
         return 0 if device.type == "cpu" else -head_dim % self.multiple
 
 
 def run_forward(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) as the module's head says."""
+    """(out, lse) as the module's docstring defines them."""
     N, K = q.shape[1], q.shape[3]
     padding = backend.padding(K, q.device)
     if padding:
@@ -91,16 +94,9 @@ def run_backward(
     return tuple(x[..., :K] for x in parts)
 
 
-# math
-
-
 def _slices(batch: int, heads: int, tokens: int) -> list[slice]:
     step = max(1, MATH_SCORES // (heads * tokens * tokens))
     return [slice(start, start + step) for start in range(0, batch, step)]
-
-
-def math_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,10 +107,10 @@ def math_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), computed in `dtype` (None: float32 or float64)."""
-    dtype = dtype or math_dtype(q)
+    dtype = dtype or compute_dtype(q)
     B, N, H, _ = q.shape
     out = q.new_empty(q.shape)
-    lse = q.new_empty(B, H, N, dtype=math_dtype(q))
+    lse = q.new_empty(B, H, N, dtype=compute_dtype(q))
     for part in _slices(B, H, N):
         q_, k_, v_ = (_by_head(x[part], dtype) for x in (q, k, v))
         scores = (q_ * scale) @ k_.transpose(-1, -2)
@@ -135,9 +131,10 @@ def math_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = softmax(s), dP = do v^T, ds = P (dP - sum(P dP)), dq = ds k, dk = ds^T q, dv = P^T do.
 
-    Everything again from q, k and v: rows of ds then sum to zero as exactly as they can.
+    P is recomputed from q, k and v and not taken from lse: rows of ds then sum to zero as exactly
+    as they can.
     """
-    dtype = dtype or math_dtype(q)
+    dtype = dtype or compute_dtype(q)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for part in _slices(q.shape[0], q.shape[2], q.shape[1]):
         do, q_, k_, v_ = (_by_head(x[part], dtype) for x in (dout, q, k, v))
@@ -148,9 +145,6 @@ def math_backward(
         dq[part] = ((ds @ k_) * scale).transpose(1, 2).to(dq.dtype)
         dk[part] = ((ds.transpose(-1, -2) @ q_) * scale).transpose(1, 2).to(dk.dtype)
     return dq, dk, dv
-
-
-# PyTorch's own
 
 
 def _cuda_half(device: torch.device, dtype: torch.dtype) -> str:
@@ -197,11 +191,15 @@ def _flash_backward(dout, q, k, v, out, lse, scale) -> Gradients:
     if q.device.type == "cpu":
         op = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return _tokens(op(*tensors, lse, 0.0, False, scale=scale))
-    # The random state is read where there is dropout; here it only has to be there.
+    # The random state is read only for dropout, but the operator insists on tensors.
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)
-    rest = (None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed.new_empty(()))
+    offset = seed.new_empty(())
+    dout, q, k, v, out = tensors
     op = aten._scaled_dot_product_flash_attention_backward
-    return _tokens(op(*tensors, lse, *rest, scale=scale))
+    N = q.shape[2]
+    return _tokens(
+        op(dout, q, k, v, out, lse, None, None, N, N, 0.0, False, seed, offset, scale=scale)
+    )
 
 
 def _cudnn_missing(device: torch.device, dtype: torch.dtype) -> str:
@@ -216,10 +214,14 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, scale) -> Gradients:
+    # The random state is read only for dropout, but the operator insists on tensors.
     seed = torch.empty((), dtype=torch.int64, device=q.device)
-    rest = (seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False)
+    N, lse = q.shape[1], lse[..., None]
+    dout, q, k, v, out = _heads(dout, q, k, v, out)
     op = aten._scaled_dot_product_cudnn_attention_backward
-    return _tokens(op(*_heads(dout, q, k, v, out), lse[..., None], *rest, scale=scale))
+    return _tokens(
+        op(dout, q, k, v, out, lse, seed, seed, None, None, None, N, N, 0.0, False, scale=scale)
+    )
 
 
 def _efficient_missing(device: torch.device, dtype: torch.dtype) -> str:
@@ -241,8 +243,22 @@ def _efficient_backward(dout, q, k, v, out, lse, scale) -> Gradients:
     lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     gradients = aten._efficient_attention_backward(
-        *(dout, q, k, v, None, out, None, None, q.shape[1], k.shape[1], lse),
-        *(0.0, seed, seed, 0, False),
+        dout,
+        q,
+        k,
+        v,
+        None,  # bias
+        out,
+        None,  # cumulative lengths of q and k
+        None,
+        q.shape[1],
+        k.shape[1],
+        lse,
+        0.0,  # dropout
+        seed,
+        seed,
+        0,  # kind of mask
+        False,
         scale=scale,
         shared_storage_dqdkdv=True,
     )
@@ -250,7 +266,7 @@ def _efficient_backward(dout, q, k, v, out, lse, scale) -> Gradients:
 
 
 def as_packed(dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
-    """One (B, N, 3, H, K) where they are its slots, else the three as they came."""
+    """One (B, N, 3, H, K) where the gradients are slices of such a tensor, else all three."""
     B, N, H, K = dq.shape
     width, first = H * K, dq.storage_offset()
     strides = (3 * N * width, 3 * width, K, 1)
@@ -259,10 +275,6 @@ def as_packed(dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
         if not same or x.stride() != strides or x.storage_offset() != first + place * width:
             return dq, dk, dv
     return dq.as_strided((B, N, 3, H, K), (3 * N * width, 3 * width, width, K, 1))
-
-
-# The packages. Their low-level functions changed their arguments often: given by name, as far as
-# a version knows them.
 
 
 @functools.cache
@@ -294,7 +306,10 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
 
 
 def call_by_name(function: Callable, **known: object) -> object:
-    """Calls `function` with what it knows of `known`, None for what it needs besides."""
+    """Calls `function` with those of `known` that it takes, and None for what it needs besides.
+
+    The low-level functions of the packages take other arguments in every other version.
+    """
     given = []
     for parameter in _parameters(function):
         if parameter.name in known:
@@ -306,13 +321,14 @@ def call_by_name(function: Callable, **known: object) -> object:
 
 
 def _package_options(scale: float) -> dict[str, object]:
+    """No mask, no window, no dropout, in the words of all versions."""
     window = dict(window_size=(-1, -1), window_size_left=-1, window_size_right=-1)
     flags = dict(causal=False, is_causal=False, return_softmax=False, return_attn_probs=False)
     return dict(softmax_scale=scale, dropout_p=0.0, softcap=0.0, **window, **flags)
 
 
 def _package_pair(module: Callable[[], object]) -> tuple[Callable, Callable]:
-    """(forward, backward) by a module's `_flash_attn_forward` and `_flash_attn_backward`."""
+    """(forward, backward) of a module that has `_flash_attn_forward` and `_flash_attn_backward`."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         found = call_by_name(module()._flash_attn_forward, q=q, k=k, v=v, **_package_options(scale))

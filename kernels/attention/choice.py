@@ -1,4 +1,4 @@
-"""Which backend computes attention: tested here, on this device, at this shape, before it is used.
+"""Choice of the attention backend: each is tested on this device and at this shape before its use.
 
 A backend serves a shape after its forward and backward pass agreed with float64 as closely as
 plain attention in the data's own dtype does (twice its error), were finite, also where every score
@@ -28,22 +28,22 @@ from mixflow_fast.kernels.attention.backends import (
     run_forward,
 )
 
-# Of the relative RMS error against float64, besides twice that of eager attention. In 16 bits it
-# is one rounding: of `out`, from which flash attention computes gradients, and eager does not.
+# Relative RMS error against float64 that is allowed on top of twice that of eager attention. In 16
+# bits it is one rounding of `out`: flash attention computes gradients from it, eager does not.
 FLOORS = {torch.float64: 1e-9, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 NAMES = ("out", "dq", "dk", "dv")
-# A score that makes exp(-lse) overflow float32.
+# Low enough for exp(-lse) to overflow float32.
 FAR_BELOW = -120.0
 TIMED_RUNS = 10
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What `choose_backend` found.
+    """The answer of `choose_backend`.
 
     Attributes:
         backend: the name to pass as `backend`.
-        tested: what became of each candidate: "ok 0.123 ms, same bits twice", "not installed",
+        tested: the result of each candidate: "ok 0.123 ms, same bits twice", "not installed",
             "refused: ...", "NaN in dq", "error 3.0e-01 > 1.0e-02 in dk", "not tested: ...".
     """
 
@@ -59,7 +59,7 @@ class _Key(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     backward: bool
-    # Backends that split sums may be told not to.
+    # Part of the key because backends that split sums may be told not to.
     deterministic: bool
 
 
@@ -69,7 +69,7 @@ class _Result:
     ok: bool = False
     ms: float = 0.0
     same_bits: bool = False
-    # Another time there may be memory.
+    # False where a later test may end otherwise: there may be memory by then.
     keep: bool = True
 
 
@@ -78,7 +78,7 @@ _choices: dict[tuple[_Key, tuple[str, ...]], AttentionChoice] = {}
 
 
 def forget_choices() -> None:
-    """Backends are tested again when they are next needed."""
+    """Forgets all results: backends are tested anew when they are next needed."""
     _results.clear()
     _choices.clear()
 
@@ -88,14 +88,14 @@ class _Problem(NamedTuple):
 
     qkv: Tensor
     dout: Tensor
-    # Of one sample of each kind.
+    # Results of one sample of each kind, in float64 and in the data's dtype.
     truth: dict[str, Tensor]
     eager: dict[str, Tensor]
 
 
 def _problem(key: _Key) -> _Problem:
     shape = (key.tokens, key.heads, key.head_dim)
-    # Its own generator: a choice must not change what the program draws.
+    # A generator of its own: a choice must not change what the program draws.
     generator = torch.Generator("cpu").manual_seed(0)
     options = dict(generator=generator, device="cpu")
     qkv = torch.randn(2, key.tokens, 3, key.heads, key.head_dim, **options)
@@ -119,7 +119,7 @@ def _math(qkv: Tensor, dout: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _run(core: Backend, problem: _Problem, backward: bool, separate: bool) -> dict[str, Tensor]:
-    """Results by name; `separate`: q and k in a buffer of their own, as a rotation leaves them."""
+    """Results by name. `separate` puts q and k into a buffer of their own, as a rotation does."""
     q, k, v = problem.qkv.unbind(2)
     if separate:
         q, k = problem.qkv[:, :, :2].contiguous().unbind(2)
@@ -142,12 +142,13 @@ def _error(x: Tensor, truth: Tensor, least: Tensor) -> float:
 
 
 def _fault(found: dict[str, Tensor], problem: _Problem, dtype: torch.dtype) -> str:
+    """What is wrong with the results of a backend, or ""."""
     for name, x in found.items():
         if not x.isfinite().all():
             return f"NaN in {name}"
         for kind in (0, 1):
-            # Far below zero, column 0 of dq is what is left of terms a thousand times larger, and
-            # the scores' own rounding is: the rest of it, and right at all, is enough.
+            # Far below zero, column 0 of dq is the small difference of terms a thousand times
+            # larger and of the scores' rounding, so it is left out and the rest is given slack.
             columns, slack = slice(kind, None), (1, 8)[kind]
             truth = problem.truth[name][kind][..., columns]
             eager = problem.eager[name][kind][..., columns]
@@ -161,6 +162,7 @@ def _fault(found: dict[str, Tensor], problem: _Problem, dtype: torch.dtype) -> s
 
 
 def _self_test(name: str, key: _Key) -> _Result:
+    """The test of one backend: packed twice for the bits, then with q and k apart, then timed."""
     core = REGISTRY[name]
     try:
         reason = core.missing(key.device, key.dtype)
@@ -185,7 +187,7 @@ def _self_test(name: str, key: _Key) -> _Result:
         ms = _time_ms(core, problem, key) if key.device.type == "cuda" else 0.0
     except torch.OutOfMemoryError:
         return _Result("not tested: out of memory", keep=False)
-    # Whatever a foreign library raises is its answer.
+    # Whatever a foreign library raises means that it cannot be used here.
     except Exception as error:
         return _Result(f"refused: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     text = f"ok {ms:.3f} ms" if ms else "ok"
@@ -218,13 +220,22 @@ def _result(name: str, key: _Key) -> _Result:
                 f"device={str(key.device)!r}, backward={key.backward}), or run one step, before "
                 "the capture"
             )
-        # Also without the caller's autocast, which would change what the truth is computed in.
+        # Without the caller's autocast, which would change the dtype that the truth is computed in.
         with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
             _results[name, key] = _self_test(name, key)
     return _results[name, key]
 
 
-def _key(batch, tokens, heads, head_dim, dtype, device, backward) -> _Key:
+def _key(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backward: bool,
+) -> _Key:
+    """What results are kept under."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -250,8 +261,7 @@ def choose_backend(
 
     Args:
         batch, tokens, heads, head_dim: B, N, H, K of qkv.
-        dtype: of qkv.
-        device: of qkv.
+        dtype, device: qkv's.
         backward: whether gradients are needed: without, only the forward pass counts.
         candidates: names of `BACKENDS`, in order of preference where nothing is timed.
 
@@ -290,11 +300,11 @@ def _choose(key: _Key, candidates: tuple[str, ...]) -> AttentionChoice:
         if result.ok:
             passed[name] = not result.same_bits, result.ms
     if not passed:
-        raise ValueError(_nobody(key, candidates, tested))
+        raise ValueError(_none_passed(key, candidates, tested))
     return AttentionChoice(min(passed, key=passed.__getitem__), tested)
 
 
-def _nobody(key: _Key, candidates: tuple[str, ...], tested: dict[str, str]) -> str:
+def _none_passed(key: _Key, candidates: tuple[str, ...], tested: dict[str, str]) -> str:
     others = [name for name in BACKENDS if name not in candidates and _result(name, key).ok]
     found = "; ".join(f"{name}: {text}" for name, text in tested.items())
     shape = f"N={key.tokens}, H={key.heads}, K={key.head_dim}, {key.dtype} on {key.device}"

@@ -3,12 +3,12 @@
     q', k' = norm and rotation of q, k                       (`qk_norm_rope.py`)
     out = softmax(q' k'^T / sqrt(K)) v,   heads side by side
 
-One operator each way. Forward: q' and k' are written to a buffer of their own, only where norm or
-rotation changes them; v stays where the linear layer left it, and so do q and k otherwise. Then
-one of the tested backends (`choice.py`). Backward: the gradient of qkv comes as one
-(B, N, 3, H, K) tensor, as the linear layer's backward pass wants it. Backends that can write it so
-do; the gradients of q' and k' are then turned into those of q and k in place. Of the others the
-three gradients are read once and written once, by the same kernel.
+One operator for each direction. Forward: q' and k' are written to a buffer of their own, only where
+norm or rotation changes them; v stays where the linear layer left it, and so do q and k otherwise.
+Then one of the tested backends runs (`choice.py`). Backward: the gradient of qkv is one
+(B, N, 3, H, K) tensor, as the linear layer's backward pass wants it. Some backends write it so; the
+gradients of q' and k' are then turned into those of q and k in place. The three gradients of the
+others are read once and written once, by the same kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from mixflow_fast.kernels.attention import choice
 from mixflow_fast.kernels.attention.backends import (
     BACKENDS,
     REGISTRY,
-    math_dtype,
     run_backward,
     run_forward,
 )
@@ -36,6 +35,7 @@ from mixflow_fast.kernels.attention.qk_norm_rope import (
     refuse_second_derivatives,
     zero_weights,
 )
+from mixflow_fast.kernels.runtime import compute_dtype
 
 
 def attention_reference(
@@ -59,7 +59,7 @@ def attention_reference(
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Inside the operators dtypes are what they are."""
+    """No casts inside of the operators: their tests ran without."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -70,7 +70,7 @@ def _shapes(qkv: Tensor, options: QkOptions, with_state: bool) -> tuple[Tensor, 
     qk = (B, N, 2, H, K) if with_state and options.changes else (0,)
     return (
         qkv.new_empty(B, N, H * K),
-        qkv.new_empty(lse, dtype=math_dtype(qkv)),
+        qkv.new_empty(lse, dtype=compute_dtype(qkv)),
         qkv.new_empty(qk),
     )
 
@@ -170,10 +170,28 @@ def _backward(ctx, dout: Tensor | None, _lse, _qk) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 12
     refuse_second_derivatives("attention")
-    tensors = ctx.saved_tensors
-    dqkv, *weights = _attention_backward_op(dout, *tensors, *ctx.rest)
-    weights = [None if t is None else g for t, g in zip(tensors[6:], weights, strict=True)]
-    return dqkv, None, None, *weights, *(None,) * 5
+    out, lse, qk, qkv, cos, sin, *weights = ctx.saved_tensors
+    q_weight, q_bias, k_weight, k_bias = weights
+    norm, eps, backend, impl = ctx.rest
+    dqkv, *gradients = _attention_backward_op(
+        dout,
+        out,
+        lse,
+        qk,
+        qkv,
+        cos,
+        sin,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        norm,
+        eps,
+        backend,
+        impl,
+    )
+    gradients = [None if w is None else g for w, g in zip(weights, gradients, strict=True)]
+    return dqkv, None, None, *gradients, None, None, None, None, None
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -236,7 +254,7 @@ def attention_bytes(
     rope: bool = False,
     backward: bool = False,
 ) -> int:
-    """Bytes that the kernels around the backend read and write; what the backend moves is not in.
+    """Bytes that the kernels around the backend read and write, without those of the backend.
 
     Forward: q and k once each way, if they change. Backward: the gradients of q and k once each
     way, and v's where the backend does not pack them; q and k once more for a norm. The tables of

@@ -7,9 +7,9 @@
 
 and the same for k; mean and var over the K elements of a head, cos and sin of the token's position
 (RoFormer, arXiv 2104.09864; the tables of EVA-02, arXiv 2303.11331, and LightningDiT). Everything
-is computed in float32 and rounded once. The backward pass is the transposed rotation and the
-norm's backward, computed again from qkv; sums for the weights' gradients go to memory, one row
-per program, and a second kernel adds them in a fixed order.
+is computed in float32 and rounded once. The backward pass is the transposed rotation, then the
+backward pass of the norm, recomputed from qkv; sums for the weights' gradients go to memory, one
+row per program, and a second kernel adds them in a fixed order.
 
 Bytes: q and k are read and written once in each direction, and the norm's backward pass reads
 them once more. v is not touched.
@@ -26,6 +26,7 @@ from mixflow_fast.kernels.attention.qk_norm_rope_launch import (
     launch_backward,
     launch_forward,
 )
+from mixflow_fast.kernels.runtime import compute_dtype
 
 NORMS = (None, "layer", "rms")
 
@@ -38,10 +39,6 @@ def rotate_half(x: Tensor) -> Tensor:
 
 def _rotate_transposed(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return g * cos - rotate_half(g * sin)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _normalize(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -107,7 +104,7 @@ def backward_reference(
 
 
 def prepare(qkv: Tensor, options: QkOptions, impl: str) -> Tensor:
-    """q and k of `options`, a new (B, N, 2, H, K) tensor."""
+    """q and k after norm and rotation, a new (B, N, 2, H, K) tensor."""
     if kernels_serve(qkv, options, impl):
         return launch_forward(qkv, options)
     return torch.stack(forward_reference(qkv, options), dim=2)
@@ -126,6 +123,7 @@ def finish(
 
 
 def kernels_serve(qkv: Tensor, options: QkOptions, impl: str) -> bool:
+    """`runtime.use_kernels` for all tensors of a call."""
     tensors = (qkv, *(t for t in options[:6] if t is not None))
     return runtime.use_kernels(impl, qkv.device, *(t.dtype for t in tensors))
 
@@ -177,12 +175,12 @@ def _qk_norm_rope_backward_op(
 
 
 def zero_weights(options: QkOptions, like: Tensor) -> list[Tensor]:
-    """What an empty batch gives the weights."""
+    """Gradients of the weights for an empty batch."""
     return [like.new_empty(0) if w is None else w.new_zeros(w.shape) for w in options.weights]
 
 
 def empty_weights(options: QkOptions, like: Tensor) -> list[Tensor]:
-    """Shapes for the operators' fake implementations."""
+    """Gradients of the weights in shape and dtype only."""
     return [like.new_empty(0) if w is None else w.new_empty(w.shape) for w in options.weights]
 
 
@@ -206,10 +204,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("qk_norm_rope")
-    tensors = ctx.saved_tensors
-    dqkv, *weights = _qk_norm_rope_backward_op(gradient, *tensors, *ctx.rest)
-    weights = [None if t is None else g for t, g in zip(tensors[3:], weights, strict=True)]
-    return dqkv, None, None, *weights, None, None, None
+    qkv, cos, sin, *weights = ctx.saved_tensors
+    q_weight, q_bias, k_weight, k_bias = weights
+    norm, eps, impl = ctx.rest
+    dqkv, *gradients = _qk_norm_rope_backward_op(
+        gradient, qkv, cos, sin, q_weight, q_bias, k_weight, k_bias, norm, eps, impl
+    )
+    gradients = [None if w is None else g for w, g in zip(weights, gradients, strict=True)]
+    return dqkv, None, None, *gradients, None, None, None
 
 
 _qk_norm_rope_op.register_autograd(_backward, setup_context=_setup_context)
@@ -297,9 +299,9 @@ def qk_norm_rope(
         qkv: (B, N, 3, H, K) packed q, k and v: B samples, N tokens, H heads of K elements.
         cos, sin: (N, K) float32 tables of the token's rotation, or neither. No gradient.
         q_weight, k_weight: (K,) the norm's weights, or neither.
-        q_bias, k_bias: (K,) of norm "layer", or neither.
+        q_bias, k_bias: (K,) biases for norm "layer", or neither.
         norm: None, "layer" (LayerNorm over K) or "rms" (RMSNorm over K).
-        eps: the norm's.
+        eps: added to the variance or the mean square.
         impl: "auto", "triton" or "reference".
 
     Returns:

@@ -1,4 +1,4 @@
-"""The device side of norm and rotary embedding of q and k; formulas stand in `qk_norm_rope.py`.
+"""Triton kernels of norm and rotary embedding of q and k; formulas stand in `qk_norm_rope.py`.
 
 A *section* is q, k or v of a packed (B, N, 3, H, K) tensor, WIDTH = H K wide at each of B N tokens.
 Every program works in one section, so which pointers it takes is one scalar decision.
@@ -219,7 +219,7 @@ def _qk_norm_backward_kernel(
             x = tl.load(in_ptr + far * stride + place, mask=mask, other=0.0).to(tl.float32)
             x, scale = _normalize(x, mask, eps, K, NORM)
             if HAS_WEIGHT:
-                # Without eps, rows behind the last hold 0 times infinity.
+                # With eps = 0, rows behind the last one hold 0 times infinity.
                 weight_sum += tl.where(mask, g * x, 0.0)
             if HAS_BIAS:
                 bias_sum += g

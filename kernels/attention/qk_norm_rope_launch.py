@@ -18,12 +18,19 @@ from mixflow_fast.kernels.attention.qk_norm_rope_kernels import (
 from mixflow_fast.kernels.runtime import triton
 
 BLOCK = 2048
-# Programs of a section that leave one row of partial sums each.
+# Programs of a section, each with one row of partial sums: more rows take longer to add up.
 MAX_PARTIALS = 1024
 
 
 class QkOptions(NamedTuple):
-    """What happens to q and k before attention; (N, K) tables, (K,) weights; norm "none" too."""
+    """What is done to q and k before attention.
+
+    Attributes:
+        cos, sin: (N, K) tables of the rotation, or None.
+        q_weight, q_bias, k_weight, k_bias: (K,) parameters of the norm, or None.
+        norm: "layer", "rms" or "none".
+        eps: added to the variance or the mean square.
+    """
 
     cos: Tensor | None
     sin: Tensor | None
@@ -36,6 +43,7 @@ class QkOptions(NamedTuple):
 
     @property
     def changes(self) -> bool:
+        """Whether q and k are other tensors afterwards."""
         return self.norm != "none" or self.cos is not None
 
     @property
@@ -44,7 +52,10 @@ class QkOptions(NamedTuple):
 
 
 def with_token_stride(x: Tensor) -> tuple[Tensor, int]:
-    """(x, stride) of (B, N, H, K) whose token b N + n starts at that multiple; else of a copy."""
+    """(x, stride) such that token b N + n of x (B, N, H, K) starts at (b N + n) stride.
+
+    x is copied if it does not lie so.
+    """
     B, N, H, K = x.shape
     stride = x.stride(1) if N > 1 else x.stride(0)
     wanted = (N * stride, stride, K, 1)
@@ -88,7 +99,7 @@ def _launch_rope(sections: list[Tensor], out: Tensor, options: QkOptions, *, inv
     """Sections (B, N, H, K) into the first slots of `out` (B, N, 2 or 3, H, K)."""
     B, N, H, K = sections[0].shape
     width = H * K
-    # Tokens whose sections fill whole blocks, where a few do.
+    # Tokens whose sections fill whole blocks, if not too many are needed for it.
     group = min(BLOCK // math.gcd(width, BLOCK), max(16, triton.cdiv(BLOCK, width)))
     blocks = triton.cdiv(B * N, group) * triton.cdiv(group * width, BLOCK)
     placed = [with_token_stride(x) for x in sections]
@@ -149,9 +160,9 @@ def launch_forward(qkv: Tensor, options: QkOptions) -> Tensor:
 def launch_backward(
     gradients: tuple[Tensor, ...], out: Tensor, qkv: Tensor, options: QkOptions
 ) -> list[Tensor | None]:
-    """Gradients (dq, dk) or (dq, dk, dv) into `out` (B, N, 3, H, K); of the weights as returned.
+    """Writes gradients (dq, dk) or (dq, dk, dv) into `out` (B, N, 3, H, K).
 
-    dq and dk may be the slots of `out` that they go to.
+    dq and dk may be the slices of `out` that they go to. Returns the gradients of the weights.
     """
     if options.norm == "none":
         _launch_rope(list(gradients), out, options, inverse=True)

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.kernels import runtime
-from mixflow_fast.kernels.residual_norm.triton_kernels import (
-    _residual_norm_backward_kernel,
-    _residual_norm_forward_kernel,
+from mixflow_fast.kernels.residual_norm.reduce_kernels import (
     _residual_norm_reduce_kernel,
     _residual_norm_sum_kernel,
 )
+from mixflow_fast.kernels.residual_norm.triton_kernels import (
+    _residual_norm_backward_kernel,
+    _residual_norm_forward_kernel,
+)
 from mixflow_fast.kernels.runtime import triton
 
-# Wider rows would spill.
+# Wider rows would spill registers.
 MAX_WIDTH = 4096
 # Rows of a forward program that share their sample's gate, shift and scale.
 FORWARD_ROWS = 8
-# What every device that Triton serves has of shared memory for a program, with room to spare.
+# Shared memory that a program may fill with loads under way: less than any device here has.
 SHARED_BYTES = 98_304
 # Tiles of the kernels that add up, (rows, columns). Partials are read 128 bits at a time.
 TILE_BLOCK, TILE_COLUMNS = 8, 64
@@ -34,7 +36,7 @@ SUM_BLOCK, SUM_COLUMNS = 64, 64
 
 @dataclass(frozen=True)
 class Needs:
-    """What the caller wants, in the order of the backward operator's outputs: y is recomputed."""
+    """Which outputs of the backward operator are wanted, in their order; y is recomputed."""
 
     dx: bool
     dh: bool
@@ -202,6 +204,7 @@ def launch_backward(
     )
     modulation = (gate, shift, scale) if per_token else ()
     written = dict(dgate_ptr=dgate, dshift_ptr=dshift, dscale_ptr=dscale)
+    # Absent tensors are given as any other: a constexpr keeps kernels from using the pointers.
     unwritten = dict.fromkeys(written, partial)
     with runtime.on_device(x_new):
         _residual_norm_backward_kernel[(runtime.check_grid(B * tiles, B),)](
@@ -238,47 +241,66 @@ def launch_backward(
             **(written if per_token else unwritten),
             **common,
         )
-        if not partial_shape[2]:
-            return
-        # What a sample's sums are multiplied by, and nothing where they are written as they are.
-        dscale_here = needs.dscale and not per_token
-        weight = weight if dscale_here else None
-        gate = gate if needs.dh_bias and not per_token else None
-        scale = scale if needs.dweight and not per_token else None
-        columns = triton.cdiv(D, TILE_COLUMNS)
-        _residual_norm_reduce_kernel[(runtime.check_grid(B * columns, B),)](
-            sums_ptr=sums,
-            gate_ptr=partial if gate is None else gate,
-            gate_sample_stride=0 if gate is None else gate.stride(0),
-            scale_ptr=partial if scale is None else scale,
-            scale_sample_stride=0 if scale is None else scale.stride(0),
-            weight_ptr=partial if weight is None else weight,
-            HAS_WEIGHT=weight is not None,
-            DSCALE=dscale_here,
-            DWEIGHT=needs.dweight,
-            SUMS=sums_shape[1],
-            COLUMN_BLOCKS=columns,
-            BLOCK=TILE_BLOCK,
-            BLOCK_D=TILE_COLUMNS,
-            num_warps=4,
-            **(unwritten if per_token else written),
-            **common,
-        )
+        if partial_shape[2]:
+            outputs_here = unwritten if per_token else written
+            _launch_reduction(gate, scale, weight, sums, needs, common | outputs_here)
         if sums_shape[1]:
-            _residual_norm_sum_kernel[(triton.cdiv(D, SUM_COLUMNS),)](
-                sums,
-                dh_bias,
-                dweight,
-                B,
-                D=D,
-                DH_BIAS=needs.dh_bias,
-                DWEIGHT=needs.dweight,
-                SUMS=sums_shape[1],
-                BLOCK=SUM_BLOCK,
-                BLOCK_D=SUM_COLUMNS,
-                num_warps=16,
-                **runtime.OPTIONS,
-            )
+            _launch_sums(sums, dh_bias, dweight, needs)
+
+
+def _launch_reduction(
+    gate: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    needs: Needs,
+    common: dict[str, object],
+) -> None:
+    """Adds up the partial sums of each sample. `common`: arguments that backward kernels share."""
+    partial, per_token = common["partial_ptr"], common["PER_TOKEN"]
+    B, rows, D = sums.shape
+    # What a sample's sums are multiplied by, and nothing where they are written as they are.
+    dscale_here = needs.dscale and not per_token
+    weight = weight if dscale_here else None
+    gate = gate if needs.dh_bias and not per_token else None
+    scale = scale if needs.dweight and not per_token else None
+    columns = triton.cdiv(D, TILE_COLUMNS)
+    _residual_norm_reduce_kernel[(runtime.check_grid(B * columns, B),)](
+        sums_ptr=sums,
+        gate_ptr=partial if gate is None else gate,
+        gate_sample_stride=0 if gate is None else gate.stride(0),
+        scale_ptr=partial if scale is None else scale,
+        scale_sample_stride=0 if scale is None else scale.stride(0),
+        weight_ptr=partial if weight is None else weight,
+        HAS_WEIGHT=weight is not None,
+        DSCALE=dscale_here,
+        DWEIGHT=needs.dweight,
+        SUMS=rows,
+        COLUMN_BLOCKS=columns,
+        BLOCK=TILE_BLOCK,
+        BLOCK_D=TILE_COLUMNS,
+        num_warps=4,
+        **common,
+    )
+
+
+def _launch_sums(sums: Tensor, dh_bias: Tensor, dweight: Tensor, needs: Needs) -> None:
+    """Adds up the parts of the samples, (B, rows, D), of the gradients that all samples share."""
+    B, rows, D = sums.shape
+    _residual_norm_sum_kernel[(triton.cdiv(D, SUM_COLUMNS),)](
+        sums,
+        dh_bias,
+        dweight,
+        B,
+        D=D,
+        DH_BIAS=needs.dh_bias,
+        DWEIGHT=needs.dweight,
+        SUMS=rows,
+        BLOCK=SUM_BLOCK,
+        BLOCK_D=SUM_COLUMNS,
+        num_warps=16,
+        **runtime.OPTIONS,
+    )
 
 
 def residual_norm_bytes(
@@ -302,12 +324,12 @@ def residual_norm_bytes(
     Args:
         x: (B, N, D), any device ("meta" too); h has its dtype.
         per_token: whether gate, shift and scale are (B, N, D).
-        backward: of the backward pass instead of the forward pass.
+        backward: count the backward pass instead of the forward pass.
         has_h: `residual_norm`; otherwise `modulated_norm`.
         has_shift, has_h_bias, has_weight: which arguments are given.
         has_dx_new: whether there is an upstream gradient of x', or of y alone.
         with_y: whether the backward pass recomputes y.
-        dtype: of gate, shift, scale, h_bias and weight; x's by default.
+        dtype: dtype of gate, shift, scale, h_bias and weight; x's by default.
     """
     B, N, D = x.shape
     wide = x.element_size()

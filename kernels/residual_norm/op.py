@@ -1,4 +1,4 @@
-"""The seam between two branches of an adaLN transformer block, and its backward pass in one pass.
+"""Residual add, norm and modulation between two branches of an adaLN transformer block.
 
     x' = x + gate * (h + h_bias)
     y  = norm(x') * weight * (1 + scale) + shift
@@ -14,11 +14,11 @@ numbers of a token, with eps inside of the root (adaLN-Zero: DiT, arXiv 2212.097
 
 dgate, dshift and dscale are summed over the tokens where gate, shift and scale are per sample.
 
-Forward: reads x and h, writes x' and y. Backward: reads dy, dx', x' and h, writes dx and dh, and y
-again where it was not kept: everything that y is made of passes through this kernel anyway. The
-sums over tokens ride along: partial sums in registers go to memory once per program, and small
-kernels add them in a fixed order, without atomics. Two runs give the same bits, and all but
-dh_bias and dweight are the same for a sample alone or in a batch.
+Forward: reads x and h, writes x' and y. Backward: reads dy, dx', x' and h, writes dx and dh, and
+recomputes y where it was not kept: everything that y is made of passes through this kernel anyway.
+The sums over tokens are part of the same pass: partial sums in registers go to memory once per
+program, and small kernels add them in a fixed order, without atomics. Two runs give the same bits,
+and all but dh_bias and dweight are the same for a sample alone or in a batch.
 """
 
 from __future__ import annotations
@@ -26,26 +26,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixflow_fast.kernels import runtime
-from mixflow_fast.kernels.interpolate import compute_dtype
-from mixflow_fast.kernels.residual_norm.launch import (
-    MAX_WIDTH,
-    Needs,
-    launch_backward,
-    launch_forward,
-)
+from mixflow_fast.kernels.residual_norm.checks import check_arguments, resolve
+from mixflow_fast.kernels.residual_norm.launch import Needs, launch_backward, launch_forward
 from mixflow_fast.kernels.residual_norm.reference import (
     gradients_reference,
     modulated_norm_reference,
     residual_norm_reference,
     stored_statistics,
 )
-
-NORMS = ("layer", "rms")
+from mixflow_fast.kernels.runtime import compute_dtype
 
 
 @torch.library.custom_op("mixflow_fast::residual_norm", mutates_args=())
-def _residual_norm_op(
+def residual_norm_op(
     x: Tensor,
     h: Tensor,
     gate: Tensor,
@@ -66,7 +59,7 @@ def _residual_norm_op(
 
 
 @torch.library.custom_op("mixflow_fast::modulated_norm", mutates_args=())
-def _modulated_norm_op(
+def modulated_norm_op(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor,
@@ -89,18 +82,18 @@ def _empty_statistics(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     return mean, x.new_empty((B, N), dtype=dtype)
 
 
-@_residual_norm_op.register_fake
+@residual_norm_op.register_fake
 def _(x, h, gate, shift, scale, h_bias, weight, norm, eps, impl):
     return x.new_empty(x.shape), x.new_empty(x.shape), *_empty_statistics(x, norm)
 
 
-@_modulated_norm_op.register_fake
+@modulated_norm_op.register_fake
 def _(x, shift, scale, weight, norm, eps, impl):
     return x.new_empty(x.shape), *_empty_statistics(x, norm)
 
 
 @torch.library.custom_op("mixflow_fast::residual_norm_backward", mutates_args=())
-def _residual_norm_backward_op(
+def residual_norm_backward_op(
     dy: Tensor,
     dx_new: Tensor | None,
     x_new: Tensor,
@@ -126,8 +119,9 @@ def _residual_norm_backward_op(
     where y is not.
     """
     inputs = dy, dx_new, x_new, h, gate, shift, scale, h_bias, weight, mean, rstd
-    dtypes = h_dtype, gate_dtype, shift_dtype, h_bias_dtype
-    outputs = _empty_outputs(x_new, scale, weight, needs, *dtypes)
+    outputs = _empty_outputs(
+        x_new, scale, weight, needs, h_dtype, gate_dtype, shift_dtype, h_bias_dtype
+    )
     if impl == "triton":
         launch_backward(*inputs, outputs, Needs(*needs), norm)
     else:
@@ -148,6 +142,7 @@ def _empty_outputs(
     shift_dtype: torch.dtype,
     h_bias_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
+    """Outputs of the backward operator, not yet written."""
     shapes = (*[x.shape] * 2, *[scale.shape] * 3, *[x.shape[-1:]] * 2, x.shape)
     dtypes = (x.dtype, h_dtype, gate_dtype, shift_dtype, scale.dtype, h_bias_dtype)
     dtypes += ((x if weight is None else weight).dtype, x.dtype)
@@ -157,7 +152,7 @@ def _empty_outputs(
     )
 
 
-@_residual_norm_backward_op.register_fake
+@residual_norm_backward_op.register_fake
 def _(
     dy,
     dx_new,
@@ -178,21 +173,23 @@ def _(
     norm,
     impl,
 ):
-    dtypes = h_dtype, gate_dtype, shift_dtype, h_bias_dtype
-    return _empty_outputs(x_new, scale, weight, needs, *dtypes)
+    return _empty_outputs(
+        x_new, scale, weight, needs, h_dtype, gate_dtype, shift_dtype, h_bias_dtype
+    )
 
 
-def _dtypes(x: Tensor, *given: Tensor | None) -> list[torch.dtype]:
+def dtypes_of(x: Tensor, *given: Tensor | None) -> list[torch.dtype]:
+    """The dtypes of gradients: an input that is not given counts as x."""
     return [(x if v is None else v).dtype for v in given]
 
 
 def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """What the backward pass reads, of inputs in the order of `Needs`, norm, eps and impl."""
+    """Keeps what the backward pass reads, of inputs in the order of `Needs`, norm, eps and impl."""
     x, h, gate, shift, scale, h_bias, weight, norm, _, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     needs = Needs(*ctx.residual_norm_needs)
-    ctx.dtypes = _dtypes(x, h, gate, shift, h_bias)
+    ctx.dtypes = dtypes_of(x, h, gate, shift, h_bias)
     ctx.norm, ctx.impl = norm, impl
     h, h_bias = (h, h_bias) if needs.dgate else (None, None)
     gate = gate if needs.dh or needs.dh_bias else None
@@ -208,10 +205,28 @@ def _backward(ctx, dx_new: Tensor | None, dy: Tensor | None) -> list[Tensor | No
             "the fused residual norm has no second derivatives (create_graph=True): use "
             'impl="reference"'
         )
-    x_new, h, gate, *rest = ctx.saved_tensors
-    dy = torch.zeros_like(x_new) if dy is None else dy
-    inputs = dy, dx_new, x_new, h, gate, None, *rest
-    outputs = _residual_norm_backward_op(*inputs, [*needs, False], *ctx.dtypes, ctx.norm, ctx.impl)
+    x_new, h, gate, scale, h_bias, weight, mean, rstd = ctx.saved_tensors
+    h_dtype, gate_dtype, shift_dtype, h_bias_dtype = ctx.dtypes
+    outputs = residual_norm_backward_op(
+        torch.zeros_like(x_new) if dy is None else dy,
+        dx_new,
+        x_new,
+        h,
+        gate,
+        None,
+        scale,
+        h_bias,
+        weight,
+        mean,
+        rstd,
+        [*needs, False],
+        h_dtype,
+        gate_dtype,
+        shift_dtype,
+        h_bias_dtype,
+        ctx.norm,
+        ctx.impl,
+    )
     return [v if needed else None for v, needed in zip(outputs, needs, strict=False)]
 
 
@@ -237,60 +252,8 @@ def _modulated_norm_backward(ctx, dy: Tensor | None, *_) -> tuple:
     return dx, dshift, dscale, dweight, None, None, None
 
 
-_residual_norm_op.register_autograd(_residual_norm_backward, setup_context=_setup_residual_norm)
-_modulated_norm_op.register_autograd(_modulated_norm_backward, setup_context=_setup_modulated_norm)
-
-
-def _check(
-    x: Tensor,
-    h: Tensor | None,
-    modulation: dict[str, Tensor | None],
-    vectors: dict[str, Tensor | None],
-    norm: str,
-) -> None:
-    """ValueError for what does not fit; reads no device memory."""
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"x must be floating-point (B, N, D), got {x.dtype} {tuple(x.shape)}")
-    B, N, D = x.shape
-    if h is not None:
-        _check_one("h", h, x, (B, N, D), "x's shape (B, N, D)")
-    per_token = modulation["scale"].dim() == 3
-    shape = (B, N, D) if per_token else (B, D)
-    expected = "(B, N, D), as scale has three dimensions," if per_token else "(B, D)"
-    if modulation["scale"].dim() not in (2, 3):
-        expected = "(B, D), or (B, N, D) for one a token,"
-    for name, value in modulation.items():
-        if value is not None:
-            _check_one(name, value, x, shape, expected)
-    for name, value in vectors.items():
-        if value is not None:
-            _check_one(name, value, x, (D,), "(D,)")
-
-
-def _check_one(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], expected: str) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name} must be {expected} = {shape}, got {tuple(value.shape)}")
-    if not value.is_floating_point() or value.device != x.device:
-        raise ValueError(
-            f"{name} must be a floating-point tensor on x's device {x.device}, got "
-            f"{value.dtype} on {value.device}"
-        )
-
-
-def _resolve(impl: str, x: Tensor, *others: Tensor | None) -> str:
-    """ "triton" or "reference", for the operators."""
-    dtypes = [v.dtype for v in (x, *others) if v is not None]
-    if not runtime.use_kernels(impl, x.device, *dtypes):
-        return "reference"
-    if x.shape[-1] <= MAX_WIDTH:
-        return "triton"
-    if impl == "triton":
-        raise ValueError(
-            f'impl="triton" takes widths up to {MAX_WIDTH}, got {x.shape[-1]}: use impl="auto"'
-        )
-    return "reference"
+residual_norm_op.register_autograd(_residual_norm_backward, setup_context=_setup_residual_norm)
+modulated_norm_op.register_autograd(_modulated_norm_backward, setup_context=_setup_modulated_norm)
 
 
 def residual_norm(
@@ -332,12 +295,12 @@ def residual_norm(
         ValueError: shapes, dtypes or devices do not fit; impl="triton" where it cannot run.
     """
     modulation = {"scale": scale, "gate": gate, "shift": shift}
-    _check(x, h, modulation, {"h_bias": h_bias, "weight": weight}, norm)
+    check_arguments(x, h, modulation, {"h_bias": h_bias, "weight": weight}, norm)
     if impl == "reference":
         options = dict(h_bias=h_bias, weight=weight, norm=norm, eps=eps)
         return residual_norm_reference(x, h, gate, shift, scale, **options)
-    impl = _resolve(impl, x, h, gate, shift, scale, h_bias, weight)
-    return _residual_norm_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)[:2]
+    impl = resolve(impl, x, h, gate, shift, scale, h_bias, weight)
+    return residual_norm_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)[:2]
 
 
 def modulated_norm(
@@ -357,8 +320,8 @@ def modulated_norm(
     Returns:
         y, (B, N, D) in x's dtype, contiguous.
     """
-    _check(x, None, {"scale": scale, "shift": shift}, {"weight": weight}, norm)
+    check_arguments(x, None, {"scale": scale, "shift": shift}, {"weight": weight}, norm)
     if impl == "reference":
         return modulated_norm_reference(x, shift, scale, weight=weight, norm=norm, eps=eps)
-    impl = _resolve(impl, x, shift, scale, weight)
-    return _modulated_norm_op(x, shift, scale, weight, norm, float(eps), impl)[0]
+    impl = resolve(impl, x, shift, scale, weight)
+    return modulated_norm_op(x, shift, scale, weight, norm, float(eps), impl)[0]

@@ -1,9 +1,9 @@
 """The two passes of a residual norm for callers that do not keep y between them.
 
 In a transformer block y is kept only for the gradient of the weight that multiplies it. The
-backward pass of `residual_norm` has all of its ingredients at hand, so y is recomputed for one more
-write, and a block keeps two streams less. Autograd records nothing here: the caller is a
-`torch.autograd.Function` that knows the product. Formulas stand in `op.py`.
+backward pass of `residual_norm` reads everything that y is made of, so recomputing it costs one
+more write, and a block keeps two tensors of the stream's size less. Autograd records nothing here:
+the caller is a `torch.autograd.Function` that knows the product. Formulas stand in `op.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mixflow_fast.kernels.residual_norm.checks import check_arguments, resolve
 from mixflow_fast.kernels.residual_norm.op import (
-    _check,
-    _dtypes,
-    _modulated_norm_op,
-    _residual_norm_backward_op,
-    _residual_norm_op,
-    _resolve,
+    dtypes_of,
+    modulated_norm_op,
+    residual_norm_backward_op,
+    residual_norm_op,
 )
 
 
@@ -44,11 +43,11 @@ def residual_norm_forward(
         mean, empty for norm="rms", and rstd are (B, N) float32 (float64 for float64 x).
     """
     modulation = {"scale": scale, "gate": gate, "shift": shift}
-    _check(x, h, modulation, {"h_bias": h_bias, "weight": weight}, norm)
-    impl = _resolve(impl, x, h, gate, shift, scale, h_bias, weight)
+    check_arguments(x, h, modulation, {"h_bias": h_bias, "weight": weight}, norm)
+    impl = resolve(impl, x, h, gate, shift, scale, h_bias, weight)
     if h is None:
-        return x, *_modulated_norm_op(x, shift, scale, weight, norm, float(eps), impl)
-    return _residual_norm_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)
+        return x, *modulated_norm_op(x, shift, scale, weight, norm, float(eps), impl)
+    return residual_norm_op(x, h, gate, shift, scale, h_bias, weight, norm, float(eps), impl)
 
 
 def residual_norm_recompute(
@@ -80,8 +79,25 @@ def residual_norm_recompute(
         [dx, dh, dgate, dshift, dscale, dh_bias, dweight, y], None where `needs` says no; gradients
         in the dtypes of their inputs, y with the bits of the forward pass.
     """
-    impl = _resolve(impl, x_new, h, gate, shift, scale, h_bias, weight)
-    dtypes = _dtypes(x_new, h, gate, shift, h_bias)
-    inputs = dy, dx_new, x_new, h, gate, shift, scale, h_bias, weight, mean, rstd
-    outputs = _residual_norm_backward_op(*inputs, list(needs), *dtypes, norm, impl)
+    h_dtype, gate_dtype, shift_dtype, h_bias_dtype = dtypes_of(x_new, h, gate, shift, h_bias)
+    outputs = residual_norm_backward_op(
+        dy,
+        dx_new,
+        x_new,
+        h,
+        gate,
+        shift,
+        scale,
+        h_bias,
+        weight,
+        mean,
+        rstd,
+        list(needs),
+        h_dtype,
+        gate_dtype,
+        shift_dtype,
+        h_bias_dtype,
+        norm,
+        resolve(impl, x_new, h, gate, shift, scale, h_bias, weight),
+    )
     return [v if needed else None for v, needed in zip(outputs, needs, strict=True)]

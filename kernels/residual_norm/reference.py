@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixflow_fast.kernels.interpolate import compute_dtype
+from mixflow_fast.kernels.runtime import compute_dtype
 
 
 def _per_token(v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,5 +120,6 @@ def gradients_reference(
 
 
 def stored_statistics(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of x as the operators return them: (B, N), the mean empty for norm="rms"."""
     mean, rstd = _statistics(x.to(compute_dtype(x)), norm, eps)
     return rstd.new_empty((0,)) if mean is None else mean.squeeze(-1), rstd.squeeze(-1)

@@ -1,11 +1,11 @@
-"""Triton kernels of the residual norm: forward, backward, and two that add up partial sums.
+"""Triton kernels of the residual norm: the forward and the backward pass.
 
 Formulas stand in `op.py`, launches in `launch.py`.
 
 The backward pass reads each row once. A program owns some consecutive tokens of one sample and
 keeps what is summed over tokens in registers: one float32 row each for scale, shift, gate and
-h_bias, written once per program as `partial` (B, tiles, rows, D). How many tokens depends on N
-alone, so a sample's gradients have the same bits in every batch.
+h_bias, written once per program as `partial` (B, tiles, rows, D), which `reduce_kernels.py` adds
+up. How many tokens depends on N alone, so a sample's gradients have the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mixflow_fast.kernels.runtime import jit, tl
 
 
 @jit
-def _load_row(ptr, d, mask):
+def load_row(ptr, d, mask):
     return tl.load(ptr + d, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -45,7 +45,7 @@ def _store_statistic(ptr, row, value, N, EVEN: tl.constexpr):
 
 
 @jit
-def _store_row(ptr, d, value, mask):
+def store_row(ptr, d, value, mask):
     tl.store(ptr + d, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -103,24 +103,24 @@ def _residual_norm_forward_kernel(
     h_bias = tl.zeros((BLOCK_D,), tl.float32)
     weight = tl.full((BLOCK_D,), 1.0, tl.float32)
     if HAS_H_BIAS:
-        h_bias = _load_row(h_bias_ptr, d, inside)
+        h_bias = load_row(h_bias_ptr, d, inside)
     if HAS_WEIGHT:
-        weight = _load_row(weight_ptr, d, inside)
+        weight = load_row(weight_ptr, d, inside)
     if not PER_TOKEN:
-        factor = (1.0 + _load_row(scale_ptr, d, inside)) * weight
+        factor = (1.0 + load_row(scale_ptr, d, inside)) * weight
         if HAS_SHIFT:
-            shift = _load_row(shift_ptr, d, inside)
+            shift = load_row(shift_ptr, d, inside)
         if HAS_H:
-            gate = _load_row(gate_ptr, d, inside)
+            gate = load_row(gate_ptr, d, inside)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         row = (first + i).to(tl.int64)
         mask = _row_mask(inside, row, N, EVEN)
         at = (sample * N + row) * D
-        x = _load_row(x_ptr + row * x_row_stride, d, mask)
+        x = load_row(x_ptr + row * x_row_stride, d, mask)
         if HAS_H:
-            h = _load_row(h_ptr + row * h_row_stride, d, mask)
+            h = load_row(h_ptr + row * h_row_stride, d, mask)
             if PER_TOKEN:
-                gate = _load_row(gate_ptr + row * gate_row_stride, d, mask)
+                gate = load_row(gate_ptr + row * gate_row_stride, d, mask)
             if HAS_H_BIAS:
                 h += h_bias
             # y is the norm of x' as it is stored: the backward pass has nothing else.
@@ -134,10 +134,10 @@ def _residual_norm_forward_kernel(
         rstd = tl.rsqrt(tl.sum(x * x, axis=0) * (1.0 / D) + eps)
         _store_statistic(rstd_ptr + sample * N, row, rstd, N, EVEN)
         if PER_TOKEN:
-            factor = (1.0 + _load_row(scale_ptr + row * scale_row_stride, d, mask)) * weight
+            factor = (1.0 + load_row(scale_ptr + row * scale_row_stride, d, mask)) * weight
             if HAS_SHIFT:
-                shift = _load_row(shift_ptr + row * shift_row_stride, d, mask)
-        _store_row(y_ptr + at, d, x * rstd * factor + shift, mask)
+                shift = load_row(shift_ptr + row * shift_row_stride, d, mask)
+        store_row(y_ptr + at, d, x * rstd * factor + shift, mask)
 
 
 @jit
@@ -219,15 +219,15 @@ def _residual_norm_backward_kernel(
     h_bias = tl.zeros((BLOCK_D,), tl.float32)
     weight = tl.full((BLOCK_D,), 1.0, tl.float32)
     if HAS_H_BIAS:
-        h_bias = _load_row(h_bias_ptr, d, inside)
+        h_bias = load_row(h_bias_ptr, d, inside)
     if HAS_WEIGHT:
-        weight = _load_row(weight_ptr, d, inside)
+        weight = load_row(weight_ptr, d, inside)
     if not PER_TOKEN:
-        factor = (1.0 + _load_row(scale_ptr, d, inside)) * weight
+        factor = (1.0 + load_row(scale_ptr, d, inside)) * weight
         if HAS_H:
-            gate = _load_row(gate_ptr, d, inside)
+            gate = load_row(gate_ptr, d, inside)
         if HAS_SHIFT:
-            shift = _load_row(shift_ptr, d, inside)
+            shift = load_row(shift_ptr, d, inside)
     weight_sum = tl.zeros((BLOCK_D,), tl.float32)
     shift_sum = tl.zeros((BLOCK_D,), tl.float32)
     gate_sum = tl.zeros((BLOCK_D,), tl.float32)
@@ -237,34 +237,34 @@ def _residual_norm_backward_kernel(
         row = (first + i).to(tl.int64)
         mask = _row_mask(inside, row, N, EVEN)
         at = (sample * N + row) * D
-        dy = _load_row(dy_ptr + row * dy_row_stride, d, mask)
-        normed = _load_row(x_new_ptr + row * x_new_row_stride, d, mask)
+        dy = load_row(dy_ptr + row * dy_row_stride, d, mask)
+        normed = load_row(x_new_ptr + row * x_new_row_stride, d, mask)
         rstd = _load_statistic(rstd_ptr + sample * N, row, N, EVEN)
         if LAYER:
             normed -= _load_statistic(mean_ptr + sample * N, row, N, EVEN)
         normed *= rstd
         if PER_TOKEN:
-            factor = 1.0 + _load_row(scale_ptr + row * scale_row_stride, d, mask)
+            factor = 1.0 + load_row(scale_ptr + row * scale_row_stride, d, mask)
             if WEIGHT_ROW >= 0:
                 weight_sum += dy * factor * normed
             factor *= weight
             if HAS_H:
-                gate = _load_row(gate_ptr + row * gate_row_stride, d, mask)
+                gate = load_row(gate_ptr + row * gate_row_stride, d, mask)
             if HAS_SHIFT:
-                shift = _load_row(shift_ptr + row * shift_row_stride, d, mask)
+                shift = load_row(shift_ptr + row * shift_row_stride, d, mask)
         elif WEIGHT_ROW >= 0:
             weight_sum += dy * normed
         if WITH_Y:
             # The forward pass's operations on the numbers that it stored, in its order: the same
             # bits. A compiler that contracted them otherwise would change the rounding, and no
             # more is asked of y here, which only a gradient of weights is made of.
-            _store_row(y_ptr + at, d, normed * factor + shift, mask)
+            store_row(y_ptr + at, d, normed * factor + shift, mask)
         if SHIFT_ROW >= 0:
             shift_sum += dy
         if DSCALE:
-            _store_row(dscale_ptr + at, d, dy * normed * weight, mask)
+            store_row(dscale_ptr + at, d, dy * normed * weight, mask)
         if DSHIFT:
-            _store_row(dshift_ptr + at, d, dy, mask)
+            store_row(dshift_ptr + at, d, dy, mask)
         total = dy * factor
         mean_product = tl.sum(total * normed, axis=0) * (1.0 / D)
         mean_total = 0.0
@@ -273,15 +273,15 @@ def _residual_norm_backward_kernel(
         total = total * rstd - mean_total * rstd
         total -= normed * (mean_product * rstd)
         if HAS_DX_NEW:
-            total += _load_row(dx_new_ptr + row * dx_new_row_stride, d, mask)
+            total += load_row(dx_new_ptr + row * dx_new_row_stride, d, mask)
         if DX:
-            _store_row(dx_ptr + at, d, total, mask)
+            store_row(dx_ptr + at, d, total, mask)
         if DH:
-            _store_row(dh_ptr + at, d, gate * total, mask)
+            store_row(dh_ptr + at, d, gate * total, mask)
         if DGATE or GATE_ROW >= 0:
-            h = _load_row(h_ptr + row * h_row_stride, d, mask) + h_bias
+            h = load_row(h_ptr + row * h_row_stride, d, mask) + h_bias
             if DGATE:
-                _store_row(dgate_ptr + at, d, total * h, mask)
+                store_row(dgate_ptr + at, d, total * h, mask)
             if GATE_ROW >= 0:
                 gate_sum += total * h
         if H_BIAS_ROW >= 0:
@@ -291,102 +291,10 @@ def _residual_norm_backward_kernel(
                 h_bias_sum += total
     partial_ptr += index.to(tl.int64) * (PARTIALS * D)
     if WEIGHT_ROW >= 0:
-        _store_row(partial_ptr + WEIGHT_ROW * D, d, weight_sum, inside)
+        store_row(partial_ptr + WEIGHT_ROW * D, d, weight_sum, inside)
     if SHIFT_ROW >= 0:
-        _store_row(partial_ptr + SHIFT_ROW * D, d, shift_sum, inside)
+        store_row(partial_ptr + SHIFT_ROW * D, d, shift_sum, inside)
     if GATE_ROW >= 0:
-        _store_row(partial_ptr + GATE_ROW * D, d, gate_sum, inside)
+        store_row(partial_ptr + GATE_ROW * D, d, gate_sum, inside)
     if H_BIAS_ROW >= 0:
-        _store_row(partial_ptr + H_BIAS_ROW * D, d, h_bias_sum, inside)
-
-
-@jit
-def _tile_sum(partial_ptr, tiles, step, d, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum over a sample's tiles, in a fixed order."""
-    total = tl.zeros((BLOCK, d.shape[0]), tl.float32)
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        mask = (tile < tiles)[:, None] & (d < D)[None, :]
-        at = tile[:, None] * step + d[None, :]
-        total += tl.load(partial_ptr + at, mask=mask, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@jit
-def _residual_norm_reduce_kernel(
-    partial_ptr,
-    gate_ptr,
-    scale_ptr,
-    weight_ptr,
-    dgate_ptr,
-    dshift_ptr,
-    dscale_ptr,
-    sums_ptr,
-    gate_sample_stride,
-    scale_sample_stride,
-    tiles,
-    D: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    DSCALE: tl.constexpr,
-    DWEIGHT: tl.constexpr,
-    WEIGHT_ROW: tl.constexpr,
-    SHIFT_ROW: tl.constexpr,
-    GATE_ROW: tl.constexpr,
-    H_BIAS_ROW: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    SUMS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Partials over a sample's tiles: its gradients, and its part of the weight's and h_bias's."""
-    index = tl.program_id(0)
-    sample = (index // COLUMN_BLOCKS).to(tl.int64)
-    d = (index % COLUMN_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < D
-    partial_ptr += sample * tiles * (PARTIALS * D)
-    if WEIGHT_ROW >= 0:
-        total = _tile_sum(partial_ptr + WEIGHT_ROW * D, tiles, PARTIALS * D, d, D, BLOCK)
-        if DSCALE:
-            weight = 1.0
-            if HAS_WEIGHT:
-                weight = _load_row(weight_ptr, d, inside)
-            _store_row(dscale_ptr + sample * D, d, total * weight, inside)
-        if DWEIGHT:
-            if not PER_TOKEN:
-                total *= 1.0 + _load_row(scale_ptr + sample * scale_sample_stride, d, inside)
-            _store_row(sums_ptr + (sample * SUMS + SUMS - 1) * D, d, total, inside)
-    if SHIFT_ROW >= 0:
-        total = _tile_sum(partial_ptr + SHIFT_ROW * D, tiles, PARTIALS * D, d, D, BLOCK)
-        _store_row(dshift_ptr + sample * D, d, total, inside)
-    if GATE_ROW >= 0:
-        total = _tile_sum(partial_ptr + GATE_ROW * D, tiles, PARTIALS * D, d, D, BLOCK)
-        _store_row(dgate_ptr + sample * D, d, total, inside)
-    if H_BIAS_ROW >= 0:
-        total = _tile_sum(partial_ptr + H_BIAS_ROW * D, tiles, PARTIALS * D, d, D, BLOCK)
-        if not PER_TOKEN:
-            total *= _load_row(gate_ptr + sample * gate_sample_stride, d, inside)
-        _store_row(sums_ptr + sample * (SUMS * D), d, total, inside)
-
-
-@jit
-def _residual_norm_sum_kernel(
-    sums_ptr,
-    dh_bias_ptr,
-    dweight_ptr,
-    B,
-    D: tl.constexpr,
-    DH_BIAS: tl.constexpr,
-    DWEIGHT: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The samples' parts in a fixed order, a block of columns a program."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if DH_BIAS:
-        _store_row(dh_bias_ptr, d, _tile_sum(sums_ptr, B, SUMS * D, d, D, BLOCK), d < D)
-    if DWEIGHT:
-        total = _tile_sum(sums_ptr + (SUMS - 1) * D, B, SUMS * D, d, D, BLOCK)
-        _store_row(dweight_ptr, d, total, d < D)
+        store_row(partial_ptr + H_BIAS_ROW * D, d, h_bias_sum, inside)

@@ -1,1 +1,1 @@
-"""The loss of the flow and its gradient."""
+"""The loss of a prediction and its gradient, in one pass."""

@@ -90,15 +90,16 @@ class Path:
         """
         if prediction == "velocity":
             return out
-        c = Coefficients(*(per_sample(value, x) for value in self.coefficients(t)))
+        c = self.coefficients(t)
+        alpha, sigma = per_sample(c.alpha, x), per_sample(c.sigma, x)
         if prediction == "data":
-            x1, x0 = out, (x - c.alpha * out) / c.sigma
+            x1, x0 = out, (x - alpha * out) / sigma
         elif prediction in ("noise", "score"):
-            x0 = out if prediction == "noise" else -c.sigma * out
-            x1 = (x - c.sigma * x0) / c.alpha
+            x0 = out if prediction == "noise" else -sigma * out
+            x1 = (x - sigma * x0) / alpha
         else:
             raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
-        return c.d_alpha * x1 + c.d_sigma * x0
+        return per_sample(c.d_alpha, x) * x1 + per_sample(c.d_sigma, x) * x0
 
 
 class LinearPath(Path):

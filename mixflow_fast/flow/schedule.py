@@ -1,9 +1,9 @@
-"""The times of a training example: label t and slowed time m from two uniform numbers.
+"""The times of a training example: the network's t and the slowed m, from two uniform numbers.
 
     t = shift(distribution(u)),   m ~ U[(1 - gamma) t, t] by v      (MixFlow, arXiv 2512.19311)
 
 A `Schedule` holds everything that this takes, as plain numbers and names, so that the PyTorch code
-here and the device code of `kernels/times.py` compute the same.
+here and the device code of `kernels/schedule.py` compute the same.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TargetAt = Literal["slowed", "label"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How times are drawn.
+    """Distribution of the times, in all its parameters.
 
     Attributes:
-        clock: the caller's, of every time that goes in or comes out.
-        distribution: of the label before the shift, cut where the bounds come from.
+        clock: the caller's clock, of every time that goes in or comes out.
+        distribution: of t before the shift, truncated so that shifted times keep the bounds.
         gamma: slowing range in [0, 1].
         shift: RAE's k >= 1.
         interval: "shifted" slows in shifted time, "raw" before the shift, "full" draws
-            m ~ U[0, 1] whatever the label is.
+            m ~ U[0, 1] whatever t is.
         low, high: bounds of shifted times, engine's clock.
     """
 
@@ -47,7 +47,13 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, clock: str, timesteps: str, gamma: float, shift: float, interval: str, bounds: tuple
+        cls,
+        clock: str,
+        timesteps: str,
+        gamma: float,
+        shift: float,
+        interval: str,
+        bounds: tuple[float, float],
     ) -> Schedule:
         """The schedule whose shifted times lie in `bounds`; arguments as `MixFlow`."""
         low, high = bounds
@@ -63,12 +69,9 @@ class Schedule:
         )
 
     def numbers(self) -> list[float]:
-        """Everything numeric, for an operator's arguments: see `from_parts`."""
-        distribution = self.distribution
-        return [
-            *(self.gamma, self.shift, self.low, self.high),
-            *(distribution.mu, distribution.sigma, distribution.low, distribution.high),
-        ]
+        """All numbers of the schedule as one argument of an operator; see `from_parts`."""
+        d = self.distribution
+        return [self.gamma, self.shift, self.low, self.high, d.mu, d.sigma, d.low, d.high]
 
     @classmethod
     def from_parts(
@@ -86,16 +89,16 @@ class Schedule:
             high,
         )
 
-    def label(self, u: Tensor) -> Tensor:
-        """(B,) label times for uniform numbers u in (0, 1)."""
+    def time(self, u: Tensor) -> Tensor:
+        """(B,) times t for uniform numbers u in (0, 1)."""
         return shift_time(self._raw(u), self.shift, self.clock)
 
     def slowed(self, t: Tensor, u: Tensor | None, v: Tensor) -> Tensor:
         """(B,) slowed times.
 
         Args:
-            t: (B,) label times.
-            u: the uniform numbers that gave t; None for labels given from outside.
+            t: (B,) times of the network.
+            u: the uniform numbers that gave t; None where the caller gave t.
             v: (B,) uniform numbers in (0, 1).
         """
         if self.interval == "full":
@@ -104,16 +107,17 @@ class Schedule:
             return t
         if self.interval == "shifted":
             return self._within_bounds(slow_time(t, v, self.gamma, self.clock), t)
-        # A label that was given is a shifted one: slow it in raw time, then shift back.
+        # A time that the caller gave is a shifted one: slow it in raw time, then shift back.
         raw = self._raw(u) if u is not None else shift_time(t, 1 / self.shift, self.clock)
         m = slow_time(raw, v, self.gamma, self.clock)
         return self._within_bounds(shift_time(m, self.shift, self.clock), t)
 
     def _raw(self, u: Tensor) -> Tensor:
+        """Times before the shift, in the caller's clock."""
         return engine_times(self.distribution.quantile(u), self.clock)[0]
 
     def _within_bounds(self, m: Tensor, t: Tensor) -> Tensor:
-        """Keep m off the noise end where this path or prediction is singular, never beyond t."""
+        """m off the noise end where path or prediction are singular, but never past t."""
         if self.clock == DATA_AT_1:
             return torch.minimum(m.clamp(min=self.low), t)
         return torch.maximum(m.clamp(max=1 - self.low), t)

@@ -1,17 +1,17 @@
-"""Laws of the training times: pure functions of uniform numbers.
+"""Distributions of the training times: pure functions of uniform numbers.
 
-The label time t follows a `TimeDistribution` on the engine's clock (t = 1 is data):
+The network's time t follows a `TimeDistribution` on the engine's clock (t = 1 is data):
 
     uniform           t = u
     beta21            t = sqrt(u), density 2 t                     (MixFlow, arXiv 2512.19311)
     logit-normal      t = sigmoid(mu + sigma Phi^-1(u))            (SD3, RAE)
 
-RAE's shift k >= 1 moves it to the noise, and slowing draws the time m of the network's input:
+RAE's shift k >= 1 moves t to the noise, and slowing draws the time m of the network's input:
 
     shift     data_at_1: t / (k - (k-1) t)        noise_at_1: k t / (1 + (k-1) t)
     slowing   data_at_1: m = t (1 - gamma v)      noise_at_1: m = t + gamma v (1 - t)
 
-so m ~ U[(1-gamma) t, t] in the paper's clock: the input is never less noisy than its label says.
+so m ~ U[(1-gamma) t, t] in the paper's clock: the input is never less noisy than t says.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RAE_LOGIT_NORMAL = re.compile(rf"logit-normal_({_NUMBER})_({_NUMBER})")
 
 @dataclass(frozen=True)
 class TimeDistribution:
-    """A distribution of the label time on [low, high], sampled by inverting its CDF.
+    """A distribution of t on [low, high], sampled by inverting its CDF.
 
     Truncation is conditioning: the distribution restricted to [low, high], not clipped to it.
 
@@ -57,7 +57,7 @@ class TimeDistribution:
     ) -> TimeDistribution:
         """Read "uniform", "beta21", "logit-normal", "logit-normal(mu, sigma)" (RAE: _mu_sigma).
 
-        mu is that of logit(t) in the caller's clock; the reflection t -> 1 - t changes its sign.
+        mu is the mean of logit(t) in the caller's clock; t -> 1 - t changes its sign.
         """
         text = str(text)
         match = _LOGIT_NORMAL.fullmatch(text) or _RAE_LOGIT_NORMAL.fullmatch(text)
@@ -74,7 +74,7 @@ class TimeDistribution:
         return cls(text, low=low, high=high)
 
     def cdf(self, t: float) -> float:
-        """Distribution function of the distribution without truncation, at an engine time t."""
+        """Cumulative distribution function without the truncation, at an engine time t."""
         if self.name == "uniform" or t in (0.0, 1.0):
             return t
         if self.name == "beta21":
@@ -110,10 +110,10 @@ def shift_time(t: Times, k: float, clock: str) -> Times:
 
 
 def slow_time(t: Tensor, v: Tensor, gamma: float, clock: str) -> Tensor:
-    """The slowed time m of the network's input for the label time t (MixFlow, arXiv 2512.19311).
+    """The slowed time m of the network's input for its time t (MixFlow, arXiv 2512.19311).
 
     Args:
-        t: (B,) label times in the clock `clock`.
+        t: (B,) times of the network in the clock `clock`.
         v: (B,) uniform numbers in (0, 1).
         gamma: slowing range in [0, 1]; 0 returns t exactly.
         clock: "data_at_1" (m <= t) or "noise_at_1" (m >= t).

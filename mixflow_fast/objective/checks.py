@@ -1,4 +1,4 @@
-"""What callers of the objective can get wrong, and what is said then."""
+"""Argument checks of `MixFlow`; a ValueError names the argument, what it got and the way out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from mixflow_fast.kernels.interpolate import Moments, compute_dtype
+from mixflow_fast.kernels.interpolate import Moments
+from mixflow_fast.kernels.runtime import compute_dtype
 
 
 def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
@@ -44,6 +45,7 @@ def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
 
 
 def check_noise(x0: Tensor, x1: Tensor) -> Tensor:
+    """The noise, detached."""
     if not isinstance(x0, Tensor):
         raise ValueError(f"x0 must be a tensor like x1, got {type(x0).__name__}")
     if x0.shape != x1.shape or x0.device != x1.device or not x0.is_floating_point():
@@ -55,7 +57,7 @@ def check_noise(x0: Tensor, x1: Tensor) -> Tensor:
 
 
 def check_patch_size(patch_size: int | None, x1: Tensor) -> int:
-    """0 where no tokens are asked for."""
+    """The patch size as an int; 0 where no tokens are asked for."""
     if patch_size is None:
         return 0
     if not isinstance(patch_size, Integral) or isinstance(patch_size, bool) or patch_size < 1:
@@ -69,12 +71,13 @@ def check_patch_size(patch_size: int | None, x1: Tensor) -> int:
 
 
 def check_ids(ids: Tensor, x1: Tensor) -> Tensor:
+    """The positions as int64 on the device of the data."""
     ids = torch.as_tensor(ids)
     if ids.shape != x1.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"ids must be (B,) = ({len(x1)},) integers, got {tuple(ids.shape)} {ids.dtype}"
         )
-    # From a GPU to the CPU it has to be waited for.
+    # Not without waiting from a GPU to the CPU: the values would be read before they arrive.
     return ids.to(x1.device, torch.int64, non_blocking=x1.is_cuda)
 
 
@@ -102,7 +105,7 @@ def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
     if x1.dim() == 4 and pred.dim() == 3 and pred.shape[0] == x1.shape[0]:
         B, C, H, W = x1.shape
         tokens, features = pred.shape[1:]
-        # By trial, because the sizes may be symbols of a compiler.
+        # By trial and not by a root, because the sizes may be symbols of a compiler.
         p = next((p for p in range(1, min(H, W) + 1) if tokens * p * p == H * W), 0)
         fits = p and H % p == 0 and W % p == 0 and tokens == (H // p) * (W // p)
         if fits and features == p * p * channels:
@@ -124,12 +127,14 @@ def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:
     )
 
 
-def check_choice(name: str, value: object, choices: tuple) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
+    """The times, detached, in float32 (float64 for float64 data)."""
     if not isinstance(value, Tensor):
         raise ValueError(
             f"{name} must be a (B,) = ({len(x1)},) float32 tensor, got {type(value).__name__}"
@@ -156,6 +161,7 @@ def check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
 
 
 def check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:
+    """The weight as a tensor in the dtype that the loss is computed in."""
     if isinstance(weight, Real):
         # A fill on the device: a copy from the host would wait for it.
         return torch.full((), weight, device=x1.device, dtype=compute_dtype(x1))

@@ -25,18 +25,15 @@ from mixflow_fast.flow.schedule import INTERVALS, Schedule, TargetAt
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.interpolate import (
     Moments,
-    compute_dtype,
     interpolate,
     interpolate_reference,
     sample_moments,
 )
+from mixflow_fast.kernels.layout import from_tokens
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.kernels.velocity_loss.op import (
-    REDUCTIONS,
-    from_tokens,
-    velocity_loss,
-    velocity_loss_reference,
-)
+from mixflow_fast.kernels.runtime import compute_dtype
+from mixflow_fast.kernels.velocity_loss.op import REDUCTIONS, velocity_loss
+from mixflow_fast.kernels.velocity_loss.reference import velocity_loss_reference
 from mixflow_fast.objective.checks import (
     check_choice,
     check_data,
@@ -47,6 +44,10 @@ from mixflow_fast.objective.checks import (
     check_times,
     check_weight,
 )
+from mixflow_fast.objective.draws import next_ids, seed_on
+
+# Counters of `mixflow_loss` calls without ids, by seed and device.
+_COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Interpolation:
 
     Attributes:
         x: the network's input x_m in the dtype of x1: (B, ...), or (B, N, p p C) tokens.
-        t: (B,) label time for the network, caller's clock, float32.
+        t: (B,) time for the network, caller's clock, float32.
         slowed_t: (B,) time m at which x was interpolated, caller's clock, float32.
         data: the (B, ...) data or `Moments`, as given.
-        ids: (B,) int64 positions the draws were keyed by; None when nothing was drawn.
+        ids: (B,) int64 positions that the draws are keyed by; None when nothing was drawn.
     """
 
     x: Tensor
@@ -70,7 +71,7 @@ class Interpolation:
     _seed: Tensor
     _impl: str
     _made_by: tuple[str, str]  # clock and path
-    _versions: tuple[int, ...]  # of what the loss reads again
+    _versions: tuple[int, ...]  # change counts of the tensors that the loss reads, too
 
     @property
     def x1(self) -> Tensor:
@@ -82,7 +83,7 @@ class Interpolation:
     def x0(self) -> Tensor:
         """(B, ...) the noise end: as given, or float32 (float64 for float64 data).
 
-        The Triton kernels never store it: each call draws it again, bit for bit what they used.
+        The Triton kernels never store it: each call recomputes it, bit for bit what they used.
         """
         if self._x0 is not None:
             return self._x0
@@ -104,9 +105,9 @@ class MixFlow:
         clock: required. "data_at_1" (SiT, LightningDiT, the paper) or "noise_at_1" (REPA, RAE,
             SD3, Flux): which end of the network's own time is data.
         path: "linear", "gvp" or "vp".
-        timesteps: distribution of the label: "beta21" (paper), "uniform", "logit-normal" or
+        timesteps: distribution of t: "beta21" (paper), "uniform", "logit-normal" or
             "logit-normal(mu, sigma)" with mu in the caller's clock.
-        shift: RAE's time shift k >= 1, applied to the label before slowing.
+        shift: RAE's time shift k >= 1, applied to t before slowing.
         prediction: what the network returns: "velocity" (d x / d t in the caller's clock),
             "noise" (x0), "data" (x1) or "score" (of x at its time).
         target_at: "slowed" takes velocity target, score scale and loss weight at m (paper),
@@ -118,8 +119,8 @@ class MixFlow:
         impl: "reference" is plain PyTorch; "triton" the fused kernels; "auto" takes the kernels
             on CUDA devices (float32, bf16, fp16; Triton installed) and else the reference.
         interval: "shifted" slows in shifted time (RAE's published patch), "raw" slows before the
-            shift and shifts both times, "full" draws m ~ U[0, 1] whatever the label is (the
-            paper's ablation; gamma is not used).
+            shift and shifts both times, "full" draws m ~ U[0, 1] whatever t is (the paper's
+            ablation; gamma is not used).
 
     Raises:
         ValueError: for any argument outside these, saying what is expected.
@@ -164,15 +165,14 @@ class MixFlow:
         self.seed = philox.check_seed(seed)
         self.clock = check_clock(clock)
         self.path = get_path(path)
+        bounds = self.path.train_bounds(prediction)
         self.schedule = Schedule.of(
-            *(self.clock, timesteps, float(gamma), float(shift), interval),
-            self.path.train_bounds(prediction),
+            self.clock, timesteps, float(gamma), float(shift), interval, bounds
         )
         self.prediction = prediction
         self.target_at = target_at
         self.loss_weight = loss_weight
         self.impl = impl
-        # On the device, as the seeds, so that a captured CUDA graph reads them at every replay.
         self._counters: dict[torch.device, Tensor] = {}
 
     @property
@@ -198,12 +198,12 @@ class MixFlow:
             x1: (B, ...) data in float32, bf16, fp16 or float64, or the `Moments` of an
                 autoencoder's posterior, which is then sampled at `ids`.
             ids: (B,) int64 global positions of the examples. The draws are functions of
-                (seed, ids) alone. The loss draws the noise again: the tensor must not change in
-                place before the backward pass is done. Left out: a counter that starts at 0 in
-                every process and goes on with every call, spread over the ranks of an initialised
-                process group.
+                (seed, ids) alone. The loss recomputes the noise from them: the tensor must not
+                change in place before the backward pass is done. Left out: a counter that starts
+                at 0 in every process and goes on with every call, spread over the ranks of an
+                initialised process group.
             x0: (B, ...) noise, used exactly.
-            t: (B,) label times in the caller's clock, used exactly: no shift is applied to them.
+            t: (B,) times of the network, caller's clock, used exactly: no shift is applied.
             slowed_t: (B,) times m in the caller's clock, used exactly.
             patch_size: p writes x as tokens (B, H/p W/p, p p C), features in the order (row in
                 the patch, column, channel), for (B, C, H, W) data; None keeps x1's shape.
@@ -221,20 +221,24 @@ class MixFlow:
         kernels = runtime.use_kernels(self.impl, like.device, like.dtype)
         drawn = isinstance(x1, Moments) or None in (x0, t, slowed_t)
         if drawn or ids is not None:
-            ids = _next_ids(self._counters, like) if ids is None else check_ids(ids, like)
+            ids = next_ids(self._counters, like) if ids is None else check_ids(ids, like)
         t = None if t is None else check_times("t", t, like)
         slowed_t = None if slowed_t is None else check_times("slowed_t", slowed_t, like)
         x0 = None if x0 is None else check_noise(x0, like)
         patch_size = check_patch_size(patch_size, like)
-        seed = self._seed_on(like.device)
-        arguments = x1, self.schedule, self.path.name, seed, ids
+        seed, path = seed_on(self.seed, like.device), self.path.name
         if kernels:
-            x, t, slowed_t = interpolate(*arguments, x0, t, slowed_t, patch_size, "triton")
+            x, t, slowed_t = interpolate(
+                x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, "triton"
+            )
         else:
+            # Kept in the result, where the loss finds it: only kernels are faster without.
             x0 = _noise(seed, ids, like, "reference") if x0 is None else x0
-            x, t, slowed_t = interpolate_reference(*arguments, x0, t, slowed_t, patch_size)
+            x, t, slowed_t = interpolate_reference(
+                x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size
+            )
         impl = "triton" if kernels else "reference"
-        made_by = self.clock, self.path.name
+        made_by = self.clock, path
         return Interpolation(x, t, slowed_t, x1, ids, x0, seed, impl, made_by, _versions(x1, ids))
 
     def loss(
@@ -285,7 +289,11 @@ class MixFlow:
         kernels = it._impl == "triton" and not _transformed()
         if kernels and runtime.use_kernels(self.impl, pred.device, pred.dtype):
             return velocity_loss(
-                *(pred, it.data, times, it._seed, it.ids),
+                pred,
+                it.data,
+                times,
+                it._seed,
+                it.ids,
                 x0=it._x0,
                 learn_sigma=learn_sigma,
                 patch_size=patch_size,
@@ -309,16 +317,9 @@ class MixFlow:
         now = _versions(it.data, it.ids)
         if it._versions and now and it._versions != now:
             raise ValueError(
-                "x1 or ids changed in place between prepare and loss, which reads them again: "
+                "x1 or ids changed in place between prepare and loss, which reads them too: "
                 "change them after the backward pass, or pass clones to prepare"
             )
-
-    def _seed_on(self, device: torch.device) -> Tensor:
-        key = self.seed, device
-        if key not in _SEEDS:
-            _refuse_in_capture(device, "the seed")
-            _SEEDS[key] = _cached(lambda: philox.seed_tensor(self.seed, device))
-        return _SEEDS[key]
 
 
 def mixflow_loss(
@@ -336,7 +337,7 @@ def mixflow_loss(
     learn_sigma: bool = False,
     **options: object,
 ) -> Tensor:
-    """`MixFlow(**options)`'s prepare, network and loss in one call.
+    """`MixFlow(**options)`, its `prepare`, the network and the loss in one call.
 
     Args:
         net: called as net(x, t, y), or net(x, t) when y is None; returns the prediction.
@@ -364,39 +365,10 @@ def mixflow_loss(
         raise ValueError(f"clock must be the network's own, {own!r}, got {mix.clock!r}")
     x1, like = check_data(x1)
     if ids is None and (isinstance(x1, Moments) or None in (x0, t, slowed_t)):
-        ids = _next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
+        ids = next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
     it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t, patch_size=patch_size)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)
     return mix.loss(pred, it, weight=weight, reduction=reduction, learn_sigma=learn_sigma)
-
-
-_SEEDS: dict[tuple[int, torch.device], Tensor] = {}
-# Samples that calls without ids have drawn so far, by seed and device. Tensors, advanced in place:
-# a compiled step would freeze a Python number, and draw the same noise at every call.
-_COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
-
-
-def _next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
-    """Positions that no rank has used before, (B,) int64; no device sync."""
-    rank, world = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if x1.device not in counters:
-        _refuse_in_capture(x1.device, "the counter of calls without ids")
-        counters[x1.device] = _cached(lambda: torch.zeros((), dtype=torch.int64, device=x1.device))
-    counter = counters[x1.device]
-    # Interleaved, so that ranks with batches of different sizes do not meet.
-    ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
-    counter.add_(len(x1))
-    return ids
-
-
-def _cached(make: Callable[[], Tensor]) -> Tensor:
-    """A tensor for good: one made under inference_mode could not be used outside of it."""
-    if torch.compiler.is_compiling():
-        return make()
-    with torch.inference_mode(False):
-        return make()
 
 
 def _transformed() -> bool:
@@ -409,18 +381,8 @@ def _transformed() -> bool:
 
 def _versions(x1: Tensor | Moments, ids: Tensor | None) -> tuple[int, ...]:
     """Counts of changes in place; none where they are not kept."""
-    tensors = [*(x1[:2] if isinstance(x1, Moments) else (x1,)), *(() if ids is None else (ids,))]
+    tensors = [x1.mean, x1.std] if isinstance(x1, Moments) else [x1]
+    tensors += [] if ids is None else [ids]
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
         return ()
     return tuple(tensor._version for tensor in tensors)
-
-
-def _refuse_in_capture(device: torch.device, what: str) -> None:
-    # What a capture allocates is written at its first replay, and is garbage to others till then.
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{what} must be on the device before a CUDA graph is captured: call the same "
-            "MixFlow.prepare or mixflow_loss once before (a warm-up step does)"
-        )

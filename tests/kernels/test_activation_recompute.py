@@ -1,4 +1,4 @@
-"""The backward passes of GELU and SwiGLU that make their output again."""
+"""The backward passes of GELU and SwiGLU that recompute their output."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def test_same_gradients_and_the_output(
     function: Callable = getattr(module, name)
     y = function(x, bias, impl="auto" if impl == "reference" else impl)
     y.backward(dy)
-    dx, dbias, again = getattr(module, f"{name}_again")(dy, x.detach(), bias.detach(), impl=impl)
+    recompute: Callable = getattr(module, f"{name}_recompute")
+    dx, dbias, recomputed = recompute(dy, x.detach(), bias.detach(), impl=impl)
     assert torch.equal(dx, x.grad) and torch.equal(dbias, bias.grad)
     reference = getattr(module, f"{name}_reference")
     plain = reference(x.detach(), bias.detach())
     exact = reference(x.detach().double(), bias.detach().double())
-    assert_as_exact_as_eager(again, plain, exact, f"{impl} y")
+    assert_as_exact_as_eager(recomputed, plain, exact, f"{impl} y")
 
 
 @pytest.mark.parametrize("op", OPS, ids=ids)
@@ -52,6 +53,6 @@ def test_declared_bytes(monkeypatch: pytest.MonkeyPatch, op: tuple) -> None:
         getattr(module, f"_{name}_backward_kernel"),
         module.launch_add_strips.__globals__["_add_strips_kernel"],
     ]
-    again, count = getattr(module, f"{name}_again"), getattr(module, f"{name}_bytes")
-    seen = moved(monkeypatch, kernels, lambda: again(dy, x, bias, impl="triton"))
+    recompute, count = getattr(module, f"{name}_recompute"), getattr(module, f"{name}_bytes")
+    seen = moved(monkeypatch, kernels, lambda: recompute(dy, x, bias, impl="triton"))
     assert seen == count(x, bias, True, with_y=True) == count(x, bias, True) + dy.numel() * 2

@@ -8,9 +8,13 @@ import torch
 from mixflow_fast import MixFlow, Moments
 from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1, get_path
 from mixflow_fast.flow.schedule import Schedule
-from mixflow_fast.kernels import interpolate as module
-from mixflow_fast.kernels import philox
-from mixflow_fast.kernels.interpolate import interpolate, interpolate_reference, to_tokens
+from mixflow_fast.kernels import philox, runtime
+from mixflow_fast.kernels.interpolate import (
+    interpolate,
+    interpolate_reference,
+    launch,
+    to_tokens,
+)
 from mixflow_fast.kernels.layout import get_layout
 from mixflow_fast.kernels.philox import Stream
 from tests.support.kernels import DEVICE, ON_GPU, assert_as_exact_as_eager, relative_rms
@@ -175,7 +179,7 @@ def test_bits_do_not_depend_on_how_much_a_program_does(monkeypatch: pytest.Monke
     once = ours.prepare(x1, IDS[:1]).x
     for loops in (2, 4, 8):
         monkeypatch.setattr(
-            module, "get_layout", lambda shape, p, _, loops=loops: get_layout(shape, p, loops)
+            launch, "get_layout", lambda shape, p, _, loops=loops: get_layout(shape, p, loops)
         )
         assert torch.equal(ours.prepare(x1, IDS[:1]).x, once)
 
@@ -287,7 +291,7 @@ def test_grids_and_samples_that_no_launch_takes(monkeypatch: pytest.MonkeyPatch)
     it = ours.prepare(x1, IDS)
     pred = x1.clone().requires_grad_()
     loss = ours.loss(pred, it)
-    monkeypatch.setattr(module.runtime, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(runtime, "MAX_PROGRAMS", 2)
     for call in (
         lambda: ours.prepare(x1, IDS),
         lambda: ours.loss(x1, it),
@@ -296,7 +300,7 @@ def test_grids_and_samples_that_no_launch_takes(monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(ValueError, match="split the batch"):
             call()
-    monkeypatch.setattr(module.runtime, "MAX_SAMPLE", 100)
+    monkeypatch.setattr(runtime, "MAX_SAMPLE", 100)
     for call in (lambda: ours.prepare(x1, IDS), lambda: ours.loss(x1, it)):
         with pytest.raises(ValueError, match='impl="reference"'):
             call()

@@ -11,8 +11,9 @@ from mixflow_fast import MixFlow, mixflow_loss
 from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.kernels import philox, runtime
-from mixflow_fast.kernels.velocity_loss import triton_kernels
-from mixflow_fast.objective import mixflow
+from mixflow_fast.kernels.interpolate import triton_kernels as interpolate_kernels
+from mixflow_fast.kernels.velocity_loss import triton_kernels as loss_kernels
+from mixflow_fast.objective import draws
 from tests.support.kernels import DEVICE
 
 OPS = torch.ops.mixflow_fast
@@ -147,7 +148,7 @@ def test_compiled_steps_without_ids_draw_afresh() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_checkpointing_the_network_and_the_loss(use_reentrant: bool, dtype: torch.dtype) -> None:
-    """The second forward pass makes the same noise again, whatever else has been drawn."""
+    """The second forward pass makes the same noise, whatever else has been drawn."""
     net, mix = Network().to(dtype), MixFlow(clock=DATA_AT_1, impl="triton")
     x1 = data(3, 4, 6, 6, dtype=dtype)
     it = mix.prepare(x1, IDS)
@@ -159,11 +160,11 @@ def test_checkpointing_the_network_and_the_loss(use_reentrant: bool, dtype: torc
     tail(x).backward()
     expected = x.grad, net.weight.grad
     net.weight.grad = None
-    again = it.x.clone().requires_grad_()
-    loss = checkpoint(tail, again, use_reentrant=use_reentrant)
+    recomputed = it.x.clone().requires_grad_()
+    loss = checkpoint(tail, recomputed, use_reentrant=use_reentrant)
     mix.prepare(x1)
     loss.backward()
-    assert torch.equal(again.grad, expected[0]) and torch.equal(net.weight.grad, expected[1])
+    assert torch.equal(recomputed.grad, expected[0]) and torch.equal(net.weight.grad, expected[1])
 
 
 class Calls(TorchDispatchMode):
@@ -183,12 +184,9 @@ def test_a_step_reads_nothing_on_the_host_and_launches_three_kernels(
 ) -> None:
     """With ids: one kernel for the input, two for loss and gradient, one empty pass over it."""
     launches: list[str] = []
-    kernels = [philox._normal_kernel]
-    from mixflow_fast.kernels import interpolate
-
-    kernels += [interpolate._interpolate_kernel]
+    kernels = [philox._normal_kernel, interpolate_kernels._interpolate_kernel]
     kernels += [
-        getattr(triton_kernels, f"_{name}_kernel")
+        getattr(loss_kernels, f"_{name}_kernel")
         for name in ("velocity_loss", "reduce", "scale_gradient")
     ]
     for kernel in kernels:
@@ -233,7 +231,7 @@ def test_a_capture_needs_a_call_before_it(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(device: torch.device, what: str) -> None:
         refused.append(what)
 
-    monkeypatch.setattr(mixflow, "_refuse_in_capture", refuse)
+    monkeypatch.setattr(draws, "_refuse_in_capture", refuse)
     mix.prepare(x1, IDS)
     assert refused == ["the seed"]
     mix.prepare(x1)
@@ -245,8 +243,8 @@ def test_a_capture_needs_a_call_before_it(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="the seed must be on the device before"):
-        mixflow._refuse_in_capture(torch.device("cuda"), "the seed")
-    mixflow._refuse_in_capture(torch.device("cpu"), "the seed")
+        draws._refuse_in_capture(torch.device("cuda"), "the seed")
+    draws._refuse_in_capture(torch.device("cpu"), "the seed")
 
 
 def test_a_gradient_of_one_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,10 +182,10 @@ def test_memory_layouts(per_token: bool) -> None:
     expected = run(residual_norm, given, upstream, impl="triton")
     ours = run(residual_norm, given | moved, upstream, impl="triton")
     swapped = tuple(v.transpose(1, 2).contiguous().transpose(1, 2) for v in upstream)
-    again = run(residual_norm, given, swapped, impl="triton")
+    second = run(residual_norm, given, swapped, impl="triton")
     for name in OUTPUTS:
         assert torch.equal(ours[name], expected[name]), name
-        assert torch.equal(again[name], expected[name]), name
+        assert torch.equal(second[name], expected[name]), name
         assert ours[name].is_contiguous(), name
     one = torch.full((), 0.5, device=DEVICE)
     expanded = run(residual_norm, given, (one.expand(SHAPE), one.expand(SHAPE)), impl="triton")
@@ -236,10 +236,10 @@ def test_y_is_the_norm_of_the_rounded_sum(impl: str) -> None:
     given = leaves(arguments(dtype=torch.bfloat16), ())
     x_new, y = residual_norm(**given, impl=impl)
     rest = given["shift"], given["scale"]
-    again = modulated_norm(x_new, *rest, weight=given["weight"], impl=impl)
+    normed = modulated_norm(x_new, *rest, weight=given["weight"], impl=impl)
     wide = {name: value.float() for name, value in given.items()}
     assert (
-        relative_rms(again, y)
+        relative_rms(normed, y)
         < 2e-4
         < relative_rms(residual_norm(**wide, impl=impl)[1].bfloat16(), y)
     )

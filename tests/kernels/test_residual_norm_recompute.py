@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ALONE = ("h", "gate", "h_bias")
 
 
-def again(given: dict, upstream: tuple, needs: list[bool] | None = None, **options) -> dict:
+def recomputed(given: dict, upstream: tuple, needs: list[bool] | None = None, **options) -> dict:
     """Outputs and gradients by name, and y recomputed."""
     given = leaves(given, ())
     eps, impl = options.pop("eps", 1e-6), options.pop("impl", "triton")
@@ -40,7 +40,7 @@ def again(given: dict, upstream: tuple, needs: list[bool] | None = None, **optio
     dx_new, dy = upstream
     found = residual_norm_recompute(dy, dx_new, x_new, *rest, mean, rstd, needs, **options)
     assert [v is not None for v in found] == needs
-    pairs = zip((*(f"d{name}" for name in NAMES), "recompute"), found, strict=True)
+    pairs = zip((*(f"d{name}" for name in NAMES), "y_recomputed"), found, strict=True)
     return {"x_new": x_new, "y": y} | {name: v for name, v in pairs if v is not None}
 
 
@@ -58,9 +58,9 @@ def test_same_bits_as_the_passes_of_autograd(norm: str, per_token: bool, without
     names = tuple(name for name in NAMES if given[name] is not None)
     for impl in ("triton", "auto"):
         expected = run(function, given, upstream, names, norm=norm, impl=impl)
-        ours = again(given, upstream, norm=norm, impl=impl)
-        made = ours.pop("recompute")
-        assert torch.equal(made, expected["y"]) and made.is_contiguous()
+        ours = recomputed(given, upstream, norm=norm, impl=impl)
+        y = ours.pop("y_recomputed")
+        assert torch.equal(y, expected["y"]) and y.is_contiguous()
         assert ours.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(ours[name], value) and ours[name].dtype == value.dtype, name
@@ -79,12 +79,12 @@ def test_as_exact_as_eager(dtype: torch.dtype, norm: str, per_token: bool, witho
     if "h" in without:
         zero = torch.zeros_like(given["x"])
         plain = given | {"h": zero, "gate": zero if per_token else zero[:, 0]}
-    found = again(given, upstreams(shape, dtype), norm=norm)
+    found = recomputed(given, upstreams(shape, dtype), norm=norm)
     _, rounded = eager(**plain, norm=norm)
     wide = {name: v if v is None else v.double() for name, v in plain.items()}
     _, truth = eager(**wide, norm=norm)
-    assert found["recompute"].dtype == dtype and torch.equal(found["recompute"], found["y"])
-    assert_as_exact_as_eager(found["recompute"], rounded, truth, "y")
+    assert found["y_recomputed"].dtype == dtype and torch.equal(found["y_recomputed"], found["y"])
+    assert_as_exact_as_eager(found["y_recomputed"], rounded, truth, "y")
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
@@ -93,11 +93,11 @@ def test_each_result_alone(per_token: bool, impl: str) -> None:
     """Also y by itself: frozen inputs before a trained product."""
     shape = (2, 7, 72)
     given, upstream = arguments(shape, per_token), upstreams(shape)
-    expected = again(given, upstream, impl=impl)
+    expected = recomputed(given, upstream, impl=impl)
     for only in range(8):
         needs = [i == only for i in range(8)]
-        name, value = list(again(given, upstream, needs, impl=impl).items())[-1]
-        assert name == [*(f"d{n}" for n in NAMES), "recompute"][only]
+        name, value = list(recomputed(given, upstream, needs, impl=impl).items())[-1]
+        assert name == [*(f"d{n}" for n in NAMES), "y_recomputed"][only]
         assert torch.equal(value, expected[name]), name
 
 
@@ -112,18 +112,20 @@ def test_strided_inputs_mixed_dtypes_and_no_gradient_of_the_stream() -> None:
             "shift": given["shift"].transpose(0, -1).contiguous().transpose(0, -1),
             "x": given["x"].transpose(0, 1).contiguous().transpose(0, 1),
         }
-        plain = again(given, (None, dy.contiguous().bfloat16()))
-        strided = again(given | moved_too, (None, dy.bfloat16()))
-        assert plain["dgate"].dtype == torch.float32 and plain["recompute"].dtype == torch.bfloat16
+        plain = recomputed(given, (None, dy.contiguous().bfloat16()))
+        strided = recomputed(given | moved_too, (None, dy.bfloat16()))
+        assert (
+            plain["dgate"].dtype == torch.float32 and plain["y_recomputed"].dtype == torch.bfloat16
+        )
         assert all(torch.equal(plain[name], strided[name]) for name in plain)
-        assert torch.equal(plain["recompute"], plain["y"])
+        assert torch.equal(plain["y_recomputed"], plain["y"])
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 @pytest.mark.parametrize("shape", [(0, 5, 72), (2, 0, 72)])
 def test_empty(shape: tuple[int, int, int], impl: str) -> None:
-    found = again(arguments(shape), upstreams(shape), impl=impl)
-    assert found["recompute"].shape == shape
+    found = recomputed(arguments(shape), upstreams(shape), impl=impl)
+    assert found["y_recomputed"].shape == shape
     assert not any(found[f"d{name}"].any() for name in NAMES)
 
 
@@ -169,7 +171,7 @@ def test_declared_bytes(
 
 def test_meta_and_refusals() -> None:
     given = {n: v.to("meta") for n, v in arguments((0, 5, 16), True).items()}
-    found = again(given, tuple(v.to("meta") for v in upstreams((0, 5, 16))), impl="auto")
-    assert all(v.is_meta for v in found.values()) and found["recompute"].shape == (0, 5, 16)
+    found = recomputed(given, tuple(v.to("meta") for v in upstreams((0, 5, 16))), impl="auto")
+    assert all(v.is_meta for v in found.values()) and found["y_recomputed"].shape == (0, 5, 16)
     with pytest.raises(ValueError, match="gate must be"):
-        again(arguments() | {"gate": data(2, 71)}, upstreams((2, 7, 72)))
+        recomputed(arguments() | {"gate": data(2, 71)}, upstreams((2, 7, 72)))

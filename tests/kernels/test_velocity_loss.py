@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from mixflow_fast import MixFlow, Moments, mixflow_loss
 from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1
 from mixflow_fast.kernels.interpolate import to_tokens
-from mixflow_fast.kernels.velocity_loss.op import from_tokens
+from mixflow_fast.kernels.layout import from_tokens
 from tests.support.kernels import DEVICE, assert_as_exact_as_eager, relative_rms
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -243,8 +243,8 @@ def test_predictions_in_other_memory_layouts() -> None:
     wide[:, 2:6] = pred
     for same in (pred.to(memory_format=torch.channels_last), wide[:, 2:6]):
         assert not same.is_contiguous()
-        again, moved = run("triton", same)
-        assert torch.equal(again, loss) and torch.equal(moved, gradient)
+        second, moved = run("triton", same)
+        assert torch.equal(second, loss) and torch.equal(moved, gradient)
 
 
 def test_empty_batches() -> None:
@@ -299,7 +299,7 @@ def test_bad_input(arguments: dict, message: str, impl: str) -> None:
         mix.loss(**{"pred": data(*SHAPE), "it": it, **arguments})
 
 
-def test_what_the_loss_reads_again_must_not_have_changed() -> None:
+def test_what_the_loss_reads_must_not_have_changed_since_prepare() -> None:
     """Static buffers that are filled too early: ids give other noise, x1 another target."""
     for impl in ("triton", "reference"):
         mix = MixFlow(clock=DATA_AT_1, impl=impl)

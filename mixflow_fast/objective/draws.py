@@ -1,0 +1,63 @@
+"""Seeds and positions of the draws, as tensors that stay on the device between calls.
+
+On the device because kernels read them there, and a captured CUDA graph reads them at every replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixflow_fast.kernels import philox
+
+_SEEDS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def seed_on(seed: int, device: torch.device) -> Tensor:
+    """The seed's bits on the device; one tensor for all calls."""
+    if (seed, device) not in _SEEDS:
+        _refuse_in_capture(device, "the seed")
+        _SEEDS[seed, device] = _cached(lambda: philox.seed_tensor(seed, device))
+    return _SEEDS[seed, device]
+
+
+def next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
+    """Positions that no rank has used before, (B,) int64; no device sync.
+
+    Args:
+        counters: samples drawn so far, by device. Tensors that are advanced in place: a compiled
+            step would freeze a Python number, and draw the same noise at every call.
+        x1: the batch that needs them.
+    """
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if x1.device not in counters:
+        _refuse_in_capture(x1.device, "the counter of calls without ids")
+        counters[x1.device] = _cached(lambda: torch.zeros((), dtype=torch.int64, device=x1.device))
+    counter = counters[x1.device]
+    # Interleaved, so that ranks with batches of different sizes do not meet.
+    ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
+    counter.add_(len(x1))
+    return ids
+
+
+def _cached(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that may be kept: one made under inference_mode could not be used outside of it."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False):
+        return make()
+
+
+def _refuse_in_capture(device: torch.device, what: str) -> None:
+    # Memory that a capture allocates is written at its first replay, and read by others before.
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} must be on the device before a CUDA graph is captured: call the same "
+            "MixFlow.prepare or mixflow_loss once before (a warm-up step does)"
+        )
