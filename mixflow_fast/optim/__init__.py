@@ -1,1 +1,1 @@
-"""AdamW with averages of the weights, and its learning rate."""
+"""Optimizers with averages of the weights, learning rates, and steps that skip bad gradients."""

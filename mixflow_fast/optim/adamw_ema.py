@@ -7,13 +7,13 @@
 Decoupled weight decay: arXiv 1711.05101. The EMA starts as a copy of the weights before the first
 step, so a run that starts from a checkpoint's EMA weights starts its EMA there too. Because it is
 ordinary optimizer state, DeepSpeed's ZeRO shards, saves and restores it with the moments. There may
-be several, of fixed decays and of power functions (`power_ema.py`).
+be several, of fixed decays and of power functions (`optim/power_ema.py`).
 
 Clipping by the global norm is done here, on the device: DeepSpeed's own reads the norm on the host
 every step, which stalls a GPU.
 
-One pass over the memory where `csrc/` was built (`mixflow_fast.extension`), foreach calls anywhere
-else. The state of both is the same, so a run can change from one to the other.
+Where `csrc/` was built (`mixflow_fast.extension`) a step is one pass over the memory, elsewhere a
+series of foreach calls. The state of both is the same, so a run can change from one to the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,41 @@ from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL, power_decay, sigma_r
 
 OptimizerImpl = Literal["auto", "csrc", "foreach"]
 IMPLS = get_args(OptimizerImpl)
-# What one call of the operator in `csrc/` updates.
+# As many as one call of the operator in `csrc/` updates.
 MAX_EMAS = 16
+
+
+# Parameters, or parameter groups.
+Params = Iterable[Tensor] | Iterable[dict[str, object]]
+
+
+class State(TypedDict, total=False):
+    """State of a parameter; besides "ema" there may be "ema_1", ... and "ema_power_0", ..."""
+
+    step: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    ema: Tensor
+
+
+class Group(TypedDict, total=False):
+    """Settings of a parameter group, as the arguments of `AdamWEMA`."""
+
+    params: list[Tensor]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    ema_decay: float | tuple[float, ...]
+    ema_sigma_rel: tuple[float, ...]
+
+
+class _Kind(NamedTuple):
+    """What parameters must have in common to be updated in one call."""
+
+    step: int
+    copied: bool
+    csrc: tuple[torch.device, torch.dtype] | None  # of parameter and gradient; None: foreach
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -68,7 +101,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -124,13 +157,14 @@ class AdamWEMA(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a run from before there were others than "ema"
+        # Checkpoints of versions without power-function EMAs do not have the setting.
+        for group in self.param_groups:
             group.setdefault("ema_sigma_rel", ())
 
     def set_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Every step from now on also writes new weights as bfloat16, into tensors of the caller's.
+        """Makes every later step write the new weights as bfloat16 too, into the caller's tensors.
 
         For trainers that keep float32 master weights and compute with a bfloat16 copy. Not for
         DeepSpeed, which makes its own copies. They are no part of the state.
@@ -175,7 +209,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return loss
 
     def _clip(self, grads: list[Tensor]) -> Tensor | None:
-        """What the gradients are to be multiplied with, on the device; None for 1."""
+        """The factor for all gradients, on the device; None for 1."""
         if not grads:
             return None
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
@@ -187,29 +221,30 @@ class AdamWEMA(torch.optim.Optimizer):
             return None
         return (self.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _update(self, group: dict, params: list[Tensor], scale: Tensor | None) -> None:
-        alike: dict[tuple, list[Tensor]] = {}
+    def _update(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
+        """One step of parameters of one group, in calls for those that are alike."""
+        alike: dict[_Kind, list[Tensor]] = {}
         for p in params:
             state = self._started(group, p)
             state["step"] += 1
-            fused = self._takes_csrc(p)
-            kind = (p.device, p.grad.dtype) if fused else None
-            alike.setdefault((state["step"], p in self._copies, kind), []).append(p)
-        for (step, copied, kind), some in alike.items():
+            csrc = (p.device, p.grad.dtype) if self._takes_csrc(p) else None
+            kind = _Kind(state["step"], p in self._copies, csrc)
+            alike.setdefault(kind, []).append(p)
+        for kind, some in alike.items():
             states = [self.state[p] for p in some]
-            copies = [self._copies[p] for p in some] if copied else []
-            if kind is not None:
-                self._csrc(group, some, states, step, scale, copies)
+            copies = [self._copies[p] for p in some] if kind.copied else []
+            if kind.csrc is not None:
+                self._csrc(group, some, states, kind.step, scale, copies)
                 continue
-            self._adamw(group, some, states, step, scale)
+            self._adamw(group, some, states, kind.step, scale)
             weights = [p.float() for p in some]
-            for name, decay in _ema_decays(group, step).items():
+            for name, decay in _ema_decays(group, kind.step).items():
                 torch._foreach_lerp_([s[name] for s in states], weights, 1 - decay)
-            if copied:
+            if kind.copied:
                 torch._foreach_copy_(copies, some)
 
-    def _started(self, group: dict, p: Tensor) -> dict:
-        """The parameter's state; EMAs that it has not yet start at the weights as they are."""
+    def _started(self, group: Group, p: Tensor) -> State:
+        """The state of a parameter; EMAs that it does not have yet start at the current weights."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -221,6 +256,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return state
 
     def _takes_csrc(self, p: Tensor) -> bool:
+        """Whether the operator updates this parameter; a ValueError where it must and cannot."""
         if self.impl == "foreach":
             return False
         status = extension.load()
@@ -241,14 +277,14 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _csrc(
         self,
-        group: dict,
+        group: Group,
         params: list[Tensor],
-        states: list[dict],
+        states: list[State],
         step: int,
         scale: Tensor | None,
         copies: list[Tensor],
     ) -> None:
-        """One pass over all of it; parameters of one device whose gradients are of one dtype."""
+        """One pass of the operator, for parameters of one device and gradients of one dtype."""
         decays = _ema_decays(group, step)
         torch.ops.mixflow_fast.adamw_ema_(
             [p.detach() for p in params],
@@ -269,13 +305,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _adamw(
         self,
-        group: dict,
+        group: Group,
         params: list[Tensor],
-        states: list[dict],
+        states: list[State],
         step: int,
         scale: Tensor | None,
     ) -> None:
-        """Moments and weights of parameters of one group in their step number `step`."""
+        """Updates moments and weights of parameters of one group, in their step number `step`."""
         grads = [p.grad.float() for p in params]
         if scale is not None:
             torch._foreach_mul_(grads, scale)
@@ -289,15 +325,17 @@ class AdamWEMA(torch.optim.Optimizer):
         torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
         torch._foreach_add_(denominators, group["eps"])
         if group["weight_decay"]:
-            # Not times 1 - lr wd, of which float32 would keep a digit or two of lr wd.
+            # Not a product with 1 - lr wd, in which float32 keeps only a digit or two of lr wd.
             torch._foreach_add_(params, params, alpha=-lr * group["weight_decay"])
         torch._foreach_addcdiv_(params, exp_avg, denominators, -lr / (1 - beta1**step))
 
 
+# Device types that a warning was given for.
 _warned: set[str] = set()
 
 
 def _warn_once(status: extension.Status, device_type: str) -> None:
+    """Says on rank 0, once for each device type, that the operator is not used, and why."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
     if device_type in _warned or rank:
         return
@@ -312,7 +350,7 @@ def _warn_once(status: extension.Status, device_type: str) -> None:
     )
 
 
-def _ema_names(group: dict) -> list[str]:
+def _ema_names(group: Group) -> list[str]:
     """State keys of the group's EMAs: those of the fixed decays, then the power functions."""
     decays = group["ema_decay"]
     count = 1 if isinstance(decays, int | float) else len(decays)
@@ -320,7 +358,7 @@ def _ema_names(group: dict) -> list[str]:
     return names + [f"ema_power_{i}" for i in range(len(group.get("ema_sigma_rel", ())))]
 
 
-def _ema_decays(group: dict, step: int) -> dict[str, float]:
+def _ema_decays(group: Group, step: int) -> dict[str, float]:
     """Decay of each of the group's EMAs in step number `step`."""
     decays = group["ema_decay"]
     fixed = [decays] if isinstance(decays, int | float) else list(decays)

@@ -1,19 +1,29 @@
-"""Optimizers by their names in a configuration, and learning rates in images seen.
+"""AdamW with EMAs by NVIDIA apex's FusedAdam, and the optimizers by their names in a configuration.
 
-`AdamWEMA` (`adamw_ema.py`) is the engine's own. `ApexAdamWEMA` leaves all but the EMAs to a
-kernel of NVIDIA apex, on a GPU, and has the same state.
+`AdamWEMA` is the engine's own. `ApexAdamWEMA` leaves all but clipping and EMAs to apex's kernel, on
+a GPU, and has the same state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import MutableMapping
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.environment import apex_message, detect_apex
-from mixflow_fast.optim.adamw_ema import AdamWEMA
+from mixflow_fast.optim.adamw_ema import AdamWEMA, Group, Params, State
+
+
+class FusedAdam(Protocol):
+    """The parts of apex's FusedAdam that are used here."""
+
+    state: MutableMapping[Tensor, State]
+    param_groups: list[dict[str, object]]
+    param_groups_master: list[dict[str, object]] | None
+
+    def step(self) -> None: ...
 
 
 class ApexAdamWEMA(AdamWEMA):
@@ -24,13 +34,13 @@ class ApexAdamWEMA(AdamWEMA):
     `AdamWEMA`'s, so the `state_dict` of one loads into the other; the weights then agree to
     rounding, not to the bit.
 
-    Not verified on a GPU: no machine of this project has had NVIDIA's apex. The tests run it on
-    FusedAdam's interface and arithmetic in PyTorch (`tests/apex_stand_in.py`), and on FusedAdam
-    itself where they find it and a GPU.
+    Not verified on a GPU: no machine of this project has had NVIDIA's apex. The tests run it on a
+    stand-in with FusedAdam's interface and arithmetic (`tests/support/apex_stand_in.py`), and on
+    FusedAdam itself where they find it and a GPU.
 
     Args:
         params: contiguous float32 parameters or parameter groups; on the GPU by the first step.
-        **settings: those of `AdamWEMA` but `impl`.
+        **settings: arguments of `AdamWEMA` other than `impl`.
 
     Attributes:
         grad_norm: as in `AdamWEMA`.
@@ -39,19 +49,19 @@ class ApexAdamWEMA(AdamWEMA):
         ValueError: a setting outside its range; no NVIDIA apex, or one without CUDA extensions.
     """
 
-    def __init__(self, params: Iterable, **settings: Any) -> None:
+    def __init__(self, params: Params, **settings: object) -> None:
         super().__init__(params, impl="foreach", **settings)
         self._fused = _fused_adam([p for group in self.param_groups for p in group["params"]])
 
     def _adamw(
         self,
-        group: dict,
+        group: Group,
         params: list[Tensor],
-        states: list[dict],
+        states: list[State],
         step: int,
         scale: Tensor | None,
     ) -> None:
-        # The kernel sees storage only: another layout than the moments' would go unnoticed.
+        # The kernel sees storage only and would not notice another layout than the moments have.
         for p in params:
             for name, tensor in (("parameters", p), ("gradients", p.grad)):
                 if tensor.dtype != torch.float32 or not tensor.is_contiguous():
@@ -62,36 +72,36 @@ class ApexAdamWEMA(AdamWEMA):
                     )
         if scale is not None:
             torch._foreach_mul_([p.grad for p in params], scale)
-        # DeepSpeed and `load_state_dict` replace both: handed over anew each time. The parameters
-        # of a call have one step count, as FusedAdam has for a group.
+        # Handed over in every step because DeepSpeed and `load_state_dict` replace both. The
+        # parameters of a call have one step count, as FusedAdam has for a group.
         self._fused.state = self.state
         self._fused.param_groups = [
             {**group, "params": params, "bias_correction": True, "step": step - 1}
         ]
-        # It pairs the groups with those of its first step, and leaves out what has no partner.
+        # FusedAdam pairs groups with those of its first step and skips those without a partner.
         self._fused.param_groups_master = None
         self._fused.step()
 
 
-# By `optim.name`.
 OptimizerName = Literal["adamw_ema", "apex_fused_adam"]
+# Optimizers by `optim.name`.
 OPTIMIZERS: dict[OptimizerName, type[AdamWEMA]] = {
     "adamw_ema": AdamWEMA,
     "apex_fused_adam": ApexAdamWEMA,
 }
 
 
-def _fused_adam(params: list[Tensor]) -> Any:
+def _fused_adam(params: list[Tensor]) -> FusedAdam:
     if detect_apex() != "nvidia":
         raise ValueError(f"ApexAdamWEMA needs NVIDIA apex (AdamWEMA does not): {apex_message()}")
     try:
-        from apex.optimizers import FusedAdam
+        from apex import optimizers
 
-        fused = FusedAdam(params, bias_correction=True, adam_w_mode=True)
+        fused = optimizers.FusedAdam(params, bias_correction=True, adam_w_mode=True)
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"NVIDIA apex is installed, but its FusedAdam does not start ({error}): build apex "
             "with its CUDA extensions for this torch, or use AdamWEMA (optim.name=adamw_ema)"
         ) from error
-    fused.param_groups = []  # these parameters may be replaced, and their memory is wanted back
+    fused.param_groups = []  # or it would keep the memory of parameters that are replaced later
     return fused

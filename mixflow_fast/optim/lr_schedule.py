@@ -24,7 +24,7 @@ def learning_rate(
     descent that reaches `final_lr` at `decay_images` and stays there.
 
     Args:
-        images_seen: training images including this step's batch, across all ranks.
+        images_seen: training images of all ranks, including the batch of this step.
         lr: peak learning rate.
         schedule: "constant", "linear" or "cosine".
         warmup_images, decay_images: lengths in images; `decay_images` counts from 0.

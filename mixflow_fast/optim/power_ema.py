@@ -1,12 +1,12 @@
-"""Averages of the weights over training: fixed decays, power functions, and those made afterwards.
+"""Formulas of weight averages: fixed decays, power functions, and averages made after the training.
 
-Power-function averages weigh the weights of step tau, of a run that is at step t, by
+A power-function average of a run at step t weighs the weights of step tau by
 
     p_{t,gamma}(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)            0 <= tau <= t
 
-so that their width grows with the run. It is named by the profile's standard deviation as a part of
-the run, sigma_rel (0.05 to 0.15 in practice). Because an average is a known profile of the
-trajectory, a weighted sum of saved averages comes close to one that was never tracked.
+so that its width grows with the run. It is named by the standard deviation of this profile as a
+fraction of the run, sigma_rel (0.05 to 0.15 in practice). As the profile of every average is known,
+a weighted sum of saved averages comes close to one that was never tracked.
 
 Source: EDM2, arXiv 2312.02696, section 3 and appendix C.
 """
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Of gamma = 0: all steps weigh the same.
+# The width for gamma = 0, where all steps weigh the same.
 LARGEST_SIGMA_REL = 12**-0.5
 
 
@@ -39,7 +39,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
         )
     inverse = float(sigma_rel) ** -2
     gamma = max(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max(), 0.0)
-    for _ in range(3):  # what the roots of a cubic leave over
+    for _ in range(3):  # Newton's steps: `roots` is less exact than float64
         value = ((gamma + 7) * gamma + 16 - inverse) * gamma + 12 - inverse
         gamma -= value / ((3 * gamma + 14) * gamma + 16 - inverse)
     return float(max(gamma, 0.0))
@@ -92,12 +92,13 @@ def _inner_products(
     return factor * ratio / np.maximum(steps_a, steps_b)
 
 
-def _systems(
+def _normal_equations(
     steps: np.ndarray, gammas: np.ndarray, target_step: float, target_gamma: float
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Inner products of the saved profiles among themselves, and with the wanted one."""
     products = _inner_products(steps[:, None], gammas[:, None], steps[None, :], gammas[None, :])
-    target = np.float64(target_step), np.float64(target_gamma)
-    return products, _inner_products(steps, gammas, *target)
+    step, gamma = np.float64(target_step), np.float64(target_gamma)
+    return products, _inner_products(steps, gammas, step, gamma)
 
 
 def posthoc_weights(
@@ -106,7 +107,7 @@ def posthoc_weights(
     target_step: float,
     target_gamma: float,
 ) -> np.ndarray:
-    """Coefficients that make an average that was not tracked out of saved ones.
+    """Coefficients of saved averages whose sum comes close to an average that was not tracked.
 
     Least squares between profiles: minimises the integral of (p_target - sum_i c_i p_i)^2. The
     weights then are sum_i c_i snapshot_i. They come close where the target's width lies between
@@ -141,8 +142,8 @@ def posthoc_weights(
             f"target_step must be in (0, {steps.max():g}], the last snapshot's, and target_gamma "
             f">= 0, got {target_step!r} and {target_gamma!r}"
         )
-    products, wanted = _systems(steps, gammas, target_step, target_gamma)
-    # Profiles of unit length: early ones are tall, and would decide alone which digits count.
+    products, wanted = _normal_equations(steps, gammas, target_step, target_gamma)
+    # Profiles scaled to unit length, because early ones are tall and would dominate the rounding.
     length = np.sqrt(np.diag(products))
     solution = np.linalg.lstsq(products / np.outer(length, length), wanted / length, rcond=None)[0]
     return solution / length
@@ -155,16 +156,17 @@ def posthoc_error(
     target_step: float,
     target_gamma: float,
 ) -> float:
-    """How far the profile of a sum of saved averages is from the wanted one: the square root of
-    the integral of the squared difference, relative to that of the wanted profile.
+    """Relative distance between the profile of a sum of saved averages and the wanted one.
+
+    The square root of the integral of the squared difference, over that of the wanted profile.
 
     Args:
-        weights: (n,), as from `posthoc_weights`; the others as there.
+        weights: (n,) coefficients from `posthoc_weights`; the other arguments are its own.
     """
     steps = np.asarray(snapshot_steps, dtype=np.float64)
     gammas = np.asarray(snapshot_gammas, dtype=np.float64)
     c = np.asarray(weights, dtype=np.float64)
-    products, wanted = _systems(steps, gammas, target_step, target_gamma)
+    products, wanted = _normal_equations(steps, gammas, target_step, target_gamma)
     whole = (target_gamma + 1) ** 2 / (2 * target_gamma + 1) / target_step
     square = whole - 2 * c @ wanted + c @ products @ c
     return math.sqrt(max(float(square / whole), 0.0))

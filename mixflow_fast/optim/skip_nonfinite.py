@@ -1,4 +1,4 @@
-"""An optimizer's step that leaves everything as it was where the gradient is not finite.
+"""Optimizers whose step changes nothing where the gradient is not finite.
 
     weights, moments, EMAs = new if the global gradient norm is finite else old
 
@@ -13,25 +13,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixflow_fast.optim.adamw_ema import AdamWEMA
+from mixflow_fast.optim.adamw_ema import AdamWEMA, Group, State
+from mixflow_fast.optim.apex import ApexAdamWEMA
 
-# Elements whose old values are kept at once: few launches on a GPU, a cache's worth on a CPU.
+# Elements whose old values are kept at a time: large for few launches on a GPU, small enough for
+# the cache on a CPU.
 PIECE = {"cuda": 1 << 24, "cpu": 1 << 18}
 
 
-def skipping(base: type[AdamWEMA]) -> type[AdamWEMA]:
-    """A subclass that skips: same arguments, same state, same bits where the norm is finite.
+class SkippingAdamWEMA(AdamWEMA):
+    """`AdamWEMA` that skips: same arguments, same state, same bits where the norm is finite.
 
     The step count of the bias corrections and of power-function EMAs goes on over a skipped step:
     it is a number of the host, which does not know.
     """
-    return type(f"Skipping{base.__name__}", (_Skipping, base), {})
 
-
-class _Skipping:
-    """Before `AdamWEMA` in the order of bases."""
-
-    def _update(self, group: dict, params: list[Tensor], scale: Tensor | None) -> None:
+    def _update(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
         good = torch.isfinite(self.grad_norm)
         for batch in _batches([(p, self._started(group, p)) for p in params]):
             for piece, state in batch:
@@ -43,22 +40,38 @@ class _Skipping:
                 torch.where(good, tensor, value, out=tensor)
             for piece, _ in batch:
                 del self.state[piece]
+        # The pieces had the count as a copy of their own.
         for p in params:
             self.state[p]["step"] += 1
 
 
-def _tensors(state: dict) -> list[Tensor]:
+class SkippingApexAdamWEMA(SkippingAdamWEMA, ApexAdamWEMA):
+    """`ApexAdamWEMA` that skips, as `SkippingAdamWEMA` does."""
+
+
+_SKIPPING: dict[type[AdamWEMA], type[SkippingAdamWEMA]] = {
+    AdamWEMA: SkippingAdamWEMA,
+    ApexAdamWEMA: SkippingApexAdamWEMA,
+}
+
+
+def skipping(optimizer: type[AdamWEMA]) -> type[SkippingAdamWEMA]:
+    """The class that does as `optimizer` does, and skips."""
+    return _SKIPPING[optimizer]
+
+
+def _tensors(state: State) -> list[Tensor]:
     return [value for value in state.values() if isinstance(value, Tensor)]
 
 
-def _most(tensor: Tensor) -> int:
+def _max_elements(tensor: Tensor) -> int:
     return PIECE.get(tensor.device.type, PIECE["cuda"])
 
 
-def _batches(parameters: list[tuple[Tensor, dict]]) -> Iterator[list[tuple[Tensor, dict]]]:
+def _batches(parameters: list[tuple[Tensor, State]]) -> Iterator[list[tuple[Tensor, State]]]:
     """All elements once, in lists of at most `PIECE`: views of parameters with views of states."""
-    most = _most(parameters[0][0])
-    batch: list[tuple[Tensor, dict]] = []
+    most = _max_elements(parameters[0][0])
+    batch: list[tuple[Tensor, State]] = []
     numel = 0
     for parameter, state in parameters:
         for piece in _pieces(parameter, state):
@@ -71,15 +84,18 @@ def _batches(parameters: list[tuple[Tensor, dict]]) -> Iterator[list[tuple[Tenso
         yield batch
 
 
-def _pieces(parameter: Tensor, state: dict) -> Iterator[tuple[Tensor, dict]]:
-    most = _most(parameter)
+def _pieces(parameter: Tensor, state: State) -> Iterator[tuple[Tensor, State]]:
+    """Views of at most `PIECE` elements; the whole where not all tensors are contiguous."""
+    most = _max_elements(parameter)
     flat = all(t.is_contiguous() for t in (parameter, parameter.grad, *_tensors(state)))
     for start in range(0, parameter.numel(), most) if flat else (None,):
+        end = None if start is None else start + most
+        piece = _view(parameter, start, end)
+        piece.grad = _view(parameter.grad, start, end)
+        views = {k: _view(v, start, end) if isinstance(v, Tensor) else v for k, v in state.items()}
+        yield piece, views
 
-        def cut(tensor: Tensor, start: int | None = start) -> Tensor:
-            tensor = tensor.detach()
-            return tensor if start is None else tensor.view(-1)[start : start + most]
 
-        piece = cut(parameter)
-        piece.grad = cut(parameter.grad)
-        yield piece, {k: cut(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+def _view(tensor: Tensor, start: int | None, end: int | None) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if start is None else tensor.view(-1)[start:end]

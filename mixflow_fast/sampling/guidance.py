@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import DATA_AT_1, check_clock
+from mixflow_fast.flow.path import per_sample
 from mixflow_fast.sampling.solvers import Velocity
 
 
-def _null_class(model: Any) -> int:
-    null = getattr(model, "null_class", None)
-    if null is None:
-        raise ValueError(
-            "cfg_scale other than 1 needs a network with a null class (trained with label "
-            "dropout); this one has none: use cfg_scale=1"
-        )
-    return int(null)
+class Network(Protocol):
+    """A network that can be sampled: model(x, t), or model(x, t, y) with class labels.
+
+    Attributes:
+        clock: "data_at_1" or "noise_at_1", of the times that it is called with.
+
+    Others are read where a network has them: `prediction`, `null_class`, `cfg_channels`, and
+    `velocity`, a call without further outputs (REPA's projections).
+    """
+
+    clock: str
+
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]: ...
+
+
+class _Guidance(NamedTuple):
+    """Classifier-free guidance where low <= t <= high, of the first `channels` (None: of all)."""
+
+    scale: float
+    channels: int | None
+    low: float
+    high: float
 
 
 def model_velocity(
-    model: Any,
+    model: Network,
     y: Tensor | None,
     cfg_scale: float = 1.0,
     cfg_channels: int | str | None = "auto",
@@ -31,7 +47,7 @@ def model_velocity(
 ) -> Velocity:
     """The velocity in the engine's clock of a network that runs in its own.
 
-    A "noise_at_1" network (REPA, RAE, SD3) sees the label 1 - t, and its output is negated. A
+    A "noise_at_1" network (REPA, RAE, SD3) sees the time 1 - t, and its output is negated. A
     network that returns a tuple (REPA: velocity, projections) gives its first item.
 
     Classifier-free guidance: v = u + cfg_scale (c - u), u with the null class, both in one forward
@@ -57,30 +73,22 @@ def model_velocity(
         ValueError: unknown clock, a prediction that is not a velocity, no null class, no labels,
             channels or interval out of range.
     """
+    call = _in_engine_clock(model)
+    guidance = _check_guidance(model, cfg_scale, cfg_channels, guidance_interval)
+    if cfg_scale == 1.0:
+        return lambda x, t: call(x, t, y)
+    null = _null_class(model)
+    if y is None:
+        raise ValueError("cfg_scale other than 1 needs labels y, got None")
+    return _guided(call, y, null, guidance)
+
+
+def _in_engine_clock(model: Network) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """(x, t, labels) -> the network's velocity in the engine's clock, in x's dtype."""
     clock = check_clock(getattr(model, "clock", None))
     prediction = getattr(model, "prediction", "velocity")
     if prediction != "velocity":
         raise ValueError(f"model.prediction must be 'velocity' to be sampled, got {prediction!r}")
-    if not math.isfinite(cfg_scale):
-        raise ValueError(f"cfg_scale must be finite, got {cfg_scale}")
-    low, high = guidance_interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(
-            "guidance_interval must be (low, high) with 0 <= low <= high <= 1, 0 = noise, "
-            f"got {guidance_interval}"
-        )
-    if cfg_channels == "auto":
-        cfg_channels = getattr(model, "cfg_channels", None)
-    if isinstance(cfg_channels, str) or (cfg_channels is not None and cfg_channels < 1):
-        raise ValueError(
-            f'cfg_channels must be >= 1, None for all channels or "auto", got {cfg_channels!r}'
-        )
-    guided = cfg_scale != 1.0
-    if guided:
-        null = _null_class(model)
-        if y is None:
-            raise ValueError("cfg_scale other than 1 needs labels y, got None")
-    everywhere = low == 0.0 and high == 1.0
     network = getattr(model, "velocity", model)  # REPA's SiT: without its projectors
 
     def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -89,29 +97,63 @@ def model_velocity(
         out = out[0] if isinstance(out, tuple) else out
         return (out if clock == DATA_AT_1 else -out).to(x.dtype)
 
+    return call
+
+
+def _check_guidance(
+    model: Network, scale: float, channels: int | str | None, interval: tuple[float, float]
+) -> _Guidance:
+    if not math.isfinite(scale):
+        raise ValueError(f"cfg_scale must be finite, got {scale}")
+    low, high = interval
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(
+            "guidance_interval must be (low, high) with 0 <= low <= high <= 1, 0 = noise, "
+            f"got {interval}"
+        )
+    if channels == "auto":
+        channels = getattr(model, "cfg_channels", None)
+    if isinstance(channels, str) or (channels is not None and channels < 1):
+        raise ValueError(
+            f'cfg_channels must be >= 1, None for all channels or "auto", got {channels!r}'
+        )
+    return _Guidance(scale, channels, low, high)
+
+
+def _null_class(model: Network) -> int:
+    null = getattr(model, "null_class", None)
+    if null is None:
+        raise ValueError(
+            "cfg_scale other than 1 needs a network with a null class (trained with label "
+            "dropout); this one has none: use cfg_scale=1"
+        )
+    return int(null)
+
+
+def _guided(
+    call: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    y: Tensor,
+    null: int,
+    guidance: _Guidance,
+) -> Velocity:
+    scale, channels, low, high = guidance
+    everywhere = low == 0.0 and high == 1.0
+
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if not guided:
-            return call(x, t, y)
-        if cfg_channels is not None and cfg_channels > x.shape[1]:
+        if channels is not None and channels > x.shape[1]:
             raise ValueError(
-                f"cfg_channels must be at most the {x.shape[1]} channels of x, got {cfg_channels}"
+                f"cfg_channels must be at most the {x.shape[1]} channels of x, got {channels}"
             )
         inside = (t >= low) & (t <= high)
+        # Reading `inside` waits for the device, which costs less than the second half.
         if not everywhere and not bool(inside.any()):
             return call(x, t, y)
         labels = torch.cat([y, torch.full_like(y, null)])
         both = call(torch.cat([x, x]), torch.cat([t, t]), labels)
         cond, uncond = both.chunk(2)
-        out = uncond + cfg_scale * (cond - uncond)
-        if cfg_channels is not None and cfg_channels < x.shape[1]:
-            out = torch.cat([out[:, :cfg_channels], cond[:, cfg_channels:]], dim=1)
-        if everywhere:
-            return out
-        return torch.where(inside.view(-1, *[1] * (x.dim() - 1)), out, cond)
+        out = uncond + scale * (cond - uncond)
+        if channels is not None and channels < x.shape[1]:
+            out = torch.cat([out[:, :channels], cond[:, channels:]], dim=1)
+        return out if everywhere else torch.where(per_sample(inside, x), out, cond)
 
     return velocity
-
-
-def _config_value(model: Any, name: str) -> Any:
-    config = getattr(model, "config", None)
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)

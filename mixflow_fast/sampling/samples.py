@@ -1,7 +1,4 @@
-"""Sampling: fixed-grid and adaptive ODE solvers, guidance, reproducible sample sets.
-
-The engine's clock runs here: t = 0 is noise, t = 1 is data, and a velocity is dx/dt in that clock.
-Networks that were trained in the opposite clock (REPA, RAE, SD3) are adapted by `model_velocity`.
+"""Reproducible sample sets: noise and labels by id, batches, the network in evaluation mode.
 
 A sample is a pure function of (seed, id): its noise and its label come from counter-based streams,
 so sample 17 is the same image whether 18 or 50,000 are asked for.
@@ -11,16 +8,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal, random_words
-from mixflow_fast.sampling.guidance import _config_value, model_velocity
+from mixflow_fast.sampling.guidance import Network, model_velocity
 from mixflow_fast.sampling.solvers import integrate, time_grid
 
 
@@ -28,9 +24,11 @@ from mixflow_fast.sampling.solvers import integrate, time_grid
 class SampleResult:
     """Generated samples.
 
-    x: (B, C, H, W) float32 on the CPU. labels: (B,) int64 on the CPU, None for a network without
-    classes. nfe: velocity evaluations that one sample took (guidance evaluates two network rows per
-    velocity); for the adaptive solver the largest number over the batches.
+    Attributes:
+        x: (B, C, H, W) float32 on the CPU.
+        labels: (B,) int64 on the CPU, None for a network without classes.
+        nfe: velocity evaluations that one sample took (guidance evaluates two network rows per
+            velocity); for the adaptive solver the largest number over the batches.
     """
 
     x: Tensor
@@ -38,7 +36,13 @@ class SampleResult:
     nfe: int
 
 
-def _sample_shape(model: Any, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+def _config_value(model: Network, name: str) -> int | tuple[int, int] | None:
+    """A field of `model.config`, which may be a dictionary; None where it is not there."""
+    config = getattr(model, "config", None)
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def _sample_shape(model: Network, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     if shape is None:
         channels, size = _config_value(model, "in_channels"), _config_value(model, "input_size")
         if channels is None or size is None:
@@ -67,7 +71,7 @@ def draw_labels(seed: int, ids: Tensor, num_classes: int, balanced: bool = False
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: Network) -> Iterator[None]:
     """Evaluation mode inside; afterwards every submodule has the training flag that it had."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     flags = [module.training for module in modules]
@@ -79,6 +83,31 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
+
+
+def _device_of(model: Network) -> torch.device:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _padded_labels(
+    labels: Tensor | None,
+    num_classes: int | None,
+    padded_ids: Tensor,
+    total: int,
+    seed: int,
+    balanced: bool,
+) -> Tensor | None:
+    """Labels of `total` samples and of those that fill up the last batch; None without classes."""
+    if labels is None:
+        return draw_labels(seed, padded_ids, num_classes, balanced) if num_classes else None
+    labels = labels.to("cpu", torch.int64)
+    if total and num_classes and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}] ({num_classes} = the null class), "
+            f"got {int(labels.min())} .. {int(labels.max())}"
+        )
+    return torch.cat([labels, labels[-1:].expand(len(padded_ids) - total)])
 
 
 def _check_ids(ids: Tensor | None, labels: Tensor | None, num: int | None) -> Tensor:
@@ -108,7 +137,7 @@ def _check_ids(ids: Tensor | None, labels: Tensor | None, num: int | None) -> Te
 
 
 def sample(
-    model: Any,
+    model: Network,
     *,
     labels: Tensor | None = None,
     num: int | None = None,
@@ -159,33 +188,18 @@ def sample(
     times = time_grid(steps, shift)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
-    if device is None:
-        first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        device = torch.device("cpu") if first is None else first.device
-
+    device = _device_of(model) if device is None else device
     total, num_classes = ids.shape[0], _config_value(model, "num_classes")
-    filler = -total % batch_size
     last = int(ids[-1]) if total else 0
-    padded = torch.cat([ids, last + 1 + torch.arange(filler, device="cpu")])
-    if labels is not None:
-        labels = labels.to("cpu", torch.int64)
-        if total and num_classes and not 0 <= int(labels.min()) <= int(labels.max()) <= num_classes:
-            raise ValueError(
-                f"labels must lie in [0, {num_classes}] ({num_classes} = the null class), "
-                f"got {int(labels.min())} .. {int(labels.max())}"
-            )
-        padded_labels = torch.cat([labels, labels[-1:].expand(filler)])
-    elif num_classes:
-        padded_labels = draw_labels(seed, padded, num_classes, balanced)
-    else:
-        padded_labels = None
+    # Batches of one size: kernels may sum in another order for another number of rows.
+    padded = torch.cat([ids, last + 1 + torch.arange(-total % batch_size, device="cpu")])
+    padded_labels = _padded_labels(labels, num_classes, padded, total, seed, balanced)
 
     # Allocated outside inference mode: the caller may differentiate through what comes back.
     x = torch.empty(total, *shape, dtype=torch.float32, device="cpu")
     nfe = 0
     with _evaluating(model):
-        starts = range(0, total, batch_size)
-        for start in _with_progress(starts, progress):
+        for start in _with_progress(range(0, total, batch_size), progress):
             chunk = slice(start, start + batch_size)
             y = None if padded_labels is None else padded_labels[chunk].to(device)
             noise = normal(seed, Stream.SAMPLE_NOISE, padded[chunk].to(device), math.prod(shape))
@@ -197,7 +211,7 @@ def sample(
     return SampleResult(x=x, labels=drawn, nfe=nfe)
 
 
-def _with_progress(starts: range, progress: bool) -> Any:
+def _with_progress(starts: range, progress: bool) -> Iterable[int]:
     if not (progress and sys.stderr.isatty()):
         return starts
     from tqdm import tqdm

@@ -1,4 +1,7 @@
-"""ODE solvers: Euler, Heun, dopri5, and their grids of times."""
+"""ODE solvers: Euler, Heun, dopri5, and their grids of times.
+
+The engine's clock runs here: t = 0 is noise, t = 1 is data, and a velocity is dx/dt in that clock.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,10 @@ from torch import Tensor
 from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.flow.timesteps import shift_time
 
+# (x, t) -> dx/dt: x (B, ...), t (B,) float32.
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-
 METHODS = ("euler", "heun", "dopri5")
-
-
 DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3  # SiT's defaults
 
 
@@ -64,28 +65,16 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
     Raises:
         ValueError: bad times, unknown method, velocity of another shape, torchdiffeq missing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not x.is_floating_point() or x.dim() < 1:
-        raise ValueError(f"x must be a (B, ...) float tensor, got {tuple(x.shape)} {x.dtype}")
-    if times.dim() != 1 or times.numel() < 2 or not times.is_floating_point():
-        raise ValueError(
-            "times must be a 1-D float tensor of at least two points (N intervals need N + 1), got "
-            f"shape {tuple(times.shape)} and dtype {times.dtype}"
-        )
-    grid = times.tolist()
-    # Written so that a NaN fails it too.
-    if not all(b > a for a, b in zip(grid, grid[1:], strict=False)):
-        raise ValueError(f"times must increase strictly (0 = noise, 1 = data), got {grid}")
-
+    grid = _check_problem(x, times, method)
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
     nfe = 0
 
     def evaluate(state: Tensor, t: float | Tensor) -> Tensor:
         nonlocal nfe
         nfe += 1
-        label = torch.empty(state.shape[0], dtype=torch.float32, device=state.device).fill_(t)
-        v = velocity(state, label)
+        # A fill, because a tensor made of a number on the host would be copied to the device.
+        own_t = torch.empty(state.shape[0], dtype=torch.float32, device=state.device).fill_(t)
+        v = velocity(state, own_t)
         if v.shape != state.shape:
             raise ValueError(
                 f"velocity must have the shape of x, {tuple(state.shape)}, got {tuple(v.shape)}"
@@ -101,6 +90,24 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
             v = (v + evaluate(x + h * v, t_next)) / 2
         x = x + h * v
     return x, nfe
+
+
+def _check_problem(x: Tensor, times: Tensor, method: str) -> list[float]:
+    """The times as numbers; ValueError for arguments that do not fit."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(f"x must be a (B, ...) float tensor, got {tuple(x.shape)} {x.dtype}")
+    if times.dim() != 1 or times.numel() < 2 or not times.is_floating_point():
+        raise ValueError(
+            "times must be a 1-D float tensor of at least two points (N intervals need N + 1), got "
+            f"shape {tuple(times.shape)} and dtype {times.dtype}"
+        )
+    grid = times.tolist()
+    # Written so that a NaN fails it too.
+    if not all(b > a for a, b in zip(grid, grid[1:], strict=False)):
+        raise ValueError(f"times must increase strictly (0 = noise, 1 = data), got {grid}")
+    return grid
 
 
 def _dopri5(evaluate: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:
