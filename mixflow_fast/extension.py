@@ -1,4 +1,4 @@
-"""The C++/CUDA operators of `csrc/`: found, built, loaded. Nothing needs them; they are faster.
+"""Build and load of the C++/CUDA operators of `csrc/`, which are optional and faster.
 
 `setup.py` builds them where it finds PyTorch, ninja and a compiler. Where it did not, or for
 another PyTorch than that of the installation,
@@ -6,12 +6,12 @@ another PyTorch than that of the installation,
     python -m mixflow_fast.extension build
 
 builds them into PyTorch's extension cache, where later runs find them; with MIXFLOW_BUILD=1 in its
-environment, a run does so by itself. The library's file says which PyTorch and which sources it was
-made of, and is left alone where either is not this one. `setup.py` builds nothing under
+environment, a run does so by itself. The file of the library records the PyTorch and the sources
+that it was built from, and is not used where either differs. `setup.py` builds nothing under
 MIXFLOW_BUILD=0.
 
-The CUDA part is built where PyTorch is a CUDA build and nvcc is of the same major version.
-Imports without PyTorch: `setup.py` runs this file by its path.
+The CUDA part is built where PyTorch is a CUDA build and nvcc is of the same major version. This
+module imports without PyTorch, because `setup.py` runs it by its path.
 """
 
 from __future__ import annotations
@@ -35,20 +35,26 @@ NAME = "mixflow_fast_csrc"
 COMMAND = "python -m mixflow_fast.extension build"
 CPU_SOURCES = ("binding.cpp", "adamw_ema_cpu.cpp")
 CUDA_SOURCES = ("adamw_ema_cuda.cu",)
-# Without contraction CPU, GPU and every width of vector round alike. The other two let gcc
-# vectorise roots and conditions, and change no result.
+# Without contraction CPU, GPU and every width of vector round alike. The two -fno-*math flags let
+# gcc vectorise roots and conditions, and change no result.
 CXX_FLAGS = (
-    *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0"),
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-g0",
 )
 NVCC_FLAGS = ("-O3", "-fmad=false")
-# Compiled for, besides the GPUs that are seen, where TORCH_CUDA_ARCH_LIST does not say.
+# Architectures compiled for in addition to the GPUs of this machine, unless TORCH_CUDA_ARCH_LIST
+# is set.
 GPU_ARCHITECTURES = ("80", "90", "100")
 _KEY = re.compile(rb"mixflow_fast-build-key:torch=([^ ;]+) cuda=([^ ;]+) sources=([^ ;]+);")
 
 
 @dataclass(frozen=True)
 class Status:
-    """What `load` found: "built" (with the package), "jit" (on request) or "absent", and why."""
+    """State of the library: "built" (with the package), "jit" (on request) or "absent", and why."""
 
     state: str
     reason: str
@@ -69,7 +75,7 @@ def sources_folder() -> Path:
 
 
 def sources_hash() -> str:
-    """Of all that the library is made of, flags and all."""
+    """Hash of the sources and of the flags that they are compiled with."""
     digest = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS)).encode())
     folder = sources_folder()
     for path in sorted(p for p in folder.glob("*") if p.suffix in (".h", ".cpp", ".cu")):
@@ -85,7 +91,7 @@ def cache_root() -> Path:
 
 
 def cuda_toolkit() -> tuple[str | None, str]:
-    """(version of nvcc if it fits PyTorch, else None; what was found, in words)."""
+    """(version of nvcc if it fits PyTorch, else None; a description of what was found)."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -103,8 +109,10 @@ def cuda_toolkit() -> tuple[str | None, str]:
 
 
 def _architecture_flags() -> list[str]:
-    """Empty where TORCH_CUDA_ARCH_LIST says. More than the GPU that is seen here: a home or an
-    environment may be shared with machines that have others.
+    """Flags of nvcc; none where TORCH_CUDA_ARCH_LIST is set, which PyTorch follows.
+
+    For more than the GPUs of this machine, because a home or an environment may be shared with
+    machines that have others.
     """
     import torch
 
@@ -120,7 +128,7 @@ def _architecture_flags() -> list[str]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock of a process that is killed."""
+    """One process at a time; the system releases the lock of a process that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "flock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -129,7 +137,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """The `ninja` of this environment, which need not have been activated."""
+    """Puts the `ninja` of this Python environment on PATH: it may not have been activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
     try:
@@ -139,10 +147,10 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 def compile_library(folder: Path, verbose: bool = False) -> Path:
-    """Compiles into `folder` and loads the result: what does not load is no library.
+    """Compiles into `folder`, and loads the result to see that it can be.
 
     Raises:
-        RuntimeError, OSError: no ninja or no compiler, or it failed; what it said is in the text.
+        RuntimeError, OSError: no ninja or no compiler, or it failed; its output is in the text.
     """
     import torch
     from torch.utils import cpp_extension
@@ -152,8 +160,8 @@ def compile_library(folder: Path, verbose: bool = False) -> Path:
     names = [*CPU_SOURCES, *(CUDA_SOURCES if cuda else ())]
     key = f"torch={torch.__version__} cuda={cuda or 'none'} sources={sources_hash()}"
     with _locked(folder), _ninja_on_path():
-        # PyTorch's own lock is a file that a killed build leaves behind, for all to wait on. Who
-        # holds ours knows that nobody is at work here.
+        # PyTorch's own lock is a file: a killed build leaves it behind, and all later ones wait.
+        # Whoever holds our lock knows that nobody builds here.
         (folder / "lock").unlink(missing_ok=True)
         (folder / "mixflow_build_key.h").write_text(f'#define MIXFLOW_BUILD_KEY "{key}"\n')
         cpp_extension.load(
@@ -172,7 +180,7 @@ def compile_library(folder: Path, verbose: bool = False) -> Path:
 
 
 def build(verbose: bool = False) -> Path:
-    """Builds into the extension cache, unless a build of the same is there. Returns its path.
+    """Builds into the extension cache, unless the same build is there already. Returns its path.
 
     Raises:
         RuntimeError, OSError: as `compile_library`.
@@ -187,7 +195,7 @@ def build(verbose: bool = False) -> Path:
     with _locked(folder):
         if not library.is_file():
             built = compile_library(folder / "build", verbose)
-            # A name of its own, which is there only with all of its content.
+            # Renamed at the end, so that the name stands for a whole library only.
             os.replace(built, library)
             shutil.rmtree(folder / "build", ignore_errors=True)
     return library
@@ -215,7 +223,7 @@ def _registered() -> bool:
 
 
 def _try(state: str, path: Path) -> Status:
-    """Loads one library; "absent" with the reason where that does not work."""
+    """Loads one library; "absent" with the reason where it cannot be used."""
     import torch
 
     problem, cuda = _problem(path)
@@ -232,26 +240,30 @@ def _try(state: str, path: Path) -> Status:
 
 
 def _candidates() -> list[tuple[str, Path]]:
-    """(state, path) of every library that may fit, the best first."""
+    """(state, path) of every library: usable ones first, and of these the ones with CUDA."""
     found = [("built", HERE / LIBRARY)]
     found += [("jit", path) for path in sorted(cache_root().glob(f"{NAME}-*/{LIBRARY}"))]
     found = [(state, path) for state, path in found if path.is_file()]
-    # One with the CUDA part before one without; what has a problem last.
-    return sorted(found, key=lambda c: (_problem(c[1])[0] is not None, not _problem(c[1])[1]))
+
+    def rank(candidate: tuple[str, Path]) -> tuple[bool, bool]:
+        problem, cuda = _problem(candidate[1])
+        return problem is not None, not cuda
+
+    return sorted(found, key=rank)
 
 
 @functools.lru_cache(maxsize=1)
 def load() -> Status:
-    """Makes `torch.ops.mixflow_fast.adamw_ema_` available if it can; says what became of it.
+    """Makes `torch.ops.mixflow_fast.adamw_ema_` available if it can, and returns the result.
 
-    Never raises and, unless MIXFLOW_BUILD=1, never compiles. The answer of the first call stays.
+    Never raises and, unless MIXFLOW_BUILD=1, never compiles. Later calls return the first result.
     """
     reasons = []
     for state, path in _candidates():
         status = _try(state, path)
         if status.state != "absent":
             return status
-        # Libraries of other environments in the common cache are none of this one's business.
+        # The common cache holds libraries of other environments, which are no reason to report.
         if state == "built":
             reasons.append(status.reason)
     if os.environ.get("MIXFLOW_BUILD") == "1":

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, and checksums of them.
+"""Atomic writes of files and folders, and checksums.
 
-Everything that this package writes for good goes through `replacing`: it is written under another
-name, flushed to the disk, and renamed. An interruption leaves what was there before.
+All lasting files of this package are written through `replacing`: under another name first, then
+flushed to the disk and renamed. An interruption leaves the file that was there before.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _BLOCK = 1 << 20
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under; renamed to `path` at the end.
+    """Yields a name beside `path` for a file or a folder, and renames it to `path` at the end.
 
-    What was written is flushed to the disk first. If anything fails it is removed, and `path` is
-    what it was. A folder that is in the way is moved aside and removed after the rename. Parent
+    Everything is flushed to the disk before the rename. After an error it is removed, and `path`
+    stays as it was. An older folder at `path` is moved aside and removed after the rename. Parent
     folders are made.
     """
     path = Path(path)
@@ -99,7 +99,7 @@ def crc32(path: Path) -> int:
 
 
 def _usual_mode(path: Path) -> None:
-    """Permissions as `open` would have given; safetensors makes its files private."""
+    """Sets the permissions that `open` would have given; safetensors makes its files private."""
     mask = os.umask(0o077)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)

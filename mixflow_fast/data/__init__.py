@@ -11,11 +11,11 @@ from mixflow_fast.data.registry import build_dataset
 __all__ = [
     "Batch",
     "BatchLoader",
+    "Dataset",
     "Digits",
     "ImageFolder",
     "Latents",
     "Photos",
-    "Dataset",
     "adm_center_crop",
     "build_dataset",
     "sample_index",

@@ -1,4 +1,8 @@
-"""What a dataset answers, and the batch it gives."""
+"""The interface of datasets, the batch that they give, and what they share.
+
+A dataset is random access and has no state: `get` is a pure function of the indices (which
+samples), of the positions (which random numbers) and of the seed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from mixflow_fast.kernels.philox import Stream, uniform
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on the CPU as a dataset gives it.
+    """One micro-batch; on the CPU when it comes from a dataset.
 
     Attributes:
         x: (B, C, H, W) float32 data x1 as the network sees it; images in [-1, 1].
@@ -31,11 +35,12 @@ class Batch:
     images: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on a device. From pinned memory: a copy from pageable memory would wait for it."""
+        """A copy on a device."""
 
         def move(value: Tensor | None) -> Tensor | None:
             if value is None:
                 return None
+            # A copy from memory that is not pinned makes the host wait for the device.
             value = value.pin_memory() if device.type == "cuda" else value
             return value.to(device, non_blocking=True)
 
@@ -43,7 +48,13 @@ class Batch:
 
 
 class Dataset(Protocol):
-    """What a loader needs. `shape` is (C, H, W) of x1; `name` is short and safe in file names."""
+    """Samples by index.
+
+    Attributes:
+        num_classes: labels lie in [0, num_classes).
+        shape: (C, H, W) of x1.
+        name: short, and safe in file names.
+    """
 
     num_classes: int
     shape: tuple[int, int, int]
@@ -52,16 +63,16 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """Samples `indices` (B,) int64 in [0, len), drawing its randomness at `positions` (B,)."""
+        """The samples `indices`, (B,) int64 in [0, len); random numbers from `positions`, (B,)."""
         ...
 
 
 def check_indices(indices: Tensor, positions: Tensor, size: int) -> None:
     """Raises ValueError unless both are (B,) int64 and indices lie in [0, size)."""
-    for label, value in (("indices", indices), ("positions", positions)):
+    for name, value in (("indices", indices), ("positions", positions)):
         if value.dim() != 1 or value.dtype != torch.int64:
             raise ValueError(
-                f"{label} must be a 1-D int64 tensor, got shape {tuple(value.shape)} "
+                f"{name} must be a 1-D int64 tensor, got shape {tuple(value.shape)} "
                 f"and dtype {value.dtype}"
             )
     if len(indices) != len(positions):

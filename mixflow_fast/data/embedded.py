@@ -1,13 +1,11 @@
-"""Where samples come from: the interface, the two embedded sets of real images, `build_dataset`.
+"""Two sets of real images that scikit-learn ships: photographs and digits.
 
-A dataset is random access and has no state: `get` is a pure function of the indices (which
-samples), of the positions (which random numbers) and of the seed. The embedded sets need
-only scikit-learn, download nothing and hold real pixels; they carry the demo and the tests.
+They download nothing; the demo and the tests run on them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from mixflow_fast.data.dataset import Batch, check_indices, random_flip
 SPLITS = ("train", "heldout", "all")
 
 
-def _sklearn_datasets() -> Any:
+def _sklearn_datasets() -> ModuleType:
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -39,13 +37,13 @@ class Photos:
     dropped). Of every 53 columns the first 33 are for training and the last 20 are held out; a
     window never leaves its band, so the two splits share no pixel. The bands are narrow because
     the photographs are uneven: with 80 columns the Frechet distance between the splits is 5, here
-    0.6 (pixels pooled to 8x8). `split="all"` is every window of
-    the whole photograph, bands ignored. Windows are cut on demand, none is stored.
+    0.6 (pixels pooled to 8x8). `split="all"` is every window of the whole photograph, bands
+    ignored. Windows are cut on demand, none is stored.
 
     Args:
         split: "train", "heldout" or "all".
         size: window side in pixels, at most 20 for "heldout", 33 for "train".
-        flip: random left-right mirror.
+        flip: mirrors left-right with probability 1/2, a function of (seed, position).
 
     Raises:
         ValueError: unknown split, size that fits no band, scikit-learn is missing.

@@ -1,4 +1,4 @@
-"""Images in class folders, cropped as ADM does."""
+"""Images in class folders, with the centre crop of ADM (openai/guided-diffusion; SiT and RAE)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from mixflow_fast.data.dataset import Batch, check_indices, random_flip
 
 if TYPE_CHECKING:
     from PIL import Image
-
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -45,7 +44,7 @@ class ImageFolder:
     Args:
         path: folder of class folders.
         size: side in pixels.
-        flip: random left-right mirror with probability 1/2, a function of (seed, position).
+        flip: mirrors left-right with probability 1/2, a function of (seed, position).
 
     Raises:
         ValueError: missing path, no class, a class without images, a bad size; in `get`, an image
@@ -98,6 +97,7 @@ class ImageFolder:
 def _list_images(folder: Path) -> list[str]:
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
+        # In place, because `walk` goes on with this list.
         folders[:] = [name for name in folders if name[0] != "."]
         for name in files:
             if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES):

@@ -1,7 +1,7 @@
-"""Data sets on disk: a folder of images by class, and latents that an autoencoder computed before.
+"""Latents that an autoencoder computed before, in arrays or in one file a sample.
 
-Sources: ADM's centre crop (openai/guided-diffusion, used by SiT and RAE) and the latent folder of
-REPA's preprocessing, float32 [8, h, w] = mean | std per image beside a dataset.json.
+The folder of files is that of REPA's preprocessing: float32 [8, h, w] = mean | std per image,
+beside a dataset.json.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.data.dataset import Batch, check_indices
-from mixflow_fast.data.npy_files import load_arrays, load_npy, read_dataset_json
+from mixflow_fast.data.npy_files import load_npy, open_npz, read_dataset_json
 from mixflow_fast.data.paired_images import PairedImages, numbered
 from mixflow_fast.kernels.philox import Stream, normal
 
@@ -70,21 +70,10 @@ class Latents:
         if features is True:
             raise ValueError("features must be None, False or the path of a .npy, got True")
         root = Path(path)
-        self._x: np.ndarray | _FilePerSample
-        if (root / "dataset.json").is_file():
-            self._x, labels, stored = *_open_dataset_json(root, moments), None
-        elif root.suffix == ".npz" and root.is_file():
-            self._x, labels, stored = _open_npz(root, moments, features is None)
-        elif root.is_dir() or (root.suffix == ".npy" and root.is_file()):
-            self._x, labels, stored = _open_npy(root, moments, features is None)
-        else:
-            raise ValueError(
-                f"path must be a .npz, a .npy or a folder of latents, got {str(path)!r}"
-            )
+        self._x, labels, stored = _open(root, moments, with_features=features is None)
         if features:
             stored = load_npy(Path(features))
         self._features = stored
-
         _check_array("latents", self._x, "(N, C, H, W)", root)
         count, channels, height, width = self._x.shape
         if not count:
@@ -160,23 +149,43 @@ class _FilePerSample:
         return np.stack(samples) if samples else np.empty((0, *self._sample_shape), self.dtype)
 
 
+class _Stored(NamedTuple):
+    """What the files hold, not yet checked."""
+
+    x: np.ndarray | _FilePerSample
+    labels: np.ndarray
+    features: np.ndarray | None
+
+
+def _open(root: Path, moments: bool, with_features: bool) -> _Stored:
+    """Opens whichever layout there is."""
+    if (root / "dataset.json").is_file():
+        return _open_dataset_json(root, moments)
+    if root.suffix == ".npz" and root.is_file():
+        return _open_npz(root, moments, with_features)
+    if root.is_dir() or (root.suffix == ".npy" and root.is_file()):
+        return _open_npy(root, moments, with_features)
+    raise ValueError(f"path must be a .npz, a .npy or a folder of latents, got {str(root)!r}")
+
+
 def _to_float32(array: np.ndarray) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: never the mapped file
 
 
-def _check_array(label: str, array: Any, layout: str, path: Path) -> None:
-    if array.ndim != layout.count(",") + 1:
-        raise ValueError(f"{label} of {str(path)!r} must be {layout}, got shape {array.shape}")
+def _check_array(name: str, array: np.ndarray | _FilePerSample, shape: str, path: Path) -> None:
+    if array.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name} of {str(path)!r} must be {shape}, got shape {array.shape}")
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
         raise ValueError(
-            f"{label} of {str(path)!r} must be float16 or float32, got {array.dtype}; "
+            f"{name} of {str(path)!r} must be float16 or float32, got {array.dtype}; "
             "convert them with array.astype('float32')"
         )
 
 
 def _check_labels(labels: np.ndarray, count: int, num_classes: int | None) -> Tensor:
+    """The labels as (N,) int64."""
     import numpy as np
 
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
@@ -205,8 +214,8 @@ def _choose(found: list[str], moments: bool, path: Path) -> str:
     raise ValueError(f"{str(path)!r} must hold one of latents, x, moments, got {problem}")
 
 
-def _open_npz(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any, Any]:
-    with load_arrays(path) as archive:
+def _open_npz(path: Path, moments: bool, with_features: bool) -> _Stored:
+    with open_npz(path) as archive:
         found = [name for name in ("latents", "x", "moments") if name in archive.files]
         name = _choose(found, moments, path)
         label_names = [key for key in ("labels", "y") if key in archive.files]
@@ -220,10 +229,10 @@ def _open_npz(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any,
             arrays = [archive[key] for key in wanted]
         except (ValueError, OSError, EOFError, BadZipFile) as error:
             raise ValueError(f"cannot read the arrays of {str(path)!r}: {error}") from error
-    return arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None
+    return _Stored(arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None)
 
 
-def _open_npy(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any, Any]:
+def _open_npy(path: Path, moments: bool, with_features: bool) -> _Stored:
     if path.is_dir():
         names = ("latents", "x", "moments")
         found = [name for name in names if (path / f"{name}.npy").is_file()]
@@ -240,10 +249,10 @@ def _open_npy(path: Path, moments: bool, with_features: bool) -> tuple[Any, Any,
         raise ValueError(
             f"no labels beside {str(path)!r}: add {path.stem}_labels.npy or labels.npy"
         )
-    return load_npy(path), load_npy(labels), load_npy(features) if features else None
+    return _Stored(load_npy(path), load_npy(labels), load_npy(features) if features else None)
 
 
-def _open_dataset_json(root: Path, moments: bool) -> tuple[_FilePerSample, np.ndarray]:
+def _open_dataset_json(root: Path, moments: bool) -> _Stored:
     import numpy as np
 
     labels = read_dataset_json(root)
@@ -254,4 +263,5 @@ def _open_dataset_json(root: Path, moments: bool) -> tuple[_FilePerSample, np.nd
             raise ValueError(f"{str(index)!r} must list .npy latents, got {name!r}")
     if not moments and "mean-std" in names[0]:
         raise ValueError(f"{str(root)!r} holds mean | std per image: pass moments=True")
-    return _FilePerSample([root / name for name in names]), np.array([labels[n] for n in names])
+    samples = _FilePerSample([root / name for name in names])
+    return _Stored(samples, np.array([labels[name] for name in names]), None)

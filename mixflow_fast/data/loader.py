@@ -31,7 +31,7 @@ def _check_int(name: str, value: int, low: int, unit: str) -> None:
 
 
 def _shutdown(pool: ThreadPoolExecutor) -> None:
-    # May run in a worker when the collector does: must not wait there.
+    # Must not wait: the garbage collector may run this in a worker.
     pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -43,8 +43,8 @@ class BatchLoader:
     returned its batch, and closes the loader. Use it as a context manager, or call `close`.
 
     Args:
-        source: the samples.
-        seed: in [0, 2**64); of the order, and of what the dataset draws.
+        dataset: the samples.
+        seed: in [0, 2**64), for the order and for what the dataset draws.
         global_batch_size: samples of one optimizer step, over all ranks.
         microbatch_size: samples of one forward pass on one rank.
         rank, world_size: this process, and how many there are.
@@ -53,8 +53,11 @@ class BatchLoader:
         num_workers: threads; 0 prepares each batch in the caller.
         shuffle: False keeps the stored order.
 
+    Attributes:
+        microsteps: micro-batches of one optimizer step on this rank.
+
     Raises:
-        ValueError: sizes that do not divide, a bad rank or start, an empty source.
+        ValueError: sizes that do not divide, a bad rank or start, an empty dataset.
     """
 
     def __init__(
@@ -91,10 +94,9 @@ class BatchLoader:
                 f"{start_position - start_position % global_batch_size}"
             )
         if len(dataset) < 1:
-            raise ValueError("source must hold at least one sample, got an empty one")
-        sample_index(
-            torch.zeros(1, dtype=torch.int64), len(dataset), seed
-        )  # refuses a bad seed now
+            raise ValueError("dataset must hold at least one sample, got an empty one")
+        # Refuses a bad seed here and not in a worker.
+        sample_index(torch.zeros(1, dtype=torch.int64), len(dataset), seed)
 
         self.dataset = dataset
         self.seed = seed
@@ -104,7 +106,6 @@ class BatchLoader:
         self.world_size = world_size
         self.shuffle = shuffle
         self.microsteps = global_batch_size // (microbatch_size * world_size)
-        """Micro-batches of one optimizer step on this rank."""
         self._microstep = start_position // global_batch_size * self.microsteps  # next to return
         self._submitted = self._microstep  # next to prepare
         self._block_start = 0

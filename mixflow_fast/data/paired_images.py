@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.npy_files import load_arrays, load_npy, read_dataset_json
+from mixflow_fast.data.npy_files import load_npy, open_npz, read_dataset_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,8 +54,9 @@ class PairedImages:
 
     Args:
         path: one of the layouts above.
-        numbers: of the latents, in their order: digits of the file names, or row numbers.
-        labels: (N,) of the latents; a label of `dataset.json` that differs shows a wrong folder.
+        numbers: the latents' numbers, in their order: digits of the file names, or row numbers.
+        labels: (N,) the latents' classes; one that `dataset.json` gives otherwise shows that the
+            images are of another set.
         rows: the latents are one array, of which row n is number n: an array of images must then
             have as many rows.
 
@@ -113,6 +114,7 @@ class PairedImages:
 
 
 def _pair_files(root: Path, numbers: list[int], labels: Tensor) -> list[str]:
+    """The image file of each latent."""
     listed = read_dataset_json(root)
     index = str(root / "dataset.json")
     by_number = numbered(listed, index)
@@ -134,12 +136,12 @@ def _pair_files(root: Path, numbers: list[int], labels: Tensor) -> list[str]:
     return files
 
 
-def _open_array(path: Path) -> tuple[Any, bool]:
+def _open_array(path: Path) -> tuple[np.ndarray, bool]:
     """(N, 3, H, H) or (N, H, H, 3) uint8, and whether the channels are last."""
     if path.suffix == ".npy":
         array = load_npy(path)
     else:
-        with load_arrays(path) as archive:
+        with open_npz(path) as archive:
             names = archive.files
             if "images" not in names and len(names) != 1:
                 raise ValueError(

@@ -1,16 +1,15 @@
-"""Datasets by the name that a configuration gives."""
+"""Datasets by their names in a configuration."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from mixflow_fast.data.dataset import Dataset
 from mixflow_fast.data.embedded import Digits, Photos
 from mixflow_fast.messages import did_you_mean
 
 
-def build_dataset(kind: str, **kwargs: Any) -> Dataset:
+def build_dataset(kind: str, **kwargs: object) -> Dataset:
     """A dataset from its name in a recipe.
 
     Args:

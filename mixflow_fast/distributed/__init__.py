@@ -1,1 +1,1 @@
-"""Process groups, lost ranks, agreement between hosts, and graceful stops."""
+"""Process groups, lost ranks, values exchanged on the host, and graceful stops."""

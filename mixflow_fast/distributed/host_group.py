@@ -1,6 +1,6 @@
-"""What the ranks tell each other on the host, so that all take the same way.
+"""Exchange of small Python values and of errors between the ranks, in host memory.
 
-An error of one rank that the others do not hear of leaves them in a collective until its timeout.
+If one rank raises an error and the others go on, they wait in a collective until its timeout.
 """
 
 from __future__ import annotations
@@ -8,30 +8,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
+Value = TypeVar("Value")
+
 
 class HostGroup:
-    """Exchange of small Python values between the ranks. Needs the process group.
+    """All ranks of the process group, which must exist, for exchanges on the host.
 
     Args:
-        timeout: after which an exchange fails that a rank does not join; None: 30 minutes.
+        timeout: how long an exchange waits for a rank before it fails; None: 30 minutes.
     """
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         self.ranks = dist.get_world_size()
         self.rank = dist.get_rank()
-        # gloo: what is exchanged is in host memory, and no device has to be waited for.
+        # By gloo, because NCCL would copy the values to the device and wait for it.
         several = self.ranks > 1 and dist.get_backend() != "gloo"
         self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
-    def all_gather(self, mine: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks. Every rank must call it."""
+    def all_gather(self, mine: Value) -> list[Value]:
+        """The values of all ranks, in the order of the ranks. Every rank must call it."""
         if self.ranks == 1:
             return [mine]
-        values: list[Any] = [None] * self.ranks
+        values = [mine] * self.ranks
         dist.all_gather_object(values, mine, group=self._group)
         return values
 

@@ -1,4 +1,7 @@
-"""Ranks that are gone: noticed and named by those that are left."""
+"""Detection of ranks that are gone: those that are left name them in one error.
+
+PyTorch's own errors say which connection broke, not which rank ended, or why.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,10 @@ from mixflow_fast.messages import error_line
 
 # How long survivors wait for each other before they call a rank lost.
 ROLL_CALL_S = 10.0
-
-
+# PyTorch raises most failures of communication as RuntimeErrors that only their text tells apart.
 _PEER_FAILURE = re.compile(
     r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.I
 )
-
-
 _CAUSES = " (killed, out of memory, hanging, or the machine or its network is gone)"
 
 
@@ -31,7 +31,7 @@ class RankLost(RuntimeError):
     """Another process of this run is gone or hangs; the group cannot be used any more.
 
     Attributes:
-        speaks: whether this rank is the one of its machine that should print the message.
+        speaks: whether this rank should print the message, which one rank per machine does.
     """
 
     def __init__(self, message: str, speaks: bool) -> None:
@@ -64,8 +64,9 @@ def roll_call(wait_s: float = ROLL_CALL_S) -> Iterator[None]:
 
 
 def _lost(error: Exception, wait_s: float) -> RankLost:
-    """Who answers, who does not, and who ended with an error of its own."""
+    """The error that names the ranks that do not answer or ended with an error of their own."""
     me, ranks, here = rank(), world_size(), socket.gethostname()
+    # Rank -> its machine, and the error that it ended with, or "".
     answers = {me: (here, "")}
 
     def ask(store: dist.Store) -> None:
@@ -78,38 +79,41 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
                     answers[other] = host, reason
             time.sleep(0.1)
 
-    requested = _ask_store(ask, wait_s + 2)
+    store_answered = _ask_store(ask, wait_s + 2)
     missing = sorted(set(range(ranks)) - answers.keys())
     reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]
-    if not requested:  # the store lives in the launcher, or in rank 0
+    if not store_answered:  # the store lives in the launcher, or in rank 0
         launcher = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
         reasons.insert(0, f"{'the launcher of ' * launcher}rank 0 does not answer{_CAUSES}")
     elif missing:
         word = "rank" if len(missing) == 1 else "ranks"
         listed = ", ".join(map(str, missing))
         reasons.insert(0, f"no answer from {word} {listed} of {ranks}{_CAUSES}")
-    told = any(reason for _, reason in answers.values())
+    cause_known = any(reason for _, reason in answers.values())
     found = "; ".join(reasons) or "the ranks lost touch"
-    if not told:  # this rank's own error may be the cause
+    if not cause_known:  # it may be the error of this rank
         found += f" ({error_line(error)[:160]})"
     speaks = me == min(r for r, (host, _) in answers.items() if host == here)
     return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
 
 
 def _ask_store(ask: Callable[[dist.Store], None], limit_s: float) -> bool:
-    """Whether `ask` came to its end. Calls wait without end where the store's machine is cut off,
-    and no signal handler runs meanwhile: so not in this thread."""
-    done = []
+    """Whether `ask` came to its end within the limit.
+
+    In a thread, because calls wait without end where the store's machine is cut off, and no signal
+    handler runs meanwhile.
+    """
+    done = threading.Event()
 
     def run() -> None:
         with contextlib.suppress(RuntimeError):
             ask(store())
-            done.append(True)
+            done.set()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
-    return bool(done)
+    return done.is_set()
 
 
 def _is_peer_failure(error: BaseException | None) -> bool:
@@ -124,6 +128,7 @@ def _is_peer_failure(error: BaseException | None) -> bool:
 
 
 def _entry(reason: str) -> str:
+    """What a rank writes about itself into the store."""
     return f"{socket.gethostname()}\n{reason}"
 
 

@@ -1,8 +1,9 @@
 """Processes and devices: one process without a launcher, many under torchrun, deepspeed or srun.
 
-A rank that dies must not leave the others waiting: gloo's sockets close with it, which ends the
-others' next collective (the trainer has one on the host at every step), and what only hangs ends at
-the group's timeout. `roll_call` then turns PyTorch's message into one that names the missing ranks.
+A rank that dies must not leave the others waiting. Its gloo sockets close with it, which ends the
+next collective of the others (the trainer has one on the host at every step); where a rank only
+hangs, it ends at the timeout of the group. `lost_ranks.roll_call` turns PyTorch's message into one
+that names the missing ranks.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.distributed import distributed_c10d
 
 from mixflow_fast.messages import error_line
 
-# In which all ranks of a start must have come, if the group's timeout is not shorter still.
+# How long a start waits for all ranks, unless the timeout of the group is shorter.
 START_TIMEOUT_S = 600.0
+# Of the group that this module made; a process has one.
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=30)
 _ours = False
@@ -53,7 +55,7 @@ def local_device(device: str = "auto") -> torch.device:
 
 
 def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch.device:
-    """Join the launcher's process group, or make a group of one; return this rank's device.
+    """Join the launcher's process group, or make a group of one; return the device of this rank.
 
     Under `torchrun` or `deepspeed` the environment names rank and peers, under `srun` without them
     Slurm's variables name the rank, and MASTER_ADDR and MASTER_PORT must be set. Without a launcher
@@ -61,8 +63,8 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
 
     Args:
         device: as for `local_device`.
-        timeout_s: after which a collective that a rank does not join fails. A save of one rank
-            which the others wait for must fit into it.
+        timeout_s: how long a collective waits for a rank before it fails. A save of one rank that
+            the others wait for must fit into it.
 
     Raises:
         ValueError: as `local_device`, an incomplete environment, or ranks that did not come or
@@ -89,20 +91,20 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
 
 
 def timeout() -> timedelta:
-    """That of the process group, for further groups: they do not inherit it."""
+    """Timeout of the process group, for further groups: they do not inherit it."""
     return _timeout
 
 
 def same_timeout() -> None:
-    """Give that of the process group to all groups there are: DeepSpeed makes its own."""
-    if not _ours:  # made by the caller, with groups and timeouts of its own
+    """Give the timeout of the process group to all groups there are: DeepSpeed makes its own."""
+    if not _ours:  # a caller who made the group has chosen the timeouts, too
         return
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(_timeout, group)
 
 
 def store() -> dist.Store | None:
-    """The ranks' key-value store; None before the start and for a group that the caller made."""
+    """Key-value store of the ranks; None before the start and for a group that the caller made."""
     return _store
 
 
@@ -115,12 +117,12 @@ def leave() -> None:
 
 
 def rank() -> int:
-    """This process's number; known from the launcher before the group exists."""
+    """Number of this process; known from the launcher before the group exists."""
     return dist.get_rank() if dist.is_initialized() else _launched()[0]
 
 
 def world_size() -> int:
-    """How many processes there are; known from the launcher before the group exists."""
+    """Number of processes; known from the launcher before the group exists."""
     return dist.get_world_size() if dist.is_initialized() else _launched()[1]
 
 
@@ -129,7 +131,7 @@ def _launched() -> tuple[int, int, int]:
     e = os.environ
     if "RANK" in e:
         return int(e["RANK"]), int(e.get("WORLD_SIZE", 1)), int(e.get("LOCAL_RANK", 0))
-    # Of a step with several tasks only: a batch script and an salloc shell have SLURM_PROCID too.
+    # Only in a step of several tasks, because a batch script and an salloc shell have SLURM_PROCID.
     if int(e.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in e:
         local = int(e.get("SLURM_LOCALID", 0))
         return int(e["SLURM_PROCID"]), int(e["SLURM_STEP_NUM_TASKS"]), local
@@ -137,7 +139,7 @@ def _launched() -> tuple[int, int, int]:
 
 
 def _adopt_slurm() -> None:
-    """Give DeepSpeed and torch the names that they read."""
+    """Set the environment variables that DeepSpeed and torch read, from Slurm's."""
     number, ranks, local = _launched()
     if "RANK" in os.environ or ranks == 1:
         return
@@ -157,7 +159,7 @@ def _meeting_point() -> str:
 
 
 def _meet() -> dist.Store:
-    """The store of the ranks, once all have come."""
+    """The store of the ranks, once all of them are there."""
     missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
         raise ValueError(

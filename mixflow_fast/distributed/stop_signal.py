@@ -1,4 +1,4 @@
-"""How a run is asked to stop: signals, and ranks that agree on the step.
+"""Graceful shutdown on SIGINT, SIGTERM and SIGUSR1, at the same step on every rank.
 
 The first SIGINT, SIGTERM or SIGUSR1 (what Slurm sends before its time limit, if asked) ends the run
 after the step with a checkpoint. A second one ends the process at once, whatever it waits for, with
@@ -14,31 +14,30 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Slurm and some launchers send one request to the ranks and to the launcher, which sends it on:
-# what comes this soon after the first is the same request.
+# Slurm and some launchers send one request to the ranks and to the launcher, which forwards it:
+# a signal this soon after the first is the same request.
 SAME_REQUEST_S = 2.0
 
 
 class StopSignal:
-    """Whether to stop; the same answer on every rank at the same step.
+    """Signals as requests to stop, and one answer for all ranks at the same step.
 
     Args:
-        ranks: how many processes there are. Several vote on the host, over gloo.
-        timeout: after which a vote fails that a rank does not join; None: 30 minutes.
+        ranks: number of processes. Several vote on the host, over gloo.
+        timeout: how long a vote waits for a rank before it fails; None: 30 minutes.
     """
 
     def __init__(self, ranks: int, timeout: timedelta | None = None) -> None:
         self._signal: int | None = None
         self._same_request_s = SAME_REQUEST_S if ranks > 1 else 0.0
         self._votes = dist.new_group(backend="gloo", timeout=timeout) if ranks > 1 else None
-        self._vote: tuple[Any, Tensor] | None = None
+        self._vote: tuple[dist.Work, Tensor] | None = None
 
     @property
     def signal(self) -> int | None:
@@ -46,11 +45,11 @@ class StopSignal:
         return self._signal
 
     def requested(self) -> bool:
-        """Every rank must call it once a step; waits for no device."""
+        """Whether to stop after this step. Every rank must call it once a step; no device sync."""
         requested = self._signal is not None
         if self._votes is None:
             return requested
-        # Each step starts a vote and reads the one that the step before started.
+        # Each step reads the vote of the step before, so that no step waits for the other ranks.
         before, value = self._vote, torch.tensor(float(requested))
         work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._votes, async_op=True)
         self._vote = work, value
@@ -61,8 +60,8 @@ class StopSignal:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Signals are requests while this is open; the handlers from before come back after."""
-        if threading.current_thread() is not threading.main_thread():  # gets no signals
+        """Installs the signal handlers, and puts the former ones back at the end."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows no handlers
             yield
             return
 

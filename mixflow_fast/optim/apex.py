@@ -95,9 +95,9 @@ def _fused_adam(params: list[Tensor]) -> FusedAdam:
     if detect_apex() != "nvidia":
         raise ValueError(f"ApexAdamWEMA needs NVIDIA apex (AdamWEMA does not): {apex_message()}")
     try:
-        from apex import optimizers
+        from apex.optimizers import FusedAdam as ApexFusedAdam
 
-        fused = optimizers.FusedAdam(params, bias_correction=True, adam_w_mode=True)
+        fused = ApexFusedAdam(params, bias_correction=True, adam_w_mode=True)
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"NVIDIA apex is installed, but its FusedAdam does not start ({error}): build apex "

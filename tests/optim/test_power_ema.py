@@ -99,7 +99,7 @@ def test_a_saved_average_is_itself() -> None:
 def test_reconstruction_of_an_average_that_was_not_tracked(
     sigma_rel: float, target_step: int
 ) -> None:
-    """Random walks of many scalars: the made average against the one that was tracked."""
+    """Random walks of many scalars: the computed average against the one that was tracked."""
     rng = np.random.default_rng(1)
     tracked = [sigma_rel_to_gamma(s) for s in (0.05, 0.10)]
     wanted = sigma_rel_to_gamma(sigma_rel)

@@ -1,0 +1,86 @@
+"""Who a process is under each launcher, how the ranks meet, and the timeouts of their groups."""
+
+import os
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import distributed_c10d
+
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.distributed import process_group
+from mixflow_fast.training.trainer import Trainer
+from tests.support.launchers import LAUNCHED, ROOT, RUN, ranks_of
+
+
+def test_the_groups_of_deepspeed_have_the_timeout_too(tmp_path: Path) -> None:
+    process_group.init_process_group("cpu")
+    overrides = [*RUN[2:], "train.images=8", "train.timeout_minutes=2", f"out={tmp_path}"]
+    config = load_config("photos", overrides)
+    assert Trainer(config, quiet=True).run().finished
+    found = [
+        g._get_backend(torch.device("cpu")).options._timeout for g in distributed_c10d._world.pg_map
+    ]
+    assert len(found) > 1 and set(found) == {timedelta(minutes=2)}
+
+
+def test_ranks_that_do_not_come_are_reported() -> None:
+    ((code, text),) = ranks_of("pass", ranks=1)
+    assert code == 1 and "ValueError: the start failed: rank 0 waited 3 s at 127.0.0.1:" in text
+    assert "for 2 processes" in text and "Start all of them" in text
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*LAUNCHED, "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(process_group.dist, "is_initialized", lambda: False)
+    return monkeypatch
+
+
+def test_who_this_process_is(no_launcher: pytest.MonkeyPatch) -> None:
+    assert (process_group.rank(), process_group.world_size()) == (0, 1)
+    # A batch script or an salloc shell of a job with 16 tasks is still one process.
+    no_launcher.setenv("SLURM_PROCID", "0")
+    no_launcher.setenv("SLURM_NTASKS", "16")
+    assert (process_group.rank(), process_group.world_size()) == (0, 1)
+    no_launcher.setenv("SLURM_STEP_NUM_TASKS", "16")
+    no_launcher.setenv("SLURM_PROCID", "5")
+    assert (process_group.rank(), process_group.world_size()) == (5, 16)
+    # torchrun inside of srun.
+    no_launcher.setenv("RANK", "9")
+    no_launcher.setenv("WORLD_SIZE", "32")
+    assert (process_group.rank(), process_group.world_size()) == (9, 32)
+
+
+def test_incomplete_environments_are_refused(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("SLURM_STEP_NUM_TASKS", "4")
+    no_launcher.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match="task 3 of 4, but MASTER_ADDR and MASTER_PORT"):
+        process_group.init_process_group("cpu")
+    no_launcher.setenv("RANK", "0")
+    no_launcher.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK is set, but not MASTER_ADDR, MASTER_PORT"):
+        process_group.init_process_group("cpu")
+
+
+@pytest.mark.parametrize(("gpus", "local"), [(0, "2"), (8, "2"), (1, "0")])
+def test_slurm_tasks_get_the_names_that_others_read(
+    no_launcher: pytest.MonkeyPatch, gpus: int, local: str
+) -> None:
+    """A task that is shown its own GPU alone takes number 0."""
+    meeting = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    slurm = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "10", "SLURM_LOCALID": "2"}
+    for name, value in (meeting | slurm).items():
+        no_launcher.setenv(name, value)
+    no_launcher.setattr(torch.cuda, "device_count", lambda: gpus)
+    process_group._adopt_slurm()
+    found = [os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    assert found == ["10", "16", local]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "docs" / "slurm").glob("*.sbatch")))
+def test_slurm_scripts_are_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,0 +1,70 @@
+"""Processes as launchers start them: their environment, and short scripts on two ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.support.train_ranks import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_PATH = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+# A short run of two ranks.
+RUN = ["train", "photos", *TINY, "train.microbatch_size=4", "train.zero_stage=1"]
+RUN += ["train.precision=fp32", "train.device=cpu", "train.keep_last=1"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return kept | ON_PATH | own | more
+
+
+GROUP = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
+from mixflow_fast.distributed.process_group import init_process_group, same_timeout
+
+init_process_group("cpu", timeout_s=3)
+other = dist.new_group()  # as DeepSpeed makes them: with PyTorch's 30 minutes
+same_timeout()
+try:
+    with roll_call(wait_s=2):
+        {body}
+except RankLost as error:
+    print("LOST", error.speaks, error, flush=True)
+    os._exit(1)
+"""
+
+
+def ranks_of(body: str, ranks: int = 2) -> list[tuple[int, str]]:
+    """(exit code, output) of processes that run `body` with a group of 3 s."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    script = GROUP.format(body=textwrap.indent(textwrap.dedent(body), " " * 8).lstrip())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), **meeting),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [p.communicate(timeout=60)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
