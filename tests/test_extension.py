@@ -1,4 +1,4 @@
-"""How the library of `csrc/` is built, found and refused; what happens where it cannot be."""
+"""The library of `csrc/`: built, found, refused, and missing."""
 
 import fcntl
 import os
@@ -86,7 +86,7 @@ def test_nothing_is_built_where_it_is_not_wanted(sources: Path, tmp_path: Path) 
 
 
 def test_built_on_request_past_the_lock_of_a_killed_build(tmp_path: Path) -> None:
-    """The folder as a build leaves it that was killed half-way: PyTorch's lock file and a torso."""
+    """The folder of a build that was killed half-way: PyTorch's lock file and part of a library."""
     cache, code = tmp_path / "cache", "from mixflow_fast import extension as e; print(e.load())"
     env = {"TORCH_EXTENSIONS_DIR": str(cache), "MIXFLOW_BUILD": "1"}
     key = f"{torch.__version__}-{extension.cuda_toolkit()[0] or 'cpu'}-{extension.sources_hash()}"
@@ -120,7 +120,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path: Path) -> None:
 
 
 def library_for(folder: Path, change: tuple[str, str]) -> Path:
-    """A copy of the library that says it was built of something else."""
+    """A copy of the library whose record names another PyTorch or other sources."""
     path = folder / extension.LIBRARY
     old, new = (part.encode() for part in change)
     assert len(old) == len(new)

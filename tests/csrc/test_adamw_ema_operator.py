@@ -123,7 +123,7 @@ def test_same_bits_whatever_the_threads_and_the_place(dtype: torch.dtype) -> Non
 
 
 def test_runs_on_more_than_one_thread() -> None:
-    """A build without OpenMP would pass every other test: who else than this thread worked?"""
+    """Other threads work as well: a build without OpenMP would pass every other test."""
     lists = make_tensors((2_000_000,), 1)
     threads = torch.get_num_threads()
     try:

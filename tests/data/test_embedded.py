@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixflow_fast.data import (
-    Digits,
-    Photos,
-)
+from mixflow_fast.data import Digits, Photos
 from tests.support.datasets import every, get, halved_photos, sklearn_datasets
 
 

@@ -7,10 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixflow_fast.data import (
-    ImageFolder,
-    adm_center_crop,
-)
+from mixflow_fast.data import ImageFolder, adm_center_crop
 from mixflow_fast.kernels.philox import Stream, uniform
 from tests.support.datasets import get
 

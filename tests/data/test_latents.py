@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixflow_fast.data import (
-    Latents,
-)
+from mixflow_fast.data import Latents
 from mixflow_fast.kernels.philox import Stream, normal
 from tests.support.datasets import (
     FEATURES,

@@ -8,13 +8,7 @@ import time
 import pytest
 import torch
 
-from mixflow_fast.data import (
-    BatchLoader,
-    Digits,
-    ImageFolder,
-    Photos,
-    sample_index,
-)
+from mixflow_fast.data import BatchLoader, Digits, ImageFolder, Photos, sample_index
 from tests.support.datasets import collect, moments_dataset
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")

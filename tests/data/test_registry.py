@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mixflow_fast.data import (
-    Digits,
-    ImageFolder,
-    Latents,
-    Photos,
-    build_dataset,
-)
+from mixflow_fast.data import Digits, ImageFolder, Latents, Photos, build_dataset
 from tests.support.datasets import LATENTS, write_npz
 
 
-def test_build_source(image_folder, tmp_path):
+def test_build_dataset(image_folder, tmp_path):
     assert isinstance(build_dataset("photos", split="heldout"), Photos)
     assert isinstance(build_dataset("digits", size=16), Digits)
     assert isinstance(build_dataset("folder", path=image_folder, size=16), ImageFolder)

@@ -46,12 +46,12 @@ def test_law_density(text: str, density, low: float, high: float) -> None:
 @pytest.mark.parametrize("k", [1.0, math.sqrt(48)])
 @pytest.mark.parametrize("clock", [DATA_AT_1, NOISE_AT_1])
 def test_shifted_beta21_density(k: float, clock: str) -> None:
-    """Label density after RAE's shift, paper clock: p(t) = 2 k^2 t / (1 + (k-1) t)^3."""
+    """Density of t after RAE's shift, paper clock: p(t) = 2 k^2 t / (1 + (k-1) t)^3."""
     t = TimeDistribution.parse("beta21").quantile(UNIFORM)
-    label = shift_time(t if clock == DATA_AT_1 else 1 - t, k, clock)
-    label = label if clock == DATA_AT_1 else 1 - label
+    shifted = shift_time(t if clock == DATA_AT_1 else 1 - t, k, clock)
+    shifted = shifted if clock == DATA_AT_1 else 1 - shifted
     edges = torch.linspace(0, 1, 31, dtype=torch.float64)
-    counts = torch.histogram(label, edges)[0] / len(t)
+    counts = torch.histogram(shifted, edges)[0] / len(t)
 
     def cdf(x: torch.Tensor) -> torch.Tensor:  # integral of the density: P(raw <= k x / (1+(k-1)x))
         return (k * x / (1 + (k - 1) * x)) ** 2
@@ -91,7 +91,7 @@ def test_rae_mixflow_times() -> None:
     torch.testing.assert_close(m, golden["m_rae"], rtol=0, atol=1e-14)
 
 
-def test_raes_spelling_of_the_logit_normal_law() -> None:
+def test_raes_spelling_of_the_logit_normal_distribution() -> None:
     assert TimeDistribution.parse("logit-normal_0_1") == TimeDistribution.parse("logit-normal")
     assert TimeDistribution.parse("logit-normal_-0.5_2") == TimeDistribution.parse(
         "logit-normal(-0.5, 2)"
@@ -101,6 +101,6 @@ def test_raes_spelling_of_the_logit_normal_law() -> None:
 @pytest.mark.parametrize(
     "text", ["beta", "logit-normal_0", "logit-normal(0)", "logit-normal(0,-1)", "", None]
 )
-def test_bad_law(text: str | None) -> None:
+def test_bad_distribution(text: str | None) -> None:
     with pytest.raises(ValueError, match="logit-normal"):
         TimeDistribution.parse(text)

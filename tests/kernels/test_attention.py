@@ -123,7 +123,7 @@ def test_two_runs_give_the_same_bits() -> None:
 @pytest.mark.parametrize("first", HERE)
 @pytest.mark.parametrize("second", HERE)
 def test_one_backends_forward_fits_anothers_backward(first, second) -> None:
-    """lse means the same for all: what a choice that changes in between relies on."""
+    """lse means the same for all backends: a choice may change between the passes."""
     qkv, _, upstream, _ = problem((2, 7, 2, 16), torch.bfloat16)
     for backend in (first, second):
         skip_unless_served(backend, qkv)

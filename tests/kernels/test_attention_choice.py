@@ -1,4 +1,4 @@
-"""The choice of a backend: what the self-test rejects, and calls that only a GPU can serve."""
+"""The choice of a backend: results that the self-test rejects, and calls for GPUs on stand-ins."""
 
 import re
 from types import SimpleNamespace

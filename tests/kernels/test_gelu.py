@@ -1,4 +1,4 @@
-"""GELU with its bias, and what it shares with SwiGLU: kernels against reference and float64."""
+"""GELU with its bias, and helpers shared with SwiGLU: kernels against reference and float64."""
 
 import pytest
 import torch

@@ -66,7 +66,7 @@ def test_times_are_the_references(
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_gamma_zero_uses_labels_exactly(clock: str) -> None:
+def test_gamma_zero_uses_t_exactly(clock: str) -> None:
     t = torch.tensor([0.0, 5e-4, 0.3, 0.999, 1.0], device=DEVICE)
     for interval, shift in (("shifted", 1.0), ("raw", 6.9)):
         ours, _ = pair(gamma=0, clock=clock, prediction="noise", interval=interval, shift=shift)
@@ -239,7 +239,7 @@ def test_layouts_of_ids_and_times() -> None:
 
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_slowed_times_are_kept_within_bounds(clock: str) -> None:
-    """Labels just inside and outside of SiT's [1e-3, 1 - 1e-3], and m anywhere in it."""
+    """Times t just inside and outside of SiT's [1e-3, 1 - 1e-3], and m anywhere in it."""
     low = torch.tensor([5e-4, 1e-3, 2e-3, 0.5], device=DEVICE)
     t = low if clock == DATA_AT_1 else 1 - low
     ours, plain = pair(clock=clock, prediction="noise", gamma=1.0)
@@ -247,7 +247,7 @@ def test_slowed_times_are_kept_within_bounds(clock: str) -> None:
     a, b = (mix.prepare(x1, ids, t=t).slowed_t for mix in (ours, plain))
     torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-7)
     engine = a if clock == DATA_AT_1 else 1 - a
-    assert engine[0].item() == pytest.approx(5e-4, rel=1e-3)  # never beyond the label
+    assert engine[0].item() == pytest.approx(5e-4, rel=1e-3)  # never beyond t
     assert engine[1:].min().item() >= 1e-3 - 1e-7
     # Positions whose uniform numbers fall outside of the bounds, by search.
     many = torch.arange(20_000)

@@ -223,7 +223,7 @@ def test_a_step_reads_nothing_on_the_host_and_launches_three_kernels(
 
 
 def test_a_capture_needs_a_call_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept must not be born in a capture; what is there already may be captured."""
+    """Tensors that are kept must be made before a capture; the capture may read them."""
     x1 = data(3, 4, 6, 6)
     mix = MixFlow(clock=DATA_AT_1, seed=4242)
     refused = []

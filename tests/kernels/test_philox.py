@@ -1,4 +1,4 @@
-"""Philox against the published known answers, and what its draws promise."""
+"""Philox against the published known answers, and the properties of its draws."""
 
 import math
 

@@ -232,7 +232,7 @@ def test_constant_tokens_and_zero_gates() -> None:
 
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 def test_y_is_the_norm_of_the_rounded_sum(impl: str) -> None:
-    """What the backward pass reads is what y was made of, not the sum before it was rounded."""
+    """y is computed from x' as it was rounded, which is what the backward pass reads."""
     given = leaves(arguments(dtype=torch.bfloat16), ())
     x_new, y = residual_norm(**given, impl=impl)
     rest = given["shift"], given["scale"]

@@ -330,7 +330,7 @@ def test_learn_sigma_needs_a_channel_dimension() -> None:
 
 
 def test_inference_mode_first_and_training_afterwards() -> None:
-    """Lightning validates before it trains: what is kept must not become an inference tensor."""
+    """Lightning validates before it trains: kept tensors must not become inference tensors."""
     for impl in ("triton", "reference"):
         mix = MixFlow(clock=DATA_AT_1, impl=impl, seed=909 + len(impl))
         with torch.inference_mode():

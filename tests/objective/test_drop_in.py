@@ -104,7 +104,9 @@ def measured_noise(x: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("direction", ["right", "mirrored", "backwards"])
-def test_the_input_is_noisier_than_its_label(trainer: Trainer, impl: str, direction: str) -> None:
+def test_the_input_is_noisier_than_its_time_says(
+    trainer: Trainer, impl: str, direction: str
+) -> None:
     """On drawn times. With the other clock, or slowed towards the data, the check fails."""
     n = 64 if impl == "reference" else 8
     x1, x0 = images(n, 4, 4, 4), images(n, 4, 4, 4, seed=1)
@@ -184,7 +186,7 @@ def test_rae_equals_the_published_patch(impl: str) -> None:
 
 
 def test_sd3_inputs_and_target_are_the_scheduler_s(impl: str) -> None:
-    """`scale_noise` makes the input; one Euler step along the target is `scale_noise` again."""
+    """`scale_noise` makes the input; one Euler step along the target is the next `scale_noise`."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     x1, x0 = images(4, 4, 4, 4), images(4, 4, 4, 4, seed=1)
     index = torch.tensor([0, 100, 700, 998])

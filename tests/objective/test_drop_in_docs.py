@@ -241,12 +241,12 @@ def check_compile(code: list[str], names: Names) -> None:
     got = names["loss"].detach(), trained_gradients(names["model"])
     assert_same(got, by_hand(names, names["ids"]))
     names["ids"] += 2
-    again = names["training_loss"](names["x1"], names["y"], names["ids"]).detach()
-    torch.testing.assert_close(again, by_hand(names, names["ids"])[0], rtol=TOLERANCE, atol=0)
+    repeated = names["training_loss"](names["x1"], names["y"], names["ids"]).detach()
+    torch.testing.assert_close(repeated, by_hand(names, names["ids"])[0], rtol=TOLERANCE, atol=0)
 
 
 def check_cuda_graphs(code: list[str], names: Names) -> None:
-    """Where there is no GPU a graph that calls the step again stands in for a captured one."""
+    """Where there is no GPU a graph that repeats the step stands in for a captured one."""
     if torch.cuda.is_available():
         names["model"].cuda()
         names |= {k: names[k].cuda() for k in ("x1", "y", "ids")}

@@ -88,16 +88,16 @@ def test_x_m_is_noisier_than_x_t(clock: str, interval: str, path: str, shift: fl
     mix = MixFlow(clock=clock, interval=interval, path=path, shift=shift)
     it = mix.prepare(torch.ones(512, 1, 1, 1), x0=torch.zeros(512, 1, 1, 1), ids=torch.arange(512))
     engine_t = it.t if clock == DATA_AT_1 else 1 - it.t
-    signal_at_label = get_path(path).coefficients(engine_t).alpha
+    signal_at_t = get_path(path).coefficients(engine_t).alpha
     signal = it.x.flatten()  # x1 = 1, x0 = 0: x_m is alpha_m
-    assert (signal <= signal_at_label + 1e-6).all()
-    assert (signal < signal_at_label - 1e-3).float().mean() > 0.9
+    assert (signal <= signal_at_t + 1e-6).all()
+    assert (signal < signal_at_t - 1e-3).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("interval", ["shifted", "raw", "full"])
 @pytest.mark.parametrize("timesteps", ["uniform", "beta21", "logit-normal(0.3,0.8)"])
 def test_mirror_of_the_two_clocks(interval: str, timesteps: str) -> None:
-    """The same draws in both clocks: times logger, inputs agree, velocities change sign."""
+    """The same draws in both clocks: times are mirrored, inputs agree, velocities change sign."""
     x1, _ = batch()
     ids = torch.arange(6) + 1000
     mirrored = timesteps.replace("(0.3", "(-0.3")
@@ -114,16 +114,16 @@ def test_mirror_of_the_two_clocks(interval: str, timesteps: str) -> None:
 
 @pytest.mark.parametrize(("interval", "low"), [("shifted", 0.6), ("raw", 0.178)])
 def test_interval_conventions(interval: str, low: float) -> None:
-    """Lower end of m at label 1, gamma 0.4, k = sqrt(48): spec 8.4."""
+    """Lower end of m at t = 1, gamma 0.4, k = sqrt(48)."""
     mix = MixFlow(gamma=0.4, clock=DATA_AT_1, interval=interval, shift=math.sqrt(48))
     it = mix.prepare(torch.zeros(20_000, 1), t=torch.ones(20_000), ids=torch.arange(20_000))
     assert it.slowed_t.min().item() == pytest.approx(low, abs=1e-3)
     drawn = mix.prepare(torch.zeros(2000, 1), ids=torch.arange(2000))
-    again = mix.prepare(torch.zeros(2000, 1), ids=torch.arange(2000), t=drawn.t)
-    torch.testing.assert_close(again.slowed_t, drawn.slowed_t, rtol=0, atol=2e-6)
+    given = mix.prepare(torch.zeros(2000, 1), ids=torch.arange(2000), t=drawn.t)
+    torch.testing.assert_close(given.slowed_t, drawn.slowed_t, rtol=0, atol=2e-6)
 
 
-def test_full_interval_ignores_the_label() -> None:
+def test_full_interval_ignores_t() -> None:
     it = MixFlow(clock=DATA_AT_1, interval="full").prepare(
         torch.zeros(50_000, 1), ids=torch.arange(50_000)
     )
@@ -132,7 +132,7 @@ def test_full_interval_ignores_the_label() -> None:
     assert abs(torch.corrcoef(torch.stack([m, it.t.double()]))[0, 1].item()) < 0.02
 
 
-def test_joint_law_of_label_and_slowed_time_is_uniform_on_the_wedge() -> None:
+def test_joint_distribution_of_t_and_slowed_t_is_uniform_on_the_wedge() -> None:
     """Beta(2,1) and gamma = 1: p(m, t) = 2 on 0 < m < t < 1 (the paper's argument for Beta)."""
     it = MixFlow(gamma=1.0, clock=DATA_AT_1).prepare(
         torch.zeros(200_000, 1), ids=torch.arange(200_000)
@@ -248,7 +248,7 @@ def test_odd_batches() -> None:
 @pytest.mark.parametrize("timesteps", ["uniform", "beta21", "logit-normal"])
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_slowing_law_through_prepare(timesteps: str, clock: str) -> None:
-    """Given the label, m is uniform on [(1 - gamma) t, t] in the paper's clock."""
+    """Given t, m is uniform on [(1 - gamma) t, t] in the paper's clock."""
     n = 50_000
     it = MixFlow(gamma=0.4, clock=clock, timesteps=timesteps).prepare(
         torch.zeros(n, 1), ids=torch.arange(n)
@@ -265,13 +265,13 @@ def test_slowing_law_through_prepare(timesteps: str, clock: str) -> None:
 
 @pytest.mark.parametrize("interval", ["shifted", "raw"])
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_shifted_label_density_through_prepare(clock: str, interval: str) -> None:
-    """beta21 with shift k: P(label <= x) = (k x / (1 + (k-1) x))^2 in the paper's clock."""
+def test_shifted_density_of_t_through_prepare(clock: str, interval: str) -> None:
+    """beta21 with shift k: P(t <= x) = (k x / (1 + (k-1) x))^2 in the paper's clock."""
     k, n = math.sqrt(48), 100_000
     mix = MixFlow(clock=clock, shift=k, interval=interval)
-    label = mix.prepare(torch.zeros(n, 1), ids=torch.arange(n)).t.double()
-    label = (label if clock == DATA_AT_1 else 1 - label).sort().values
-    cdf = (k * label / (1 + (k - 1) * label)) ** 2
+    t = mix.prepare(torch.zeros(n, 1), ids=torch.arange(n)).t.double()
+    t = (t if clock == DATA_AT_1 else 1 - t).sort().values
+    cdf = (k * t / (1 + (k - 1) * t)) ** 2
     steps = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     assert (cdf - steps).abs().max() < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov, p = 0.001
 
@@ -375,7 +375,7 @@ def test_times_keep_off_singular_ends(
         assert (m <= t + 1e-7).all()
 
 
-def test_given_labels_at_the_ends_are_used_exactly() -> None:
+def test_given_times_at_the_ends_are_used_exactly() -> None:
     t = torch.tensor([0.0, 5e-4, 0.3, 1.0])
     for clock in CLOCKS:
         for options in ({"prediction": "noise"}, {"path": "vp"}, {"interval": "raw", "shift": 6.9}):

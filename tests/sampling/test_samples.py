@@ -18,8 +18,8 @@ def test_samples_are_a_function_of_seed_and_id() -> None:
     arguments = dict(steps=3, cfg_scale=1.5, batch_size=4)
     full = sample(net, num=11, **arguments)
     assert full.x.shape == (11, 4, 6, 6) and full.x.dtype == torch.float32 and full.nfe == 3
-    again = sample(net, num=5, **arguments)
-    assert torch.equal(again.x, full.x[:5]) and torch.equal(again.labels, full.labels[:5])
+    fewer = sample(net, num=5, **arguments)
+    assert torch.equal(fewer.x, full.x[:5]) and torch.equal(fewer.labels, full.labels[:5])
     tail = sample(net, ids=torch.arange(4, 11), **arguments)
     assert torch.equal(tail.x, full.x[4:]) and torch.equal(tail.labels, full.labels[4:])
     other_batch = sample(net, num=11, **(arguments | {"batch_size": 3}))

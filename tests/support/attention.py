@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixflow_fast.kernels.attention.op import (
-    attention_reference,
-)
+from mixflow_fast.kernels.attention.op import attention_reference
 from tests.support.kernels import DEVICE
 
 

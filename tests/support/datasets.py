@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixflow_fast.data import (
-    Latents,
-)
+from mixflow_fast.data import Latents
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
@@ -32,14 +30,8 @@ def halved_photos():
 
 
 LATENTS = np.random.RandomState(3).standard_normal((6, 4, 2, 3)).astype(np.float32)
-
-
 MOMENTS = np.abs(LATENTS) + np.float32(0.1)
-
-
 LABELS = np.array([0, 2, 1, 2, 0, 4])
-
-
 FEATURES = np.random.RandomState(4).standard_normal((6, 5, 7)).astype(np.float16)
 
 
@@ -65,9 +57,8 @@ def write_repa(folder, x, labels=LABELS):
     for name, sample in zip(names, x, strict=True):
         (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / name, sample)
-    pairs = list(zip(names, np.asarray(labels).tolist(), strict=True))[
-        ::-1
-    ]  # order must not matter
+    pairs = list(zip(names, np.asarray(labels).tolist(), strict=True))
+    pairs.reverse()  # the order must not matter
     (folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
     return folder
 
