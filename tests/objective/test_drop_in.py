@@ -104,9 +104,7 @@ def measured_noise(x: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("direction", ["right", "mirrored", "backwards"])
-def test_the_input_is_noisier_than_its_time_says(
-    trainer: Trainer, impl: str, direction: str
-) -> None:
+def test_the_input_is_noisier_than_t_says(trainer: Trainer, impl: str, direction: str) -> None:
     """On drawn times. With the other clock, or slowed towards the data, the check fails."""
     n = 64 if impl == "reference" else 8
     x1, x0 = images(n, 4, 4, 4), images(n, 4, 4, 4, seed=1)

@@ -1,4 +1,4 @@
-"""Power-function averages: formulas, inner products by quadrature, and averages made after the training."""
+"""Power-function averages: formulas, inner products by quadrature, averages made afterwards."""
 
 import math
 
