@@ -49,6 +49,7 @@ class Layout:
 
     def vector(self, element_size: int) -> int:
         """`normal_tile`'s VECTOR beside loads of elements of so many bytes."""
+        # A block of four numbers must not reach over the end of a channel.
         if self.channels > 1 and self.places % 4:
             return 1
         return 8 if element_size == 2 else 4
@@ -85,6 +86,7 @@ def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None
     """
     numel = math.prod(sample_shape)
     if patch_size == NCHW:
+        # Large samples take several tiles a program: fewer partial sums to add up afterwards.
         if loops is None:
             loops = 1 if numel <= 1 << 14 else 4
         return Layout(1, numel, 1, 0, 1, 1024, loops)

@@ -99,6 +99,7 @@ def check_seed(seed: int) -> int:
 def seed_tensor(seed: int, device: torch.device) -> Tensor:
     """The seed's 64 bits as a () int64 tensor, the form in which kernels read it."""
     seed = check_seed(seed)
+    # The same 64 bits as an int64, which every operator takes.
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     return torch.full((), signed, dtype=torch.int64, device=device)
 
@@ -120,6 +121,7 @@ def _blocks(seed: int | Tensor, stream: int, positions: Tensor, numel: int) -> l
     if numel < 0:
         raise ValueError(f"numel must be >= 0, got {numel}")
     device = positions.device
+    # A block yields four words, so a quarter of the elements need counters.
     block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
     counter = (
         block[None, :],
@@ -138,6 +140,7 @@ def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int 
 
 def _unit_open(word: Tensor) -> Tensor:
     """Uniform in (0, 1) of a 32-bit word."""
+    # 23 bits and a half fit float32 exactly, and neither 0 nor 1 comes out.
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -233,6 +236,7 @@ def minus_two_log(a):
 @jit
 def square_root(x):
     """sqrt of x >= 0, rounded to nearest or nearly so: a device's own is off by one unit."""
+    # A Newton step on the device's approximate reciprocal root; the bound keeps 0 from giving NaN.
     y = tl.rsqrt(tl.maximum(x, 1e-30))
     root = x * y
     return root + (0.5 * y) * (x - root * root)
@@ -253,6 +257,7 @@ def box_muller(radius_word, angle_word):
     cosine = (1.0 - 0.5 * z) + (z * z) * p
     a = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     radius = square_root(minus_two_log(a)).to(tl.uint32, bitcast=True)
+    # The sign of both normals is the first bit of the angle: half a turn more.
     radius = (radius ^ (angle_word & 0x80000000)).to(tl.float32, bitcast=True)
     return -(radius * sine), radius * cosine
 

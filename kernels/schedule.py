@@ -19,6 +19,7 @@ def schedule_arguments(schedule: Schedule) -> dict[str, object]:
     return {
         "gamma": schedule.gamma,
         "k": k,
+        # Differences are taken here in float64: near k = 1 float32 would lose their digits.
         "k_less_1": k - 1,
         "inverse_k": 1 / k,
         "inverse_k_less_1": 1 / k - 1,
@@ -102,6 +103,7 @@ def draw_raw_time(
         t = tl.sqrt_rn(u)
     else:
         t = tl.div_rn(1.0, 1.0 + tl.exp(-(mu + distribution_sigma * normal_quantile(u))))
+    # Rounding may leave the bounds, where paths and predictions are singular.
     t = tl.minimum(tl.maximum(t, distribution_low), distribution_high)
     if NOISE_AT_1:
         t = 1.0 - t
@@ -169,6 +171,7 @@ def draw_times(
                 m = tl.maximum(tl.minimum(m, 1.0 - low), t)
             else:
                 m = tl.minimum(tl.maximum(m, low), t)
+            # Exactly t, which shifting back and forth would round.
             m = tl.where(gamma == 0.0, t, m)
     return t, m
 
@@ -223,6 +226,7 @@ def path_derivatives(time, alpha, sigma, PATH: tl.constexpr, NOISE_AT_1: tl.cons
     """d alpha / dt and d sigma / dt, t the engine's time."""
     t, s = _engine_times(time, NOISE_AT_1)
     if PATH == "linear":
+        # 0 t gives the constant the type and the NaN of the time.
         d_alpha = 1.0 + 0.0 * t
         d_sigma = -1.0 + 0.0 * t
     elif PATH == "gvp":

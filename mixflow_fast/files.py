@@ -36,6 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _usual_mode(written)
             sync(written)
         if partial.is_dir() and path.is_dir():
+            # A folder cannot be renamed onto another that is not empty.
             with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
                 os.replace(path, Path(aside, "old"))
                 try:
@@ -70,6 +71,7 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
     Raises:
         ValueError: something that JSON cannot hold, NaN and infinity included.
     """
+    # NaN is no JSON: other readers would refuse the whole file.
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     A field without its section is the commonest slip, so `lr` finds `optim.lr`.
     """
     valid = list(valid)
+    # difflib finds `lr` too far from `optim.lr`.
     same_field = [v for v in valid if v.rpartition(".")[2] == name.rpartition(".")[2]]
     match = same_field or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""

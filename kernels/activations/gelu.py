@@ -176,6 +176,7 @@ def _launch_backward(
     F = x.shape[-1]
     M = x.numel() // F
     dy, x = dy.contiguous(), x.contiguous()
+    # float32 whatever x is: sums over all rows of a batch do not fit 16 bits.
     partial = x.new_empty((strips(M, F) if with_dbias else 0, F), dtype=torch.float32)
     # With a mask for the last rows, registers would spill.
     loads = LOADS if M % 16 == 0 else LOADS // 2
@@ -262,6 +263,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     needs_dx, needs_dbias = ctx.needs_input_grad[:2]
     dx, dbias, _ = _gelu_backward_op(dy, *ctx.saved_tensors, needs_dbias, False, ctx.impl)
+    # dx is made in any case, by the pass that dbias needs.
     return dx if needs_dx else None, dbias if needs_dbias else None, None
 
 

@@ -97,6 +97,7 @@ def load_bias(
     if HAS_BIAS:
         offset = tl.zeros((WARPS, 1), tl.int32) + column[None, :]
         bias = tl.load(bias_ptr + offset, mask=offset < F, other=0.0).to(tl.float32)
+    # Broadcast here, so that a thread keeps the bias of its columns in registers.
     bias = tl.broadcast_to(bias[None, :, :], (R, WARPS, BLOCK_F))
     return tl.reshape(bias, (R * WARPS, BLOCK_F))
 
@@ -110,7 +111,7 @@ def sum_rows(tile, R: tl.constexpr, WARPS: tl.constexpr, BLOCK_F: tl.constexpr):
 @jit
 def sigmoid_and_slope(v):
     """sigmoid and its derivative at v / LOG2_E; nothing overflows or cancels in either tail."""
-    e = tl.exp2(-tl.abs(v))
+    e = tl.exp2(-tl.abs(v))  # at most 1, whatever v is
     r = 1.0 / (1.0 + e)
     small = e * r
     return tl.where(v >= 0, r, small), small * r

@@ -181,6 +181,7 @@ def _launch_backward(
     F = x.shape[-1] // 2
     M = x.numel() // (2 * F)
     dy, x = dy.contiguous(), x.contiguous()
+    # float32 whatever x is: sums over all rows of a batch do not fit 16 bits.
     partial = x.new_empty((strips(M, F) if with_dbias else 0, 2 * F), dtype=torch.float32)
     grid, arguments = tiling(M, F, strip_rows(M, F), BACKWARD_LOADS, x.element_size())
     with runtime.on_device(x):
@@ -268,6 +269,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     needs_dx, needs_dbias = ctx.needs_input_grad[:2]
     dx, dbias, _ = _swiglu_backward_op(dy, *ctx.saved_tensors, needs_dbias, False, ctx.impl)
+    # dx is made in any case, by the pass that dbias needs.
     return dx if needs_dx else None, dbias if needs_dbias else None, None
 
 

@@ -17,10 +17,7 @@ nothing to a product), and the gradients come back separate.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixflow_fast.kernels.attention.packages import flash2_module, flash3_module, package_pair
 from mixflow_fast.kernels.runtime import compute_dtype
 
 # (dq, dk, dv), or all of them in one (B, N, 3, H, K).
@@ -38,8 +36,6 @@ HALF = (torch.bfloat16, torch.float16)
 # Scores that "math" holds at a time: 256 MiB in float32, whatever the batch.
 MATH_SCORES = 2**26
 aten = torch.ops.aten
-
-
 # In order of preference.
 BackendName = Literal["flash3", "flash2", "cudnn", "flash", "efficient", "math"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -86,6 +82,7 @@ def run_backward(
     """Gradients for what `run_forward` of any backend gave."""
     K = q.shape[3]
     padding = backend.padding(K, q.device)
+    # `out` is padded too: its products with dout then sum to the same numbers.
     if not padding:
         return backend.backward(dout, q, k, v, out, lse, K**-0.5)
     wide = [F.pad(x, (0, padding)) for x in (dout, q, k, v, out)]
@@ -186,7 +183,9 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return out.transpose(1, 2), lse
 
 
-def _flash_backward(dout, q, k, v, out, lse, scale) -> Gradients:
+def _flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Gradients:
     tensors = _heads(dout, q, k, v, out)
     if q.device.type == "cpu":
         op = aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -213,7 +212,9 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return out.transpose(1, 2), lse.squeeze(-1) if lse.dim() == 4 else lse
 
 
-def _cudnn_backward(dout, q, k, v, out, lse, scale) -> Gradients:
+def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Gradients:
     # The random state is read only for dropout, but the operator insists on tensors.
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     N, lse = q.shape[1], lse[..., None]
@@ -238,7 +239,9 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[T
     return out, lse
 
 
-def _efficient_backward(dout, q, k, v, out, lse, scale) -> Gradients:
+def _efficient_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Gradients:
     # The kernels read lse in rows of 32, with infinity (a softmax of zero) behind the last token.
     lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
     seed = torch.empty((), dtype=torch.int64, device=q.device)
@@ -270,23 +273,12 @@ def as_packed(dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
     B, N, H, K = dq.shape
     width, first = H * K, dq.storage_offset()
     strides = (3 * N * width, 3 * width, K, 1)
+    # Three tensors next to each other by chance have another storage, or another offset.
     for place, x in enumerate((dq, dk, dv)):
         same = x.untyped_storage()._cdata == dq.untyped_storage()._cdata
         if not same or x.stride() != strides or x.storage_offset() != first + place * width:
             return dq, dk, dv
     return dq.as_strided((B, N, 3, H, K), (3 * N * width, 3 * width, width, K, 1))
-
-
-@functools.cache
-def _flash2_module() -> object:
-    return importlib.import_module("flash_attn.flash_attn_interface")
-
-
-@functools.cache
-def _flash3_module() -> object:
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        return importlib.import_module("flash_attn_3.flash_attn_interface")
-    return importlib.import_module("flash_attn_interface")
 
 
 def _package_missing(*names: str) -> Callable[[torch.device, torch.dtype], str]:
@@ -298,73 +290,21 @@ def _package_missing(*names: str) -> Callable[[torch.device, torch.dtype], str]:
     return missing
 
 
-@functools.cache
-def _parameters(function: Callable) -> list[inspect.Parameter]:
-    # A `torch.library.custom_op` keeps the function with the arguments' names.
-    function = getattr(function, "_init_fn", function)
-    return list(inspect.signature(function).parameters.values())
-
-
-def call_by_name(function: Callable, **known: object) -> object:
-    """Calls `function` with those of `known` that it takes, and None for what it needs besides.
-
-    The low-level functions of the packages take other arguments in every other version.
-    """
-    given = []
-    for parameter in _parameters(function):
-        if parameter.name in known:
-            given.append(known[parameter.name])
-        else:
-            needed = parameter.default is inspect.Parameter.empty
-            given.append(None if needed else parameter.default)
-    return function(*given)
-
-
-def _package_options(scale: float) -> dict[str, object]:
-    """No mask, no window, no dropout, in the words of all versions."""
-    window = dict(window_size=(-1, -1), window_size_left=-1, window_size_right=-1)
-    flags = dict(causal=False, is_causal=False, return_softmax=False, return_attn_probs=False)
-    return dict(softmax_scale=scale, dropout_p=0.0, softcap=0.0, **window, **flags)
-
-
-def _package_pair(module: Callable[[], object]) -> tuple[Callable, Callable]:
-    """(forward, backward) of a module that has `_flash_attn_forward` and `_flash_attn_backward`."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        found = call_by_name(module()._flash_attn_forward, q=q, k=k, v=v, **_package_options(scale))
-        # Between out and lse, older versions return their padded inputs.
-        lse = next(x for x in found[1:] if x.dim() == 3 and x.dtype == torch.float32)
-        return found[0], lse
-
-    def backward(dout, q, k, v, out, lse, scale) -> Gradients:
-        B, N, H, K = q.shape
-        packed = q.new_empty(B, N, 3, H, K)
-        dq, dk, dv = packed.unbind(2)
-        call_by_name(
-            module()._flash_attn_backward,
-            **dict(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_package_options(scale),
-        )
-        return packed
-
-    return forward, backward
-
-
+_FLASH3, _FLASH2 = package_pair(flash3_module), package_pair(flash2_module)
 REGISTRY = {
     backend.name: backend
     for backend in (
         Backend(
             "flash3",
             _package_missing("flash_attn_interface", "flash_attn_3"),
-            *_package_pair(_flash3_module),
+            *_FLASH3,
             packs=True,
             multiple=8,
         ),
         Backend(
             "flash2",
             _package_missing("flash_attn"),
-            *_package_pair(_flash2_module),
+            *_FLASH2,
             packs=True,
             multiple=8,
         ),

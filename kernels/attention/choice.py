@@ -99,7 +99,7 @@ def _problem(key: _Key) -> _Problem:
     generator = torch.Generator("cpu").manual_seed(0)
     options = dict(generator=generator, device="cpu")
     qkv = torch.randn(2, key.tokens, 3, key.heads, key.head_dim, **options)
-    qkv[0, :, 0] *= 3
+    qkv[0, :, 0] *= 3  # sharp: few keys get most of the weight
     qkv[1, :, 0, :, 0] = 1
     qkv[1, :, 1, :, 0] = FAR_BELOW * key.head_dim**0.5
     dout = torch.randn(2, *shape, **options)
@@ -199,6 +199,7 @@ def _self_test(name: str, key: _Key) -> _Result:
 
 
 def _time_ms(core: Backend, problem: _Problem, key: _Key) -> float:
+    # The median, because other work on the device makes single runs slow.
     times = []
     for _ in range(TIMED_RUNS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

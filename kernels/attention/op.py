@@ -144,6 +144,7 @@ def _attention_backward_op(
         dout, out = (x.contiguous().view(q.shape) for x in (dout, out))
         gradients = run_backward(core, dout, q, k, v, out, lse)
         packed = isinstance(gradients, Tensor)
+        # The backend has written the answer already.
         if packed and not options.changes:
             return gradients, *empty_weights(options, qkv)
         dqkv = gradients if packed else qkv.new_empty(qkv.shape)
@@ -233,7 +234,9 @@ def attention(
     check_arguments(qkv, cos, sin, named, norm)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {BACKENDS}, got {backend!r}')
+    # An `impl` that cannot serve is refused here, where the caller's line is in the traceback.
     kernels_serve(qkv, QkOptions(cos, sin, *weights, norm or "none", eps), impl)
+    # Inference keeps neither lse nor q' and k', and may take a backend that fails backward.
     needed = any(x is not None and x.requires_grad for x in (qkv, *weights))
     with_state = needed and torch.is_grad_enabled()
     out, _, _ = _attention_op(

@@ -98,6 +98,7 @@ def backward_reference(
                 g = g - g.mean(-1, keepdim=True)
             g = (g - x * slope) * scale
         out[:, :, section] = g.to(out.dtype)
+    # Backends that pack have written v's gradient into `out` themselves.
     if len(gradients) == 3:
         out[:, :, 2] = gradients[2]
     return found or [None] * 4
@@ -235,6 +236,7 @@ def check_arguments(
     N, K = qkv.shape[1], qkv.shape[4]
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin belong together: give both, or neither for no rotation")
+    # In 16 bits a rotation by a large angle would lose its fraction of a turn.
     table_dtypes = {torch.float32, compute_dtype(qkv)}
     for name, table in (("cos", cos), ("sin", sin)):
         if table is None:

@@ -53,6 +53,7 @@ def _rope_kernel(
     section = index // blocks
     block = index % blocks
     SPLITS: tl.constexpr = (GROUP * WIDTH + BLOCK - 1) // BLOCK
+    # Offsets from the group's first token fit 32 bits, which is cheaper than 64 for each element.
     first = block // SPLITS * GROUP
     element = block % SPLITS * BLOCK + tl.arange(0, BLOCK)
     local = element // WIDTH
@@ -207,7 +208,7 @@ def _qk_norm_backward_kernel(
         row = (index % blocks * loops + i) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (k < K)[None, :]
         token = row // H
-        far = token.to(tl.int64)[:, None]
+        far = token.to(tl.int64)[:, None]  # a whole batch may exceed 32-bit offsets
         place = (row % H * K)[:, None] + k[None, :]
         g = tl.load(grad_ptr + far * grad_stride + place, mask=mask, other=0.0).to(tl.float32)
         if section < 2:

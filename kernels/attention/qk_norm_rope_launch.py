@@ -173,6 +173,7 @@ def launch_backward(
     (q, q_stride), (k, k_stride) = (with_token_stride(x) for x in qkv.unbind(2)[:2])
     common, rows = _common(options, q), B * N * H
     tiles = triton.cdiv(rows, common["ROWS"])
+    # A program walks over several tiles where there would be too many partial sums.
     loops = triton.cdiv(tiles, MAX_PARTIALS)
     blocks = triton.cdiv(tiles, loops)
     block_k = common["BLOCK_K"]
@@ -180,6 +181,7 @@ def launch_backward(
         qkv.new_empty(2 * blocks * block_k if has else 0, dtype=torch.float32)
         for has in (common["HAS_WEIGHT"], common["HAS_BIAS"])
     ]
+    # Gradients do not depend on the biases.
     del common["q_bias_ptr"], common["k_bias_ptr"]
     with runtime.on_device(out):
         _qk_norm_backward_kernel[(runtime.check_grid(len(gradients) * blocks, B),)](

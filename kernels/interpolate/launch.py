@@ -87,7 +87,8 @@ def launch(
     x, out_t, out_m = empty_outputs(x1, patch_size)
     if not x.numel():
         return x, out_t, out_m
-    # No sums here, so how much one program does may follow the size of the whole.
+    # Nothing is summed here, so bits do not depend on how the work is divided: it may follow the
+    # size of the batch. Fewer programs draw the times of a sample fewer times.
     loops = None
     if not patch_size:
         loops = 8 if x1.numel() >= 1 << 25 else 4 if x1.numel() >= 1 << 22 else 1

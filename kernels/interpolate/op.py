@@ -104,6 +104,7 @@ def interpolate(
     """
     moments = isinstance(x1, Moments)
     data, std, scale = x1 if moments else (x1, None, 1.0)
+    # Outside of the operator, so that tracing refuses it as well.
     if runtime.use_kernels(impl, data.device, data.dtype):
         check_sample_size(data)
     return _interpolate_op(

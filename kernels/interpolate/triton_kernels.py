@@ -146,6 +146,7 @@ def _interpolate_kernel(
         m = tl.where((t >= 0.0) & (t <= 1.0), m, float("nan"))
     if HAS_M:
         m = tl.where((m >= 0.0) & (m <= 1.0), m, float("nan"))
+    # Every program of the sample has drawn the same times; one writes them.
     if program == 0:
         tl.store(t_ptr + sample, t)
         tl.store(m_ptr + sample, m)

@@ -126,6 +126,7 @@ def launch_forward(
     h, gate, shift = (None if v is None else _with_rows(v) for v in (h, gate, shift))
     h_bias, weight = (None if v is None else v.contiguous() for v in (h_bias, weight))
     per_token = scale.dim() == 3
+    # Modulation by token is read for each row anyway, so rows have nothing to share.
     rows = 1 if per_token else FORWARD_ROWS
     tiles = triton.cdiv(N, rows)
     with runtime.on_device(x):

@@ -191,6 +191,7 @@ def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None
     needs = Needs(*ctx.residual_norm_needs)
     ctx.dtypes = dtypes_of(x, h, gate, shift, h_bias)
     ctx.norm, ctx.impl = norm, impl
+    # Not kept without need: h is as large as the stream.
     h, h_bias = (h, h_bias) if needs.dgate else (None, None)
     gate = gate if needs.dh or needs.dh_bias else None
     ctx.save_for_backward(x_new, h, gate, scale, h_bias, weight, mean, rstd)

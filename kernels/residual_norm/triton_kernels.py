@@ -126,7 +126,7 @@ def _residual_norm_forward_kernel(
             # y is the norm of x' as it is stored: the backward pass has nothing else.
             x_new = (x + gate * h).to(x_new_ptr.dtype.element_ty)
             tl.store(x_new_ptr + at + d, x_new, mask=mask)
-            x = tl.where(mask, x_new.to(tl.float32), 0.0)
+            x = tl.where(mask, x_new.to(tl.float32), 0.0)  # h_bias is there beyond the last row
         if LAYER:
             mean = tl.sum(x, axis=0) * (1.0 / D)
             _store_statistic(mean_ptr + sample * N, row, mean, N, EVEN)
@@ -285,6 +285,7 @@ def _residual_norm_backward_kernel(
             if GATE_ROW >= 0:
                 gate_sum += total * h
         if H_BIAS_ROW >= 0:
+            # A gate that all tokens share is multiplied with the sum, by the kernel that adds up.
             if PER_TOKEN:
                 h_bias_sum += gate * total
             else:

@@ -86,6 +86,7 @@ def launch(
     grad = pred.new_empty(pred.shape if gradient else (0,))
     if not x1.numel():
         return out.zero_(), grad.zero_()
+    # One sum a program, added up by a second kernel: atomics would add them in any order.
     partial = pred.new_empty(B * programs if loss else 0, dtype=torch.float32)
     pred, x1 = runtime.with_unit_rows(pred), runtime.with_unit_rows(x1)
     std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (std, x0))

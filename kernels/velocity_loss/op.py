@@ -148,7 +148,7 @@ def _setup_context(ctx, inputs, output) -> None:
     with_gradient = inputs[_WITH_GRADIENT]
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of the gradient
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.fused = with_gradient
     ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
@@ -234,6 +234,7 @@ def velocity_loss(
     """
     moments = isinstance(x1, Moments)
     data, std, scale = x1 if moments else (x1, None, 1.0)
+    # Outside of the operator, so that tracing refuses it as well.
     if runtime.use_kernels(impl, data.device, pred.dtype, data.dtype):
         check_sample_size(data)
     with_gradient = pred.requires_grad and torch.is_grad_enabled() and pred.dtype != torch.float16

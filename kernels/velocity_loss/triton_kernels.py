@@ -137,6 +137,7 @@ def _velocity_loss_kernel(
             at += (offset % weight_places) * weight_place_stride
             at += sample * weight_sample_stride
             weighted = weighted * tl.load(weight_ptr + at, mask=mask, other=0.0)
+        # Beyond the sample's end there is noise, which is no error of the prediction.
         if LOSS:
             total += tl.where(mask, weighted * error, 0.0)
         if GRADIENT:
@@ -199,6 +200,7 @@ def _scale_gradient_kernel(
     index = tl.program_id(0)
     sample = (index // programs).to(tl.int64)
     upstream = tl.load(upstream_ptr + sample * upstream_stride)
+    # A loss that is not scaled leaves the gradient unread.
     if upstream != 1.0:
         element = (index % programs) * BLOCK + tl.arange(0, BLOCK)
         at = gradient_ptr + sample * numel + element

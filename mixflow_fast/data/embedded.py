@@ -68,7 +68,7 @@ class Photos:
                 f"size must be in [1, {min(band_end - self._first, height)}] for the {split!r} "
                 f"photo windows, got {size!r}"
             )
-        # A view: (photo, channel, top row, left column, row, column).
+        # A view, which costs no memory: (photo, channel, top row, left column, row, column).
         self._windows = (halved / 127.5 - 1.0).unfold(2, size, 1).unfold(3, size, 1)
         self._period = period
         self._starts = band_end - self._first - size + 1

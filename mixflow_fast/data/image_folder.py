@@ -65,6 +65,7 @@ class ImageFolder:
         self.files: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(self.classes):
+            # An empty folder would shift no label, but a class that is never seen is a mistake.
             found = _list_images(root / name)
             if not found:
                 raise ValueError(

@@ -127,6 +127,7 @@ class _FilePerSample:
     """One .npy a sample, with the part of ndarray's interface that `Latents` uses."""
 
     def __init__(self, files: list[Path]) -> None:
+        # The first file stands for all until they are read: there may be a million.
         first = load_npy(files[0])
         self._files, self._sample_shape, self.dtype = files, first.shape, first.dtype
         self.shape = (len(files), *first.shape)
@@ -244,6 +245,7 @@ def _open_npy(path: Path, moments: bool, with_features: bool) -> _Stored:
         options = (path.with_name(f"{path.stem}_{kind}.npy"), path.with_name(f"{kind}.npy"))
         return next((option for option in options if option.is_file()), None)
 
+    # `set_labels.npy` before `labels.npy`, so that several sets can share a folder.
     labels, features = sibling("labels"), sibling("features") if with_features else None
     if labels is None:
         raise ValueError(
@@ -262,6 +264,7 @@ def _open_dataset_json(root: Path, moments: bool) -> _Stored:
         if not name.endswith(".npy"):
             raise ValueError(f"{str(index)!r} must list .npy latents, got {name!r}")
     if not moments and "mean-std" in names[0]:
+        # By its name alone: four channels of each look like plain latents of eight.
         raise ValueError(f"{str(root)!r} holds mean | std per image: pass moments=True")
     samples = _FilePerSample([root / name for name in names])
     return _Stored(samples, np.array([labels[name] for name in names]), None)

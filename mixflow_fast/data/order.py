@@ -82,6 +82,7 @@ def sample_index(positions: Tensor, size: int, seed: int, shuffle: bool = True) 
     key = (seed & _MASK, seed >> 32)
     bits = max(_MIN_BITS, (size - 1).bit_length())
     index = _permute(offset, epoch, bits, key)
+    # Cycle walking. The domain is less than twice `size` (but for tiny sets): few rounds suffice.
     outside = (index >= size).nonzero()[:, 0]
     while outside.numel():
         index[outside] = _permute(index[outside], epoch[outside], bits, key)

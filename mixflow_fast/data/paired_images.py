@@ -73,7 +73,7 @@ class PairedImages:
         self._array: np.ndarray | None = None
         if (root / "dataset.json").is_file():
             self._files = _pair_files(root, numbers, labels)
-            self.size = _decode_rgb(self._files[0]).shape[0]
+            self.size = _decode_rgb(self._files[0]).shape[0]  # the others are checked when read
         elif root.suffix in (".npy", ".npz") and root.is_file():
             self._array, self._last = _open_array(root)
             count, self._numbers = len(self._array), numbers

@@ -28,6 +28,7 @@ def build_dataset(kind: str, **kwargs: object) -> Dataset:
         raise ValueError(
             f"data kind must be one of {', '.join(kinds)}, got {kind!r}{did_you_mean(kind, kinds)}"
         )
+    # Checked here: a TypeError of the class would name its `__init__`, not the setting.
     parameters = inspect.signature(kinds[kind]).parameters
     for key in kwargs:
         if key not in parameters:

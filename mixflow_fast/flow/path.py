@@ -130,6 +130,7 @@ class VPPath(Path):
     def coefficients(self, t: Tensor, s: Tensor | None = None) -> Coefficients:
         s = 1 - t if s is None else s
         spread = self.beta_max - self.beta_min
+        # In log alpha, so that sigma = sqrt(1 - alpha^2) keeps its digits at the data end.
         log_alpha = -(s**2) * (spread / 4) - s * (self.beta_min / 2)
         d_log_alpha = s * (spread / 2) + self.beta_min / 2
         alpha = torch.exp(log_alpha)
@@ -138,7 +139,7 @@ class VPPath(Path):
         return Coefficients(alpha, sigma, alpha * d_log_alpha, d_sigma, d_log_alpha)
 
     def train_bounds(self, prediction: str) -> tuple[float, float]:
-        return (0.0, 1 - 1e-5)
+        return (0.0, 1 - 1e-5)  # d sigma / dt is infinite at the data
 
 
 PATHS: dict[PathName, Path] = {path.name: path for path in (LinearPath(), GVPPath(), VPPath())}

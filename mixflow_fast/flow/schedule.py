@@ -57,6 +57,7 @@ class Schedule:
     ) -> Schedule:
         """The schedule whose shifted times lie in `bounds`; arguments as `MixFlow`."""
         low, high = bounds
+        # The distribution is that of times before the shift, so the bounds are shifted back.
         first, last = (shift_time(bound, 1 / shift, DATA_AT_1) for bound in bounds)
         return cls(
             clock,
@@ -104,7 +105,7 @@ class Schedule:
         if self.interval == "full":
             return engine_times(v.clamp(self.low, self.high), self.clock)[0]
         if self.gamma == 0:
-            return t
+            return t  # exactly: shifting back and forth would round
         if self.interval == "shifted":
             return self._within_bounds(slow_time(t, v, self.gamma, self.clock), t)
         # A time that the caller gave is a shifted one: slow it in raw time, then shift back.

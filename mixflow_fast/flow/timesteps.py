@@ -75,6 +75,7 @@ class TimeDistribution:
 
     def cdf(self, t: float) -> float:
         """Cumulative distribution function without the truncation, at an engine time t."""
+        # The ends before any formula: the logit of 0 or 1 is infinite.
         if self.name == "uniform" or t in (0.0, 1.0):
             return t
         if self.name == "beta21":
@@ -93,6 +94,7 @@ class TimeDistribution:
             t = torch.sqrt(u)
         else:
             t = torch.sigmoid(self.mu + self.sigma * torch.special.ndtri(u))
+        # Rounding may leave the bounds, where paths and predictions are singular.
         return t.clamp(self.low, self.high)
 
 

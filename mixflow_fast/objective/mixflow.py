@@ -286,6 +286,7 @@ class MixFlow:
             weight=weight,
             reduction=reduction,
         )
+        # Where the reference made the input, its noise is stored, and the reference takes the loss.
         kernels = it._impl == "triton" and not _transformed()
         if kernels and runtime.use_kernels(self.impl, pred.device, pred.dtype):
             return velocity_loss(
@@ -314,6 +315,7 @@ class MixFlow:
                 f"it was prepared for clock and path {it._made_by}, this MixFlow has "
                 f"{(self.clock, self.path.name)}: take the loss with the MixFlow that prepared it"
             )
+        # The loss would take another target or other noise than the input was made of.
         now = _versions(it.data, it.ids)
         if it._versions and now and it._versions != now:
             raise ValueError(
@@ -360,11 +362,13 @@ def mixflow_loss(
         mix = MixFlow(**options)
     except TypeError as error:
         raise ValueError(f"mixflow_loss: {error}") from None
+    # The wrong clock trains without an error, so it is refused where it can be seen.
     own = getattr(net, "clock", None)
     if own in CLOCKS and own != mix.clock:
         raise ValueError(f"clock must be the network's own, {own!r}, got {mix.clock!r}")
     x1, like = check_data(x1)
     if ids is None and (isinstance(x1, Moments) or None in (x0, t, slowed_t)):
+        # From the module's counter: that of `mix` would start at 0 in every call.
         ids = next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
     it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t, patch_size=patch_size)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)

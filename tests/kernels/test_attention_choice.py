@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mixflow_fast.kernels.attention import backends, choice
+from mixflow_fast.kernels.attention import backends, choice, packages
 from mixflow_fast.kernels.attention.backends import (
     REGISTRY,
     Backend,
@@ -193,7 +193,7 @@ def test_the_fastest_is_taken_where_it_is_timed(monkeypatch) -> None:
     assert found.tested["math"].startswith("not tested")
     # Where nobody repeats its bits, the fastest, and still not "math".
     unsteady = choose_backend(
-        *(8, 256, 16, 72, torch.bfloat16, "cuda:0"), candidates=("math", "efficient", "cudnn")
+        8, 256, 16, 72, torch.bfloat16, "cuda:0", candidates=("math", "efficient", "cudnn")
     )
     assert unsteady.backend == "efficient"
 
@@ -273,7 +273,7 @@ def stand_in(monkeypatch, name: str) -> str:
     else:
         kind, style = name.split()
         module = attention_stand_ins.package(style)
-        pair = backends._package_pair(lambda: module)
+        pair = packages.package_pair(lambda: module)
         core = Backend(kind, None, *pair, packs=True, multiple=8)
         name = kind
     put(monkeypatch, name, core.forward, core.backward, packs=core.packs, multiple=core.multiple)

@@ -61,7 +61,7 @@ def test_as_exact_as_eager(impl, shape, norm, rotated, dtype) -> None:
     ours = run(qk_norm_rope, qkv, weights, upstream, norm=norm, impl=impl, **rope)
     plain = run(eager, qkv, weights, upstream, norm=norm, **rope)
     truth = run(
-        *(eager, qkv.double(), doubled(weights), upstream.double()), norm=norm, **doubled(rope)
+        eager, qkv.double(), doubled(weights), upstream.double(), norm=norm, **doubled(rope)
     )
     assert list(ours) == list(truth)
     for name, value in ours.items():
@@ -111,7 +111,10 @@ def test_many_rows_a_program(monkeypatch) -> None:
     options = dict(norm="layer", eps=1e-5, **tables(N, K))
     ours = run(qk_norm_rope, qkv, weights, upstream, impl="triton", **options)
     truth = run(
-        *(eager, qkv.double(), doubled(weights), upstream.double()),
+        eager,
+        qkv.double(),
+        doubled(weights),
+        upstream.double(),
         **dict(norm="layer", eps=1e-5, **doubled(tables(N, K))),
     )
     for name, value in ours.items():

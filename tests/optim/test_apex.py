@@ -199,7 +199,12 @@ def test_inside_deepspeed(
     """Whole runs: as with `AdamWEMA`, resumed to the same bits, refused under the other name."""
     monkeypatch.setattr(trainer, "validate", lambda config, ranks: None)  # it wants a GPU
     common = [*TINY, f"train.precision={precision}", f"train.zero_stage={stage}"]
-    common += ["train.device=cpu", "optim.lr=0.001", "optim.grad_clip=0.5", "optim.ema_decays=[0.9]"]
+    common += [
+        "train.device=cpu",
+        "optim.lr=0.001",
+        "optim.grad_clip=0.5",
+        "optim.ema_decays=[0.9]",
+    ]
 
     def weights(out: str, name: str, images: int = 32) -> dict[str, dict[str, torch.Tensor]]:
         given = [*common, f"optim.name={name}", f"train.images={images}", f"out={tmp_path / out}"]

@@ -48,7 +48,7 @@ def efficient_backward(*arguments, **keywords):
     assert a.logsumexp[..., N:].isposinf().all() and a.max_seqlen_q == a.max_seqlen_k == N
     B, _, H, K = a.query.shape
     gradients = math_backward(
-        *(a.grad_out_, a.query, a.key, a.value, a.out, a.logsumexp[..., :N], a.scale)
+        a.grad_out_, a.query, a.key, a.value, a.out, a.logsumexp[..., :N], a.scale
     )
     chunk = torch.stack(gradients, dim=2)
     return *(chunk.select(2, i) for i in range(3)), None

@@ -26,7 +26,8 @@ def arguments(
     """All inputs by name: gate, shift and scale are chunks of one tensor, as in the models."""
     B, N, D = shape
     modulation_dtype = modulation_dtype or dtype
-    chunked = data(*((B, N, 6 * D) if per_token else (B, 6 * D)), dtype=modulation_dtype, seed=3)
+    wide = (B, N, 6 * D) if per_token else (B, 6 * D)
+    chunked = data(*wide, dtype=modulation_dtype, seed=3)
     shift, scale, gate = (0.5 * chunked).chunk(6, dim=-1)[1:4]
     found = {
         "x": data(*shape, dtype=dtype) + 0.3,
@@ -73,7 +74,7 @@ def run(function, given: dict, upstream: tuple, names: tuple = NAMES, to=None, *
     pairs = [(v, g) for v, g in zip((x_new, y), upstream, strict=True) if g is not None]
     values = [v for v, _ in pairs]
     gradients = torch.autograd.grad(
-        *(values, [inputs[name] for name in wanted], [g.to(v.dtype) for v, g in pairs])
+        values, [inputs[name] for name in wanted], [g.to(v.dtype) for v, g in pairs]
     )
     found = dict(zip((f"d{name}" for name in wanted), gradients, strict=True))
     return {"x_new": x_new.detach(), "y": y.detach()} | found
