@@ -1,4 +1,4 @@
-"""Where an element lies: NCHW images, and the token sequences of a network with patches.
+"""Layouts of a sample: NCHW images, and the token sequences of a network with patches.
 
 A sample is a table of C channels by S = H W places. NCHW addresses (c, s) as c S + s; tokens of
 patch size p as ((n p + i) p + j) C + c, with n the patch in reading order and (i, j) the place in
@@ -45,6 +45,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
+        """Elements of one sample."""
         return self.channels * self.places
 
     def vector(self, element_size: int) -> int:
@@ -56,6 +57,7 @@ class Layout:
 
     @property
     def place_programs(self) -> int:
+        """Programs side by side along the places."""
         return triton.cdiv(self.places, self.block_places * self.loops)
 
     @property

@@ -206,6 +206,7 @@ def philox_words(seed, stream: tl.constexpr, position, block):
 
 @jit
 def unit_open(word):
+    """Uniform in (0, 1) of a 32-bit word, as `_unit_open`."""
     # The word's upper 23 bits as a float in [1, 2), and then exactly (k + 1/2) 2^-23: a conversion
     # from integers would wait for a slower unit.
     one_to_two = ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)

@@ -84,14 +84,14 @@ def sources_hash() -> str:
 
 
 def cache_root() -> Path:
-    """PyTorch's extension cache, or what TORCH_EXTENSIONS_DIR puts in its place."""
+    """PyTorch's extension cache, which TORCH_EXTENSIONS_DIR moves elsewhere."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(own) if own else Path(home) / "torch_extensions"
 
 
 def cuda_toolkit() -> tuple[str | None, str]:
-    """(version of nvcc if it fits PyTorch, else None; a description of what was found)."""
+    """(version of nvcc if it fits PyTorch, else None; a description of nvcc or the lack of it)."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -245,11 +245,11 @@ def _candidates() -> list[tuple[str, Path]]:
     found += [("jit", path) for path in sorted(cache_root().glob(f"{NAME}-*/{LIBRARY}"))]
     found = [(state, path) for state, path in found if path.is_file()]
 
-    def rank(candidate: tuple[str, Path]) -> tuple[bool, bool]:
+    def order(candidate: tuple[str, Path]) -> tuple[bool, bool]:
         problem, cuda = _problem(candidate[1])
         return problem is not None, not cuda
 
-    return sorted(found, key=rank)
+    return sorted(found, key=order)
 
 
 @functools.lru_cache(maxsize=1)

@@ -241,7 +241,7 @@ def _(x, bias, impl):
 def _gelu_backward_op(
     dy: Tensor, x: Tensor, bias: Tensor | None, with_dbias: bool, with_y: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbias, y); what is not asked for is (0,)."""
+    """(dx, dbias, y); dbias and y have no elements where they are not asked for."""
     compute = _launch_backward if impl == "triton" else _backward_reference
     return compute(dy, x, bias, with_dbias, with_y)
 

@@ -104,7 +104,7 @@ def load_bias(
 
 @jit
 def sum_rows(tile, R: tl.constexpr, WARPS: tl.constexpr, BLOCK_F: tl.constexpr):
-    """(WARPS, BLOCK_F): what each warp's rows sum to."""
+    """(WARPS, BLOCK_F): the sum of the rows of each warp."""
     return tl.sum(tl.reshape(tile, (R, WARPS, BLOCK_F)), axis=0)
 
 

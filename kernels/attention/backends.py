@@ -51,7 +51,7 @@ class Backend:
         forward: (q, k, v, scale) -> (out, lse), in any strides, lse of at least N.
         backward: (dout, q, k, v, out, lse, scale) -> gradients.
         packs: whether the gradients come in one packed buffer.
-        multiple: what the head dimension must be a multiple of; not on CPUs.
+        multiple: the head dimension must be a multiple of this number; not on CPUs.
     """
 
     name: BackendName
@@ -79,7 +79,7 @@ def run_forward(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
 def run_backward(
     backend: Backend, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Gradients:
-    """Gradients for what `run_forward` of any backend gave."""
+    """Gradients of q, k and v; out and lse may come from another backend's `run_forward`."""
     K = q.shape[3]
     padding = backend.padding(K, q.device)
     # `out` is padded too: its products with dout then sum to the same numbers.

@@ -142,7 +142,7 @@ def _error(x: Tensor, truth: Tensor, least: Tensor) -> float:
 
 
 def _fault(found: dict[str, Tensor], problem: _Problem, dtype: torch.dtype) -> str:
-    """What is wrong with the results of a backend, or ""."""
+    """The first fault in the results of a backend; "" where there is none."""
     for name, x in found.items():
         if not x.isfinite().all():
             return f"NaN in {name}"
@@ -236,7 +236,7 @@ def _key(
     device: torch.device | str,
     backward: bool,
 ) -> _Key:
-    """What results are kept under."""
+    """The key that results are kept under, from the arguments of `choose_backend`."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -267,7 +267,7 @@ def choose_backend(
         candidates: names of `BACKENDS`, in order of preference where nothing is timed.
 
     Returns:
-        the choice, with what was found about every candidate.
+        the choice, with the result of every candidate.
 
     Raises:
         ValueError: an unknown candidate, or none passed.

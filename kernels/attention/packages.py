@@ -14,11 +14,13 @@ from torch import Tensor
 
 @functools.cache
 def flash2_module() -> object:
+    """FlashAttention-2, the package `flash_attn`."""
     return importlib.import_module("flash_attn.flash_attn_interface")
 
 
 @functools.cache
 def flash3_module() -> object:
+    """FlashAttention-3, which is installed under one of two names."""
     if importlib.util.find_spec("flash_attn_interface") is None:
         return importlib.import_module("flash_attn_3.flash_attn_interface")
     return importlib.import_module("flash_attn_interface")

@@ -114,7 +114,7 @@ def prepare(qkv: Tensor, options: QkOptions, impl: str) -> Tensor:
 def finish(
     gradients: tuple[Tensor, ...], out: Tensor, qkv: Tensor, options: QkOptions, impl: str
 ) -> list[Tensor]:
-    """Writes gradients (dq, dk[, dv]) of what `prepare` gave into `out` (B, N, 3, H, K).
+    """Writes the gradients of q and k before `prepare`, from (dq, dk[, dv]) after it, into `out`.
 
     Returns the gradients of the weights and biases, empty where there are none.
     """
@@ -192,6 +192,7 @@ def _(gradient, qkv, cos, sin, q_weight, q_bias, k_weight, k_bias, norm, eps, im
 
 
 def refuse_second_derivatives(name: str) -> None:
+    """RuntimeError where autograd would record the backward pass."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} has no second derivatives (create_graph=True): use {name}_reference"

@@ -250,7 +250,7 @@ def _qk_weight_gradient_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds the programs' partial sums in a fixed order: q's, then k's."""
+    """Adds the partial sums of all programs in a fixed order, first those of q, then those of k."""
     index = tl.program_id(0)
     section = index // (BLOCK_K // COLUMNS)
     column = index % (BLOCK_K // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)

@@ -23,7 +23,7 @@ MAX_PARTIALS = 1024
 
 
 class QkOptions(NamedTuple):
-    """What is done to q and k before attention.
+    """Norm and rotation of q and k, with their parameters.
 
     Attributes:
         cos, sin: (N, K) tables of the rotation, or None.
@@ -48,6 +48,7 @@ class QkOptions(NamedTuple):
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:
+        """(q_weight, q_bias, k_weight, k_bias)."""
         return self[2:6]
 
 

@@ -1,6 +1,6 @@
 """Launch of the interpolation's kernel, and the arguments that it shares with the loss kernel.
 
-`launch` is what the operator of `op.py` calls on a device.
+The operator of `op.py` calls `launch` on a device.
 """
 
 from __future__ import annotations

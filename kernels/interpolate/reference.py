@@ -1,4 +1,4 @@
-"""Interpolation in plain PyTorch: what runs where kernels do not, and what tests compare with.
+"""Interpolation in plain PyTorch, which runs where kernels do not and defines their results.
 
 Formulas stand in `op.py`.
 """

@@ -1,4 +1,4 @@
-"""What callers of the residual norm may pass, and which implementation serves it."""
+"""Argument checks of the residual norm, and the choice of the implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_arguments(
     vectors: dict[str, Tensor | None],
     norm: str,
 ) -> None:
-    """ValueError for what does not fit; reads no device memory."""
+    """ValueError for arguments that do not fit each other; reads no device memory."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
     if x.dim() != 3 or not x.is_floating_point():

@@ -1,6 +1,6 @@
 """Launches of the residual norm's kernels, and the bytes that they move.
 
-`launch_forward` and `launch_backward` are what the operators of `op.py` call on a device.
+The operators of `op.py` call `launch_forward` and `launch_backward` on a device.
 Block sizes and numbers of rows depend on the width and the number of tokens, never on the batch.
 """
 
@@ -48,7 +48,7 @@ class Needs:
     y: bool = False
 
     def row_sums(self, per_token: bool) -> dict[str, int]:
-        """Where each sum stands in `partial`, -1 where there is no need for it."""
+        """Row of each sum in `partial`, -1 where the sum is not needed."""
         wanted = {
             "WEIGHT_ROW": self.dweight or (self.dscale and not per_token),
             "SHIFT_ROW": self.dshift and not per_token,
@@ -94,7 +94,7 @@ def _with_rows(x: Tensor) -> Tensor:
 
 
 def _strided(name: str, x: Tensor | None, other: Tensor) -> dict[str, object]:
-    """Pointer and strides of (B, D) or (B, N, D); an absent tensor's pointer is any other's."""
+    """Pointer and strides of (B, D) or (B, N, D); `other` stands for a tensor that is absent."""
     x_row_stride = x.stride(1) if x is not None and x.dim() == 3 else 0
     return {
         f"{name}_ptr": other if x is None else x,
@@ -176,7 +176,7 @@ def launch_backward(
     needs: Needs,
     norm: str,
 ) -> None:
-    """Writes what is needed to `outputs`, which are in the order of `Needs`."""
+    """Writes the needed gradients to `outputs`, which are in the order of `Needs`."""
     B, N, D = x_new.shape
     if not x_new.numel():
         for output in outputs:

@@ -184,7 +184,7 @@ def dtypes_of(x: Tensor, *given: Tensor | None) -> list[torch.dtype]:
 
 
 def _save(ctx, inputs: tuple, x_new: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """Keeps what the backward pass reads, of inputs in the order of `Needs`, norm, eps and impl."""
+    """Keeps the tensors that the backward pass reads; inputs as `residual_norm_op` takes them."""
     x, h, gate, shift, scale, h_bias, weight, norm, _, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)

@@ -50,7 +50,7 @@ def _residual_norm_reduce_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Partials over a sample's tiles: its gradients, and its part of the weight's and h_bias's."""
+    """Gradients of a sample from its tiles, and its part of the gradients of weight and h_bias."""
     index = tl.program_id(0)
     sample = (index // COLUMN_BLOCKS).to(tl.int64)
     d = (index % COLUMN_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)

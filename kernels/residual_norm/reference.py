@@ -1,4 +1,4 @@
-"""The residual norm in plain PyTorch: what runs where kernels do not, and what tests compare with.
+"""The residual norm in plain PyTorch, which runs where kernels do not and defines their results.
 
 Formulas stand in `op.py`.
 """

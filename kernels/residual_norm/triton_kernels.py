@@ -15,6 +15,7 @@ from mixflow_fast.kernels.runtime import jit, tl
 
 @jit
 def load_row(ptr, d, mask):
+    """A row, or a part of it, in float32."""
     return tl.load(ptr + d, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -46,6 +47,7 @@ def _store_statistic(ptr, row, value, N, EVEN: tl.constexpr):
 
 @jit
 def store_row(ptr, d, value, mask):
+    """A row, or a part of it, rounded to the dtype of the tensor."""
     tl.store(ptr + d, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -200,7 +202,7 @@ def _residual_norm_backward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """DX..WITH_Y: what is written row by row. *_ROW: where a sum stands in `partial`, or -1."""
+    """DX..WITH_Y: outputs that are written row by row. *_ROW: row of a sum in `partial`, or -1."""
     index = tl.program_id(0)
     sample = (index // tiles).to(tl.int64)
     first = (index % tiles) * ROWS

@@ -1,6 +1,6 @@
 """Launches of the loss kernels.
 
-`launch` and `launch_scale` are what the operators of `op.py` call on a device.
+The operators of `op.py` call `launch` and `launch_scale` on a device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loss and gradient in plain PyTorch: what runs where kernels do not, and what tests compare with.
+"""Loss and gradient in plain PyTorch, which runs where kernels do not and defines their results.
 
 Formulas stand in `op.py`.
 """
@@ -23,7 +23,7 @@ def loss_shape(x1: Tensor, reduction: str) -> tuple[int, ...]:
 
 
 def gradient_scale(x1: Tensor, reduction: str) -> float:
-    """1 / E of the formula: what the mean over elements, and maybe over samples, divides by."""
+    """1 / E of the formula, also over the number of samples for the mean over the batch."""
     count = x1.shape[1:].numel() * (len(x1) if reduction == "mean" else 1)
     return 1.0 / max(count, 1)
 

@@ -1,4 +1,4 @@
-"""The interface of datasets, the batch that they give, and what they share.
+"""The interface of datasets, their batches, and helpers that they share.
 
 A dataset is random access and has no state: `get` is a pure function of the indices (which
 samples), of the positions (which random numbers) and of the seed.

@@ -151,7 +151,7 @@ class _FilePerSample:
 
 
 class _Stored(NamedTuple):
-    """What the files hold, not yet checked."""
+    """Arrays of the files, not yet checked."""
 
     x: np.ndarray | _FilePerSample
     labels: np.ndarray

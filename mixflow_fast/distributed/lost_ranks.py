@@ -128,7 +128,7 @@ def _is_peer_failure(error: BaseException | None) -> bool:
 
 
 def _entry(reason: str) -> str:
-    """What a rank writes about itself into the store."""
+    """Entry of this rank in the store: its machine, and the error that it ended with."""
     return f"{socket.gethostname()}\n{reason}"
 
 

@@ -139,7 +139,7 @@ def _launched() -> tuple[int, int, int]:
 
 
 def _adopt_slurm() -> None:
-    """Set the environment variables that DeepSpeed and torch read, from Slurm's."""
+    """Set the environment variables that DeepSpeed and torch read, from those of Slurm."""
     number, ranks, local = _launched()
     if "RANK" in os.environ or ranks == 1:
         return

@@ -1,8 +1,8 @@
 """Graceful shutdown on SIGINT, SIGTERM and SIGUSR1, at the same step on every rank.
 
-The first SIGINT, SIGTERM or SIGUSR1 (what Slurm sends before its time limit, if asked) ends the run
-after the step with a checkpoint. A second one ends the process at once, whatever it waits for, with
-128 + the signal's number as exit code (130, 143, 138); the checkpoint from before counts.
+The first signal (Slurm sends SIGUSR1 before its time limit, if asked) ends the run after the step
+with a checkpoint. A second one ends the process at once, whatever it waits for, with 128 + the
+number of the signal as exit code (130, 143, 138); the last checkpoint stays the one to resume from.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Coefficients(NamedTuple):
 
 
 class Path:
-    """A path's coefficients and what follows from them. Times are in the engine's clock.
+    """Coefficients of a path, and formulas that follow from them. Times are in the engine's clock.
 
     Attributes:
         name: "linear", "gvp" or "vp".

@@ -1,4 +1,4 @@
-"""The method: what a training step feeds the network, and the loss it is given."""
+"""The method: the input of the network in a training step, and the loss of its prediction."""
 
 from mixflow_fast.objective.mixflow import Interpolation, MixFlow, mixflow_loss
 

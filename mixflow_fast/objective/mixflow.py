@@ -52,7 +52,7 @@ _COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
 
 @dataclass(frozen=True)
 class Interpolation:
-    """What `MixFlow.prepare` made of a batch.
+    """The result of `MixFlow.prepare`: a batch as the network sees it, and the loss needs it.
 
     Attributes:
         x: the network's input x_m in the dtype of x1: (B, ...), or (B, N, p p C) tokens.
@@ -177,10 +177,12 @@ class MixFlow:
 
     @property
     def gamma(self) -> float:
+        """Slowing range."""
         return self.schedule.gamma
 
     @property
     def shift(self) -> float:
+        """Time shift k."""
         return self.schedule.shift
 
     def prepare(

@@ -63,7 +63,7 @@ class Group(TypedDict, total=False):
 
 
 class _Kind(NamedTuple):
-    """What parameters must have in common to be updated in one call."""
+    """Properties that parameters must share to be updated in one call."""
 
     step: int
     copied: bool
@@ -171,7 +171,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
         Args:
             copies: parameter -> bfloat16 tensor of its shape, contiguous, on its device. Replaces
-                what was set before; empty ends it.
+                earlier ones; an empty mapping ends it.
 
         Raises:
             ValueError: a key that is no parameter of this optimizer, or a tensor that does not fit.
