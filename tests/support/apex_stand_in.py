@@ -1,7 +1,7 @@
-"""What `ApexAdamWEMA` uses of NVIDIA apex's FusedAdam, in PyTorch: its interface and arithmetic.
+"""NVIDIA apex's FusedAdam in PyTorch: the interface and arithmetic that `ApexAdamWEMA` uses.
 
 Written from the interface of https://github.com/NVIDIA/apex (`apex/optimizers/fused_adam.py`,
-`csrc/multi_tensor_adam.cu`), with what can go wrong with it:
+`csrc/multi_tensor_adam.cu`), with its traps:
 
 * one step count for a group, under "step", raised even if no parameter has a gradient;
 * groups and parameters are paired with what the first step saw; whatever has no partner is skipped;

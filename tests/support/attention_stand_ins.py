@@ -1,6 +1,6 @@
 """Stand-ins for backends that only a GPU can run: they bind their arguments to the real signatures.
 
-What they compute is `math`'s; what they check is how they were called.
+They compute as `math` does, and check how they are called.
 """
 
 from types import SimpleNamespace
