@@ -195,6 +195,8 @@ def run_demo(
     Raises:
         ValueError: no seeds; a folder that holds another demo; a missing extra.
     """
+    from mixflow_fast.training.trainer import train
+
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
     out = Path(out)
@@ -215,7 +217,12 @@ def run_demo(
             if done.exists():
                 log(f"  finished already, kept: {done.parent} (--fresh starts over)")
             else:
-                _train_and_evaluate(config, settings, measure, seed, done, quiet)
+                started = time.monotonic()
+                # A signal ends the training with a checkpoint: the demo must end too.
+                if not train(config, quiet=quiet).finished:
+                    raise KeyboardInterrupt
+                table = _evaluate(done.parent, settings, measure, seed)
+                write_json(done, {**table, "seconds": time.monotonic() - started})
             runs[name].append(_Run(config, json.loads(done.read_text())))
     result = _result(out, settings, seeds, arms, runs, measure, command)
     _save_comparison(out, result)
@@ -225,25 +232,10 @@ def run_demo(
     return result
 
 
-def _train_and_evaluate(
-    config: Config, settings: Settings, measure: Measure, seed: int, done: Path, quiet: bool
-) -> None:
-    """One arm of one seed; `done` is written last, and marks that it is finished."""
-    from mixflow_fast.training.trainer import train
-
-    started = time.monotonic()
-    # A signal ends the training with a checkpoint: the demo must end too, and not go on.
-    if not train(config, quiet=quiet).finished:
-        raise KeyboardInterrupt
-    table = _evaluate(config, settings, measure, seed)
-    write_json(done, {**table, "seconds": time.monotonic() - started})
-
-
 def _evaluate(
-    config: Config, settings: Settings, measure: Measure, seed: int
+    folder: Path, settings: Settings, measure: Measure, seed: int
 ) -> dict[Metric, dict[str, float]]:
-    """Sample the run's EMA model with each number of steps, and save a picture of one of them."""
-    folder = Path(config.out)
+    """Sample the EMA model of a run with each number of steps, and save a picture of one."""
     model = load_model(folder / "weights.pt")
     table: dict[Metric, dict[str, float]] = {}
     for steps in settings.steps:
@@ -283,7 +275,7 @@ def _result(
         "steps": list(settings.steps),
         "arms": {name: _arm_result(arm, runs[name]) for name, arm in arms.items()},
         "floor": _floor(settings, measure),
-        "losses": {name: _losses(config) for name, config in configs.items()},
+        "losses": {name: _losses(Path(config.out)) for name, config in configs.items()},
         "real_grid": str(_real_grid(out, measure)),
         "config": {
             "settings": asdict(settings),
@@ -321,8 +313,8 @@ def _combine(tables: Sequence[Mapping[str, float]]) -> Distances:
     }
 
 
-def _losses(config: Config) -> list[list[float]]:
-    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+def _losses(folder: Path) -> list[list[float]]:
+    rows = read_metrics(folder / "metrics.jsonl")
     return [[row["images_seen"], row["loss"]] for row in rows]
 
 

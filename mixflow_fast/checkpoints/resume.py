@@ -53,6 +53,18 @@ class ResumePoint:
         """Optimizer steps that were done before."""
         return self.state.step if self.state is not None else 0
 
+    def describe(self, out: Path, total: int) -> list[str]:
+        """Lines on how a run of `total` steps in `out` came to this step."""
+        messages = list(self.passed_over)
+        if self.step and self.step < total:
+            messages.append(f"{out}: resumed after step {self.step} of {total}")
+            if self.resharded_from:
+                messages.append(
+                    f"{out}: its checkpoint is of {self.resharded_from}: the same examples and "
+                    "noise, sums equal to rounding"
+                )
+        return messages
+
     def fill(self, model: Transformer, init: str | None) -> None:
         """Set a network on the CPU to the weights that the run begins with.
 
@@ -79,9 +91,12 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
         resume: "auto" continues what is there, "never" refuses it.
 
     Raises:
-        ValueError: the folder is in use, holds a run with another configuration, a run that must
-            not be resumed, one whose checkpoints are all damaged, or weights without checkpoints.
+        ValueError: another value of `resume`; the folder is in use, holds a run with another
+            configuration, a run that must not be resumed, one whose checkpoints are all damaged, or
+            weights without checkpoints.
     """
+    if resume not in ("auto", "never"):
+        raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
     out = folder.out
     folder.hold()
     newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=True)

@@ -42,6 +42,19 @@ class Losses:
     grid: list[list[float | None]]
 
 
+@dataclass(frozen=True)
+class ValidationData:
+    """Examples to validate on.
+
+    Attributes:
+        dataset: the examples, without flips.
+        description: what they are: "held-out examples" or "training examples".
+    """
+
+    dataset: Dataset
+    description: str
+
+
 class ValidationLoss:
     """Losses of a network at fixed times, on fixed examples with fixed noise.
 
@@ -55,7 +68,7 @@ class ValidationLoss:
     m > t too.
 
     Args:
-        dataset: the examples, without flips.
+        data: the examples.
         mix: the objective.
         device: where the network is.
         examples: K, at most.
@@ -66,11 +79,12 @@ class ValidationLoss:
 
     Attributes:
         examples: K.
+        description: what they are, in words.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        data: ValidationData,
         mix: MixFlow,
         device: torch.device,
         *,
@@ -81,7 +95,8 @@ class ValidationLoss:
         all_gather: Callable[[list[Part]], list[list[Part]]] = lambda mine: [mine],
     ) -> None:
         self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
-        self._all_gather = all_gather
+        self._all_gather, self.description = all_gather, data.description
+        dataset = data.dataset
         self.examples = min(examples, len(dataset))
         index = torch.arange(self.examples) * len(dataset) // self.examples
         size = min(self.examples, batch_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixflow_fast.config.schema import Config
+from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.models import Transformer
 from mixflow_fast.reports.images import save_grid
 from mixflow_fast.sampling.samples import sample
@@ -57,18 +57,25 @@ class PreviewOptions:
     latent: bool
 
     @classmethod
-    def of(cls, config: Config) -> PreviewOptions:
-        """Those of a run's configuration."""
-        c, m = config.train, config.model
+    def of(
+        cls, train: TrainConfig, model: ModelConfig, shift: float, latents: bool
+    ) -> PreviewOptions:
+        """Those of a configuration.
+
+        Args:
+            train, model: its sections.
+            shift: `objective.shift`.
+            latents: whether `data.kind` is "latents".
+        """
         return cls(
-            pictures=c.previews,
-            steps=c.preview_steps,
-            cfg_scale=c.preview_cfg,
-            shift=config.objective.shift,
-            batch_size=min(c.previews, c.microbatch_size),
-            num_classes=m.num_classes,
-            channels=m.in_channels,
-            latent=config.data.kind == "latents" or m.in_channels not in (1, 3),
+            pictures=train.previews,
+            steps=train.preview_steps,
+            cfg_scale=train.preview_cfg,
+            shift=shift,
+            batch_size=min(train.previews, train.microbatch_size),
+            num_classes=model.num_classes,
+            channels=model.in_channels,
+            latent=latents or model.in_channels not in (1, 3),
         )
 
     @property

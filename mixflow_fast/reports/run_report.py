@@ -250,7 +250,9 @@ def _previews(run: Run) -> str:
             continue
     words = "the same noise and labels each time"
     if run.config:
-        words = caption(PreviewOptions.of(run.config))
+        c = run.config
+        latents = c.data.kind == "latents"
+        words = caption(PreviewOptions.of(c.train, c.model, c.objective.shift, latents))
     words = words[0].upper() + words[1:] + "."
     if len(figures) < count:
         words += f" {len(figures)} of the {count} in {run.out / 'previews'}."

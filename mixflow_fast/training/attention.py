@@ -13,9 +13,7 @@ from mixflow_fast.models import Transformer
 
 def agree_on_attention(
     model: Transformer,
-    microbatch: int,
-    precision: str,
-    device: torch.device,
+    shape: tuple[int, str, torch.device],
     host_group: HostGroup,
     before: list[str] | None,
 ) -> list[AttentionChoice]:
@@ -23,9 +21,7 @@ def agree_on_attention(
 
     Args:
         model: the network; it runs with the choice from here on.
-        microbatch: examples in one forward pass.
-        precision: "fp32" or "bf16".
-        device: device of this rank.
+        shape: examples in one forward pass, "fp32" or "bf16", device of this rank.
         host_group: exchange between the ranks.
         before: names that the run used up to here; None for a new run.
 
@@ -35,6 +31,7 @@ def agree_on_attention(
     Raises:
         ValueError: a named backend that does not serve here; on all ranks.
     """
+    microbatch, precision, device = shape
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     names = before
     with host_group.raise_together():

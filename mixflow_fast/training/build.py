@@ -21,6 +21,7 @@ from mixflow_fast.config.schema import (
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.data.dataset import without_flips
+from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.models import Execution, Transformer, build
 from mixflow_fast.models.teacher import Teacher, TeacherFiles
 from mixflow_fast.objective.mixflow import MixFlow
@@ -30,19 +31,6 @@ from mixflow_fast.training.alignment import Alignment
 _NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
 # Data kinds with a held-out set of their own.
 _HELD_OUT = ("photos", "digits")
-
-
-@dataclass(frozen=True)
-class ValidationData:
-    """Examples to validate on.
-
-    Attributes:
-        dataset: the examples, without flips.
-        description: what they are: "held-out examples" or "training examples".
-    """
-
-    dataset: Dataset
-    description: str
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,6 @@ class Validation:
         context: of the run.
         timetable: when.
         losses: what is measured.
-        description: of the examples, in words.
         watched: the copy to measure.
     """
 
@@ -174,11 +173,10 @@ class Validation:
         context: RunContext,
         timetable: Timetable,
         losses: ValidationLoss,
-        description: str,
         watched: WatchedCopy,
     ) -> None:
         self._context, self._timetable = context, timetable
-        self._losses, self._description, self._watched = losses, description, watched
+        self._losses, self._watched = losses, watched
 
     def due(self, step: int) -> bool:
         """Every so many steps, at the start and at the end of the run."""
@@ -197,13 +195,13 @@ class Validation:
             "validation",
             step,
             examples=examples,
-            data=self._description,
+            data=self._losses.description,
             t=bin_centers(TIMES),
             grid_t=bin_centers(GRID),
             **{which: asdict(losses) for which, losses in found.items()},
         )
         values = ", ".join(f"{which} {losses.loss:.4f}" for which, losses in found.items())
-        what = f"{examples} {self._description}"
+        what = f"{examples} {self._losses.description}"
         context.log.log(f"{context.out.name}: step {step} validation loss {values} ({what})")
 
 

@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.checkpoints.resume import find
-from mixflow_fast.checkpoints.run_folder import (
-    RunFolder,
-    RunState,
-    choose_checkpoint,
-    read_state,
-)
+from mixflow_fast.checkpoints.run_folder import RunFolder, RunState, choose_checkpoint, read_state
 from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
@@ -109,8 +104,6 @@ class Trainer:
     def __init__(
         self, config: Config, resume: str = "auto", quiet: bool = False, recipe: str | None = None
     ) -> None:
-        if resume not in ("auto", "never"):
-            raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
         ranks = process_group.world_size()
         validate(config, ranks)
         self.config, self.out, self._recipe = config, Path(config.out), recipe
@@ -121,8 +114,6 @@ class Trainer:
         parts = build_run(config, self.device)
         self.model, self.mix, self.alignment = parts.model, parts.mix, parts.alignment
         self.dataset = parts.dataset
-        fused = runtime.use_kernels(self.mix.impl, self.device)
-        self.objective = "Triton kernels" if fused else "PyTorch reference"
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = HostGroup(process_group.timeout())
         self._folder = RunFolder(self.out, self.host_group)
@@ -130,7 +121,7 @@ class Trainer:
             self._start = find(config, self._folder, ranks, resume)
             self._start.fill(self.model, config.train.init)
             self.model.set_execution(parts.execution)
-            self.attention = self._choose_attention()
+            self.attention = self._agree_on_attention()
             self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
             self._folder.make(config.to_yaml(), self._start.checkpoint)
@@ -155,7 +146,7 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
         """
-        messages = self._describe_start()
+        messages = self._start.describe(self.out, self.config.steps)
         try:
             with self._stop.installed(), lost_ranks.roll_call():
                 while not self._train(messages):
@@ -317,11 +308,9 @@ class Trainer:
             config=json.dumps(self.config.to_dict()),
         ).to_record()
 
-    def _choose_attention(self) -> list[AttentionChoice]:
-        precision = self.config.train.precision
-        return agree_on_attention(
-            self.model, self.microbatch, precision, self.device, self.host_group, self._used_before
-        )
+    def _agree_on_attention(self) -> list[AttentionChoice]:
+        shape = self.microbatch, self.config.train.precision, self.device
+        return agree_on_attention(self.model, shape, self.host_group, self._used_before)
 
     def describe_network(self) -> str:
         """How the network is run: mode, attention, checkpointing."""
@@ -336,18 +325,21 @@ class Trainer:
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
-        c, group, flops = self.config.train, self.host_group, train_flops(self.model)
-        peak = None
-        if self.device.type == "cuda" and c.precision == "bf16":
-            peak = peak_tflops(torch.cuda.get_device_name(self.device))
-        self._train_flops, self._previews = flops, PreviewOptions.of(self.config)
+        c, group = self.config.train, self.host_group
+        self._train_flops = flops = train_flops(self.model)
+        fused = runtime.use_kernels(self.mix.impl, self.device)
+        self.objective = "Triton kernels" if fused else "PyTorch reference"
+        on_gpu = self.device.type == "cuda" and c.precision == "bf16"
+        peak = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None
+        shift, latents = self.config.objective.shift, self.config.data.kind == "latents"
+        self._previews = PreviewOptions.of(c, self.config.model, shift, latents)
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
-        self._validation: tuple[ValidationLoss, str] | None = None
+        self._validation: ValidationLoss | None = None
         if parts.validation is not None:
-            losses = ValidationLoss(
-                parts.validation.dataset,
+            self._validation = ValidationLoss(
+                parts.validation,
                 self.mix,
                 self.device,
                 examples=c.validate_examples,
@@ -356,7 +348,6 @@ class Trainer:
                 ranks=group.ranks,
                 all_gather=group.all_gather,
             )
-            self._validation = losses, parts.validation.description
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
@@ -443,25 +434,13 @@ class Trainer:
             when, options = Timetable(c.preview_every, total, beginning), self._previews
             duties.append(Previews(context, when, options, self.watched))
         if self._validation is not None:
-            when, (losses, words) = Timetable(c.validate_every, total, beginning), self._validation
-            duties.append(Validation(context, when, losses, words, self.watched))
+            when = Timetable(c.validate_every, total, beginning)
+            duties.append(Validation(context, when, self._validation, self.watched))
         if p.ema_sigma_rel:
             when = Timetable(p.snapshot_every or c.save_every, total, step)
             duties.append(EmaSnapshots(context, when, p.ema_sigma_rel, self._metadata, check))
         when = Timetable(c.save_every, total, step)
         return [*duties, Checkpoints(context, when, check, self.save)]
-
-    def _describe_start(self) -> list[str]:
-        """Lines on how the run came to this step."""
-        messages, start = list(self._start.passed_over), self._start
-        if self.step and self.step < self.config.steps:
-            messages.append(f"{self.out}: resumed after step {self.step} of {self.config.steps}")
-            if start.resharded_from:
-                messages.append(
-                    f"{self.out}: its checkpoint is of {start.resharded_from}: the same examples "
-                    "and noise, sums equal to rounding"
-                )
-        return messages
 
 
 def train(

@@ -48,7 +48,7 @@ def losses_of(config: Config, net: Any, clock: str = "data_at_1", **parts: Any) 
         "examples": config.train.validate_examples,
         "batch_size": config.train.microbatch_size,
     }
-    return ValidationLoss(validation(config).dataset, mix, CPU, **sizes, **parts)(net)
+    return ValidationLoss(validation(config), mix, CPU, **sizes, **parts)(net)
 
 
 def examples(config: Config, count: int = 10) -> tuple[Tensor, Tensor, Tensor]:

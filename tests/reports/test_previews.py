@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from mixflow_fast.config.loading import load_config
-from mixflow_fast.reports.previews import PreviewOptions, caption, preview_labels, write_preview
+from mixflow_fast.reports.previews import caption, preview_labels, write_preview
+from tests.support.configs import preview_options
 
 
 def test_labels_of_previews_are_spread_over_the_classes() -> None:
@@ -21,8 +22,8 @@ def test_labels_of_previews_are_spread_over_the_classes() -> None:
 def test_latents_are_shown_as_three_channels_and_said_so(tmp_path: Path) -> None:
     config = load_config("sit-xl2-256", ["data.path=x", "train.init=null", "model.input_size=4",
                                          "train.previews=5", "train.preview_steps=1"])  # fmt: skip
-    assert "latents, not pictures: the first 3 of 4 channels" in caption(PreviewOptions.of(config))
-    assert "latents" not in caption(PreviewOptions.of(load_config("photos")))
+    assert "latents, not pictures: the first 3 of 4 channels" in caption(preview_options(config))
+    assert "latents" not in caption(preview_options(load_config("photos")))
 
     class Net:
         """Brings every channel to its own value in one step."""
@@ -34,7 +35,7 @@ def test_latents_are_shown_as_three_channels_and_said_so(tmp_path: Path) -> None
         def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return self.levels - x
 
-    write_preview(Net(), PreviewOptions.of(config), tmp_path / "a" / "x.png")
+    write_preview(Net(), preview_options(config), tmp_path / "a" / "x.png")
     pixels = np.asarray(Image.open(tmp_path / "a" / "x.png"))
     assert pixels[:64, :64].reshape(-1, 3).tolist() == [[128, 255, 0]] * 64**2
     assert pixels.shape == (2 * 66 - 2, 3 * 66 - 2, 3)

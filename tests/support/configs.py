@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
+from mixflow_fast.reports.previews import PreviewOptions
 
 GIVEN = {"train.init": "null", "data.path": "latents"}
 
@@ -13,3 +14,9 @@ def resolved(name: str) -> Config:
     if "repa" in name:
         given = given | {"data.features": "features.npy"}
     return load_config(name, [f"{key}={value}" for key, value in given.items()])
+
+
+def preview_options(config: Config) -> PreviewOptions:
+    """How previews of a run of this configuration come about."""
+    latents = config.data.kind == "latents"
+    return PreviewOptions.of(config.train, config.model, config.objective.shift, latents)

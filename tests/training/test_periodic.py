@@ -11,13 +11,15 @@ from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import build_dataset
 from mixflow_fast.evaluation.validation_loss import (
+    ValidationData,
     ValidationLoss,
 )
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
-from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
+from mixflow_fast.reports.previews import preview_file, write_preview
 from mixflow_fast.training.periodic import Previews
 from mixflow_fast.training.trainer import Trainer
+from tests.support.configs import preview_options
 from tests.support.runs import assert_same_bits, run_ranks, tiny
 
 WATCHED = ["train.preview_every=2", "train.previews=3", "train.preview_steps=2",
@@ -75,10 +77,12 @@ def test_training_does_not_notice_being_watched(tmp_path: Path, precision, stage
         assert value.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         assert torch.equal(value, saved["model"][name].to(value.dtype)), name
     net = load_model(out / "weights.pt", "ema").to(value.dtype)
-    write_preview(net, PreviewOptions.of(trainer.config), tmp_path / "again.png")
+    write_preview(net, preview_options(trainer.config), tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == preview_file(out, 6).read_bytes()
     heldout = build_dataset("photos", size=trainer.config.model.input_size, split="heldout")
-    losses = ValidationLoss(heldout, trainer.mix, torch.device("cpu"), examples=5, batch_size=8)
+    losses = ValidationLoss(
+        ValidationData(heldout, ""), trainer.mix, torch.device("cpu"), examples=5, batch_size=8
+    )
     assert asdict(losses(net)) == rows[2]["ema"]
 
 
