@@ -58,6 +58,31 @@ def test_paths_in_documents_exist(document: str) -> None:
     assert sorted(path for path in paths if not (ROOT / path).exists()) == []
 
 
+# Who decides about a whole run; everything else takes its section and finished objects.
+WHOLE_CONFIG = {
+    ("checkpoints/resume.py", "find"),
+    ("config/validate.py", "validate"),
+    ("demo.py", "arm_config"),
+    ("diagnostics/verify_resume.py", "verify_resume"),
+    ("training/build.py", "build_run"),
+    ("training/build.py", "check"),
+    ("training/trainer.py", "__init__"),
+    ("training/trainer.py", "train"),
+}
+
+
+def test_components_take_their_section() -> None:
+    found = set()
+    for path in sorted((ROOT / "mixflow_fast").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                hints = [ast.unparse(a.annotation) for a in arguments if a.annotation is not None]
+                if any(re.search(r"(?<!\w)Config(?!\w)", hint) for hint in hints):
+                    found.add((path.relative_to(ROOT / "mixflow_fast").as_posix(), node.name))
+    assert found == WHOLE_CONFIG
+
+
 def test_no_test_imports_a_test() -> None:
     """What tests share stands in tests/support/."""
     wrong = []

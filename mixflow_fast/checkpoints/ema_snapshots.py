@@ -120,7 +120,7 @@ def reconstruct(
         run: folder of a run with optim.ema_sigma_rel.
         sigma_rel: relative width of the average.
         out: the .pt to write.
-        step: of the run at which the average ends; None = the last snapshot's.
+        step: optimizer step at which the average ends; None = the last snapshot's.
         force: replace what is at `out`.
 
     Raises:

@@ -15,10 +15,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +30,9 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.training.build import check
 from mixflow_fast.training.step_record import StepOutput
 
+Leaf = Tensor | int | float | str | None
+# By (rank, step): a hash of each thing that the step saw.
+Records = Mapping[tuple[int, int], Mapping[str, str]]
 # What names the folder or the software and nothing of the run.
 _IGNORED = ("args/config", "metadata/config", "ds_version")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK",
@@ -43,7 +45,7 @@ class Row:
 
     Attributes:
         what: its name.
-        things: tensors, numbers or steps of it.
+        things: how many tensors, numbers or steps it has.
         numbers: how many in them.
         differing: how many of those are not the same bits.
         first: where the first of these is.
@@ -67,8 +69,8 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
     """Run both ways and compare.
 
     Args:
-        config: of the run; its length, folder and saving are set here, its learning rate still
-            descends as if the run were whole.
+        config: configuration of the run; its length, folder and saving are set here, its learning
+            rate still descends as if the run were whole.
         out: an empty folder, or one to make; both runs and their logs stay in it.
         steps: N, at least 2.
         ranks: processes of each run.
@@ -88,7 +90,7 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another folder")
     batch, p = config.train.global_batch_size, config.optim
-    common: dict[str, Any] = {
+    common: dict[str, object] = {
         "train.save_every": 0,
         "train.keep_last": 2,
         "train.save_weights": "always",
@@ -137,7 +139,7 @@ def compare_checkpoints(first: Path, second: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: _ORDER.index(row.what.split(" ")[0]))
 
 
-def compare_streams(first: dict[Any, dict], second: dict[Any, dict]) -> list[Row]:
+def compare_streams(first: Records, second: Records) -> list[Row]:
     """What the steps of every rank saw, by (rank, step)."""
     rows: dict[str, Row] = {}
     for key in sorted(first.keys() | second.keys()):
@@ -173,11 +175,11 @@ def _kind(file: str, path: str) -> str:
     return "everything else"
 
 
-def _content(file: Path) -> Any:
+def _content(file: Path) -> object:
     return json.loads(file.read_text()) if file.suffix == ".json" else read_file(file)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, Leaf]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(item, f"{path}/{key}" if path else str(key))
@@ -188,7 +190,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _compare(a: Any, b: Any) -> tuple[int, int]:
+def _compare(a: Leaf, b: Leaf) -> tuple[int, int]:
     """(numbers, how many of them differ)."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return 1, int(type(a) is not type(b) or repr(a) != repr(b))
@@ -216,7 +218,7 @@ def _require_movement(out: Path, half: int) -> None:
         )
 
 
-def _records(folder: Path) -> dict[tuple[int, int], dict[str, str]]:
+def _records(folder: Path) -> Records:
     found = {}
     for file in sorted(folder.glob("rank_*.jsonl")):
         for line in file.read_text().splitlines():

@@ -58,7 +58,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     """Everything that a run needs, from a validated configuration.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         device: where it trains; a teacher goes there at once.
 
     Raises:
@@ -140,7 +140,7 @@ def build_validation(section: DataConfig, model: ModelConfig, dataset: Dataset) 
     """A set that training does not see where the data kind has one; else training examples.
 
     Args:
-        section, model: of the configuration.
+        section, model: sections of the configuration.
         dataset: the training examples.
     """
     if section.kind in _HELD_OUT:

@@ -15,8 +15,8 @@ class EmaSnapshots:
     """The duty that writes OUT/ema/step_N.safetensors, before the checkpoint of the same step.
 
     Args:
-        context: of the run; its engine holds the EMAs.
-        timetable: when.
+        context: what every duty has at hand; its engine holds the EMAs.
+        timetable: when it is due.
         widths: sigma_rel of each EMA, as in `optim.ema_sigma_rel`.
         metadata: of a weights file at this step.
         check: raises where the EMAs must not be written; called just before.

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -147,12 +147,12 @@ class Engine:
                 partition, offset, size = zero.grad_position[zero.get_param_id(parameter)]
                 self._partitions()[partition].data[offset + own : offset + size].zero_()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         c, micro, ranks = self._train, self._microbatch, process_group.world_size()
-        zero: dict[str, Any] = {"stage": c.zero_stage}
+        zero: dict[str, object] = {"stage": c.zero_stage}
         if c.zero_stage == 2 or (c.zero_stage == 1 and c.precision == "fp32"):
             zero["compute_grad_norm"] = False  # read on the host each step; AdamWEMA has its own
-        settings: dict[str, Any] = {
+        settings: dict[str, object] = {
             "train_batch_size": c.global_batch_size,
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": c.global_batch_size // (micro * ranks),
@@ -228,7 +228,7 @@ class Engine:
                 group = mapping.param_group_index
                 yield Fragment(name, group, ours.start, whole.start, whole.numel)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
         """The network's forward pass."""
         return self._engine(*args)
 
@@ -327,7 +327,7 @@ def deepspeed_state() -> tuple[str, dict[str, bool]]:
     return deepspeed.__version__, dict(getattr(deepspeed.ops, "__compatible_ops__", {}))
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed() -> ModuleType:
     """DeepSpeed without its chatter; on the CPU, without compiling anything."""
     try:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

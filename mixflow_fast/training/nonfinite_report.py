@@ -127,9 +127,9 @@ class Examiner:
     """Finds the samples behind a bad step and writes what it found.
 
     Attributes:
-        section: of the configuration.
+        section: `train` of the configuration.
         out: run folder.
-        dataset, mix, engine: of the run, the engine started.
+        dataset, mix, engine: data, objective and engine that the run trains with.
         forward: what a training step does with a network and a micro-batch.
         host_group: exchange between the ranks.
         device: device of this rank.

@@ -75,8 +75,8 @@ class Logging:
     """The duty that writes a row of metrics.
 
     Args:
-        context: of the run.
-        timetable: when.
+        context: what every duty has at hand.
+        timetable: when it is due.
         guard: has the losses, and checks them first.
         learning_rate: as a function of the images seen.
         global_batch_size: images a step.
@@ -116,8 +116,8 @@ class Previews:
     """The duty that draws pictures from the EMA weights on rank 0, into OUT/previews.
 
     Args:
-        context: of the run.
-        timetable: when.
+        context: what every duty has at hand.
+        timetable: when it is due.
         options: how the pictures come about.
         watched: the copy to sample with.
     """
@@ -162,8 +162,8 @@ class Validation:
     """The duty that measures losses at fixed times, of the EMA and of the live weights.
 
     Args:
-        context: of the run.
-        timetable: when.
+        context: what every duty has at hand.
+        timetable: when it is due.
         losses: what is measured.
         watched: the copy to measure.
     """
@@ -209,8 +209,8 @@ class Checkpoints:
     """The duty that writes resumable checkpoints.
 
     Args:
-        context: of the run.
-        timetable: when.
+        context: what every duty has at hand.
+        timetable: when it is due.
         check: raises where the weights must not be saved.
         save: writes the checkpoint.
     """

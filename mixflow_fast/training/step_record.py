@@ -94,7 +94,7 @@ class StepRecord:
 
         Args:
             loss: its whole loss.
-            mix, pred, it: of which the loss of each sample is made, without a gradient.
+            mix, pred, it: give the loss of each sample, without a gradient.
         """
         slot, part = len(self._numbers) % len(self._norms), len(self._t)
         with torch.no_grad():

@@ -163,7 +163,7 @@ class Trainer:
     def _train(self, messages: list[str]) -> bool:
         """Train from this step on; False where a step was bad and the run is to go back."""
         total = self.config.steps
-        with self._open_log(messages) as log, self._loader() as loader:
+        with self._open_log(messages) as log, self.loader() as loader:
             duties = self._duties(log)
             self._throughput.restart()
             try:
@@ -371,7 +371,7 @@ class Trainer:
             state=None if state is None else GuardState(**state.safety),
         )
 
-    def _loader(self) -> BatchLoader:
+    def loader(self) -> BatchLoader:
         """Micro-batches of this rank from this step on."""
         c = self.config.train
         return BatchLoader(
