@@ -47,7 +47,16 @@ def test_commands_can_be_called(module: str) -> None:
     assert done.returncode == (0 if COMMANDS[module] else 2)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/many_gpus.md"])
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/README.md",
+    "docs/design.md",
+    "docs/drop-in.md",
+    "docs/many_gpus.md",
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_in_documents_exist(document: str) -> None:
     """Whatever stands in backticks and looks like a path of this repository."""
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -109,7 +109,7 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
         return ResumePoint(passed_over=tuple(passed_over))
     if resume == "never":
         raise ValueError(
-            f"{out} already holds a run (step {newest.name}): choose another out=, delete it, or "
+            f"{out} already holds a run ({newest.name}): choose another out=, delete it, or "
             "resume with --resume auto"
         )
     descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images

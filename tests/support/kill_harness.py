@@ -1,6 +1,6 @@
 """Runs that are killed with kill -9 at random times, and what must be true of them at the end.
 
-    python -m tests.kill_harness [--kills 50] [--seed 0] [--keep FOLDER]
+    python -m tests.support.kill_harness [--kills 50] [--seed 0] [--keep FOLDER]
 
 A run is started, killed, and started again by the same command until it has had its share of kills,
 then left to finish. After that
