@@ -2,9 +2,9 @@
 
 What is compiled is what is launched: each case calls the operators on CPU tensors, Triton
 itself specialises every launch for the architecture, and the launch is recorded instead of made.
-The records are compiled with Triton's own ptxas. One row for each kernel, case and architecture,
-and status 1 if any of them spills registers, uses local memory or has an atomic. It says nothing
-about speed.
+The records are compiled with Triton's own ptxas. `CASES` has every kind of launch at least once,
+not every product of kinds. One row for each kernel, case and architecture, and status 1 if any of
+them spills registers, uses local memory or has an atomic. It says nothing about speed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,215 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from unittest import mock
 
-from benchmarks.compile_cases import CASES, Case
-from mixflow_fast.kernels import runtime
+import torch
 
+from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
+from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
+from mixflow_fast.kernels import philox, runtime
+from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepare
+
+RED = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "atomics")
 ARCHS, KNOWN_ARCHS = (80, 90, 100), (80, 86, 89, 90, 100, 120)
+
+
+CPU = torch.device("cpu")
+SIT, RAE, ODD = (256, 4, 32, 32), (32, 768, 16, 16), (3, 7, 9, 5)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call whose launches are compiled.
+
+    Attributes:
+        call: makes it, and calls its argument where what went before was only preparation.
+        kernels: those of its launches that are the operator's; all, if empty.
+    """
+
+    op: str
+    variant: str
+    call: Callable[[Callable[[], None]], object]
+    quick: bool = False
+    kernels: tuple[str, ...] = ()
+
+
+def _objective(variant: str, quick: bool, case: ObjectiveCase) -> list[Case]:
+    """A case for each operator that `MixFlow` calls, with the kernels that are its own."""
+    kernels = {
+        "interpolate": ("_interpolate_kernel",),
+        "velocity_loss": ("_velocity_loss_kernel", "_reduce_kernel"),
+        "scale_gradient_": ("_scale_gradient_kernel",),
+    }
+    return [Case(op, variant, partial(_launch, case), quick, own) for op, own in kernels.items()]
+
+
+def _name(case: BlockCase) -> str:
+    words = [case.variant, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch.")]
+    words += ["recompute"] if case.mode == "recompute" else []
+    words += [f"no {name}" for name in case.without] + [f"frozen {n}" for n in case.frozen]
+    words += [f"vectors {case.vector_dtype}"] if case.vector_dtype else []
+    return " ".join(words)
+
+
+def _block(op: str, variant: str, shape: Shape, quick: bool = False, **options: object) -> Case:
+    case = BlockCase(op=op, variant=variant, shape=shape, **options)
+    return Case(op, _name(case), partial(_launch, case), quick)
+
+
+def _launch(case: ObjectiveCase | BlockCase, mark: Callable[[], None]) -> None:
+    call = case.call(case.inputs(CPU, empty=True), "triton")
+    mark()
+    call()
+
+
+def _around_attention(
+    variant: str, shape: Shape, quick: bool = False, packed: bool = False, **options: object
+) -> Case:
+    """What stands around a backend of `attention`; `packed`: one which writes packed gradients."""
+    case = BlockCase(op="attention", variant=variant, shape=shape, **options)
+
+    def call(mark: Callable[[], None]) -> None:
+        given = {name: x.detach() for name, x in case.inputs(CPU, empty=True).tensors.items()}
+        qkv, norm = given["qkv"], VARIANTS[variant].norm or "none"
+        tensors = {name: given.get(name) for name in QkOptions._fields[:6]}
+        qk = QkOptions(**tensors, norm=norm, eps=EPS)
+        if variant != "plain":
+            prepare(qkv, qk, "triton")
+        out = torch.empty_like(qkv)
+        gradients = tuple(torch.empty(shape, dtype=case.dtype) for _ in range(3))
+        finish(out.unbind(2)[:2] if packed else gradients, out, qkv, qk, "triton")
+
+    return Case("attention", _name(case) + (", packed" if packed else ""), call, quick)
+
+
+def _normal(shape: Shape, mark: Callable[[], None]) -> None:
+    numel = torch.Size(shape[1:]).numel()
+    philox.normal(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
+
+
+def _objective_cases() -> Iterator[Case]:
+    for name, shape in (("rae", RAE), ("sit", SIT)):
+        for short, dtype in (("bf16", BF16), ("fp32", FP32)):
+            case = ObjectiveCase(shape=shape, dtype=dtype, drawn=True)
+            yield from _objective(f"{name} {short}", True, case)
+    rest = {"prediction": "score", "path": "vp", "loss_weight": "likelihood", "sigma": True}
+    noise = {"prediction": "noise", "path": "gvp", "loss_weight": "velocity", "weight": "sample"}
+    logit = {"timesteps": "logit-normal", "shift": 6.93, "clock": "noise_at_1"}
+    settings = (
+        (SIT, FP16, Setting()),
+        (ODD, FP16, Setting()),
+        (RAE, BF16, Setting(patch_size=1)),
+        (SIT, BF16, Setting(patch_size=2)),
+        (SIT, BF16, Setting(patch_size=2, sigma=True)),
+        ((3, 7, 9, 6), FP32, Setting(patch_size=3)),
+        (ODD, FP32, Setting(patch_size=1)),
+        (SIT, FP16, Setting(moments=True, patch_size=2)),
+        (SIT, BF16, Setting(path="gvp", interval="full", moments=True, clock="noise_at_1")),
+        (RAE, BF16, Setting(**logit)),
+        (ODD, FP16, Setting(path="vp", timesteps="uniform", interval="raw", shift=2.0)),
+        (SIT, BF16, Setting(prediction="data")),
+        (SIT, BF16, Setting(**rest)),
+        (SIT, FP16, Setting(**noise)),
+        (SIT, BF16, Setting(weight="mask")),
+    )
+    cases = [ObjectiveCase(shape=s, setting=o, dtype=d, drawn=True) for s, d, o in settings]
+    cases += [
+        ObjectiveCase(shape=RAE, dtype=FP32, pred_dtype=BF16, drawn=True),
+        ObjectiveCase(shape=(64, 3, 256, 256), mode="forward", drawn=True),
+        ObjectiveCase(shape=RAE, noise_dtype=BF16, setting=Setting(ids=False)),
+    ]
+    for case in cases:
+        quick = case.setting.sigma and case.setting.patch_size is not None
+        yield from _objective(case.label, quick, case)
+    yield Case("normal", "sit", partial(_normal, SIT), True)
+    yield Case("normal", "odd", partial(_normal, ODD))
+
+
+def _norm_cases() -> Iterator[Case]:
+    sample, rms, rms_token = "layer per sample", "rms per sample", "rms per token"
+    xl, head, wide = (256, 256, 1152), (64, 256, 2048), (8, 256, 4096)
+    bare, no_shift = ("h_bias",), ("shift",)
+    norm, alone = (partial(_block, op) for op in ("residual_norm", "modulated_norm"))
+    yield norm(sample, xl, without=bare, quick=True)
+    yield norm(sample, xl, without=bare, dtype=FP32, quick=True)
+    yield norm(rms_token, head, without=bare, quick=True)
+    yield alone(sample, xl, quick=True)
+    yield norm(sample, xl, without=bare, frozen=("shift", "scale", "gate"))
+    yield norm("layer per token", head, without=bare)
+    yield norm("layer per token", wide, without=bare)
+    yield norm(rms_token, (3, 7, 33), without=bare, dtype=FP32)
+    yield norm(rms_token, head, without=bare + no_shift, dtype=FP32)
+    yield norm(sample, xl, without=bare, dtype=FP32, vector_dtype=BF16)
+    yield norm(rms, (64, 256, 1152), without=no_shift, dtype=FP32)
+    yield norm(sample, (256, 256, 384))
+    yield norm(sample, (256, 256, 768), dtype=FP16)
+    yield norm(sample, head)
+    yield norm(rms, head, dtype=FP32)
+    yield alone(sample, xl, mode="recompute")
+    # Without a branch, and x' is used elsewhere.
+    yield norm(sample, xl, mode="recompute", without=("h", "gate", "h_bias"))
+    yield alone(rms_token, head)
+    # Forward and backward pass, and the backward pass that recomputes y.
+    for mode in ("full", "recompute"):
+        yield norm(sample, xl, mode=mode, quick=True)
+        yield norm(sample, xl, mode=mode, dtype=FP32)
+        yield norm(sample, (256, 256, 1024), mode=mode)
+        yield norm(rms, (64, 256, 1152), mode=mode)
+        yield norm(rms_token, head, mode=mode)
+        yield norm(rms, wide, mode=mode, dtype=FP32)
+        yield norm(rms_token, wide, mode=mode, dtype=FP32)
+        yield norm(sample, (3, 7, 1023), mode=mode, dtype=FP16)
+        yield norm(sample, wide, mode=mode)
+    recompute = partial(norm, mode="recompute", dtype=FP32)
+    yield recompute(sample, xl, vector_dtype=BF16)
+    yield recompute(rms_token, head, without=no_shift)
+
+
+def _activation_cases() -> Iterator[Case]:
+    for op, width, narrow, odd in (("gelu", 4608, 1536, 1023), ("swiglu", 11008, 4096, 2046)):
+        row, wide = partial(_block, op, "bias"), (32, 256, width)
+        recompute = partial(row, mode="recompute")
+        yield row(wide, quick=True)
+        yield row(wide, dtype=FP32, quick=True)
+        yield row(wide, vector_dtype=FP32)
+        yield row(wide, without=("bias",))
+        yield row(wide, frozen=("bias",))
+        yield row((32, 256, narrow), dtype=FP16)
+        yield row((2, 7, odd))
+        yield recompute(wide, quick=True)
+        yield recompute(wide, dtype=FP32)
+        for shape in ((2, 7, 2046), (257, 257, width), (1, 1, width)):
+            yield recompute(shape)
+    yield _block("swiglu", "bias", (32, 256, 2 * 2730))
+
+
+def _attention_cases() -> Iterator[Case]:
+    xl, b, odd = (32, 256, 16, 72), (32, 256, 12, 64), (2, 5, 3, 10)
+    head, row = (32, 256, 16, 128), _around_attention
+    for variant in ("rope", "layer"):
+        yield row(variant, xl, quick=True)
+        yield row(variant, b, dtype=FP16)
+    yield row("rms, rope", xl)
+    yield row("rms, rope", odd)
+    yield row("rope", xl, dtype=FP32)
+    yield row("rope", head)
+    yield row("rope", odd, dtype=FP16)
+    yield row("layer", xl, vector_dtype=FP32)
+    yield row("layer", xl, packed=True, dtype=FP32)
+    yield row("layer", (2, 5, 3, 33), dtype=FP32)
+    yield row("rms, rope", head)
+    yield row("rms, rope", xl, packed=True, dtype=FP32)
+    yield row("plain", xl)
+
+
+CASES = [*_objective_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases()]
 
 
 @dataclass(frozen=True)
@@ -35,9 +235,7 @@ class Launch:
 
     function: object
     key: str = field(repr=False)
-    signature: dict[str, str]
-    constants: dict
-    attributes: dict
+    source: tuple[dict, dict, dict]  # signature, constants, attributes
     options: dict
 
     @property
@@ -77,10 +275,8 @@ def recording(arch: int) -> Iterator[list[Launch]]:
         options = json.loads(compile["specialization_data"])["options"]
         # JSON knows no tuples, and Triton hashes the options.
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        signature, constants = compile["signature"], compile["constants"]
-        launches.append(
-            Launch(fn.jit_function, key, signature, constants, compile["configs"][0], options)
-        )
+        source = (compile["signature"], compile["constants"], compile["configs"][0])
+        launches.append(Launch(fn.jit_function, key, source, options))
         return True  # Triton then neither compiles nor launches.
 
     driver = triton.runtime.driver
@@ -107,7 +303,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
 
     triton = runtime.triton
     started = time.perf_counter()
-    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    source = ASTSource(launch.function, *launch.source)
     with triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
         kernel = triton.compile(source, target=_target(arch), options=launch.options)
@@ -183,24 +379,13 @@ def scalar_accesses(ttgir: str) -> int:
     return sum("tensor<" not in line for line in lines)
 
 
-def is_red(row: dict[str, object]) -> bool:
-    names = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "atomics")
-    return any(row[name] for name in names)
-
-
 def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, object]]:
     """One row for each distinct launch of the cases and each architecture.
 
-    A row's fields:
-        op, kernel, variant: operator, kernel, and the first case that launched it so.
-        arch, triton, ptxas: what it was compiled for and with.
-        registers: of a thread. num_warps: of a program.
-        spill_store_bytes, spill_load_bytes, stack_bytes: of a thread; stack is local memory.
-        shared_bytes: of a program.
-        global_access: how many loads and stores of how many bits the PTX has.
-        vector128: whether everything but single values (seed, times) moves 128 bits at once.
-        atomics, instructions: how many the PTX has.
-        seconds: compiling took.
+    `variant` is the first case that launched it so. Registers, spills and stack (local memory) are
+    of a thread, warps and shared memory of a program. `global_access`: how many loads and stores of
+    how many bits the PTX has; `vector128`: whether everything but single values (seed, times) moves
+    128 bits at once; `seconds`: compiling took.
     """
     with tempfile.TemporaryDirectory() as folder, runtime.triton.knobs.cache.scope():
         # Triton's own cache would give kernels without what ptxas said of them.
@@ -209,9 +394,9 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
             seen = set()
             for case in cases:
                 for launch in launches_of(case, arch):
-                    if (launch.kernel, launch.key) in seen:
+                    if (key := (launch.kernel, launch.key)) in seen:
                         continue
-                    seen.add((launch.kernel, launch.key))
+                    seen.add(key)
                     names = {"op": case.op, "kernel": launch.kernel, "variant": case.variant}
                     try:
                         row = compile_launch(launch, arch)
@@ -221,7 +406,7 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
 
 
 _LINE = "{:<22} {:<14} {:<55} {:>6} {:>5} {:>4} {:>5} {:>5} {:>6} {:>7} {:>7} {:>5}"
-_HEAD = ("op", "kernel", "variant", "arch", "warps", "regs", "spill", "stack", "shared", "128-bit")
+_HEAD = "op kernel variant arch warps regs spill stack shared 128-bit atomics instr".split()
 
 
 def _line(row: dict[str, object]) -> str:
@@ -242,20 +427,20 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> in
     parser.add_argument("--quick", action="store_true", help="the common variants of every kernel")
     args = parser.parse_args(argv)
     if runtime.triton is None or runtime.interpreting():
-        reason = "TRITON_INTERPRET=1 is set" if runtime.triton else "Triton is not installed"
-        way_out = "unset it" if runtime.triton else "pip install triton"
-        print(f"kernels cannot be compiled: {reason}: {way_out}", file=sys.stderr)
+        absent = "Triton is not installed: pip install triton"
+        why = "TRITON_INTERPRET=1 is set: unset it" if runtime.triton else absent
+        print(f"kernels cannot be compiled: {why}", file=sys.stderr)
         return 2
     # The launchers' default, said aloud: Triton warns where it is not.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     chosen = [c for c in cases if (not args.op or c.op in args.op) and (c.quick or not args.quick)]
     if not args.json:
-        print(_LINE.format(*_HEAD, "atomics", "instr"))
+        print(_LINE.format(*_HEAD))
     rows = []
     for row in report(chosen, args.arch):
         rows.append(row)
         print(json.dumps(row) if args.json else _line(row), flush=True)
-    red = [row for row in rows if is_red(row)]
+    red = [row for row in rows if any(row[name] for name in RED)]
     if not args.json:
         print(f"{len(rows)} kernels, {len(red)} with spills, local memory or atomics")
     return 1 if red else 0

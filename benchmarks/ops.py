@@ -1,48 +1,27 @@
-"""The registry of the benchmarks: for each operator its inputs, calls, truth, bytes and shapes.
+"""The registry of the benchmarks: for each operator its inputs, calls, truth, bytes and cells.
 
-| op             | variant              | shape        | one call                               |
-|----------------|----------------------|--------------|----------------------------------------|
-| interpolate    |                      | (B, C, H, W) | draw t, m and x0, write x_m            |
-| velocity_loss  |                      | (B, C, H, W) | the loss, and its gradient             |
-| objective      |                      | (B, C, H, W) | both. The prediction is given: the     |
-|                |                      |              | network between them lets nothing fuse |
-| residual_norm  | norm, per what       | (B, N, D)    | residual, norm and modulation          |
-| modulated_norm | the same             | (B, N, D)    | the same without a branch              |
-| gelu           | bias                 | (B, N, F)    | SiT's perceptron, bias and its gradient|
-| swiglu         | bias                 | (B, N, 2 F)  | DiT-DH's, F = 3072 and 5461 or 5504    |
-| qk_norm_rope   | norm and rotation    | (B, N, H, K) | norm and rotary positions of q and k   |
-| attention      | plain, or with a     | (B, N, H, K) | softmax(q k^T) v with its gradient in  |
-|                | rotation             |              | one packed tensor                      |
-| step           |                      |              | `benchmarks/step.py`                   |
+`interpolate` draws t, m and x0 and writes x_m, `velocity_loss` is the loss with its gradient, and
+`objective` both: the prediction is given, as the network between them lets nothing fuse. Shapes are
+(B, C, H, W) of x1. The other operators are those of `block_cases`, whose table has their shapes.
 
 Modes: "full" is a forward pass and the gradients of every input, "forward" the first alone,
 "backward" of the loss the same as full with an upstream gradient of 0.5 on the device: its price,
 and "recompute" of the activations the gradients and the output once more, which was not kept.
-
-Providers: eager and compile are the lines of `benchmarks/plain.py`; a bias that our operators take
-was added by the matrix product before, where it costs nothing, and compile fuses it if it can.
-liger are its functions where they compute the same: a modulated RMSNorm, and a SwiGLU of two
-tensors. The others are `attention(backend=...)`, if the backend passed its own test.
+`benchmarks/README.md` says what the providers are.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.plain import (
-    GAMMA,
-    PLAIN,
-    RECOMPUTE,
-    BiasOfProduct,
-    prepare,
-    velocity_loss,
-)
+from benchmarks import plain
+from benchmarks.plain import GAMMA
 from mixflow_fast.diagnostics.block_cases import (
     BLOCK_OPS,
     EPS,
@@ -51,6 +30,7 @@ from mixflow_fast.diagnostics.block_cases import (
     backend_verdict,
 )
 from mixflow_fast.diagnostics.kernel_cases import (
+    Draw,
     Function,
     Inputs,
     Mode,
@@ -59,6 +39,7 @@ from mixflow_fast.diagnostics.kernel_cases import (
     function_call,
     shape_name,
 )
+from mixflow_fast.diagnostics.kernel_plan import Row
 from mixflow_fast.kernels.activations.gelu import gelu_bytes
 from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
 from mixflow_fast.kernels.attention.backends import BACKENDS
@@ -155,21 +136,18 @@ class ObjectiveEntry:
 
     def inputs(self, cell: Cell, device: torch.device) -> Inputs:
         """x1 of mean 0.5, so that a wrong direction of the path shows; noise for who stores it."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(dtype: torch.dtype) -> Tensor:
-            return torch.randn(cell.shape, generator=generator, device=device, dtype=dtype)
-
+        draw = Draw(device, cell.dtype, empty=False)
         tensors = {
-            "x1": normal(cell.dtype).add_(0.5),
-            "x0": normal(cell.dtype),
-            "pred": normal(PRED_DTYPE).requires_grad_(),
+            "x1": draw.normal(*cell.shape, mean=0.5),
+            "x0": draw.normal(*cell.shape),
+            "pred": draw.normal(*cell.shape, dtype=PRED_DTYPE).requires_grad_(),
             "ids": torch.arange(cell.shape[0], device=device) + 10_000,
         }
         return Inputs(tensors, (torch.tensor(0.5, device=device),))
 
     def plain(self, cell: Cell, inputs: Inputs, wrap: Wrap | None = None) -> Call:
-        prepare_fn, loss_fn = (f if wrap is None else wrap(f) for f in (prepare, velocity_loss))
+        lines = plain.prepare, plain.velocity_loss
+        prepare_fn, loss_fn = lines if wrap is None else map(wrap, lines)
         x1, pred = inputs.tensors["x1"], inputs.tensors["pred"]
 
         def call() -> Made:
@@ -198,9 +176,6 @@ class ObjectiveEntry:
             return made | {"x0": it.x0}
 
         return call, f"MixFlow(impl={impl!r})"
-
-    def other(self, provider: str, cell: Cell, inputs: Inputs, impl: str) -> tuple[Call, str]:
-        raise NotThere(f"{provider} has no {self.name}")
 
     def truth(self, cell: Cell, inputs: Inputs, made: Made | None) -> Tensors:
         """The reference in float64 on the noise and times which the provider itself used."""
@@ -238,11 +213,7 @@ class BlockEntry:
 
     def case(self, cell: Cell) -> BlockCase:
         return BlockCase(
-            op=cell.op,
-            shape=cell.shape,
-            variant=cell.variant,
-            mode=cell.mode,
-            dtype=cell.dtype,
+            op=cell.op, shape=cell.shape, variant=cell.variant, mode=cell.mode, dtype=cell.dtype
         )
 
     def providers(self, cell: Cell) -> tuple[str, ...]:
@@ -264,21 +235,21 @@ class BlockEntry:
 
     def plain(self, cell: Cell, inputs: Inputs, wrap: Wrap | None = None) -> Call:
         """Without `wrap` the bias is there before them; "recompute" is then both passes."""
-        plain, outputs = PLAIN[self.name], BLOCK_OPS[self.name].outputs
+        lines, outputs = plain.PLAIN[self.name], BLOCK_OPS[self.name].outputs
         if wrap is not None and cell.mode == "recompute":
-            recompute = wrap(RECOMPUTE[self.name])
+            recompute = wrap(plain.RECOMPUTE[self.name])
             x, bias = (tensor.detach() for tensor in inputs.tensors.values())
             names = ("out", "dx", "dbias")
             return lambda: dict(zip(names, recompute(inputs.upstream[0], x, bias), strict=True))
         if wrap is not None or self.name not in _PRODUCT:
-            function = plain if wrap is None else wrap(plain)
+            function = lines if wrap is None else wrap(lines)
             return function_call(function, inputs, outputs, cell.mode)
         product, bias = _PRODUCT[self.name]
         biased = self._biased(inputs).requires_grad_()
 
         def with_bias(**given: Tensor) -> Tensor | tuple[Tensor, ...]:
-            z = BiasOfProduct.apply(biased, given.pop(product), given.pop(bias))
-            return plain(**{product: z}, **given)
+            z = plain.BiasOfProduct.apply(biased, given.pop(product), given.pop(bias))
+            return lines(**{product: z}, **given)
 
         return function_call(with_bias, inputs, outputs, cell.mode)
 
@@ -331,16 +302,14 @@ class BlockEntry:
 
 
 def _norm_bytes(cell: Cell, backward: bool) -> int:
-    has_branch = cell.op == "residual_norm"
+    variant, branch = VARIANTS[cell.variant], ("has_h", "has_h_bias", "has_dx_new")
     return residual_norm_bytes(
         torch.empty(cell.shape, dtype=cell.dtype, device="meta"),
-        per_token=VARIANTS[cell.variant].per_token,
+        per_token=variant.per_token,
         backward=backward,
-        has_h=has_branch,
-        has_h_bias=has_branch,
-        has_weight=VARIANTS[cell.variant].norm == "rms",
-        has_dx_new=has_branch,
-        norm=VARIANTS[cell.variant].norm,
+        has_weight=variant.norm == "rms",
+        norm=variant.norm,
+        **dict.fromkeys(branch, cell.op == "residual_norm"),
     )
 
 
@@ -351,17 +320,18 @@ def _activation_bytes(cell: Cell, backward: bool) -> int:
     return count(x, x.new_empty(cell.shape[-1]), backward, cell.mode == "recompute")
 
 
-def _qk_bytes(cell: Cell, backward: bool) -> int:
-    """q and k read and written once each way, their upstream gradients read, qkv's gradient written
-    (v's part is zeros), and q and k read again for a norm."""
-    section = cell.elements * cell.dtype.itemsize
-    return section * (5 + 2 * (VARIANTS[cell.variant].norm is not None) if backward else 4)
+def _qkv_bytes(cell: Cell, backward: bool) -> int:
+    """Passes over a tensor of q's size.
 
-
-def _attention_bytes(cell: Cell, backward: bool) -> int:
-    """qkv, out and their gradients once each, and in the backward pass qkv and out again; scores
-    and statistics not at all."""
-    return cell.elements * cell.dtype.itemsize * (8 if backward else 4)
+    Of qk_norm_rope: q and k read and written once each way, their upstream gradients read, qkv's
+    gradient written (v's part is zeros), and q and k read again for a norm. Of attention: qkv, out
+    and their gradients once each, and in the backward pass qkv and out again; no scores.
+    """
+    passes = 4
+    if backward:
+        normed = VARIANTS[cell.variant].norm is not None
+        passes = 8 if cell.op == "attention" else 5 + 2 * normed
+    return cell.elements * cell.dtype.itemsize * passes
 
 
 REGISTRY: dict[str, ObjectiveEntry | BlockEntry] = {
@@ -374,11 +344,106 @@ REGISTRY: dict[str, ObjectiveEntry | BlockEntry] = {
         BlockEntry("modulated_norm", _norm_bytes),
         BlockEntry("gelu", _activation_bytes),
         BlockEntry("swiglu", _activation_bytes),
-        BlockEntry("qk_norm_rope", _qk_bytes),
-        BlockEntry("attention", _attention_bytes),
+        BlockEntry("qk_norm_rope", _qkv_bytes),
+        BlockEntry("attention", _qkv_bytes),
     )
 }
 OBJECTIVE_OPS = tuple(op.name for op in REGISTRY.values() if isinstance(op, ObjectiveEntry))
 FAMILIES = {"objective": OBJECTIVE_OPS, "blocks": tuple(BLOCK_OPS)}
 KERNEL_OPS = tuple(REGISTRY)
 OPS = (*KERNEL_OPS, "step")
+
+# The cells, most telling first: a deadline cuts from the end.
+RAE, SIT = (768, 16, 16), (4, 32, 32)
+MAIN_SHAPES = ((256, *RAE), (256, *SIT))
+MORE_SHAPES = (
+    *((32, *SIT), (64, *RAE), (64, 3, 256, 256), (32, 4, 64, 64), (256, 4, 64, 64)),
+    *((64, 768, 32, 32), (256, 768, 32, 32)),
+)
+SMOKE_SHAPES = ((2, 4, 4, 4), (3, 8, 2, 2))
+MODES: dict[str, tuple[Mode, ...]] = {
+    "interpolate": ("forward",),
+    "velocity_loss": ("full", "forward", "backward"),
+    "objective": ("full",),
+}
+# SiT-XL at B = 256, DiT-DH-XL at B = 64.
+BLOCK_MAIN: tuple[Row, ...] = (
+    ("residual_norm", "full", "layer per sample", (256, 256, 1152)),
+    ("attention", "full", "plain", (256, 256, 16, 72)),
+    ("gelu", "full", "bias", (256, 256, 4608)),
+    ("residual_norm", "full", "rms per token", (64, 256, 2048)),
+    ("swiglu", "full", "bias", (64, 256, 2 * 5504)),
+    ("qk_norm_rope", "full", "rope", (64, 256, 16, 72)),
+    ("modulated_norm", "full", "rms per sample", (64, 256, 1152)),
+)
+BLOCK_MORE: tuple[Row, ...] = (
+    ("attention", "full", "plain", (64, 1024, 16, 72)),
+    ("attention", "full", "plain", (64, 256, 16, 128)),
+    ("residual_norm", "full", "layer per sample", (32, 256, 1152)),
+    ("swiglu", "full", "bias", (64, 256, 2 * 5461)),
+    ("residual_norm", "full", "rms per sample", (64, 256, 1152)),
+    ("attention", "full", "plain", (256, 256, 16, 64)),
+    ("gelu", "recompute", "bias", (256, 256, 4608)),
+    ("swiglu", "recompute", "bias", (64, 256, 2 * 5504)),
+    ("swiglu", "full", "bias", (256, 256, 2 * 3072)),
+    ("attention", "full", "rope", (64, 256, 16, 72)),
+    ("residual_norm", "full", "layer per sample", (64, 1024, 1152)),
+    ("gelu", "full", "bias", (32, 256, 4608)),
+    ("qk_norm_rope", "full", "rms, rope", (64, 256, 16, 72)),
+    ("qk_norm_rope", "full", "layer", (256, 256, 16, 72)),
+    ("modulated_norm", "full", "layer per sample", (256, 256, 1152)),
+    ("modulated_norm", "full", "rms per token", (64, 256, 2048)),
+    ("attention", "full", "plain", (64, 1024, 16, 64)),
+    ("attention", "full", "plain", (16, 1024, 16, 128)),
+    ("residual_norm", "forward", "layer per sample", (256, 256, 1152)),
+    ("swiglu", "forward", "bias", (64, 256, 2 * 5504)),
+    ("gelu", "forward", "bias", (256, 256, 4608)),
+    ("attention", "forward", "plain", (256, 256, 16, 72)),
+    ("modulated_norm", "forward", "rms per sample", (64, 256, 1152)),
+    ("qk_norm_rope", "forward", "rope", (64, 256, 16, 72)),
+)
+BLOCK_SMOKE: tuple[Row, ...] = (
+    ("residual_norm", "full", "layer per sample", (2, 4, 16)),
+    ("residual_norm", "full", "rms per token", (2, 3, 16)),
+    ("modulated_norm", "full", "rms per sample", (2, 4, 16)),
+    ("gelu", "full", "bias", (2, 3, 16)),
+    ("swiglu", "full", "bias", (2, 3, 16)),
+    ("qk_norm_rope", "full", "rms, rope", (2, 4, 2, 8)),
+    ("attention", "full", "plain", (2, 4, 2, 8)),
+    ("attention", "full", "rope", (2, 4, 2, 8)),
+    ("swiglu", "forward", "bias", (2, 3, 16)),
+    ("gelu", "recompute", "bias", (2, 3, 16)),
+    ("swiglu", "recompute", "bias", (2, 3, 16)),
+)
+
+
+def kernel_cells(ops: Collection[str], smoke: bool = False) -> list[Cell]:
+    """The cells of the kernel suite for `ops`, the most telling first.
+
+    Of the objective: bf16 at every shape in the first of its modes, the other modes at the main
+    shapes, and last float32 data there.
+    """
+
+    def first_mode(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[Cell]:
+        return [
+            Cell(op=op, mode=MODES[op][0], shape=shape, dtype=dtype)
+            for shape in shapes
+            for op in reversed(MODES)
+        ]
+
+    main, more, single = MAIN_SHAPES, MORE_SHAPES, MAIN_SHAPES
+    if smoke:
+        main, more, single = SMOKE_SHAPES[:1], (), SMOKE_SHAPES[1:]
+    cells = first_mode(main, torch.bfloat16)
+    cells += [
+        Cell(op=op, mode=mode, shape=shape)
+        for shape in main
+        for op, modes in MODES.items()
+        for mode in modes[1:]
+    ]
+    cells += [
+        Cell(op=op, mode=mode, variant=variant, shape=shape)
+        for op, mode, variant, shape in (BLOCK_SMOKE if smoke else (*BLOCK_MAIN, *BLOCK_MORE))
+    ]
+    cells += [*first_mode(more, torch.bfloat16), *first_mode(single, torch.float32)]
+    return [cell for cell in cells if cell.op in ops]

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import checks, plots, rows
-from benchmarks.cells import kernel_cells
-from benchmarks.ops import KERNEL_OPS, OPS
+from benchmarks.ops import KERNEL_OPS, OPS, kernel_cells
 from benchmarks.step import StepSuite
 from benchmarks.step_optimizers import time_deepspeed
 from benchmarks.suite import KernelSuite

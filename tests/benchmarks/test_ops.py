@@ -9,10 +9,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import cells, ops
-from benchmarks.cells import MAIN_SHAPES, MODES, RAE, SIT, kernel_cells
+from benchmarks import ops
 from benchmarks.checks import verify
-from benchmarks.ops import BLOCK_OPS, KERNEL_OPS, OBJECTIVE_OPS, REGISTRY, Cell, NotThere
+from benchmarks.ops import (
+    BLOCK_OPS,
+    KERNEL_OPS,
+    MAIN_SHAPES,
+    MODES,
+    OBJECTIVE_OPS,
+    RAE,
+    REGISTRY,
+    SIT,
+    Cell,
+    NotThere,
+    kernel_cells,
+)
 from benchmarks.plain import plain_modulated_norm
 from mixflow_fast.diagnostics import kernel_plan
 from mixflow_fast.diagnostics.block_cases import VARIANTS
@@ -52,8 +63,8 @@ def test_cells_of_the_objective_cover_shapes_and_modes_main_ones_first() -> None
 
 
 def test_cells_of_the_blocks_name_every_op_most_telling_first() -> None:
-    main = {row[0] for row in cells.BLOCK_MAIN}
-    assert main == {row[0] for row in cells.BLOCK_SMOKE} == set(BLOCK_OPS)
+    main = {row[0] for row in ops.BLOCK_MAIN}
+    assert main == {row[0] for row in ops.BLOCK_SMOKE} == set(BLOCK_OPS)
     assert len(set(BLOCKS)) == len(BLOCKS)
     assert {cell.op for cell in BLOCKS if cell.mode == "forward"} == set(BLOCK_OPS)
     assert {c.op for c in BLOCKS if c.mode == "recompute"} == {"gelu", "swiglu"}
@@ -69,7 +80,7 @@ def test_cells_of_the_blocks_name_every_op_most_telling_first() -> None:
     assert heads == set(itertools.product((256, 1024), (72, 128, 64)))
     assert {cell.op for cell in kernel_cells(("gelu", "interpolate"))} == {"gelu", "interpolate"}
     # The very widths that are timed are checked.
-    widths = {(op, variant, shape[2:]) for op, _, variant, shape in cells.BLOCK_MAIN}
+    widths = {(op, variant, shape[2:]) for op, _, variant, shape in ops.BLOCK_MAIN}
     assert {(op, v, shape[2:]) for op, _, v, shape in kernel_plan.GPU_TIMED} == widths
 
 

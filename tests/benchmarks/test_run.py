@@ -9,8 +9,7 @@ import torch
 from benchmarks import checks, ops, run, step, timing
 from benchmarks import step_variants as variants
 from benchmarks import suite as kernel_suite
-from benchmarks.cells import kernel_cells
-from benchmarks.ops import KERNEL_OPS, OBJECTIVE_OPS, TIMED_BACKENDS
+from benchmarks.ops import KERNEL_OPS, OBJECTIVE_OPS, TIMED_BACKENDS, kernel_cells
 from benchmarks.rows import KEYS, Deadline, Writer, read
 from mixflow_fast.diagnostics.kernel_checks import Finding
 from mixflow_fast.diagnostics.kernel_plan import Task

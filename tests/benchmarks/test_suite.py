@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from benchmarks import ops, suite
-from benchmarks.cells import SMOKE_SHAPES, kernel_cells
-from benchmarks.ops import OBJECTIVE_OPS, BlockEntry, Cell, ObjectiveEntry
+from benchmarks.ops import (
+    OBJECTIVE_OPS,
+    SMOKE_SHAPES,
+    BlockEntry,
+    Cell,
+    ObjectiveEntry,
+    kernel_cells,
+)
 from benchmarks.rows import Deadline, Writer, read
 from benchmarks.suite import SLOW_TO_COMPILE, Compiler, KernelSuite, modes_to_try
 
