@@ -11,8 +11,7 @@ units of A = B N D itemsize, one pass over the residual stream:
 * Matrix products, convolutions and softmax(q k^T) v are launches of their own, and no bytes.
 * Kept is what autograd holds between the passes, weights aside.
 
-It counts traffic by design, in uncompiled modes. Caches, achieved bandwidth and the kernels that
-cuBLAS and attention libraries launch inside a call are not in it.
+`benchmarks/README.md` says what is not in it.
 """
 
 from __future__ import annotations
@@ -158,26 +157,18 @@ def _attention(a: Arguments) -> Moved:
     return (moved > 0) + sums + copies, moved + copied
 
 
+# Both directions of each operator.
 FUSED: dict[str, Callable[[Arguments], Moved]] = {
     "residual_norm": _residual_norm,
     "modulated_norm": _residual_norm,
-    "residual_norm_backward": _residual_norm,
     "gelu": _activation(gelu_bytes),
-    "gelu_backward": _activation(gelu_bytes),
     "swiglu": _activation(swiglu_bytes),
-    "swiglu_backward": _activation(swiglu_bytes),
     "attention": _attention,
-    "attention_backward": _attention,
 }
 
 
 class Census(TorchDispatchMode):
-    """Counts every operator below autograd.
-
-    Attributes:
-        phase: the pass that operators are counted under.
-        table: what was counted.
-    """
+    """Counts every operator below autograd, under the pass `phase`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,9 +194,10 @@ class Census(TorchDispatchMode):
         return out
 
     def _add_fused(self, name: str, arguments: Arguments, tensors: list[Tensor]) -> None:
-        if name not in FUSED:
+        cost = FUSED.get(name.removesuffix("_backward"))
+        if cost is None:
             raise ValueError(f"no formula for the operator mixflow_fast::{name}: add it")
-        launches, moved = FUSED[name](arguments)
+        launches, moved = cost(arguments)
         if name.startswith("attention"):
             self._add(name, CORE, 1, 0)
             name += " around it"
@@ -230,11 +222,7 @@ class OneAttention(TorchFunctionMode):
 
 
 def census(net: Transformer, batch: int) -> tuple[Table, int]:
-    """Counts a forward and backward pass of a network on meta, in the dtype of its weights.
-
-    Returns:
-        (the costs, bytes that the forward pass keeps).
-    """
+    """(Costs of both passes of a network on meta, bytes that the forward pass keeps)."""
     kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in net.parameters()}
     weights = sum(storage.nbytes() for storage in kept.values())
 
@@ -327,25 +315,19 @@ def per_block(
         raise ValueError(
             f"attention must be a backend by name in mode fused, got {execution.attention}"
         )
-    tables: list[Table] = []
-    kept: list[int] = []
+    counted: list[tuple[Table, int]] = []
     for blocks in (2, 3):
         depth: int | tuple[int, int] = blocks
         if scenario.network.startswith("DiTDH"):
             depth = (2, blocks) if scenario.part else (blocks, 2)
         net = on_meta(scenario.network, depth=depth).to(dtype)
-        table, held = census(net.set_execution(execution), scenario.batch)
-        tables.append(table)
-        kept.append(held)
-    fewer, more = tables
+        counted.append(census(net.set_execution(execution), scenario.batch))
+    (fewer, kept_by_fewer), (more, kept) = counted
     width = net._block_groups()[scenario.part][0].attn.proj.in_features
     tokens = (net.input_size // net.patch_size) ** 2
     difference = {key: cost - fewer.get(key, Cost(cost.kind)) for key, cost in more.items()}
-    return Block(
-        {key: cost for key, cost in difference.items() if cost},
-        scenario.batch * tokens * width * dtype.itemsize,
-        kept[1] - kept[0],
-    )
+    table = {key: cost for key, cost in difference.items() if cost}
+    return Block(table, scenario.batch * tokens * width * dtype.itemsize, kept - kept_by_fewer)
 
 
 def as_rows(scenario: Scenario, execution: Execution, block: Block) -> list[dict[str, str | int]]:

@@ -16,13 +16,14 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import rows as devices
+from benchmarks import rows
 from benchmarks.ops import FAMILIES, GAMMA, KERNEL_OPS, PRED_DTYPE, REGISTRY, Cell, Made
 from benchmarks.rows import Deadline, Expectation
 from mixflow_fast.diagnostics.kernel_cases import Inputs, Tensors
@@ -130,10 +131,8 @@ def verify(
     """
     op, kept = REGISTRY[cell.op], {} if kept is None else kept
     is_objective = cell.op in FAMILIES["objective"]
-    some, rows = inputs, None
-    if cell.op == "attention":
-        rows = [0, cell.shape[0] - 1]
-        some = inputs.rows(rows)
+    samples = [0, cell.shape[0] - 1] if cell.op == "attention" else None
+    some = inputs.rows(samples) if samples else inputs
     try:
         truth = kept or op.truth(cell, some, made)
     except ValueError as error:
@@ -145,8 +144,8 @@ def verify(
         kept.update(truth)
     for name, exact in truth.items():
         # Samples apart, a weight's gradient is that of another batch.
-        of_batch = rows is not None and name.removeprefix("d") in inputs.shared
-        value = made[name] if rows is None or of_batch else made[name][rows]
+        of_batch = samples is not None and name.removeprefix("d") in inputs.shared
+        value = made[name] if samples is None or of_batch else made[name][samples]
         dtype = cell.dtype
         if is_objective and name != "x":
             dtype = torch.float32 if name == "loss" else PRED_DTYPE
@@ -173,13 +172,11 @@ def _draw_faults(cell: Cell, made: Made) -> list[str]:
     x0 = (made["x0"]() if callable(made["x0"]) else made["x0"]).double()
     t, slowed_t = made["t"].double(), made["slowed_t"].double()
     # Six standard errors; Beta(2, 1) has the standard deviation 1 / sqrt(18), and bf16 rounds x0.
+    of_x0, variance = 6 / math.sqrt(cell.elements), x0.square().mean().item()
     by_name = {
         "mean of t less 2/3": (t.mean().item() - 2 / 3, 6 / math.sqrt(18 * len(t))),
-        "mean of x0": (x0.mean().item(), 6 / math.sqrt(cell.elements) + 1e-3),
-        "variance of x0 less 1": (
-            x0.square().mean().item() - 1,
-            6 * math.sqrt(2 / cell.elements) + 1e-3,
-        ),
+        "mean of x0": (x0.mean().item(), of_x0 + 1e-3),
+        "variance of x0 less 1": (variance - 1, math.sqrt(2) * of_x0 + 1e-3),
     }
     wrong = [
         f"{name}: {abs(off):.3g}, allowed {allowed:.3g}"
@@ -191,19 +188,12 @@ def _draw_faults(cell: Cell, made: Made) -> list[str]:
     return wrong
 
 
-class Log:
-    """A new file of findings as JSON lines, infinite errors as null; each is on disk at once."""
-
-    def __init__(self, path: Path, environment: dict[str, str | None]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
-        self._path, self._environment = path, environment
-
-    def add(self, finding: Finding) -> None:
-        row = asdict(finding) | {"passed": finding.passed} | self._environment
-        row["error"] = finding.error if math.isfinite(finding.error) else None
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+def _log(path: Path, environment: Mapping[str, str | None], finding: Finding) -> None:
+    """Append a finding as a JSON line, an infinite error as null."""
+    row = asdict(finding) | {"passed": finding.passed} | environment
+    row["error"] = finding.error if math.isfinite(finding.error) else None
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,22 +209,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the findings there")
     args = parser.parse_args(argv)
     try:
-        device, deadline = devices.pick(args.device), Deadline(args.deadline)
+        device, deadline = rows.pick(args.device), Deadline(args.deadline)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    environment = devices.environment(device)
+    environment = rows.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()), flush=True)
     ops = args.op or FAMILIES.get(args.family, KERNEL_OPS)
     keep = None
     if args.out is not None:
-        name = f"correctness_{args.family}.jsonl" if args.family else "correctness.jsonl"
-        keep = Log(args.out / name, environment).add
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"correctness{'_' + args.family if args.family else ''}.jsonl"
+        path.write_text("", encoding="utf-8")
+        keep = partial(_log, path, environment)
     report = run(device, args.impl, args.level, ops, deadline, keep)
     print(report.table(), flush=True)
-    if report.interrupted:
-        return 130
-    return 0 if report.green else 1
+    return 130 if report.interrupted else int(not report.green)
 
 
 if __name__ == "__main__":

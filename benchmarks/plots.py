@@ -115,10 +115,12 @@ def _chart(op: str, measured: Sequence[Row], path: Path) -> Path:
             panel.axhline(place - 0.5, color="#eeeeee", linewidth=0.8)
     handles, labels = times.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
-    legend.set(title=_title(op, measured), alignment="left", frame_on=False)
+    smoke = any(row["note"].startswith("smoke") for row in measured)
+    title = op + (" (smoke run at toy sizes: not a speed)" if smoke else "")
+    legend.set(title=title, alignment="left", frame_on=False)
     legend.get_title().set(fontsize=11, weight="bold")
-    small = dict(va="bottom", fontsize=7.5, color="#444444")
-    figure.text(0.1 / width, 0.06 / height, caption, **small)
+    place = 0.1 / width, 0.06 / height
+    figure.text(*place, caption, va="bottom", fontsize=7.5, color="#444444")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
@@ -190,11 +192,6 @@ def _speedups(
 
 def _offset(place: int, count: int) -> float:
     return 0.0 if count == 1 else 0.5 * (place / (count - 1) - 0.5)
-
-
-def _title(op: str, measured: Sequence[Row]) -> str:
-    smoke = any(row["note"].startswith("smoke") for row in measured)
-    return op + (" (smoke run at toy sizes: not a speed)" if smoke else "")
 
 
 def _conditions(measured: Sequence[Row], columns: int) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from collections import deque
@@ -64,12 +63,9 @@ IDENTITY = ("op", "provider", "mode", "variant", "metric", "shape", "dtype", "de
 
 
 class Writer:
-    """Appends rows to a file. Each is flushed and synced before `add` returns.
+    """Appends rows with the fields of `environment` to a file of JSON lines, synced one by one.
 
-    Args:
-        path: JSON lines; made with its folder, appended to if it is there.
-        environment: fields put into every row (see `environment`).
-        note: put before every row's own note ("smoke: not a speed").
+    `note` is put before every row's own note ("smoke: not a speed").
     """
 
     def __init__(
@@ -77,8 +73,7 @@ class Writer:
     ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._environment = dict(environment)
-        self._note = note
+        self._environment, self._note = dict(environment), note
         self.count = 0
 
     def add(self, *, p50: float | None, note: str = "", **fields: object) -> Row:
@@ -113,10 +108,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The last of rows that measure the same thing, in the order in which they first came."""
-    kept: dict[str, Row] = {}
-    for row in rows:
-        kept[json.dumps([row[key] for key in IDENTITY])] = row
-    return list(kept.values())
+    return list({json.dumps([row[key] for key in IDENTITY]): row for row in rows}.values())
 
 
 class Percentiles(NamedTuple):
@@ -163,12 +155,8 @@ def paired_ratio(
     """How many times longer `other` took than `ours`, round by round: > 1 is a win for ours.
 
     A round measures both within moments of each other, so clocks and neighbours that drift move
-    both and cancel. The interval is the percentile bootstrap of the median over rounds.
-
-    Args:
-        other, ours: one positive time per round, in the same order of rounds.
-        resamples: bootstrap draws.
-        seed: of the bootstrap; the same data give the same interval.
+    both and cancel. The interval is the percentile bootstrap of the median over rounds; the same
+    data and seed give the same interval.
     """
     a, b = np.asarray(other, dtype=np.float64), np.asarray(ours, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
@@ -185,16 +173,12 @@ def paired_ratio(
 
 
 Times = Mapping[str, Sequence[float]]
+Value = Percentiles | Ratio | float | None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The rows of one cell: they differ in provider and metric only.
-
-    Attributes:
-        timing: how times were taken, a sentence.
-        dtypes: of providers with another dtype.
-    """
+    """The rows of one cell: they differ in provider and metric, and in dtype by `dtypes`."""
 
     writer: Writer
     op: str
@@ -210,14 +194,7 @@ class Cell:
         """Op, network and batch as they are printed."""
         return f"{self.op} {self.variant} B={self.shape[0]}"
 
-    def add(
-        self,
-        provider: str,
-        metric: str,
-        value: Percentiles | Ratio | float | None,
-        note: str,
-        timed: bool = True,
-    ) -> None:
+    def add(self, provider: str, metric: str, value: Value, note: str, timed: bool = True) -> None:
         """Write a row, with `timing` if it is `timed`."""
         self.writer.add(
             op=self.op,
@@ -248,12 +225,7 @@ class Cell:
 class Deadline:
     """A budget of wall-clock seconds, asked before a cell starts so that none is cut in the middle.
 
-    Args:
-        seconds: the budget from now on; None is no limit.
-        clock: seconds, monotonic.
-
-    Attributes:
-        left_out: names of the cells that did not fit, in order.
+    None is no limit. `left_out` are the names of the cells that did not fit, in order.
     """
 
     def __init__(
@@ -283,30 +255,22 @@ class Deadline:
 
     def report(self) -> str:
         """One line for each cell left out, or an empty string."""
-        if not self.left_out:
-            return ""
-        lines = [f"left out, {self._seconds:g} s were not enough:"]
-        return "\n  ".join([*lines, *self.left_out])
+        head = f"left out, {self._seconds:g} s were not enough:"
+        return "\n  ".join([head, *self.left_out]) if self.left_out else ""
 
 
 class Expectation:
-    """How long the next cell may take: a margin over the longest of the last few; first a guess.
+    """Seconds of the next cell: `margin` times the longest of the `last` few; `first` is a guess.
 
-    Args:
-        first: the guess, in seconds.
-        margin: times the longest.
-        last: how many are the last few.
-        cap: never expect more. What is left out teaches nothing, so one slow cell (the first of
-            its kind compiles) would otherwise keep out all that follow.
+    Never more than `cap`: what is left out teaches nothing, so one slow cell (the first of its kind
+    compiles) would otherwise keep out all that follow.
     """
 
     def __init__(
         self, first: float, margin: float = 1.25, last: int = 4, cap: float = math.inf
     ) -> None:
         self._seen: deque[float] = deque(maxlen=last)
-        self._first = first
-        self._margin = margin
-        self._cap = cap
+        self._first, self._margin, self._cap = first, margin, cap
 
     def seconds(self) -> float:
         """Expected seconds of the next cell."""
@@ -370,8 +334,6 @@ def conditions(device: torch.device) -> str:
 
 def _command(*words: str) -> str | None:
     """Standard output of a command, or None where it is missing or fails."""
-    if shutil.which(words[0]) is None:
-        return None
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

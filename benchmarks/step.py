@@ -1,8 +1,6 @@
 """A training step from latents on the device to updated EMA weights: SiT-XL/2 and DiT-DH-XL.
 
-The arms are those of `benchmarks/step_variants.py`. All arms of a workload take turns in one
-process. A batch that does not fit is accumulated from halves, quarters, ... of it and the row says
-so. The optimizers against each other are rows by themselves (`benchmarks/step_optimizers.py`).
+All arms of a workload (`benchmarks/step_variants.py`) take turns in one process.
 """
 
 from __future__ import annotations
@@ -14,19 +12,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import rows, timing
 from benchmarks.flops import PEAK_TFLOPS, train_flops
 from benchmarks.plain import GAMMA
-from benchmarks.rows import (
-    Cell,
-    Deadline,
-    Expectation,
-    Percentiles,
-    Times,
-    Writer,
-    paired_ratio,
-    percentiles,
-)
+from benchmarks.rows import Cell, Percentiles, Times, paired_ratio, percentiles
 from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights, time_optimizers
 from benchmarks.step_variants import (
     LADDER,
@@ -52,21 +41,17 @@ MATMUL = [8192, 8192, 8192]
 
 
 class StepSuite:
-    """Times the training step of each workload.
+    """Times the training step of each workload; `refused` are those without speeds, and why.
 
-    Args:
-        device, writer, deadline, impl, smoke: as `KernelSuite`.
-        red: operators with wrong results; arms that run on them are left out.
-
-    Attributes:
-        refused: workloads without speeds, and why.
+    The arguments are those of `KernelSuite`, and operators with wrong results (`red`): arms that
+    run on them are left out.
     """
 
     def __init__(
         self,
         device: torch.device,
-        writer: Writer,
-        deadline: Deadline,
+        writer: rows.Writer,
+        deadline: rows.Deadline,
         impl: str = "triton",
         smoke: bool = False,
         red: Collection[str] = (),
@@ -75,8 +60,7 @@ class StepSuite:
         self._device, self._deadline, self._writer = device, deadline, writer
         self._impl, self._smoke, self._red = impl, smoke, set(red)
         self._on_gpu = device.type == "cuda"
-        properties = torch.cuda.get_device_properties(device) if self._on_gpu else None
-        self._memory: float = properties.total_memory if properties else math.inf
+        self._memory = torch.cuda.mem_get_info(device)[1] if self._on_gpu else math.inf
         self._matmul: float | None = None
         self._to_count: tuple[Cell, dict[str, Arm]] | None = None
         self._has_optimizers = False
@@ -94,7 +78,7 @@ class StepSuite:
         if self._on_gpu:
             self._write_matmul()
         # Of the estimates: compilation takes most of the time, and twice as much on other machines.
-        slowness = Expectation(first=1.0, margin=1.0, last=1, cap=2.0)
+        slowness = rows.Expectation(first=1.0, margin=1.0, last=1, cap=2.0)
         for workload in workloads(self._smoke):
             if self._deadline.fits(workload.label, slowness.seconds() * workload.seconds):
                 start = self._deadline.spent()
@@ -165,8 +149,7 @@ class StepSuite:
         arms: dict[str, Arm] = {}
         for name in workload.arms:
             recipe = RECIPES[name]
-            why = self._left_out(name, workload)
-            if why:
+            if why := self._left_out(name, workload):
                 cell.add(name, "latency_ms", None, why)
                 continue
             key = recipe.execution, recipe.padded, recipe.half
@@ -175,9 +158,9 @@ class StepSuite:
             kind = recipe.optimizer, recipe.half
             if kind not in optimizers:
                 optimizers[kind] = OptimizerStep(recipe.optimizer, weights, recipe.half)
-            loss = make_loss(recipe, twins[key], x1, y, ids, self._impl)
-            net, optimizer, batch = twins[key], optimizers[kind], len(x1)
-            arms[name] = Arm(name, recipe, loss, net, optimizer, weights, batch, batch)
+            net, batch = twins[key], len(x1)
+            loss = make_loss(recipe, net, x1, y, ids, self._impl)
+            arms[name] = Arm(name, recipe, loss, net, optimizers[kind], weights, batch, batch)
         left = 0.92 * self._memory - _resident_bytes(weights, list(optimizers))
         for arm in arms.values():
             arm.micro = _micro_batch(workload, left, arm.recipe.half)

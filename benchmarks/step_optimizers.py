@@ -61,11 +61,8 @@ KINDS = {
 class Weights:
     """A network's weights in float32 and in bf16, and one EMA; all arms train the same.
 
-    Attributes:
-        single, half: the network with float32 and with bf16 weights. The parameters of the first
-            are the masters of the second.
-        masters, params: what is trained of `single` and of `half`.
-        ema: EMA of the masters.
+    The parameters of `single` are the masters of those of `half`; `masters` and `params` are what
+    is trained of the two, and `ema` is of the masters.
     """
 
     def __init__(self, net: Transformer) -> None:
@@ -89,15 +86,9 @@ class Weights:
 
 
 class OptimizerStep:
-    """One way to step.
+    """One of `KINDS` on some weights; `half`: gradients come from the bf16 network.
 
-    Args:
-        kind: a name of `KINDS`.
-        weights: the masters, their bf16 copies and the EMA.
-        half: gradients come from the bf16 network.
-
-    Attributes:
-        has_ema: it has an EMA of its own, and leaves that of `weights` alone.
+    `has_ema`: it has an EMA of its own, and leaves that of `weights` alone.
     """
 
     def __init__(self, kind: str, weights: Weights, half: bool) -> None:
@@ -183,20 +174,18 @@ def time_optimizers(
     for name, kind in kinds.items():
         try:
             steppers[name] = OptimizerStep(kind, weights, half=False)
+            notes[name] = KINDS[kind].note
         except Exception as error:  # apex without its CUDA extensions, or of another torch
             print(f"  optimizer {name}: {error_line(error)}")
-            continue
-        notes[name] = KINDS[kind].note
     notes["mixflow_fast"] += f"; {describe_adamwema(weights.masters[0].device.type)}"
     for p in weights.masters:
         p.grad = torch.randn_like(p).mul_(1e-3)
     for stepper in steppers.values():
         stepper.step()
     times = rounds({name: stepper.step for name, stepper in steppers.items()}, seconds)
-    params = 0
     for p in weights.masters:
         p.grad = None
-        params += p.numel()
+    params = sum(p.numel() for p in weights.masters)
     method = timing.rounds_method(seconds)
     cell = Cell(writer, "optimizer", "step", None, [params], "float32", method)
     for name, note in notes.items():
@@ -260,12 +249,7 @@ class DeepSpeedPair:
 
 
 def time_deepspeed(config: Config, device: torch.device, writer: Writer, smoke: bool) -> None:
-    """Rows of op "deepspeed": both steps of one rank, in turns, and their ratio.
-
-    Args:
-        config: one rank's, with one micro-batch a step.
-        smoke: three rounds of single steps.
-    """
+    """Rows of op "deepspeed": both steps of one rank, in turns, and their ratio."""
     from mixflow_fast.distributed import process_group
 
     process_group.init_process_group(device.type)

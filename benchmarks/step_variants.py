@@ -2,10 +2,8 @@
 
 `RECIPES` is the table of providers. All but the first have bf16 weights, as under DeepSpeed's bf16:
 the network's weights and gradients are bf16, the optimizer reads float32 copies of the gradients,
-updates float32 masters and their EMA, and casts them back; no autocast. In `LADDER` each row has
-one technique more than the row before; the last is there for its peak memory: it moves more bytes.
-Blocks are compiled one by one with mode "default", static shapes, the networks' ends eager, no CUDA
-graph.
+updates float32 masters and their EMA, and casts them back. In `LADDER` each row has one technique
+more than the row before.
 """
 
 from __future__ import annotations
@@ -35,13 +33,11 @@ DITDH_TOY = dict(
     clock="data_at_1", input_size=4, in_channels=4, hidden_size=(16, 32), depth=(1, 1),
     num_heads=(2, 2), num_classes=10,
 )  # fmt: skip
-# Operators of mode "fused" by network, and of the objective "mixflow".
+# Operators of mode "fused" by network.
 FUSED_OPS = {
     SiT: ("residual_norm", "modulated_norm", "gelu", "attention"),
     DiTDH: ("residual_norm", "modulated_norm", "swiglu", "qk_norm_rope", "attention"),
 }
-# The whole of it is red where a part of it is (`run.red_ops`).
-MIXFLOW_OPS = ("objective",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +45,6 @@ class Recipe:
     """What an arm is made of.
 
     Attributes:
-        execution: how the network is run.
-        objective: plain lines, compiled lines, or `MixFlow`.
         optimizer: a name of `KINDS`.
         half: bf16 weights and float32 masters, else float32 with TF32.
         reads_loss: `loss.item()` each step.
@@ -82,8 +76,9 @@ class Recipe:
 
     def ops(self, network: type[Transformer]) -> set[str]:
         """Operators of this project that a step runs."""
-        fused = FUSED_OPS[network] if self.execution.mode == "fused" else ()
-        return {*fused, *(MIXFLOW_OPS if self.objective == "mixflow" else ())}
+        ops = set(FUSED_OPS[network] if self.execution.mode == "fused" else ())
+        # The whole objective is red where a part of it is (`run.red_ops`).
+        return ops | ({"objective"} if self.objective == "mixflow" else set())
 
 
 _EAGER = dict(execution=Execution(), objective="plain")
@@ -248,13 +243,9 @@ def make_loss(
 
 @dataclass
 class Arm:
-    """One provider's training step.
+    """One provider's training step; arms may share a network and an optimizer with its EMA.
 
-    Attributes:
-        loss: see `make_loss`.
-        net: its twin of the network.
-        optimizer: with the EMA; arms may share one.
-        micro: samples that a backward pass takes.
+    `micro` is the number of samples that a backward pass takes.
     """
 
     name: str
@@ -290,7 +281,7 @@ class Arm:
     def step(self) -> None:
         """One step on the whole batch; gradients are gone afterwards."""
         for rows, share in self._parts():
-            loss = self.loss(rows, None)
+            loss = self.loss(rows)
             (loss * share).backward()
         self.optimizer.step()
         self.drop_gradients()

@@ -11,15 +11,7 @@ import torch
 from benchmarks import rows, timing
 from benchmarks.checks import verify
 from benchmarks.ops import FAMILIES, REGISTRY, Call, Cell, NotThere
-from benchmarks.rows import (
-    Deadline,
-    Expectation,
-    Percentiles,
-    Ratio,
-    Writer,
-    paired_ratio,
-    percentiles,
-)
+from benchmarks.rows import Percentiles, Ratio, paired_ratio, percentiles
 from mixflow_fast.diagnostics.kernel_cases import Function, Inputs, Tensors, shape_name
 from mixflow_fast.messages import error_line
 
@@ -94,24 +86,19 @@ class Compiler:
 
 
 class KernelSuite:
-    """Times the kernel cells on one device.
+    """Times the kernel cells on one device; `refused` are those in which something was wrong.
 
     Args:
-        device: where.
-        writer: takes the rows.
         deadline: cells that would not fit are left out.
         impl: of the operators; a smoke run on the CPU times the reference.
         smoke: few rounds, and `compile` is left out.
-
-    Attributes:
-        refused: cells without a speed because something in them was wrong.
     """
 
     def __init__(
         self,
         device: torch.device,
-        writer: Writer,
-        deadline: Deadline,
+        writer: rows.Writer,
+        deadline: rows.Deadline,
         impl: str = "triton",
         smoke: bool = False,
     ) -> None:
@@ -129,7 +116,7 @@ class KernelSuite:
     def run(self, cells: list[Cell]) -> None:
         """Every cell in turn, as far as the deadline goes, then the launches of those timed."""
         self._print_head()
-        expectation = Expectation(first=20.0 if self._on_gpu else 1.0, cap=20.0)
+        expectation = rows.Expectation(first=20.0 if self._on_gpu else 1.0, cap=20.0)
         for number, cell in enumerate(cells):
             if self._deadline.fits(cell.label, expectation.seconds()):
                 start = self._deadline.spent()
@@ -178,11 +165,9 @@ class KernelSuite:
         self._print_line(cell, latency, ratios)
         if self._on_gpu:
             for provider, call in calls.items():
-                peak = timing.peak_memory_mib(call)
-                self._rows(cell).add(
-                    provider, "peak_memory_mib", peak, notes[provider], timed=False
-                )
-                self._to_count.append((cell, provider, notes[provider]))
+                peak, note = timing.peaks_mib(call)[0], notes[provider]
+                self._rows(cell).add(provider, "peak_memory_mib", peak, note, timed=False)
+                self._to_count.append((cell, provider, note))
 
     def _right_calls(
         self, cell: Cell, inputs: Inputs
@@ -220,10 +205,8 @@ class KernelSuite:
         return calls, notes, wrong
 
     def _rows(self, cell: Cell, timing: str = "") -> rows.Cell:
-        shape = list(cell.shape)
-        return rows.Cell(
-            self._writer, cell.op, cell.mode, cell.variant, shape, cell.dtype_name, timing
-        )
+        shape, dtype = list(cell.shape), cell.dtype_name
+        return rows.Cell(self._writer, cell.op, cell.mode, cell.variant, shape, dtype, timing)
 
     def _write_launches(self, cell: Cell, provider: str, note: str) -> None:
         call, _ = self._call(provider, cell, REGISTRY[cell.op].inputs(cell, self._device))

@@ -16,13 +16,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
 
 from benchmarks.rows import synchronize
+from mixflow_fast.diagnostics.kernel_cases import Tensors
+from mixflow_fast.diagnostics.kernel_replays import capture
 from mixflow_fast.messages import error_line
 
 FLUSH_BYTES = 256 << 20
@@ -51,8 +53,8 @@ class Timing:
     """
 
     method: str
-    rounds: dict[str, list[list[float]]] = field(default_factory=dict)
-    wall: dict[str, list[float]] = field(default_factory=dict)
+    rounds: dict[str, list[list[float]]]
+    wall: dict[str, list[float]]
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
@@ -111,38 +113,34 @@ class CudaTimer:
         return median(self.events_ms(call, 11, _issue_ms(call)))
 
 
+def _host_ms(call: Call) -> tuple[float, float]:
+    """(what the host spends to issue a warm call, what the call takes)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    issued = time.perf_counter()
+    torch.cuda.synchronize()
+    return (issued - start) * 1e3, (time.perf_counter() - start) * 1e3
+
+
 def _issue_ms(call: Call) -> float:
-    """What the host spends to issue a warm call."""
-    spent = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        spent.append((time.perf_counter() - start) * 1e3)
-    torch.cuda.synchronize()
-    return median(spent)
+    return median(_host_ms(call)[0] for _ in range(5))
 
 
-def _capture(call: Call) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of GRAPH_CALLS calls."""
-    # Warmed on a stream of its own: what a first call sets up must not be captured.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def _capture(call: Call) -> Call:
+    """A replay of a CUDA graph of GRAPH_CALLS calls."""
+
+    def calls() -> Tensors:
         for _ in range(GRAPH_CALLS):
             call()
-    return graph
+        return {}
+
+    return capture(calls, torch.device("cuda"))[1]
 
 
-def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+def _replay_ms(replay: Call, replays: int) -> list[float]:
     """Device time per call in each of `replays` replays."""
-    whole = _events_ms(graph.replay, replays, lambda: torch.cuda._sleep(REPLAY_SLEEP_CYCLES))
+    whole = _events_ms(replay, replays, lambda: torch.cuda._sleep(REPLAY_SLEEP_CYCLES))
     return [ms / GRAPH_CALLS for ms in whole]
 
 
@@ -156,11 +154,9 @@ def measure(
     """Time the providers' calls in interleaved rounds.
 
     Args:
-        calls: by provider; each is called before anything is timed.
         timer: needed on a GPU.
         rounds: rounds that count, after two that do not.
-        round_ms: device time that a provider's round should take, in milliseconds (at least 5
-            and at most 50 samples).
+        round_ms: device time of a provider's round (at least 5 and at most 50 samples).
     """
     # Compilation, and the allocator's first blocks.
     for call in calls.values():
@@ -170,7 +166,10 @@ def measure(
         if device.type == "cuda":
             raise ValueError("timer must be a CudaTimer on a GPU, got None")
         method = "perf_counter around single calls on the CPU"
-        samplers = {name: partial(_cpu_ms, call, device) for name, call in calls.items()}
+        samplers = {
+            name: lambda call=call: [wall_ms(call, 1, device) for _ in range(3)]
+            for name, call in calls.items()
+        }
     else:
         method, samplers = _gpu_samplers(calls, timer, round_ms)
     timing = Timing(method, {name: [] for name in calls}, {name: [] for name in calls})
@@ -182,10 +181,6 @@ def measure(
                 timing.rounds[name].append(samples)
                 timing.wall[name].append(wall)
     return timing
-
-
-def _cpu_ms(call: Call, device: torch.device) -> list[float]:
-    return [wall_ms(call, 1, device) for _ in range(3)]
 
 
 def _gpu_samplers(
@@ -231,14 +226,14 @@ def rounds_ms(
     """Milliseconds per step of each provider and round, wall time of turns of several steps.
 
     Args:
-        calls: one step of each provider.
         seconds: how long a turn takes, about; single steps for 0.
         rounds: rounds that count, after one that does not.
         enough: whether to stop, given the rounds that are done.
     """
-    steps = {}
-    for name, call in calls.items():
-        steps[name] = max(1, round(seconds / (wall_ms(call, 1, device) * 1e-3)))
+    steps = {
+        name: max(1, round(seconds / (wall_ms(call, 1, device) * 1e-3)))
+        for name, call in calls.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number, order in turns(list(calls), WARM_STEP_ROUNDS + rounds):
         if enough(number - WARM_STEP_ROUNDS):
@@ -248,11 +243,6 @@ def rounds_ms(
             if number >= WARM_STEP_ROUNDS:
                 times[name].append(ms)
     return times
-
-
-def peak_memory_mib(call: Call) -> float:
-    """Device memory that one warm call needs beyond its inputs, its results included."""
-    return peaks_mib(call)[0]
 
 
 def peaks_mib(call: Call) -> tuple[float, float, float]:
@@ -274,13 +264,8 @@ def host_idle_percent(call: Call) -> float:
 
     A lower bound where the launch queue is full: the host then waits inside the call.
     """
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    issued = time.perf_counter()
-    torch.cuda.synchronize()
-    end = time.perf_counter()
-    return 100 * (end - issued) / (end - start)
+    issued, whole = _host_ms(call)
+    return 100 * (whole - issued) / whole
 
 
 def count_launches(call: Call) -> int | None:

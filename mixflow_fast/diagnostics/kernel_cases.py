@@ -143,19 +143,9 @@ class Setting:
     shift: float = 1.0
 
     def objective(self, impl: str) -> MixFlow:
-        return MixFlow(
-            gamma=0.8,
-            clock=self.clock,
-            path=self.path,
-            prediction=self.prediction,
-            target_at=self.target_at,
-            loss_weight=self.loss_weight,
-            timesteps=self.timesteps,
-            interval=self.interval,
-            shift=self.shift,
-            seed=SEED,
-            impl=impl,
-        )
+        names = ("clock", "path", "prediction", "target_at", "loss_weight")
+        options = {n: getattr(self, n) for n in (*names, "timesteps", "interval", "shift")}
+        return MixFlow(gamma=0.8, seed=SEED, impl=impl, **options)
 
     def __str__(self) -> str:
         words = [self.path, self.prediction, self.clock]

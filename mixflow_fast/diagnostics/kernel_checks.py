@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -148,14 +149,18 @@ def _floor(case: Case, dtype: torch.dtype) -> float:
 
 
 def differing(
-    op_of: Callable[[str], str], check: str, dtype: str, ours: Tensors, expected: Tensors
+    op: str | Callable[[str], str], check: str, dtype: str, ours: Tensors, expected: Tensors
 ) -> Iterator[Finding]:
-    """Yes-or-no findings: whether tensors have the same bits (NaN equals no bits)."""
+    """Yes-or-no findings: whether tensors have the same bits (NaN equals no bits).
+
+    `op` is the operator that made them, or says which it was by the name of the tensor.
+    """
     for tensor, value in expected.items():
         other = ours[tensor]
         same = other.shape == value.shape and other.dtype == value.dtype
         same = same and torch.equal(other, value)
-        yield Finding(op_of(tensor), check, tensor, dtype, 0.0 if same else 1.0, 0.0)
+        made_by = op if isinstance(op, str) else op(tensor)
+        yield Finding(made_by, check, tensor, dtype, 0.0 if same else 1.0, 0.0)
 
 
 def same_bits(case: Case, device: torch.device, impl: str) -> Iterator[Finding]:
@@ -237,7 +242,7 @@ def words(device: torch.device, impl: str) -> Iterator[Finding]:
         expected[name] = ours[name] = philox.random_words(SEED, stream, positions, 48)
         if impl != "reference":
             ours[name] = _kernel_words(stream, positions, 48)
-    yield from differing(lambda _: "normal", "philox words", "int32", ours, expected)
+    yield from differing("normal", "philox words", "int32", ours, expected)
 
 
 def _normal_truth(positions: Tensor, numel: int) -> Tensor:
@@ -277,9 +282,7 @@ def normals(device: torch.device, impl: str) -> Iterator[Finding]:
         "gradient of the loss": ("velocity_loss", gradient * (-numel / 2)),
     }
     for tensor, (op, value) in made_by.items():
-        yield from differing(
-            lambda _, op=op: op, "one noise", "float32", {tensor: value}, {tensor: ours}
-        )
+        yield from differing(op, "one noise", "float32", {tensor: value}, {tensor: ours})
 
 
 def times(device: torch.device, impl: str) -> Iterator[Finding]:
@@ -299,17 +302,13 @@ def times(device: torch.device, impl: str) -> Iterator[Finding]:
             MixFlow(**options, seed=SEED, impl=of).prepare(x1, ids=ids)
             for of in (impl, "reference")
         )
-        for tensor in ("t", "slowed_t"):
-            a, b = getattr(ours, tensor), getattr(twin, tensor)
-            if kind == "uniform":
-                same = differing(
-                    lambda _: "interpolate", f"times {kind}", "float32", {tensor: a}, {tensor: b}
-                )
-                yield from same
-            else:
-                error = relative_rms(a, b)
-                where = f"times {kind}"
-                yield Finding("interpolate", where, tensor, "float32", error, DRAWN_FLOOR)
+        a, b = ({"t": it.t, "slowed_t": it.slowed_t} for it in (ours, twin))
+        if kind == "uniform":
+            yield from differing("interpolate", f"times {kind}", "float32", a, b)
+            continue
+        for tensor, value in a.items():
+            error = relative_rms(value, b[tensor])
+            yield Finding("interpolate", f"times {kind}", tensor, "float32", error, DRAWN_FLOOR)
 
 
 def check_kernels(device: torch.device) -> list[Finding]:
@@ -322,10 +321,8 @@ def check_kernels(device: torch.device) -> list[Finding]:
     for case in small_cases(device):
         for dtype in (torch.bfloat16, torch.float32):
             one = replace(case, dtype=dtype)
-            run = guarded(
-                one.ops, one.name, dtype_name(dtype), lambda one=one: errors(one, device, impl)
-            )
-            found += run
+            run = partial(errors, one, device, impl)
+            found += guarded(one.ops, one.name, dtype_name(dtype), run)
     return found
 
 
@@ -335,10 +332,8 @@ def small_cases(device: torch.device) -> list[ObjectiveCase | BlockCase]:
     data = (4, 4, 32, 32) if on_gpu else (4, 4, 4, 4)
     stream = (2, 64, 1152) if on_gpu else (2, 3, 32)
     heads = (2, 64, 16, 72) if on_gpu else (2, 3, 2, 8)
-    settings = (
-        Setting(weight="sample"),
-        Setting("gvp", "noise", "noise_at_1", weight="sample"),
-    )
+    weighted = partial(Setting, weight="sample")
+    settings = weighted(), weighted("gvp", "noise", "noise_at_1")
     blocks = (
         ("residual_norm", "layer per sample", stream, "full"),
         ("residual_norm", "rms per token", stream, "full"),

@@ -72,7 +72,7 @@ def objective_replays(device: torch.device, impl: str) -> Iterator[Finding]:
         replay()
         expected = _step(_objective(impl), x1, ids, pred)
         check = f"graph replay, ids from {first}"
-        yield from differing(lambda _: "objective", check, "float32", outputs, expected)
+        yield from differing("objective", check, "float32", outputs, expected)
 
     counting = _objective(impl)
     outputs, replay = capture(lambda: _step(counting, x1, None, pred), device)
@@ -103,13 +103,7 @@ def _chain(impl: str) -> Callable[..., Tensor]:
 def _chain_inputs(device: torch.device) -> Tensors:
     B, N, D = (4, 2, 16) if device.type == "cpu" else (4, 16, 64)
     generator = torch.Generator(device).manual_seed(4)
-    shapes = {
-        "x": (B, N, D),
-        "h": (B, N, D),
-        "modulation": (B, 3 * D),
-        "vector": (D,),
-        "wide": (3 * D,),
-    }
+    shapes = dict(x=(B, N, D), h=(B, N, D), modulation=(B, 3 * D), vector=(D,), wide=(3 * D,))
     return {
         name: torch.randn(shape, generator=generator, device=device).requires_grad_()
         for name, shape in shapes.items()
