@@ -20,7 +20,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -245,10 +245,7 @@ def census(net: Transformer, batch: int) -> tuple[Table, int]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A kind of block: its network as in `flops.NETWORKS`, images, and which run of blocks.
-
-    DiT-DH has two runs of blocks of different widths: 0 is its encoder, 1 its head.
-    """
+    """A block of a network of `flops.NETWORKS`: of DiT-DH's encoder (part 0) or head (part 1)."""
 
     network: str
     batch: int
@@ -301,13 +298,9 @@ class Block:
 def per_block(
     scenario: Scenario, execution: Execution, dtype: torch.dtype = torch.bfloat16
 ) -> Block:
-    """One block between others.
+    """One block between others, its weights of `dtype`, uncompiled.
 
-    Args:
-        scenario: which.
-        execution: uncompiled. attention="auto" is PyTorch's flash kernel in mode eager, and
-            unknown here in mode fused.
-        dtype: of the weights.
+    attention="auto" is PyTorch's flash kernel in mode eager, and unknown here in mode fused.
     """
     if execution.compiles:
         raise ValueError(f"the census counts what runs uncompiled, got {execution}")
@@ -330,14 +323,12 @@ def per_block(
     return Block(table, scenario.batch * tokens * width * dtype.itemsize, kept - kept_by_fewer)
 
 
-def as_rows(scenario: Scenario, execution: Execution, block: Block) -> list[dict[str, str | int]]:
+def as_rows(scenario: Scenario, execution: Execution, block: Block) -> Iterator[dict[str, object]]:
     """One dictionary for each operator and pass of a block."""
     about = {"block": str(scenario), "unit": block.unit, "kept": block.kept}
     about |= {key: getattr(execution, key) for key in ("mode", "attention", "checkpointing")}
-    return [
-        {**about, "pass": phase, "op": op, "kind": c.kind, "launches": c.launches, "bytes": c.bytes}
-        for (phase, op), c in block.table.items()
-    ]
+    for (phase, op), cost in block.table.items():
+        yield {**about, "pass": phase, "op": op, **asdict(cost)}
 
 
 def show(scenario: Scenario, execution: Execution, block: Block) -> None:

@@ -72,11 +72,9 @@ class Report:
 
 def _line(finding: Finding) -> str:
     eager = "" if finding.eager_error is None else f"{finding.eager_error:.2e}"
-    mark = "ok" if finding.passed else "RED"
-    return (
-        f"{mark:4}{finding.error:10.2e}{finding.limit:10.2e}{eager:>10}  "
-        f"{finding.check} {finding.dtype}: {finding.tensor}"
-    )
+    mark, what = "ok" if finding.passed else "RED", f"{finding.check} {finding.dtype}"
+    numbers = f"{finding.error:10.2e}{finding.limit:10.2e}{eager:>10}"
+    return f"{mark:4}{numbers}  {what}: {finding.tensor}"
 
 
 def run(
@@ -87,14 +85,11 @@ def run(
     deadline: Deadline | None = None,
     found: Callable[[Finding], object] | None = None,
 ) -> Report:
-    """Run the checks of a level. An exception in a check is a failure of that check.
+    """Run the checks of a level; `found` is told each finding as it comes.
 
-    An interrupt ends the run; the report says so and is not green.
-
-    Args:
-        impl: "triton"; "reference" checks the reference with itself, a test of the checks.
-        deadline: checks that would not fit are left out, and the report is not green.
-        found: told each finding as it comes.
+    An exception in a check is a failure of that check. After an interrupt, or where checks would
+    not fit the deadline, the report is not green. The impl "reference" checks the reference with
+    itself, a test of the checks.
     """
     deadline = deadline or Deadline()
     report = Report()

@@ -139,36 +139,21 @@ def _label(op: str, times: Axes, rates: Sequence[Axes]) -> None:
             lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""
         )
         times.set_xlabel("time per call, ms (log scale)")
+    percent = "algorithmic bytes, % of copy bandwidth"
     for panel in rates:
-        per_second, percent = "images per second", "algorithmic bytes, % of copy bandwidth"
-        panel.set_xlabel(per_second if op == "step" else percent)
+        panel.set_xlabel("images per second" if op == "step" else percent)
         panel.set_xlim(left=0)
 
 
 def _points(
-    panel: Axes,
-    chosen: Sequence[Row],
-    lines: Sequence[Line],
-    offset: float,
-    provider: str,
-    low: str,
-    high: str,
+    panel: Axes, rows: Sequence[Row], lines: Sequence[Line], at: float, provider: str, *ends: str
 ) -> None:
-    """p50 of each row with a bar from `low` to `high`."""
+    """p50 of each row with a bar between the two ends; `at`: below its line."""
     color, marker = STYLES[provider]
-    panel.errorbar(
-        [r["p50"] for r in chosen],
-        [lines.index(_line(r)) + offset for r in chosen],
-        xerr=[
-            [max(0.0, r["p50"] - r[low]) for r in chosen],
-            [max(0.0, r[high] - r["p50"]) for r in chosen],
-        ],
-        fmt=marker,
-        color=color,
-        markersize=5,
-        capsize=2,
-        label=provider,
-    )
+    places = [lines.index(_line(row)) + at for row in rows]
+    bars = [[abs(row["p50"] - row[end]) for row in rows] for end in ends]
+    style = dict(fmt=marker, color=color, markersize=5, capsize=2, label=provider)
+    panel.errorbar([row["p50"] for row in rows], places, xerr=bars, **style)
 
 
 def _speedups(

@@ -1,7 +1,4 @@
-"""Optimizers of the training step, alone and under DeepSpeed: rows of "optimizer" and "deepspeed".
-
-`KINDS` is the table of optimizers. All update float32 masters and an EMA of them.
-"""
+"""Optimizers of the step, alone and under DeepSpeed: rows of "optimizer" and "deepspeed"."""
 
 from __future__ import annotations
 

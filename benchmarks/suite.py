@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 
@@ -64,10 +65,8 @@ class Compiler:
         key = (cell.op, cell.mode, cell.variant, is_small(cell), cell.dtype)
         if key not in self._choice:
             tried = modes_to_try(cell)
-            times = {
-                mode: self._quick_ms(plain(cell, inputs, partial(self._compiled, mode)))
-                for mode in tried
-            }
+            calls = {mode: plain(cell, inputs, partial(self._compiled, mode)) for mode in tried}
+            times = {mode: self._quick_ms(call) for mode, call in calls.items()}
             best = min(times, key=times.__getitem__)
             text = ", ".join(f"{mode} {ms:.4f} ms" for mode, ms in times.items())
             how = f"torch.compile, {best}, chosen at {shape_name(cell.shape)} ({text})"
@@ -241,10 +240,7 @@ class KernelSuite:
         self, cell: Cell, timed: timing.Timing, notes: dict[str, str]
     ) -> dict[str, tuple[Ratio, Ratio]]:
         """The rows of ours against each other provider; returns those of latency_ms and call_ms."""
-        medians = {
-            provider: [percentiles(each).p50 for each in rounds]
-            for provider, rounds in timed.rounds.items()
-        }
+        medians = {name: [*map(median, rounds)] for name, rounds in timed.rounds.items()}
         out, ratios = self._rows(cell, timed.method), {}
         for provider in cell.providers:  # the rounds turn their order
             if provider == "mixflow_fast" or provider not in timed.rounds:
@@ -268,10 +264,7 @@ class KernelSuite:
         )
 
     def _print_line(
-        self,
-        cell: Cell,
-        latency: dict[str, Percentiles],
-        ratios: dict[str, tuple[Ratio, Ratio]],
+        self, cell: Cell, latency: dict[str, Percentiles], ratios: dict[str, tuple[Ratio, Ratio]]
     ) -> None:
         times = "".join(
             f"{latency[p].p50:14.4f}" if p in latency else f"{'-':>14}" for p in COLUMNS

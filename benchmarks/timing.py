@@ -76,10 +76,7 @@ def wall_ms(call: Call, calls: int, device: torch.device) -> float:
 
 def _events_ms(call: Call, calls: int, before: Call = lambda: None) -> list[float]:
     """Device time of each of `calls` calls; `before` is issued before each and not timed."""
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(calls)
-    ]
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for start, end in pairs:
         before()
         start.record()

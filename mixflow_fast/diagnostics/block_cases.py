@@ -201,10 +201,10 @@ class BlockCase:
             tensors = self._qkv_tensors(draw)
             outputs = [self.shape] * 2 if self.op == "qk_norm_rope" else [(B, N, H * K)]
         tensors = {name: x for name, x in tensors.items() if name not in self.without}
-        for name in self.frozen:
-            tensors[name] = tensors[name].detach()
         for name, tensor in tensors.items():
-            if tensor.is_leaf and name not in self.frozen:
+            if name in self.frozen:
+                tensors[name] = tensor.detach()
+            elif tensor.is_leaf:
                 tensor.requires_grad_()
         if VARIANTS[self.variant].rotates:
             tensors |= _rotation(self.shape, device)
@@ -261,12 +261,9 @@ def _rotation(shape: tuple[int, ...], device: torch.device) -> Tensors:
 
 def backend_verdict(backend: str, case: BlockCase, device: torch.device) -> str:
     """What attention's own test of a backend found at the case's shape; "ok ..." if it serves."""
-    B, N, H, K = case.shape
-    backward = case.mode != "forward"
+    options = {"backward": case.mode != "forward", "candidates": (backend,)}
     try:
-        choice = choose_backend(
-            B, N, H, K, case.dtype, device, backward=backward, candidates=(backend,)
-        )
+        choice = choose_backend(*case.shape, case.dtype, device, **options)
     except ValueError as error:
         return str(error).partition(f"{backend}: ")[2].partition(" (")[0] or str(error)
     return choice.tested[backend]

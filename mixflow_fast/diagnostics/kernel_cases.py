@@ -244,11 +244,10 @@ class ObjectiveCase:
         found["dpred, any upstream"] = of_each
         if self.setting.sigma:
             channels = given["x1"].shape[1]
+            grad = found["dpred"]
             if self.setting.patch_size:
-                half = found["dpred"].unflatten(-1, (-1, 2 * channels))[..., channels:]
-            else:
-                half = found["dpred"][:, channels:]
-            found["dpred, sigma half"] = half
+                grad = grad.unflatten(-1, (-1, 2 * channels)).movedim(-1, 1)
+            found["dpred, sigma half"] = grad[:, channels:]
         return found
 
     def parts(self, inputs: Inputs, found: Tensors) -> Tensors:
