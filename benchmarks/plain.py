@@ -1,9 +1,8 @@
 """The plain lines of every operator: providers "eager" and "compile".
 
-Those of the objective are what a trainer holds today, written for speed as a careful user would:
-noise in the data's dtype, arithmetic in float32, and the noise (not a float32 target) kept for the
-loss. Our own reference is no baseline: its integer Philox would make an unfairly slow one. Those of
-the transformer block are the networks' eager mode, with PyTorch's fused norms and attention.
+Those of the objective are what a trainer holds today, written for speed as a careful user would.
+Those of the transformer block are the networks' eager mode, with PyTorch's fused norms and
+attention. `benchmarks/README.md` says why they are the baselines.
 `RECOMPUTE` are the gradients of an activation together with the activation itself, in closed form:
 one loop over memory for a compiler, where autograd's lines of both directions would be two.
 """

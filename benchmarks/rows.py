@@ -1,9 +1,5 @@
 """What every suite shares: rows on disk, statistics, the deadline, and the device that is measured.
 
-A row is one JSON object a line, on disk before the next cell starts, so that a stop loses nothing.
-p20, p50 and p80 are in the metric's unit; a metric that could not be measured has null there and
-says why in `note`.
-
 Import this before anything that imports Triton: without a GPU the kernels run in Triton's
 interpreter, which has to be chosen before that import.
 """
