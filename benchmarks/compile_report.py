@@ -388,7 +388,7 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
     128 bits at once; `seconds`: compiling took.
     """
     with tempfile.TemporaryDirectory() as folder, runtime.triton.knobs.cache.scope():
-        # Triton's own cache would give kernels without what ptxas said of them.
+        # Triton's own cache would give kernels without ptxas's report on them.
         runtime.triton.knobs.cache.dir = folder
         for arch in archs:
             seen = set()
@@ -431,7 +431,7 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> in
         why = "TRITON_INTERPRET=1 is set: unset it" if runtime.triton else absent
         print(f"kernels cannot be compiled: {why}", file=sys.stderr)
         return 2
-    # The launchers' default, said aloud: Triton warns where it is not.
+    # The launchers' default, given explicitly: Triton warns where it is not.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     chosen = [c for c in cases if (not args.op or c.op in args.op) and (c.quick or not args.quick)]
     if not args.json:

@@ -118,7 +118,7 @@ class StepSuite:
         for _ in range(2):
             if not self._warm_all(workload, cell, arms):
                 return
-        weights.settle()
+        weights.copy_from_masters()
         wrong = self._compare(arms, x1)
         if wrong:
             return self._refuse(workload, "; ".join(wrong))
@@ -132,7 +132,7 @@ class StepSuite:
         if workload.details:
             self._to_count = cell, arms
             for arm in arms.values():  # most of what they hold, and others need the memory
-                arm.optimizer.forget()
+                arm.optimizer.reset()
             if not self._has_optimizers:
                 self._has_optimizers = True
                 self._clear()

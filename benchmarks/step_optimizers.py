@@ -70,7 +70,7 @@ class Weights:
         self.ema = [p.detach().clone() for p in self.masters]
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def copy_from_masters(self) -> None:
         """The bf16 weights are those of the masters again, whoever stepped last."""
         for p, master in zip(self.params, self.masters, strict=True):
             p.copy_(master)
@@ -107,7 +107,7 @@ class OptimizerStep:
         elif not self.has_ema:
             torch._foreach_lerp_(w.ema, w.masters, 1 - DECAY)
         if self._half and self._loop:
-            w.settle()
+            w.copy_from_masters()
         elif self._half:
             torch._foreach_copy_(w.params, w.masters)
 
@@ -123,7 +123,7 @@ class OptimizerStep:
         for master, gradient in zip(w.masters, self._gradients, strict=True):
             master.grad = gradient
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Gives the memory of moments and gradients back; the next step starts them anew."""
         self._inner.state.clear()
         self._gradients = []

@@ -12,10 +12,13 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _BLOCK = 1 << 20
+# The mask can only be read by setting it, which every thread would see: once, at the import.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -100,8 +103,28 @@ def crc32(path: Path) -> int:
     return value
 
 
+def remove_partial(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of another user
+        return True
+    return True
+
+
 def _usual_mode(path: Path) -> None:
     """Sets the permissions that `open` would have given; safetensors makes its files private."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+    with suppress(OSError):  # a file system that knows no permissions
+        os.chmod(path, 0o666 & ~_UMASK)

@@ -53,13 +53,14 @@ def write_snapshot(path: Path, tensors: Mapping[str, Tensor], header: Mapping[st
     Raises:
         OSError: it could not be written (a full disk).
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         with replacing(path) as partial:
             save_file(dict(tensors), str(partial), dict(header))
-    except SafetensorError as error:  # its own error for a full disk
+    except OSError:
+        raise
+    except Exception as error:  # safetensors has an error of its own for a full disk
         raise OSError(f"{path} could not be written: {error}") from error
 
 

@@ -79,7 +79,7 @@ class Inspection:
         contents: one row per top-level entry.
         weights: the container that was looked at ("" for a bare state dict).
         kind: "SiT", "REPA SiT", "DiT-DH" or "unknown".
-        model: its name in words.
+        model: a description of the network.
         class_name, kwargs: what builds it.
         clock_from: what the clock is known from.
         misshaped: name -> [shape in the file, shape expected].

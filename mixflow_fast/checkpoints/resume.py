@@ -53,6 +53,11 @@ class ResumePoint:
         """Optimizer steps that were done before."""
         return self.state.step if self.state is not None else 0
 
+    @property
+    def attention(self) -> list[str] | None:
+        """Attention backends that the run used up to here; None where it chose none."""
+        return self.state.attention if self.state is not None else None
+
     def describe(self, out: Path, total: int) -> list[str]:
         """Lines on how a run of `total` steps in `out` came to this step."""
         messages = list(self.passed_over)
@@ -91,12 +96,9 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
         resume: "auto" continues what is there, "never" refuses it.
 
     Raises:
-        ValueError: another value of `resume`; the folder is in use, holds a run with another
-            configuration, a run that must not be resumed, one whose checkpoints are all damaged, or
-            weights without checkpoints.
+        ValueError: the folder is in use, holds a run with another configuration, a run that must
+            not be resumed, one whose checkpoints are all damaged, or weights without checkpoints.
     """
-    if resume not in ("auto", "never"):
-        raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
     out = folder.out
     folder.hold()
     newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=True)

@@ -18,13 +18,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.files import sync, write_text
+from mixflow_fast.files import remove_partial, sync, write_text
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -49,6 +49,12 @@ class RunState:
     world_size: int
     attention: list[str] | None = None
     safety: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> RunState:
+        """The content of a state.json; what a later release added to it is passed over."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in record.items() if name in known})
 
     def to_json(self) -> str:
         """The text of state.json."""
@@ -118,8 +124,8 @@ def choose_checkpoint(
 def read_state(checkpoint: Path) -> RunState:
     """The checkpoint's state.json; ValueError that names it if it cannot be read."""
     try:
-        return RunState(**json.loads((checkpoint / "state.json").read_text()))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+        return RunState.from_record(json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {error}") from None
 
 
@@ -161,6 +167,8 @@ class RunFolder:
             if self._writes and self._lock is None and (self.out / "checkpoints").is_dir():
                 self._lock = lock(self.out)
                 clean_unfinished(self.out)
+                for folder in (self.out, self.out / "ema", self.out / "previews"):
+                    remove_partial(folder)
 
     def make(self, config_yaml: str, newest: Path | None) -> None:
         """Make the folder and hold it; write its config.yaml.

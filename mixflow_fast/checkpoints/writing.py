@@ -149,7 +149,7 @@ def commit(
             entries[name] = manifest.entry(path)
     manifest.write(temporary, entries)
     aside = final.with_name(f".deleting_{final.name}")
-    if final.exists():  # written again, by a run that resumed from it in another layout
+    if final.exists():  # written again, by a run that resumed from it with other shards
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
     try:

@@ -124,6 +124,9 @@ def _apply(tree: dict[str, object], override: str) -> None:
 def _check_keys(tree: Mapping[str, object]) -> None:
     for key, value in tree.items():
         check_key(str(key))
+        section, _, name = str(key).partition(".")
+        if name:
+            raise ValueError(f"{key} must stand below its section: {section}: {{{name}: ...}}")
         if key in SECTIONS and isinstance(value, Mapping):
             for name, item in value.items():
                 check_key(f"{key}.{name}")

@@ -264,6 +264,8 @@ class Config(Section):
         for name, value in changes.items():
             check_key(name)
             section, _, own = name.rpartition(".")
+            if isinstance(value, Mapping) and name in SECTIONS:
+                value = SECTIONS[name](**value)
             by_section.setdefault(section, {})[own] = value
         top = by_section.pop("", {})
         for section, values in by_section.items():

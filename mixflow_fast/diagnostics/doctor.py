@@ -108,7 +108,7 @@ def diagnose(log: Callable[[str], None] = lambda section: None) -> Diagnosis:
 
 
 def _guarded(section: str, checks: Callable[[], Iterator[Check]]) -> list[Check]:
-    """Its checks; an error in them becomes one, and what libraries print is kept off."""
+    """Checks of a section; an error becomes one too, and what libraries print is kept off."""
     found = []
     level = logging.root.manager.disable
     try:

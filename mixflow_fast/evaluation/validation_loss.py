@@ -23,7 +23,7 @@ GRID = 8
 
 
 def bin_centers(count: int) -> list[float]:
-    """The middles of `count` equal parts of [0, 1]."""
+    """Centers of `count` equal parts of [0, 1]."""
     return [(i + 0.5) / count for i in range(count)]
 
 

@@ -24,7 +24,7 @@ class Loggers:
     """The loggers of a run. One that raises is warned of once and left out from then on.
 
     Args:
-        names: which.
+        names: loggers to open.
         out: run folder.
         config: configuration of the run, as plain values.
         start_step: steps done.

@@ -29,7 +29,7 @@ class TrainingRow(_Step, total=False):
         loss_by_t, count_by_t: mean loss, and samples, in equal parts of the network's time.
         grad_norm: of the last step, before clipping.
         skipped, rollbacks: steps of the whole run, where the configuration allows any.
-        seconds: of the window; data_wait_s: of them, those without data.
+        seconds: length of the window; data_wait_s: seconds in it without data.
         model_tflops, peak_tflops: of a device.
         time: seconds since 1970.
     """

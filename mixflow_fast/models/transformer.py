@@ -153,7 +153,7 @@ class Transformer(nn.Module):
 
         Args:
             batch: B.
-            dtype, device: those of the activations.
+            dtype, device: dtype and device of the activations.
             names: one backend for each group of blocks of one width, to take instead of the
                 fastest (what an earlier process chose).
 

@@ -40,7 +40,7 @@ class SkippingAdamWEMA(AdamWEMA):
                 torch.where(good, tensor, value, out=tensor)
             for piece, _ in batch:
                 del self.state[piece]
-        # The pieces had the count as a copy of their own.
+        # The slices had the count as a copy of their own.
         for p in params:
             self.state[p]["step"] += 1
 
@@ -74,7 +74,7 @@ def _batches(parameters: list[tuple[Tensor, State]]) -> Iterator[list[tuple[Tens
     batch: list[tuple[Tensor, State]] = []
     numel = 0
     for parameter, state in parameters:
-        for piece in _pieces(parameter, state):
+        for piece in _slices(parameter, state):
             if batch and numel + piece[0].numel() > most:
                 yield batch
                 batch, numel = [], 0
@@ -84,7 +84,7 @@ def _batches(parameters: list[tuple[Tensor, State]]) -> Iterator[list[tuple[Tens
         yield batch
 
 
-def _pieces(parameter: Tensor, state: State) -> Iterator[tuple[Tensor, State]]:
+def _slices(parameter: Tensor, state: State) -> Iterator[tuple[Tensor, State]]:
     """Views of at most `PIECE` elements; the whole where not all tensors are contiguous."""
     most = _max_elements(parameter)
     flat = all(t.is_contiguous() for t in (parameter, parameter.grad, *_tensors(state)))

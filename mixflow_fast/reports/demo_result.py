@@ -51,7 +51,7 @@ class DemoResult(TypedDict, total=False):
 
     Keys:
         seconds: training and evaluation of every arm.
-        steps: of the sampler.
+        steps: Euler steps of the sampler.
         floor: by metric, the distance of two sets of real crops.
         losses: by arm, pairs of images seen and training loss.
         real_grid: path of a PNG of real crops.

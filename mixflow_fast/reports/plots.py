@@ -225,7 +225,7 @@ def grid_map(
     Args:
         name: unique on the page.
         grid: rows of values.
-        times: middles of rows and columns.
+        times: centers of rows and columns.
         gamma: slowing range of training: a line at m = (1 - gamma) t.
         before: another grid: the change from it in percent is shown.
     """

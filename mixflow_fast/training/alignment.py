@@ -24,8 +24,8 @@ class Alignment:
 
     Args:
         section: its weight, and whether it looks at x_m or at x_t.
-        teacher: the encoder that is run at each step, on `device`; None where the features come
-            with the batch, or without the term.
+        teacher: the encoder that is run at each step, still on the CPU; None where the features
+            come with the batch, or without the term.
         mix: the objective, which prepares x_t for `alignment_input: label`.
         device: where the batches come.
 
@@ -40,6 +40,11 @@ class Alignment:
         self.weight, self.teacher = section.alignment_weight, teacher
         self._mix, self._device = mix, device
         self._at_label = section.alignment_input == "label"
+
+    def move_teacher(self) -> None:
+        """Take the teacher to the device, once it is sure that the run begins there."""
+        if self.teacher is not None:
+            self.teacher.model.to(self._device)
 
     def __call__(
         self, net: nn.Module, zs: list[Tensor] | None, batch: Batch, it: Interpolation, y: Tensor

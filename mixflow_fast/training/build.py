@@ -59,7 +59,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
 
     Args:
         config: configuration of the run.
-        device: where it trains; a teacher goes there at once.
+        device: where it trains. Nothing is moved there yet.
 
     Raises:
         ValueError: data, teacher or network that are not there or do not fit each other.
@@ -71,7 +71,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     teacher = None
     if c.teacher.path is not None:
         precision = c.teacher.precision or c.train.precision
-        teacher = build_teacher(c.teacher, c.model, precision, device)
+        teacher = build_teacher(c.teacher, c.model, precision)
     elif c.objective.alignment_weight:
         _check_features(dataset, c.model, _token_side(model))
     return RunParts(
@@ -153,16 +153,13 @@ def build_validation(section: DataConfig, model: ModelConfig, dataset: Dataset) 
     return ValidationData(without_flips(dataset), "training examples")
 
 
-def build_teacher(
-    section: TeacherConfig, model: ModelConfig, precision: str, device: str | torch.device = "cpu"
-) -> Teacher:
-    """The frozen teacher of a configuration on its device.
+def build_teacher(section: TeacherConfig, model: ModelConfig, precision: str) -> Teacher:
+    """The frozen teacher of a configuration, on the CPU.
 
     Args:
         section: names the teacher.
         model: whose tokens it must fit.
         precision: "fp32" or "bf16".
-        device: where it stays.
 
     Raises:
         ValueError: files that are missing, or tokens that do not fit the model's.
@@ -170,7 +167,7 @@ def build_teacher(
     side = _token_side(build_model(model, "meta"))
     _check_teacher(section, model, side)
     options = dataclasses.asdict(section) | {"precision": precision}
-    return Teacher(options.pop("path"), side, device=device, **options)
+    return Teacher(options.pop("path"), side, **options)
 
 
 def check(config: Config, world_size: int = 1) -> None:

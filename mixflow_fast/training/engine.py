@@ -178,7 +178,7 @@ class Engine:
                 partitions[partition].data.view(-1)[offset : offset + numel].copy_(values)
 
     def _set_optimizer_state(self, saved: Iterable[Piece]) -> None:
-        """Fill this rank's part of the optimizer's state from another layout's pieces."""
+        """Fill the optimizer's state on this rank from shards that were cut otherwise."""
         partitions = self._partitions()
         own: dict[str, list[Fragment]] = {}
         for fragment in self._fragments():

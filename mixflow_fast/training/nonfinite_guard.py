@@ -14,8 +14,8 @@ In each case `OUT/nonfinite/step_N` (`nonfinite_report.py`) says which samples i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from mixflow_fast.config.schema import TrainConfig
@@ -49,6 +49,12 @@ class GuardState:
     skipped: int = 0
     in_a_row: int = 0
     rollbacks: int = 0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> GuardState:
+        """What a checkpoint holds; what a later release added to it is passed over."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in record.items() if name in known})
 
 
 class NonFiniteGuard:

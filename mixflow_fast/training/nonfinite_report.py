@@ -165,9 +165,8 @@ class Examiner:
             weights = self._replace_weights() or f"of step {now}, not finite"
         try:
             found, tensors = self._examine(bad, damaged)
-        except (
-            Exception
-        ) as error:  # no memory left, on this rank perhaps: the run's own way goes on
+        except Exception as error:
+            # No memory left, perhaps on this rank alone: the run goes on.
             if c.zero_stage == 3:  # whose forward pass the other ranks wait in
                 raise
             found, tensors = self._recorded(bad, damaged, error), {"loss": bad.each}
@@ -334,7 +333,7 @@ class Examiner:
             text += " Every sample's loss was finite: the gradient alone was not."
         for rank in ranks:
             if rank.error is not None:
-                text += f" Rank {rank.rank} could not make it again ({rank.error})."
+                text += f" Rank {rank.rank} could not run it once more ({rank.error})."
         return text + (f" See {path}." if path is not None else "")
 
 

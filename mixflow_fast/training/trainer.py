@@ -92,7 +92,7 @@ class Trainer:
         model, mix, dataset, alignment: network, objective, examples and REPA's term.
         engine: DeepSpeed around the network.
         guard: what to do with steps that are not finite.
-        objective: which implementation of it runs, in words.
+        objective: description of the implementation that runs.
         attention: the chosen attention backends.
         on_step: a hook, None by default; see `OnStep`.
 
@@ -104,6 +104,8 @@ class Trainer:
     def __init__(
         self, config: Config, resume: str = "auto", quiet: bool = False, recipe: str | None = None
     ) -> None:
+        if resume not in ("auto", "never"):
+            raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
         ranks = process_group.world_size()
         validate(config, ranks)
         self.config, self.out, self._recipe = config, Path(config.out), recipe
@@ -120,20 +122,22 @@ class Trainer:
         try:
             self._start = find(config, self._folder, ranks, resume)
             self._start.fill(self.model, config.train.init)
+            self.alignment.move_teacher()
             self.model.set_execution(parts.execution)
+            self._used_before = self._start.attention if config.model.attention == "auto" else None
             self.attention = self._agree_on_attention()
             self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
             self._folder.make(config.to_yaml(), self._start.checkpoint)
             self.engine.start(self._start.checkpoint, resharded=bool(self._start.resharded_from))
+            self.step = self._start.step
+            self._saved = self.step if self._start.checkpoint else -1
+            self._resharded = bool(self._start.resharded_from)
+            self.guard = self._build_guard()
+            self._stop = StopSignal(ranks, process_group.timeout())
         except BaseException:
             self._folder.close()
             raise
-        self.step = self._start.step
-        self._saved = self.step if self._start.checkpoint else -1
-        self._resharded = bool(self._start.resharded_from)
-        self.guard = self._build_guard()
-        self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
     def images_seen(self) -> int:
@@ -272,7 +276,7 @@ class Trainer:
         return path
 
     def _go_back(self) -> str:
-        """Load the newest checkpoint; what was done, in words."""
+        """Load the newest checkpoint; returns a line on what was done."""
         newest, _ = choose_checkpoint(self.out, self.host_group)
         if newest is None or not self.engine.load(newest):
             raise TrainingDiverged(f"{self.out} holds no checkpoint to go back to")
@@ -315,13 +319,6 @@ class Trainer:
     def describe_network(self) -> str:
         """How the network is run: mode, attention, checkpointing."""
         return describe_network(self.model, self.attention, self._used_before)
-
-    @property
-    def _used_before(self) -> list[str] | None:
-        """Attention backends that the run used up to here, where this part does not name one."""
-        state = self._start.state
-        named = self.config.model.attention != "auto"
-        return None if state is None or named else state.attention
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
@@ -368,7 +365,7 @@ class Trainer:
                 device=self.device,
             ),
             aligned=bool(self.config.objective.alignment_weight),
-            state=None if state is None else GuardState(**state.safety),
+            state=None if state is None else GuardState.from_record(state.safety),
         )
 
     def loader(self) -> BatchLoader:

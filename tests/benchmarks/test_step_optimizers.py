@@ -57,7 +57,7 @@ def test_optimizers_of_bf16_weights_take_the_same_step(monkeypatch) -> None:
         held = variants.Arm(*parts).resident_bytes() - buffers - frozen
         assert whole * numel <= held < whole * numel + 2000
         results[kind] = [p.detach().clone() for p in weights.masters]
-        stepper.forget()
+        stepper.reset()
         assert not stepper.state_bytes()
         for p, gradient in zip(weights.params, gradients, strict=True):
             p.grad = gradient

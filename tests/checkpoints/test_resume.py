@@ -1,5 +1,6 @@
 """A run goes on with another number of ranks or another ZeRO stage: nothing is lost on the way."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.resume import resharded_from
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint, weights_file
 from mixflow_fast.checkpoints.shards import full_states, read_layout
@@ -142,3 +144,43 @@ def test_weights_are_saved_when_asked(tmp_path: Path) -> None:
         assert torch.equal(ours["ema"][name], weight)
     with pytest.raises(ValueError, match="train.save_weights"):
         train(configured(out, "fp32", 1, 24).replace(**{"train.save_weights": "no"}), quiet=True)
+
+
+def test_what_a_later_release_adds_to_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    train(configured(tmp_path, "fp32", 0, 16), quiet=True)
+    folder = newest_checkpoint(tmp_path)
+    state = json.loads((folder / "state.json").read_text())
+    state["future"] = state["safety"]["future"] = 1
+    (folder / "state.json").write_text(json.dumps(state))
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    entries = {n: manifest.entry(folder / n) for n in names if n != "manifest.json"}
+    manifest.write(folder, entries)
+    assert train(configured(tmp_path, "fp32", 0, 24), quiet=True).step == 3
+
+
+def test_a_start_that_fails_lets_go_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its very end, too: the same process may try again."""
+    train(configured(tmp_path, "fp32", 0, 16), quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no guard"):
+        patch.setattr(Trainer, "_build_guard", fail)
+        Trainer(configured(tmp_path, "fp32", 0, 24), quiet=True)
+    assert train(configured(tmp_path, "fp32", 0, 24), quiet=True).step == 3
+
+
+def fail(_: Trainer) -> None:
+    raise RuntimeError("no guard")
+
+
+def test_a_start_removes_what_a_killed_run_left_half_written(tmp_path: Path) -> None:
+    train(configured(tmp_path, "fp32", 0, 16), quiet=True)
+    code = "import os; print(os.getpid())"
+    dead = int(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
+    (tmp_path / "ema").mkdir()
+    left = [tmp_path / "ema" / f".step_00000004.safetensors.{dead}.tmp"]
+    left.append(tmp_path / f".config.yaml.{dead}.tmp")
+    for path in left:
+        path.write_text("half")
+    train(configured(tmp_path, "fp32", 0, 24), quiet=True)
+    assert not any(path.exists() for path in left)

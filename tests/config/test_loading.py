@@ -95,11 +95,13 @@ def test_bad_recipes_and_overrides(recipe: str, overrides: list[str], message: s
         load_config(recipe, overrides)
 
 
-@pytest.mark.parametrize("text", ["- a\n", "model: [", "model: 3"])
+@pytest.mark.parametrize("text", ["- a\n", "model: [", "model: 3", "optim.lr: 1.0e-4"])
 def test_bad_recipe_files(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match="mine.yaml|model must be a section"):
+    with pytest.raises(
+        ValueError, match="mine.yaml|model must be a section|optim.lr must stand below its section"
+    ):
         load_config(str(file))
 
 

@@ -356,5 +356,6 @@ def test_an_examination_that_fails_does_not_end_the_run(
     (rank,) = report["ranks"]
     assert rank["error"] == "OutOfMemoryError: out of memory"
     assert [sample["position"] for sample in rank["samples"]] == [BATCH + 2]
-    with pytest.raises(TrainingDiverged, match=rf"position {BATCH + 2}.*could not make it again"):
+    message = rf"position {BATCH + 2}.*could not run it once more"
+    with pytest.raises(TrainingDiverged, match=message):
         train(configured(tmp_path, "stop", 4), quiet=True)

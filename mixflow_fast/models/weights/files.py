@@ -63,8 +63,9 @@ class WeightsFile:
                 from safetensors import safe_open
 
                 with safe_open(path, "pt", device="cpu") as file:
-                    # By offset: the order in which `safetensors.torch.load_file` gives them.
-                    entries = {name: file.get_tensor(name) for name in file.offset_keys()}
+                    # By offset, as `safetensors.torch.load_file` reads; older releases by name.
+                    names = getattr(file, "offset_keys", file.keys)
+                    entries = {name: file.get_tensor(name) for name in names()}
                     return cls(path, "safetensors", entries, file.metadata() or {})
             with harmless_globals():
                 mapped = zipfile.is_zipfile(path)  # only this layout of torch.save can be mapped
