@@ -100,7 +100,7 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
             not be resumed, one whose checkpoints are all damaged, or weights without checkpoints.
     """
     out = folder.out
-    folder.hold()
+    folder.hold()  # first, because another run may be writing its last checkpoint
     newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=True)
     if newest is None:
         if (out / "weights.pt").exists():

@@ -135,11 +135,13 @@ def commit(
     temporary, final = folder / temporary_name(state.step), folder / checkpoint_name(state.step)
     write_text(temporary / "state.json", state.to_json())
     entries = dict(entries or {})
+    # A rank on another machine may have written to a disk of its own.
     if reason := manifest.other_size(temporary, entries):
         raise OSError(
             f"{reason} as rank 0 sees {temporary}: out= must be on a file system that all machines "
             "share"
         )
+    # Files and their names must be on the disk before the manifest says that they are there.
     for path in sorted(temporary.rglob("*")):
         name = path.relative_to(temporary).as_posix()
         if path.is_dir():
@@ -152,6 +154,7 @@ def commit(
     if final.exists():  # written again, by a run that resumed from it with other shards
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
+    # A kill between the two renames leaves both under names that the next start knows.
     try:
         os.rename(temporary, final)
     except OSError:
@@ -159,6 +162,7 @@ def commit(
             os.rename(aside, final)
         raise
     sync(folder)
+    # Older ones go only now: until the new name is on the disk they are all there is.
     shutil.rmtree(aside, ignore_errors=True)
     _prune(out, state.step, keep_last, keep_every)
     try:

@@ -55,6 +55,7 @@ def _root(cov: Tensor) -> Tensor:
     """Symmetric square root; eigenvalues below d eps times the largest are rounding, hence zero."""
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     floor = values.abs().max() * cov.shape[0] * torch.finfo(torch.float64).eps
+    # Below zero by more than rounding: no covariance at all.
     if values.min() < -1e-6 * values.abs().max():
         raise ValueError(
             "cov must be a covariance (no negative eigenvalue), got eigenvalues "
@@ -139,6 +140,7 @@ def random_conv_features(x: Tensor, dim: int = 128, seed: int = 0) -> Tensor:
         weights.append(flat.view(fan_out, fan_in, 3, 3) * math.sqrt(2.0 / (9 * fan_in)))
     features = []
     with torch.no_grad():
+        # In float32 and in chunks: the maps of all images at once would be gigabytes.
         for chunk in x.detach().to("cpu", torch.float32).split(_CHUNK):
             for weight, stride in zip(weights, (1, 2, 2), strict=True):
                 chunk = F.conv2d(chunk, weight, stride=stride, padding=1).relu()

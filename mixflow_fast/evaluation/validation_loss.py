@@ -115,7 +115,9 @@ class ValidationLoss:
     def __call__(self, net: Network) -> Losses:
         """The losses of one set of weights; every rank must call it."""
         tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(self._points))]
+        # Every n-th task: the ranks' shares differ by one forward pass at most.
         mine = [(c, p, self._losses(net, c, p)) for c, p in tasks[self._rank :: self._ranks]]
+        # One read of the device for all of them.
         sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
         parts = [(c, p, total) for (c, p, _), total in zip(mine, sums, strict=True)]
         found = {(c, p): total for part in self._all_gather(parts) for c, p, total in part}
@@ -147,6 +149,7 @@ class ValidationLoss:
         if self._held is None or self._held[0] != chunk:
             batch = self._chunks[chunk].to(self._device)
             numel = batch.x[0].numel()
+            # A stream of its own: the same noise in runs of any seed.
             noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, numel)
             self._held = chunk, batch, noise.view(batch.x.shape).to(batch.x.dtype)
         return self._held[1:]

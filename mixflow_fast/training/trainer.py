@@ -116,6 +116,7 @@ class Trainer:
         parts = build_run(config, self.device)
         self.model, self.mix, self.alignment = parts.model, parts.mix, parts.alignment
         self.dataset = parts.dataset
+        # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = HostGroup(process_group.timeout())
         self._folder = RunFolder(self.out, self.host_group)
@@ -199,6 +200,7 @@ class Trainer:
             its weight; NaN for a step that the run passes over after going back before it.
         """
         if self.step + 1 in self.guard.state.left_out:
+            # Its samples are drawn all the same, so that later steps see what they would have.
             for _ in range(loader.microsteps):
                 next(loader)
             self.step += 1
@@ -214,6 +216,7 @@ class Trainer:
             loss = self.guard.record.micro_batch(made.loss, self.mix, made.pred, made.it)
             self.engine.backward(loss)
             self.engine.step()
+            # On the device: to read a loss here would be to wait for it.
             totals += torch.stack([made.loss, made.alignment]).detach()
             if self.on_step is not None:
                 outputs.append(made)
