@@ -77,7 +77,7 @@ _results: dict[tuple[str, _Key], _Result] = {}
 _choices: dict[tuple[_Key, tuple[str, ...]], AttentionChoice] = {}
 
 
-def forget_choices() -> None:
+def reset_choices() -> None:
     """Forgets all results: backends are tested anew when they are next needed."""
     _results.clear()
     _choices.clear()

@@ -208,7 +208,7 @@ def test_shapes_on_meta_tensors(norm, batch) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_without_a_break_and_without_a_test(impl, monkeypatch) -> None:
     """A shape first seen under torch.compile is tested when it runs, not while it is traced."""
-    choice.forget_choices()
+    choice.reset_choices()
     given = problem((2, 6, 2, 8), norm="rms", rotated=True)
     seen = []
     original = choice._self_test
@@ -229,7 +229,7 @@ def test_compiles_without_a_break_and_without_a_test(impl, monkeypatch) -> None:
 def test_autocast_does_not_reach_inside(backend) -> None:
     given = problem((2, 6, 2, 8), norm="rms", rotated=True)
     skip_unless_served(backend, given[0])
-    choice.forget_choices()
+    choice.reset_choices()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = run(attention, *given[:3], backend=backend, **given[3])
     outside = run(attention, *given[:3], backend=backend, **given[3])

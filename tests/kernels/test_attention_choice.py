@@ -29,9 +29,9 @@ SHAPE = (2, 7, 2, 16)
 @pytest.fixture(autouse=True)
 def fresh():
     """Answers about these tests' backends are not kept."""
-    choice.forget_choices()
+    choice.reset_choices()
     yield
-    choice.forget_choices()
+    choice.reset_choices()
 
 
 def choose(dtype=torch.float32, **options):
@@ -227,7 +227,7 @@ def test_choices_hold_up_to_a_power_of_two_and_draw_nothing(monkeypatch) -> None
         choose_backend(batch, 4, 2, 8, torch.bfloat16, "cuda:0", candidates=("flash",))
     assert keys == [("flash", 256), ("flash", 512)]
     monkeypatch.undo()
-    choice.forget_choices()
+    choice.reset_choices()
     state = torch.get_rng_state()
     choose()
     assert torch.equal(state, torch.get_rng_state())
