@@ -173,7 +173,7 @@ Value = Percentiles | Ratio | float | None
 
 
 @dataclass(frozen=True)
-class Cell:
+class CellRows:
     """The rows of one cell: they differ in provider and metric, and in dtype by `dtypes`."""
 
     writer: Writer

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import rows, timing
 from benchmarks.flops import PEAK_TFLOPS, train_flops
 from benchmarks.plain import GAMMA
-from benchmarks.rows import Cell, Percentiles, Times, paired_ratio, percentiles
+from benchmarks.rows import CellRows, Percentiles, Times, paired_ratio, percentiles
 from benchmarks.step_optimizers import KINDS, OptimizerStep, Weights, time_optimizers
 from benchmarks.step_variants import (
     LADDER,
@@ -62,7 +62,7 @@ class StepSuite:
         self._on_gpu = device.type == "cuda"
         self._memory = torch.cuda.mem_get_info(device)[1] if self._on_gpu else math.inf
         self._matmul: float | None = None
-        self._to_count: tuple[Cell, dict[str, Arm]] | None = None
+        self._to_count: tuple[CellRows, dict[str, Arm]] | None = None
         self._has_optimizers = False
 
     def run(self) -> None:
@@ -91,10 +91,12 @@ class StepSuite:
         if self._on_gpu and self._to_count:
             self._write_launches(*self._to_count)
 
-    def _cell(self, workload: Workload, shape: list[int]) -> Cell:
+    def _cell(self, workload: Workload, shape: list[int]) -> CellRows:
         method = timing.rounds_method(self._seconds(ROUND_SECONDS))
         tf32 = {"eager_tf32": "tf32"}
-        return Cell(self._writer, "step", "step", workload.name, shape, "bfloat16", method, tf32)
+        return CellRows(
+            self._writer, "step", "step", workload.name, shape, "bfloat16", method, tf32
+        )
 
     def _seconds(self, seconds: float) -> float:
         return 0.0 if self._smoke else seconds  # single steps
@@ -140,7 +142,7 @@ class StepSuite:
                 time_optimizers(weights, self._writer, self._rounds, seconds, self._on_gpu)
 
     def _arms(
-        self, workload: Workload, cell: Cell, weights: Weights, x1: Tensor, y: Tensor
+        self, workload: Workload, cell: CellRows, weights: Weights, x1: Tensor, y: Tensor
     ) -> dict[str, Arm]:
         """Arms of the same recipe for the network share its twin, and what is compiled for it."""
         ids = torch.arange(len(x1), device=self._device)
@@ -176,7 +178,7 @@ class StepSuite:
             return "compile left out in a smoke run"
         return ""
 
-    def _warm_all(self, workload: Workload, cell: Cell, arms: dict[str, Arm]) -> bool:
+    def _warm_all(self, workload: Workload, cell: CellRows, arms: dict[str, Arm]) -> bool:
         """Warm every arm and drop those that fail; False if ours is one of them."""
         self._clear()
         for name, arm in list(arms.items()):
@@ -233,7 +235,7 @@ class StepSuite:
         return timing.rounds_ms(calls, self._device, length, rounds, enough)
 
     def _report(
-        self, workload: Workload, cell: Cell, arms: dict[str, Arm], times: Times, flops: float
+        self, workload: Workload, cell: CellRows, arms: dict[str, Arm], times: Times, flops: float
     ) -> None:
         """Times and rates, then the ratios, then what takes another step: memory, idle host."""
         toy = " (smoke run at toy sizes: not speeds)" if self._smoke else ""
@@ -263,7 +265,7 @@ class StepSuite:
             text += f", micro-batches of {arm.micro}" if arm.micro < arm.batch else ""
             print(f"  {name:22}{text}", flush=True)
 
-    def _report_flops(self, cell: Cell, name: str, tflops: Percentiles, note: str) -> str:
+    def _report_flops(self, cell: CellRows, name: str, tflops: Percentiles, note: str) -> str:
         """Rows of the model FLOPs, and what is printed of them."""
         cell.add(name, "model_tflops", tflops, note)
         text = f" {tflops.p50:7.1f} TFLOP/s"
@@ -274,7 +276,7 @@ class StepSuite:
                 text += f" {percent.p50:5.1f}% of {whole:.0f} ({metric})"
         return text
 
-    def _write_launches(self, cell: Cell, arms: dict[str, Arm]) -> None:
+    def _write_launches(self, cell: CellRows, arms: dict[str, Arm]) -> None:
         for name, arm in arms.items():
             if self._deadline.left() > 5:
                 arm.step()
@@ -299,7 +301,7 @@ class StepSuite:
             torch.cuda.empty_cache()
 
 
-def add_ladder(cell: Cell, times: Times, notes: Mapping[str, str]) -> None:
+def add_ladder(cell: CellRows, times: Times, notes: Mapping[str, str]) -> None:
     """Each row of the ladder over the row before and over the first: what pays."""
     rungs = [name for name in LADDER if name in times]
     if len(rungs) < 4:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.rows import Cell, Times, Writer, paired_ratio, percentiles
+from benchmarks.rows import CellRows, Times, Writer, paired_ratio, percentiles
 from mixflow_fast import extension
 from mixflow_fast.environment import apex_message, detect_apex
 from mixflow_fast.messages import error_line
@@ -184,7 +184,7 @@ def time_optimizers(
         p.grad = None
     params = sum(p.numel() for p in weights.masters)
     method = timing.rounds_method(seconds)
-    cell = Cell(writer, "optimizer", "step", None, [params], "float32", method)
+    cell = CellRows(writer, "optimizer", "step", None, [params], "float32", method)
     for name, note in notes.items():
         ms = percentiles(times[name])
         gb_per_s = ms.rate(STEP_BYTES * params / 1e6)
@@ -259,7 +259,7 @@ def time_deepspeed(config: Config, device: torch.device, writer: Writer, smoke: 
     times = timing.rounds_ms(calls, device, seconds, 3 if smoke else DEEPSPEED_ROUNDS)
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[c.precision]
     method, shape = timing.rounds_method(seconds), list(pair.x1.shape)
-    cell = Cell(writer, "deepspeed", "step", config.model.name, shape, dtype, method)
+    cell = CellRows(writer, "deepspeed", "step", config.model.name, shape, dtype, method)
     same = f"AdamWEMA: {describe_adamwema(device.type)}"
     notes = {"deepspeed": f"ZeRO {c.zero_stage}, {same}", "bare": f"no DeepSpeed, {same}"}
     for name, note in notes.items():

@@ -203,9 +203,9 @@ class KernelSuite:
                 print(f"{cell.label}: without {provider}: {why}", flush=True)
         return calls, notes, wrong
 
-    def _rows(self, cell: Cell, timing: str = "") -> rows.Cell:
+    def _rows(self, cell: Cell, timing: str = "") -> rows.CellRows:
         shape, dtype = list(cell.shape), cell.dtype_name
-        return rows.Cell(self._writer, cell.op, cell.mode, cell.variant, shape, dtype, timing)
+        return rows.CellRows(self._writer, cell.op, cell.mode, cell.variant, shape, dtype, timing)
 
     def _write_launches(self, cell: Cell, provider: str, note: str) -> None:
         call, _ = self._call(provider, cell, REGISTRY[cell.op].inputs(cell, self._device))
