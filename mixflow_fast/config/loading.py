@@ -1,5 +1,8 @@
 """Recipes by name or file, and dotted overrides.
 
+Both are read as text, and a field's type says what its text means: nothing is guessed from how a
+value looks, as YAML does with 010 (eight), 1:30 (ninety), no (false) and 2026-11-30 (a date).
+
 The marker `???` in a recipe stands for a value that the user has to give.
 """
 
@@ -9,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mixflow_fast.config.renamed import refuse_former_value
-from mixflow_fast.config.schema import SECTIONS, Config, check_key
+from mixflow_fast.config.schema import SECTIONS, Config, check_key, hint_of
+from mixflow_fast.config.section import from_text, takes_text
 from mixflow_fast.messages import did_you_mean
 
 REQUIRED = "???"
@@ -37,7 +41,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     tree.setdefault("out", f"runs/{file.stem}")
     for override in overrides:
         _apply(tree, override)
-    return from_dict(tree)
+    return from_dict(_typed(tree))
 
 
 def from_dict(tree: Mapping[str, object]) -> Config:
@@ -88,7 +92,7 @@ def _read(file: Path) -> dict[str, object]:
     import yaml
 
     try:
-        tree = yaml.safe_load(file.read_text()) or {}
+        tree = _parse(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe file {file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -100,18 +104,37 @@ def _read(file: Path) -> dict[str, object]:
     return tree
 
 
-def _apply(tree: dict[str, object], override: str) -> None:
+def _parse(text: str) -> object:
+    """YAML as lists, mappings and texts; every scalar stays the text that it is.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or a mapping names a key twice.
+    """
     import yaml
 
+    class TextLoader(yaml.SafeLoader):
+        """Knows no numbers, flags or dates; `<<` still merges mappings."""
+
+        yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            names = [key.value for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                problem = f"the key {twice!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, TextLoader)
+
+
+def _apply(tree: dict[str, object], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} must have the form section.field=value")
-    check_key(dotted)
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: value is not valid YAML: {error}") from None
     section, _, name = dotted.rpartition(".")
+    check_key(dotted, text)
+    value = _override_value(override, text, hint_of(dotted))
     if section:
         fields = tree.setdefault(section, {})
         # Another value than a section is refused with the whole tree.
@@ -121,15 +144,38 @@ def _apply(tree: dict[str, object], override: str) -> None:
         tree[name] = value
 
 
+def _override_value(override: str, text: str, hint: object) -> object:
+    """The text whole, `#` and all, but for lists and sections, which are YAML."""
+    import yaml
+
+    if takes_text(hint) or not text.startswith(("[", "{")):
+        return text
+    try:
+        return _parse(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: value is not valid YAML: {error}") from None
+
+
+def _typed(tree: Mapping[str, object]) -> dict[str, object]:
+    """Texts of a tree as what they say for their fields; the keys are known."""
+
+    def typed(name: str, value: object) -> object:
+        if name in SECTIONS and isinstance(value, Mapping):
+            return {own: typed(f"{name}.{own}", item) for own, item in value.items()}
+        return from_text(value, hint_of(name)) if isinstance(value, str) else value
+
+    return {name: typed(name, value) for name, value in tree.items()}
+
+
 def _check_keys(tree: Mapping[str, object]) -> None:
     for key, value in tree.items():
-        check_key(str(key))
+        check_key(str(key), value)
         section, _, name = str(key).partition(".")
         if name:
             raise ValueError(f"{key} must stand below its section: {section}: {{{name}: ...}}")
         if key in SECTIONS and isinstance(value, Mapping):
             for name, item in value.items():
-                check_key(f"{key}.{name}")
+                check_key(f"{key}.{name}", item)
                 refuse_former_value(f"{key}.{name}", item)
 
 

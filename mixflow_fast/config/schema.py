@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mixflow_fast.config.renamed import refuse_former_key
-from mixflow_fast.config.section import Rule, Section, at_least
+from mixflow_fast.config.renamed import name_elsewhere, refuse_former_key
+from mixflow_fast.config.section import Rule, Section, at_least, hints_of
 from mixflow_fast.environment import LoggerName
 from mixflow_fast.flow.path import LossWeight, PathName, Prediction
 from mixflow_fast.flow.schedule import Interval, TargetAt
@@ -248,6 +248,12 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/default"
 
+    def check(self) -> None:
+        if not self.out.strip():
+            raise ValueError(
+                f"out must name the folder of the run, got {self.out!r}: out=runs/NAME"
+            )
+
     def to_dict(self) -> dict[str, object]:
         """Plain nested dict of scalars and lists."""
         return dataclasses.asdict(self, dict_factory=_plain)
@@ -293,21 +299,37 @@ SECTIONS: Mapping[str, type[Section]] = {
 }
 
 
-def check_key(name: str) -> None:
+def check_key(name: str, value: object = None) -> None:
     """Refuse a dotted name that no field and no section has.
 
+    Args:
+        name: section and field, or a section, or a field of `Config` itself.
+        value: what it was given, for the error.
+
     Raises:
-        ValueError: with the nearest name, or with the new one of a key that was renamed.
+        ValueError: with the nearest name, with the new one of a key that was renamed, or with ours
+            for a name that other trainers give.
     """
-    section = name.partition(".")[0]
-    if section not in SECTIONS and section != name:
-        name = section
     own = [f.name for f in dataclasses.fields(Config)]
     below = {s: [f"{s}.{f.name}" for f in dataclasses.fields(cls)] for s, cls in SECTIONS.items()}
     every = [*own, *(n for names in below.values() for n in names)]
-    if name not in every:
-        refuse_former_key(name)
-        raise ValueError(f"unknown key {name!r}{did_you_mean(name, below.get(section, every))}")
+    if name in every:
+        return
+    refuse_former_key(name, value)
+    elsewhere = name_elsewhere(name, value)
+    if elsewhere is not None:
+        raise ValueError(f"unknown key {name!r}: {elsewhere}")
+    # The right field in the wrong section is a commoner slip than a wrong letter.
+    field = name.rpartition(".")[2]
+    same_field = [known for known in every if known.rpartition(".")[2] == field]
+    near = below.get(name.partition(".")[0], every)
+    raise ValueError(f"unknown key {name!r}{did_you_mean(name, same_field or near)}")
+
+
+def hint_of(name: str) -> object:
+    """The type of a field or section with its rule, by its dotted name."""
+    section, _, own = name.rpartition(".")
+    return hints_of(SECTIONS[section] if section else Config)[own]
 
 
 def _plain(items: list[tuple[str, object]]) -> dict[str, object]:

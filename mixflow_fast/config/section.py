@@ -7,12 +7,13 @@ when the section is made, so a section that exists holds no impossible value.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -54,7 +55,7 @@ class Section:
         cls.section_name = name
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in hints_of(type(self)).items():
             dotted = f"{self.section_name}.{name}" if self.section_name else name
             # The dataclass is frozen for everybody else.
             object.__setattr__(self, name, convert(dotted, getattr(self, name), hint))
@@ -92,15 +93,47 @@ def convert(name: str, value: object, hint: object) -> object:
     return converted
 
 
+def from_text(text: str, hint: object) -> object:
+    """What the text of a recipe or an override says for a field: null, a flag, or the text.
+
+    Numbers stay text, which `convert` reads as Python does: 010 is ten, and 0x10, 1:30 and dates
+    are refused.
+
+    Args:
+        text: as it was written, quotes of YAML taken off.
+        hint: the field's type with its rule.
+    """
+    options = _options(hint)
+    if type(None) in options and text in _NULLS:
+        return None
+    return _FLAGS.get(text.lower(), text) if bool in options else text
+
+
+def takes_text(hint: object) -> bool:
+    """Whether a field takes any text or one of some names, so that nothing in it is YAML."""
+    options = _options(hint)
+    return any(o is str or typing.get_origin(o) is Literal for o in options)
+
+
 class _Misfit:
     """The type of the answer "this value does not fit", since None is a value."""
 
 
 _MISFIT = _Misfit()
+_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
+_NULLS = ("", "null", "~")
+_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @functools.cache
-def _hints(cls: type[Section]) -> dict[str, object]:
+def hints_of(cls: type[Section]) -> dict[str, object]:
+    """The type of each field of a section with its rule, by the field's name."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -143,10 +176,11 @@ def _as(value: object, hint: object) -> object:
 
 
 def _as_number(value: int | float | str, whole: bool) -> int | float | _Misfit:
-    """A number, also from text: YAML reads 1e-4 as text, it wants 1.0e-4."""
-    if whole and isinstance(value, int):
-        return value
+    """A number, also from text."""
     try:
+        if whole and not isinstance(value, float):
+            with contextlib.suppress(ValueError):  # 1e6 is whole, and no text of `int`
+                return int(value)
         number = float(value)
     except ValueError:
         return _MISFIT
@@ -161,7 +195,7 @@ def _describe(hint: object) -> str:
     literal = next((option for option in options if typing.get_origin(option) is Literal), None)
     if literal is not None:
         choices = typing.get_args(literal)
-        return f"one of {(None, *choices) if type(None) in options else choices}"
+        return f"one of {_listed((*choices, 'null') if type(None) in options else choices)}"
     return " or ".join(_describe_one(option) for option in options)
 
 
@@ -171,8 +205,20 @@ def _describe_one(hint: object) -> str:
         return _describe(args[0])
     if typing.get_origin(hint) is tuple:
         choices = typing.get_origin(args[0]) is Literal
-        names = f"names out of {typing.get_args(args[0])}" if choices else _describe(args[0])
-        return f"a list of {names}"
+        if choices:
+            names = typing.get_args(args[0])
+            return f"a list of names out of {_listed(names)}, as [{names[0]}]"
+        whole = _bare(args[0]) is int
+        return "a list of whole numbers, as [1]" if whole else "a list of numbers, as [0.9]"
     if isinstance(hint, type) and issubclass(hint, Section):
         return "a section"
-    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    return _TYPES.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+def _bare(hint: object) -> object:
+    """A type without its rule."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _listed(choices: Iterable[object]) -> str:
+    return ", ".join(map(str, choices))

@@ -24,7 +24,7 @@ from mixflow_fast.optim.apex import OPTIMIZERS, OptimizerName
 
 REFUSED = [
     ("train.precision=fp16", "train.precision must be one of"),
-    ("train.zero_stage=4", r"train.zero_stage must be one of \(0, 1, 2, 3\), got 4"),
+    ("train.zero_stage=4", "train.zero_stage must be one of 0, 1, 2, 3, got"),
     ("train.zero_stage=true", "train.zero_stage must be one of"),
     ("train.images=0", "train.images must be >= 1"),
     ("train.seed=-1", "train.seed must be >= 0"),
@@ -38,17 +38,17 @@ REFUSED = [
     ("optim.schedule=step", "optim.schedule"),
     (
         "optim.name=adam",
-        r"optim.name must be one of \('adamw_ema', 'apex_fused_adam'\), got 'adam'",
+        "optim.name must be one of adamw_ema, apex_fused_adam, got 'adam'",
     ),
-    ("optim.lr=.inf", "optim.lr must be finite"),
+    ("optim.lr=inf", "optim.lr must be finite"),
     ("optim.final_lr=1", "optim.final_lr"),
     ("optim.ema_decays=[1]", r"optim.ema_decays must be in \[0, 1\), got 1"),
-    ("optim.ema_decays=[0.9, .nan]", "optim.ema_decays must be finite"),
+    ("optim.ema_decays=[0.9, nan]", "optim.ema_decays must be finite"),
     ("optim.ema_decays=[]", "optim.ema_decays must name at least one"),
-    ("optim.ema_decays=0.9", "optim.ema_decays must be a list of float, got 0.9"),
+    ("optim.ema_decays=0.9", "optim.ema_decays must be a list of numbers"),
     ("objective.prediction=x0", "objective.prediction must be one of"),
     ("objective.path=cosine", "objective.path must be one of"),
-    ("objective.loss_weight=snr", r"loss_weight must be one of \(None, 'velocity', 'likelihood'\)"),
+    ("objective.loss_weight=snr", "loss_weight must be one of velocity, likelihood, null"),
     ("data.kind=foo", "data.kind must be one of"),
     ("model.init_seed=1e20", r"model.init_seed must be in \[0, 2\*\*63\)"),
     ("model.encoder_depth=2", "z_dims"),
@@ -79,9 +79,15 @@ def test_what_a_section_refuses(override: str, message: str) -> None:
         (lambda: OptimConfig(lr=float("nan")), "optim.lr must be finite"),
         (lambda: ModelConfig(mode="fast"), "model.mode must be one of"),
         (lambda: Config(train=3), "train must be a section, got 3"),
-        (lambda: Config().replace(**{"train.seed": 0.5}), "train.seed must be int, got 0.5"),
+        (
+            lambda: Config().replace(**{"train.seed": 0.5}),
+            "train.seed must be a whole number, got 0.5",
+        ),
         (lambda: Config().replace(seed=1), "unknown key 'seed'; did you mean 'train.seed'"),
-        (lambda: Config().replace(**{"optm.lr": 1}), "unknown key 'optm'"),
+        (
+            lambda: Config().replace(**{"optm.lr": 1}),
+            "unknown key 'optm.lr'; did you mean 'optim.lr'",
+        ),
     ],
 )
 def test_code_is_held_to_the_same(make: Callable[[], object], message: str) -> None:
