@@ -19,15 +19,20 @@ from mixflow_fast.cli import (
     ema,
     export,
     inspect,
+    recipes,
     report,
     sample,
+    settings,
     train,
     verify_resume,
 )
 from mixflow_fast.cli.errors import exit_code
 
 # In the order of the help page.
-COMMANDS = (train, sample, demo, inspect, export, doctor, report, verify_resume, consolidate, ema)
+COMMANDS = (
+    train, recipes, settings, sample, demo, inspect, export, doctor, report, verify_resume,
+    consolidate, ema,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import atexit
 import warnings
 
 from mixflow_fast.cli.errors import FAILED, REFUSED, leave_at_once, report
+from mixflow_fast.recipes import recipe_names
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,8 +21,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog="example: mixflow-fast train sit-xl2-256 data.path=latents/ "
         "train.init=SiT-XL-2-256.pt objective.gamma=0.8",
     )
-    command.add_argument("recipe", help="name of a recipe, or a .yaml file")
-    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+    command.add_argument(
+        "recipe", help=f"{', '.join(recipe_names())} (see `mixflow-fast recipes`), or a .yaml file"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="settings other than the recipe's; `mixflow-fast settings` lists all",
+    )
     command.add_argument(
         "--resume",
         choices=("auto", "never"),

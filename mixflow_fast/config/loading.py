@@ -11,22 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mixflow_fast import recipes
 from mixflow_fast.config.renamed import refuse_former_value
 from mixflow_fast.config.schema import SECTIONS, Config, check_key, hint_of
 from mixflow_fast.config.section import from_text, takes_text
 from mixflow_fast.messages import did_you_mean
 
 REQUIRED = "???"
-RECIPES = Path(__file__).parent.parent / "recipes"
 _HELP = {
     "train.init": " (the checkpoint to post-train; null trains from random weights)",
     "data.path": " (latents: .npz, .npy or a folder; folder: class folders with images)",
 }
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -76,12 +71,12 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 def _recipe_file(recipe: str) -> Path:
     file = Path(recipe)
     if file.suffix not in (".yaml", ".yml"):
-        if recipe not in recipe_names():
+        if recipe not in recipes.recipe_names():
             raise ValueError(
-                f"recipe {recipe!r} is not one of {', '.join(recipe_names())}"
-                f"{did_you_mean(recipe, recipe_names())}; or give the path of a .yaml file"
+                f"recipe {recipe!r} is not one of {', '.join(recipes.recipe_names())}"
+                f"{did_you_mean(recipe, recipes.recipe_names())}; or give the path of a .yaml file"
             )
-        return RECIPES / f"{recipe}.yaml"
+        return recipes.FOLDER / f"{recipe}.yaml"
     if not file.is_file():
         raise ValueError(f"recipe file {recipe} does not exist")
     return file
@@ -92,7 +87,7 @@ def _read(file: Path) -> dict[str, object]:
     import yaml
 
     try:
-        tree = _parse(file.read_text()) or {}
+        tree = parse_yaml(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe file {file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -104,7 +99,7 @@ def _read(file: Path) -> dict[str, object]:
     return tree
 
 
-def _parse(text: str) -> object:
+def parse_yaml(text: str) -> object:
     """YAML as lists, mappings and texts; every scalar stays the text that it is.
 
     Raises:
@@ -151,7 +146,7 @@ def _override_value(override: str, text: str, hint: object) -> object:
     if takes_text(hint) or not text.startswith(("[", "{")):
         return text
     try:
-        return _parse(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: value is not valid YAML: {error}") from None
 

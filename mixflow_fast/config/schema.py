@@ -1,8 +1,9 @@
 """The sections of a run's configuration: frozen dataclasses whose hints say what a field takes.
 
 A recipe is a YAML file with the sections below; `section.field=value` overrides one field. Types,
-choices and ranges stand in a field's hint and are checked when its section is made; what spans
-sections or needs the machine is refused by `validate`, before any work is done.
+choices and ranges stand in a field's hint and are checked when its section is made; the text under
+a field is its documentation (`mixflow-fast settings`). What spans sections or needs the machine is
+refused by `validate`, before any work is done.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ZeroStage = Literal[0, 1, 2, 3]
 Positive = Annotated[int, at_least(1)]
 NotNegative = Annotated[int, at_least(0)]
 NotNegativeFloat = Annotated[float, at_least(0)]
+PositiveFloat = Annotated[float, Rule("> 0", lambda value: value > 0)]
 Fraction = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
 Seed = Annotated[int, Rule("in [0, 2**63)", lambda value: 0 <= value < 1 << 63)]
 SigmaRel = Annotated[
@@ -60,25 +62,44 @@ DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
 class ModelConfig(Section, name="model"):
     """The network, and how it is run. Fields that are None keep the named model's own value."""
 
-    name: str = "SiT-XL/2"  # SiT-{S,B,L,XL}/{2,4,8} | DiTDH-{S,B,L,XL}
-    input_size: int = 32  # side of the latent or image
-    in_channels: int = 4
-    num_classes: int = 1000
-    class_dropout_prob: float = 0.1  # > 0 gives the null class its row
-    learn_sigma: bool | None = None  # SiT: official checkpoints have the unused sigma half (true)
-    depth: int | tuple[int, ...] | None = None  # DiTDH: [encoder, head], like the next two
-    hidden_size: int | tuple[int, ...] | None = None
-    num_heads: int | tuple[int, ...] | None = None
-    mlp_ratio: float | None = None
-    z_dims: tuple[int, ...] | None = None  # REPA's projector outputs; makes it REPA's SiT
-    encoder_depth: int | None = None
-    projector_dim: int | None = None
+    name: str = "SiT-XL/2"
+    """The network: SiT-{S,B,L,XL}/{2,4,8} or DiTDH-{S,B,L,XL}."""
+    input_size: Positive = 32
+    """Side of the latent or image, in latent places or pixels."""
+    in_channels: Positive = 4
+    """Channels of the latent or image: 4 for the SD-VAE, 768 for RAE, 3 for pixels."""
+    num_classes: Positive = 1000
+    """Classes, without the null class."""
+    class_dropout_prob: Fraction = 0.1
+    """> 0 gives the null class, which guidance needs, its row."""
+    learn_sigma: bool | None = None
+    """SiT: whether there is the unused sigma half of official checkpoints (true)."""
+    depth: Positive | tuple[Positive, ...] | None = None
+    """Blocks; DiTDH: [encoder, head], like the next two."""
+    hidden_size: Positive | tuple[Positive, ...] | None = None
+    """Width."""
+    num_heads: Positive | tuple[Positive, ...] | None = None
+    """Attention heads."""
+    mlp_ratio: PositiveFloat | None = None
+    """Hidden width of the MLP over the width."""
+    z_dims: tuple[Positive, ...] | None = None
+    """Channels of REPA's projector outputs, [768] for DINOv2-B; makes it REPA's SiT."""
+    encoder_depth: Positive | None = None
+    """Block after which REPA's projectors stand."""
+    projector_dim: Positive | None = None
+    """Hidden width of REPA's projectors."""
     qk_norm: bool | None = None
-    train_embeddings: bool | None = None  # DiTDH: positions and Fourier frequencies too (false)
-    init_seed: Seed = 0  # of the random initial weights
-    mode: Literal["auto", Mode] = "auto"  # auto = compile on a GPU, eager on a CPU
+    """Normalises queries and keys."""
+    train_embeddings: bool | None = None
+    """DiTDH: positions and Fourier frequencies are trained too (false)."""
+    init_seed: Seed = 0
+    """Seed of the random initial weights."""
+    mode: Literal["auto", Mode] = "auto"
+    """How the network is run; auto: compile on a GPU, eager on a CPU."""
     attention: Literal["auto", BackendName] = "auto"
-    checkpointing: Checkpointing = "none"  # what is recomputed in the backward pass
+    """Attention backend of mode fused; auto: the fastest that is right and repeats its bits."""
+    checkpointing: Checkpointing = "none"
+    """What is recomputed in the backward pass to save memory."""
 
     @property
     def is_ditdh(self) -> bool:
@@ -111,18 +132,30 @@ class ObjectiveConfig(Section, name="objective"):
     """`MixFlow`'s arguments; the clock is the model's own."""
 
     gamma: float = 0.8
+    """How far the interpolation is slowed, in [0, 1]; 0 is plain flow matching."""
     timesteps: str = "beta21"
+    """Distribution of the time label t: beta21 (the paper's), uniform, logit-normal or
+    logit-normal(mean,std)."""
     path: PathName = "linear"
+    """Interpolation between noise and data."""
     shift: float = 1.0
+    """RAE's shift of the times for large latents; 1 is none."""
     prediction: Prediction = "velocity"
+    """What the network predicts."""
     target_at: TargetAt = "slowed"
+    """Time of the target: slowed is the paper, label the published patch."""
     loss_weight: LossWeight | None = None
+    """SiT's weights of noise and score predictions."""
     interval: Interval = "shifted"
+    """Where m is drawn: shifted and raw say in which time it is slowed, full is m ~ U[0, 1]."""
     impl: Impl = "auto"
-    alignment_weight: NotNegativeFloat = 0.0  # of REPA's projection loss (REPA: 0.5); needs
-    # model.z_dims and teacher.path or data.features
-    alignment_input: AlignmentInput = "slowed"  # slowed: projections of the training forward;
-    # label: of x_t
+    """auto takes the Triton kernels on a GPU and PyTorch elsewhere."""
+    alignment_weight: NotNegativeFloat = 0.0
+    """Weight of REPA's projection loss (REPA: 0.5); needs model.z_dims and teacher.path or
+    data.features."""
+    alignment_input: AlignmentInput = "slowed"
+    """slowed: projections of the training forward; label: of x_t, by a second pass through the
+    first blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,46 +163,74 @@ class DataConfig(Section, name="data"):
     """Where the examples come from."""
 
     kind: DataKind = "latents"
-    path: str | None = None  # folder and latents
-    size: int | None = None  # side in pixels: photos, digits, folder
-    flip: bool = False  # random horizontal flips: photos, folder
-    moments: bool = False  # latents hold VAE mean|std: the posterior is sampled every step
-    scale: float = 1.0  # latents are multiplied by this (SD-VAE: 0.18215)
-    features: str | None = None  # .npy of teacher features (N, T, z) for REPA
-    images: str | None = None  # uint8 images of the latents, for the teacher: folder, .npy, .npz
-    workers: NotNegative = 0  # decoding threads
+    """Where the examples come from."""
+    path: str | None = None
+    """Folder of class folders, or latents: .npz, .npy or a folder."""
+    size: Positive | None = None
+    """Side of the images in pixels, of photos, digits and folder; null: model.input_size."""
+    flip: bool = False
+    """Random horizontal flips, of photos and folder."""
+    moments: bool = False
+    """Latents hold VAE mean | std: the posterior is sampled every step."""
+    scale: float = 1.0
+    """Latents are multiplied by this (SD-VAE: 0.18215)."""
+    features: str | None = None
+    """.npy of a teacher's features (N, T, z), for REPA."""
+    images: str | None = None
+    """Uint8 images of the latents for REPA's teacher: a folder, .npy or .npz."""
+    workers: NotNegative = 0
+    """Threads that prepare examples; 0 prepares them in the training loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Section, name="teacher"):
     """REPA's frozen DINOv2, run during training instead of reading `data.features`."""
 
-    path: str | None = None  # local folder with config.json and model.safetensors
-    resolution: int | None = None  # pixels it sees; null = REPA's: 224 for 256 px, 448 for 512 px
-    precision: Precision | None = None  # null = train.precision
-    positions: Positions = "repa"  # resampled once as REPA does; model: by transformers
+    path: str | None = None
+    """Local folder with config.json and model.safetensors of a DINOv2."""
+    resolution: Positive | None = None
+    """Pixels that the teacher sees; null is REPA's: 224 for 256 px, 448 for 512 px."""
+    precision: Precision | None = None
+    """null is that of train.precision."""
+    positions: Positions = "repa"
+    """repa resamples the position table once as REPA does, model as transformers does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section, name="optim"):
     """AdamW with EMA; lengths in images seen, so that they do not depend on the batch."""
 
-    name: OptimizerName = "adamw_ema"  # apex_fused_adam needs NVIDIA apex and a GPU
+    name: OptimizerName = "adamw_ema"
+    """apex_fused_adam needs NVIDIA apex and a GPU."""
     lr: NotNegativeFloat = 1e-4
+    """Learning rate."""
     beta1: Fraction = 0.9
+    """Decay of the gradient's average."""
     beta2: Fraction = 0.999
-    eps: float = 1e-8
+    """Decay of the squared gradient's average."""
+    eps: PositiveFloat = 1e-8
+    """Added to the square root in AdamW's denominator."""
     weight_decay: NotNegativeFloat = 0.0
-    grad_clip: NotNegativeFloat = 0.0  # global norm; 0 = off
-    ema_decays: tuple[Fraction, ...] = (0.9999,)  # per step; the first is the EMA of weights
-    # files and pictures, `mixflow-fast ema --decay` writes out the others
-    ema_sigma_rel: tuple[SigmaRel, ...] = ()  # widths of power-function EMAs, [0.05, 0.1] in EDM2
-    snapshot_every: int = 0  # steps; those EMAs go to OUT/ema; 0 = with every checkpoint
-    impl: OptimizerImpl = "auto"  # csrc: one pass, built with the package; auto = what is there
+    """Decoupled weight decay."""
+    grad_clip: NotNegativeFloat = 0.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    ema_decays: tuple[Fraction, ...] = (0.9999,)
+    """EMAs of the weights, decays per step; the first is the EMA of weights files and pictures,
+    `mixflow-fast ema --decay` writes out the others."""
+    ema_sigma_rel: tuple[SigmaRel, ...] = ()
+    """Relative widths of power-function EMAs, [0.05, 0.1] in EDM2."""
+    snapshot_every: NotNegative = 0
+    """Steps between snapshots of those EMAs in OUT/ema; 0 is with every checkpoint."""
+    impl: OptimizerImpl = "auto"
+    """csrc is one pass, built with the package; auto takes what is there."""
     schedule: LrSchedule = "constant"
+    """Learning rate after the warm-up."""
     warmup_images: NotNegative = 0
-    decay_images: NotNegative = 0  # 0 = train.images
+    """Images over which the learning rate rises from 0."""
+    decay_images: NotNegative = 0
+    """Images at which the schedule reaches optim.final_lr; 0 is train.images."""
     final_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
 
     def check(self) -> None:
         if not self.ema_decays:
@@ -194,33 +255,57 @@ class OptimConfig(Section, name="optim"):
 class TrainConfig(Section, name="train"):
     """Length, batch, precision, saving."""
 
-    images: Positive = 1_000_000  # training images to see in all
+    images: Positive = 1_000_000
+    """Length: training images to see in all."""
     global_batch_size: Positive = 256
-    microbatch_size: Positive = 32  # at most this many examples per rank and forward pass
-    label_dropout: Fraction = 0.1  # probability of the null class (for guidance)
+    """Images of one optimizer step, over all ranks."""
+    microbatch_size: Positive = 32
+    """At most this many images per rank and forward pass."""
+    label_dropout: Fraction = 0.1
+    """Probability of the null class instead of the label, for guidance."""
     precision: Precision = "bf16"
-    zero_stage: ZeroStage = 2  # of DeepSpeed; bf16 at 1 waits for the host once a step
-    seed: NotNegative = 0
-    init: str | None = None  # checkpoint whose EMA weights start model and EMA; null = random
+    """Of the forward and backward pass; master weights and EMAs are float32."""
+    zero_stage: ZeroStage = 2
+    """Of DeepSpeed; bf16 at 1 waits for the host once a step."""
+    seed: Seed = 0
+    """Of the order of examples, flips, times and noise."""
+    init: str | None = None
+    """Checkpoint whose EMA weights start model and EMA; null starts from random weights."""
     device: Device = "auto"
-    timeout_minutes: Annotated[float, at_least(0.1)] = 30.0  # a rank that hangs so long ends the
-    # run; saves must fit in
-    on_nonfinite: OnNonfinite = "stop"  # where loss or gradient is not finite
-    max_skips: NotNegative = 10  # steps in a row; more stop the run
-    max_rollbacks: NotNegative = 3  # of the whole run; one more stops it
-    log_every: Positive = 50  # steps
-    save_every: NotNegative = 5000  # steps; 0 = only at the end
-    keep_last: Positive = 2  # newest resumable checkpoints that stay on disk
-    keep_every: NotNegative = 0  # steps, a multiple of save_every; those checkpoints stay for good
-    save_weights: SaveWeights = "always"  # weights.pt in each checkpoint, in the last one, in none
-    # (`mixflow-fast consolidate` makes it from the shards)
-    loggers: tuple[LoggerName, ...] = ()  # copies of metrics.jsonl; wandb is offline by default
-    preview_every: NotNegative = 0  # steps; OUT/previews/step_N.png from the EMA; 0 = none
-    previews: Positive = 16  # pictures in each
-    preview_steps: Positive = 50  # Euler steps
-    preview_cfg: float = 1.0  # guidance scale; 1 = none
-    validate_every: NotNegative = 0  # steps; losses at fixed times and noise; 0 = none
-    validate_examples: Positive = 128  # held-out where the data kind has such, else training ones
+    """auto takes the GPU where there is one."""
+    timeout_minutes: Annotated[float, at_least(0.1)] = 30.0
+    """A rank that hangs so long ends the run; saves must fit in."""
+    on_nonfinite: OnNonfinite = "stop"
+    """What to do where loss or gradient is not finite."""
+    max_skips: NotNegative = 10
+    """Skipped steps in a row; more stop the run."""
+    max_rollbacks: NotNegative = 3
+    """Of the whole run; one more stops it."""
+    log_every: Positive = 50
+    """Steps between rows of OUT/metrics.jsonl."""
+    save_every: NotNegative = 5000
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: Positive = 2
+    """Newest resumable checkpoints that stay on disk."""
+    keep_every: NotNegative = 0
+    """Steps, a multiple of train.save_every: those checkpoints stay for good."""
+    save_weights: SaveWeights = "always"
+    """Weights.pt in each checkpoint, in the last one, or in none (`mixflow-fast consolidate` makes
+    it from the shards)."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Copies of metrics.jsonl, as [tensorboard]; wandb is offline by default."""
+    preview_every: NotNegative = 0
+    """Steps between pictures OUT/previews/step_N.png, drawn from the EMA; 0 is none."""
+    previews: Positive = 16
+    """Samples in each picture."""
+    preview_steps: Positive = 50
+    """Euler steps of the previews."""
+    preview_cfg: float = 1.0
+    """Guidance scale of the previews; 1 is none."""
+    validate_every: NotNegative = 0
+    """Steps between validation losses at fixed times and noise; 0 is none."""
+    validate_examples: Positive = 128
+    """Held-out examples where the data kind has such, else training ones."""
 
     def check(self) -> None:
         if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
@@ -247,6 +332,7 @@ class Config(Section):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/default"
+    """Folder of the run."""
 
     def check(self) -> None:
         if not self.out.strip():

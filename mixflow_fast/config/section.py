@@ -83,12 +83,12 @@ def convert(name: str, value: object, hint: object) -> object:
     refuse_former_value(name, value)
     converted = _as(value, hint)
     if converted is _MISFIT:
-        raise ValueError(f"{name} must be {_describe(hint)}, got {value!r}")
-    rule = _rule(hint)
+        raise ValueError(f"{name} must be {describe_hint(hint)}, got {value!r}")
+    rule = rule_of(hint)
     for item in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(item, float) and not math.isfinite(item):
             raise ValueError(f"{name} must be finite, got {item}")
-        if rule is not None and not rule.holds(item):
+        if rule is not None and item is not None and not rule.holds(item):
             raise ValueError(f"{name} must be {rule.text}, got {item}")
     return converted
 
@@ -144,10 +144,14 @@ def _options(hint: object) -> tuple[object, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def _rule(hint: object) -> Rule | None:
-    if typing.get_origin(hint) is tuple:
-        return _rule(typing.get_args(hint)[0])
-    return typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else None
+def rule_of(hint: object) -> Rule | None:
+    """The rule of a field's numbers beside their type, None where there is none."""
+    for option in _options(hint):
+        if typing.get_origin(option) is tuple:
+            option = typing.get_args(option)[0]
+        if typing.get_origin(option) is Annotated:
+            return typing.get_args(option)[1]
+    return None
 
 
 def _as(value: object, hint: object) -> object:
@@ -182,14 +186,14 @@ def _as_number(value: int | float | str, whole: bool) -> int | float | _Misfit:
             with contextlib.suppress(ValueError):  # 1e6 is whole, and no text of `int`
                 return int(value)
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return _MISFIT
     if not whole:
         return number
     return int(number) if number.is_integer() else _MISFIT
 
 
-def _describe(hint: object) -> str:
+def describe_hint(hint: object) -> str:
     """What stands after "must be" where a value has another type."""
     options = _options(hint)
     literal = next((option for option in options if typing.get_origin(option) is Literal), None)
@@ -202,7 +206,7 @@ def _describe(hint: object) -> str:
 def _describe_one(hint: object) -> str:
     args = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
-        return _describe(args[0])
+        return describe_hint(args[0])
     if typing.get_origin(hint) is tuple:
         choices = typing.get_origin(args[0]) is Literal
         if choices:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from mixflow_fast.config.loading import RECIPES, REQUIRED, flatten, from_dict
+from mixflow_fast.config.loading import REQUIRED, flatten, from_dict
 from mixflow_fast.config.schema import Config
 from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.metrics.rows import StartRow, TrainingRow, ValidationRow
+from mixflow_fast.recipes import FOLDER
 
 Status = Literal["running", "finished", "interrupted", "no step yet"]
 _Row = TypeVar("_Row", TrainingRow, ValidationRow)
@@ -122,7 +123,7 @@ def read_recipe(name: str | None) -> tuple[Config | None, set[str]]:
 
     if name is None:
         return None, set()
-    file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
         tree = yaml.safe_load(file.read_text()) or {}
         # `from_dict` refuses a `???`; what the run was given there is listed as a difference.

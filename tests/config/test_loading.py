@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.config.loading import flatten, from_dict, load_config, recipe_names
+from mixflow_fast.config.loading import flatten, from_dict, load_config
 from mixflow_fast.config.validate import validate
+from mixflow_fast.recipes import recipe_names
 from mixflow_fast.training.build import build_model
 from tests.support.configs import resolved
 

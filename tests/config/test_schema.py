@@ -27,7 +27,12 @@ REFUSED = [
     ("train.zero_stage=4", "train.zero_stage must be one of 0, 1, 2, 3, got"),
     ("train.zero_stage=true", "train.zero_stage must be one of"),
     ("train.images=0", "train.images must be >= 1"),
-    ("train.seed=-1", "train.seed must be >= 0"),
+    ("train.seed=-1", r"train.seed must be in \[0, 2\*\*63\), got -1"),
+    ("train.seed=1e20", "train.seed must be in"),
+    ("optim.eps=-1", "optim.eps must be > 0, got -1"),
+    ("model.input_size=-3", "model.input_size must be >= 1, got -3"),
+    ("model.depth=0", "model.depth must be >= 1, got 0"),
+    ("model.z_dims=[0]", "model.z_dims must be >= 1, got 0"),
     ("train.label_dropout=1", r"label_dropout must be in \[0, 1\)"),
     ("train.device=tpu", "train.device"),
     ("train.timeout_minutes=0", "train.timeout_minutes must be >= 0.1, got 0.0"),
@@ -75,7 +80,7 @@ def test_what_a_section_refuses(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainConfig(seed=-1), "train.seed must be >= 0, got -1"),
+        (lambda: TrainConfig(seed=-1), "train.seed must be in .*, got -1"),
         (lambda: OptimConfig(lr=float("nan")), "optim.lr must be finite"),
         (lambda: ModelConfig(mode="fast"), "model.mode must be one of"),
         (lambda: Config(train=3), "train must be a section, got 3"),
