@@ -182,7 +182,9 @@ class ObjectiveEntry:
         x0 = made["x0"]() if callable(made["x0"]) else made["x0"]
         t = torch.zeros(cell.shape[0], device=x0.device)
         t, slowed_t = (made.get(name, t).double() for name in ("t", "slowed_t"))
-        exact, mix = inputs.double(), MixFlow(gamma=GAMMA, clock="data_at_1", impl="reference")
+        # The whole interval, because wrong times are a finding of the caller's.
+        options = dict(clock="data_at_1", impl="reference", interval="full")
+        exact, mix = inputs.double(), MixFlow(**options)
         it: Interpolation = mix.prepare(exact.tensors["x1"], x0=x0.double(), t=t, slowed_t=slowed_t)
         found = {"x": it.x} if self.interpolates else {}
         if self.loses:

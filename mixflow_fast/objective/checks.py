@@ -8,8 +8,22 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.kernels.interpolate import Moments
 from mixflow_fast.kernels.runtime import compute_dtype
+
+# What computing a slowed time in float32 may be off by.
+_TIME_ROUNDING = 1e-6
+
+
+def refuse_gradient(name: str, value: Tensor) -> None:
+    """ValueError for a tensor whose gradient would be cut off without a word."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient, because none flows back through prepare (an "
+            f"encoder that is trained along would get nothing): pass {name}.detach(), and give the "
+            "encoder a loss of its own"
+        )
 
 
 def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
@@ -29,6 +43,7 @@ def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
             )
         if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
             raise ValueError(f"scale of Moments must be a finite number, got {scale!r}")
+        refuse_gradient("std", std)
         x1 = Moments(mean.detach(), std.detach(), float(scale))
         return x1, x1.mean
     if not isinstance(x1, Tensor):
@@ -40,6 +55,7 @@ def check_data(x1: object) -> tuple[Tensor | Moments, Tensor]:
         )
     if not x1.shape[1:].numel():
         raise ValueError(f"a sample of x1 must have elements, got shape {tuple(x1.shape)}")
+    refuse_gradient("x1", x1)
     x1 = x1.detach()
     return x1, x1
 
@@ -53,6 +69,7 @@ def check_noise(x0: Tensor, x1: Tensor) -> Tensor:
             f"x0 must be like x1, shape {tuple(x1.shape)} on {x1.device}, got "
             f"{tuple(x0.shape)} {x0.dtype} on {x0.device}"
         )
+    refuse_gradient("x0", x0)
     return x0.detach()
 
 
@@ -148,6 +165,7 @@ def check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
             f"{name} must be (B,) = ({len(x1)},) float32 on {x1.device} (half-precision times "
             f"lose the noise level), got {tuple(value.shape)} {value.dtype} on {value.device}"
         )
+    refuse_gradient(name, value)
     value = value.detach()
     if x1.dtype != torch.float64:
         value = value.to(torch.float32)
@@ -158,6 +176,28 @@ def check_times(name: str, value: Tensor, x1: Tensor) -> Tensor:
             f"{value.max().item():.6g}: divide by 1000 if your times are 0..1000"
         )
     return value
+
+
+def check_slowing(t: Tensor, slowed_t: Tensor, clock: str) -> None:
+    """ValueError where a given slowed time is cleaner than a given t; CPU tensors only.
+
+    Args:
+        t, slowed_t: (B,) times in the caller's clock.
+        clock: that clock.
+    """
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    sign = "<=" if clock == DATA_AT_1 else ">="
+    cleaner = slowed_t - t if clock == DATA_AT_1 else t - slowed_t
+    wrong = (cleaner > _TIME_ROUNDING).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f'slowed_t must be at least as noisy as t, slowed_t {sign} t with clock="{clock}", got '
+            f"slowed_t = {slowed_t[row].item():.6g} for t = {t[row].item():.6g} in row {row} "
+            f"({len(wrong)} of {len(t)}): check the clock, and which of the two is which; "
+            'interval="full" takes any'
+        )
 
 
 def check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:

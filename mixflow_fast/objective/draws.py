@@ -5,6 +5,7 @@ On the device because kernels read them there, and a captured CUDA graph reads t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from mixflow_fast.kernels import philox
 
+# 2^64 over the golden ratio: its multiples lie evenly and far apart.
+_GOLDEN = 0x9E3779B97F4A7C15
 _SEEDS: dict[tuple[int, torch.device], Tensor] = {}
 
 
@@ -41,7 +44,31 @@ def next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
     # Interleaved, so that ranks with batches of different sizes do not meet.
     ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
     counter.add_(len(x1))
-    return ids
+    offset = _worker_offset()
+    return ids + offset if offset else ids
+
+
+def _worker_offset() -> int:
+    """Where the positions of a DataLoader's worker begin; 0 in any other process.
+
+    Each worker has a copy of the counter, which is gone when the worker ends: without an offset
+    all of them would draw the same numbers, in every epoch. PyTorch gives each worker of each
+    epoch another seed.
+    """
+    if torch.compiler.is_compiling():
+        return 0
+    worker = torch.utils.data.get_worker_info()
+    if worker is None:
+        return 0
+    warnings.warn(
+        "MixFlow.prepare without ids in a DataLoader's worker: it draws from a counter that begins "
+        "at the worker's seed, and a resumed run draws otherwise. Pass ids (the global positions "
+        "of the examples), or call prepare in the training loop",
+        stacklevel=4,
+    )
+    # Multiplied, because the seeds of an epoch's workers are neighbours: far apart, no run of
+    # positions meets another. Kept below 2^62, so that counting on does not overflow.
+    return (worker.seed * _GOLDEN) % (1 << 62)
 
 
 def _cached(make: Callable[[], Tensor]) -> Tensor:

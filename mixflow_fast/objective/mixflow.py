@@ -41,6 +41,7 @@ from mixflow_fast.objective.checks import (
     check_noise,
     check_patch_size,
     check_prediction,
+    check_slowing,
     check_times,
     check_weight,
 )
@@ -203,10 +204,12 @@ class MixFlow:
                 (seed, ids) alone. The loss recomputes the noise from them: the tensor must not
                 change in place before the backward pass is done. Left out: a counter that starts
                 at 0 in every process and goes on with every call, spread over the ranks of an
-                initialised process group.
+                initialised process group; in a worker of a DataLoader it starts at the worker's
+                seed, and says so.
             x0: (B, ...) noise, used exactly.
             t: (B,) times of the network, caller's clock, used exactly: no shift is applied.
-            slowed_t: (B,) times m in the caller's clock, used exactly.
+            slowed_t: (B,) times m in the caller's clock, used exactly; beside a given t at least
+                as noisy, unless interval="full".
             patch_size: p writes x as tokens (B, H/p W/p, p p C), features in the order (row in
                 the patch, column, channel), for (B, C, H, W) data; None keeps x1's shape.
 
@@ -215,9 +218,9 @@ class MixFlow:
             float64 data).
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit, times outside [0, 1] (checked
-                where the tensor is on the CPU: no device is made to wait), impl="triton" where it
-                cannot run.
+            ValueError: shapes, dtypes or devices that do not fit; tensors that require a gradient;
+                times outside [0, 1] or slowed to the clean side (checked where the tensor is on
+                the CPU: no device is made to wait); impl="triton" where it cannot run.
         """
         x1, like = check_data(x1)
         kernels = runtime.use_kernels(self.impl, like.device, like.dtype)
@@ -226,6 +229,8 @@ class MixFlow:
             ids = next_ids(self._counters, like) if ids is None else check_ids(ids, like)
         t = None if t is None else check_times("t", t, like)
         slowed_t = None if slowed_t is None else check_times("slowed_t", slowed_t, like)
+        if t is not None and slowed_t is not None and self.schedule.interval != "full":
+            check_slowing(t, slowed_t, self.clock)
         x0 = None if x0 is None else check_noise(x0, like)
         patch_size = check_patch_size(patch_size, like)
         seed, path = seed_on(self.seed, like.device), self.path.name

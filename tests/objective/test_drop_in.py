@@ -90,7 +90,8 @@ def test_loss_and_all_gradients_equal_the_plain_trainer(
     if impl == "reference":  # to the last bit; the losses' sums may be ordered differently
         assert all(torch.equal(ours[1][name], g) for name, g in plain[1].items())
     # The mirrored clock is no rounding error: every comparison above would see it.
-    wrong = MixFlow(**trainer.options | {"clock": OTHER[trainer.options["clock"]]}, impl=impl)
+    mirrored = {"clock": OTHER[trainer.options["clock"]], "interval": "full"}
+    wrong = MixFlow(**trainer.options | mirrored, impl=impl)
     with torch.no_grad():
         assert abs(trainer.after(wrong, model, b, **given) / plain[0] - 1) > 1000 * TOLERANCE
 
@@ -116,6 +117,9 @@ def test_the_input_is_noisier_than_t_says(trainer: Trainer, impl: str, direction
     if direction == "backwards":
         v = 0.8 * images(n, seed=9).sigmoid()
         m = it.t + v * (1 - it.t) if clock == DATA_AT_1 else it.t * (1 - v)
+        with pytest.raises(ValueError, match="slowed_t must be at least as noisy as t"):
+            mix.prepare(x1, x0=x0, t=it.t, slowed_t=m)
+        mix = MixFlow(**trainer.options | {"interval": "full"}, impl=impl)
         it = mix.prepare(x1, x0=x0, t=it.t, slowed_t=m)
     measured, claimed = measured_noise(it.x, x0, x1), trainer.levels(it.t)[1]
     noisier = bool((measured >= claimed - 1e-5).all())
