@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.flops import on_meta
+from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.kernels.activations.gelu import gelu_bytes
 from mixflow_fast.kernels.activations.swiglu import swiglu_bytes
 from mixflow_fast.kernels.attention.backends import REGISTRY
@@ -375,4 +377,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(quiet_without_reader(main))

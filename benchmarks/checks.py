@@ -26,6 +26,7 @@ import torch
 from benchmarks import rows
 from benchmarks.ops import FAMILIES, GAMMA, KERNEL_OPS, PRED_DTYPE, REGISTRY, Cell, Made
 from benchmarks.rows import Deadline, Expectation
+from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.kernel_cases import Inputs, Tensors
 from mixflow_fast.diagnostics.kernel_checks import ROUNDING, Finding, guarded, relative_rms, worst
 from mixflow_fast.diagnostics.kernel_plan import Level, tasks
@@ -225,4 +226,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # Python would go on ignoring it where a shell started the suite with "&".
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(quiet_without_reader(main))

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 
+from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
 from mixflow_fast.kernels import philox, runtime
@@ -436,15 +437,14 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> in
     chosen = [c for c in cases if (not args.op or c.op in args.op) and (c.quick or not args.quick)]
     if not args.json:
         print(_LINE.format(*_HEAD))
-    rows = []
+    rows, red = 0, 0
     for row in report(chosen, args.arch):
-        rows.append(row)
+        rows, red = rows + 1, red + any(row[name] for name in RED)
         print(json.dumps(row) if args.json else _line(row), flush=True)
-    red = [row for row in rows if any(row[name] for name in RED)]
     if not args.json:
-        print(f"{len(rows)} kernels, {len(red)} with spills, local memory or atomics")
-    return 1 if red else 0
+        print(f"{rows} kernels, {red} with spills, local memory or atomics")
+    return min(red, 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_without_reader(main))

@@ -8,11 +8,13 @@ Importing this module tells PyTorch's `FlopCounterMode` what the fused attention
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.models import Transformer, build
 from mixflow_fast.models.flops import Flops, count, train_flops
 
@@ -71,4 +73,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(quiet_without_reader(main))

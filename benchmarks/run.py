@@ -28,6 +28,7 @@ from benchmarks.step import StepSuite
 from benchmarks.step_optimizers import time_deepspeed
 from benchmarks.suite import KernelSuite
 from mixflow_fast import files
+from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.kernel_plan import NEEDS
 
 if TYPE_CHECKING:
@@ -187,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # Python would go on ignoring it where a shell started the suite with "&".
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(quiet_without_reader(main))

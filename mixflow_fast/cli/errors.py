@@ -1,25 +1,57 @@
-"""Exceptions as one clear line on stderr and an exit code; with MIXFLOW_DEBUG set, as they are."""
+"""How a command ends: exceptions as one clear line on stderr and an exit code.
+
+With MIXFLOW_DEBUG set, exceptions come as they are. A reader of the output that went away
+(`| head -1`) ends the command without a word.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+from mixflow_fast.cli import interrupts
+
+FAILED, REFUSED = 1, 2
+# As shells report a process that SIGPIPE ended.
+READER_GONE = 141
 
 
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command; what users can get wrong becomes a line, anything else a traceback."""
+    return quiet_without_reader(lambda: _with_errors_as_lines(command))
+
+
+def quiet_without_reader(command: Callable[[], int]) -> int:
+    """Run a command; the exit code is READER_GONE where nobody reads its output any more."""
+    try:
+        try:
+            return command()
+        finally:  # a reader that is gone is met here and not when the interpreter ends
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not (gone := _streams_without_reader()):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in gone:  # what is still in its buffer goes nowhere, too
+            os.dup2(nowhere, stream.fileno())
+        return READER_GONE
+
+
+def _with_errors_as_lines(command: Callable[[], int]) -> int:
     try:
         return command()
     # ImportError: an extra that is not installed, whose message says how to get it.
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _streams_without_reader():
+            raise
         return report(error, REFUSED)
-    except KeyboardInterrupt:
-        print("mixflow-fast: interrupted; the same command resumes", file=sys.stderr)
-        return INTERRUPTED
+    # Its text is what can be done next: most commands have nothing to go on from.
+    except KeyboardInterrupt as interrupt:
+        return interrupts.say(str(interrupt))
 
 
 def report(error: Exception, code: int) -> int:
@@ -32,6 +64,21 @@ def report(error: Exception, code: int) -> int:
 
 def leave_at_once(code: int) -> NoReturn:
     """End without the clean-up, which would wait for ranks that never answer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
+
+
+def _streams_without_reader() -> list[TextIO]:
+    """Which of stdout and stderr are pipes that nobody reads any more."""
+    return [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    except (OSError, ValueError):  # no file behind it
+        return False

@@ -7,9 +7,11 @@ it does, which returns the exit code. Heavy imports stand inside `run`.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mixflow_fast import __version__
 from mixflow_fast.cli import (
@@ -19,6 +21,7 @@ from mixflow_fast.cli import (
     ema,
     export,
     inspect,
+    interrupts,
     recipes,
     report,
     sample,
@@ -27,7 +30,10 @@ from mixflow_fast.cli import (
     verify_resume,
 )
 from mixflow_fast.cli.errors import exit_code
+from mixflow_fast.messages import did_you_mean
 
+# As every version of argparse says it, with quotes around the choices or without.
+_NO_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
 # In the order of the help page.
 COMMANDS = (
     train, recipes, settings, sample, demo, inspect, export, doctor, report, verify_resume,
@@ -38,18 +44,41 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        argv: its arguments; None: those of the process, whose Ctrl-C is then handled from here on.
+
     Returns:
         the exit code: 0 done, or stopped by a signal with a checkpoint; 1 training diverged
-        (inspect: the weights do not fit); 2 refused input, or a full disk; 130 interrupted. A
+        (inspect: the weights do not fit; doctor: something failed; verify-resume: bits differ); 2
+        refused input, or a full disk; 130 interrupted; 141 nobody reads the output any more. A
         second signal to a training run ends it with 128 + its number (130, 143).
     """
-    options = parse(list(sys.argv[1:] if argv is None else argv))
-    return exit_code(lambda: options.run(options))
+    if argv is None:
+        interrupts.take_over()
+        argv = sys.argv[1:]
+    return exit_code(lambda: _run(list(argv)))
 
 
-def parser() -> argparse.ArgumentParser:
+def _run(arguments: list[str]) -> int:
+    options = parse(arguments)
+    return options.run(options)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose refusal of a choice names the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with 2."""
+        if match := _NO_CHOICE.search(message):
+            value, choices = match[1], [name.strip(" '") for name in match[2].split(",")]
+            found = f"{value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+            message = message[: match.start()] + found
+        super().error(message)
+
+
+def parser() -> Parser:
     """The parser; what it returns has the command's function as `run`."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mixflow-fast",
         description="Post-train flow-matching diffusion transformers with MixFlow.",
     )
@@ -67,7 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = commands.parse_known_args(arguments)
     # argparse takes overrides before the options or after them, not both.
     if rest and hasattr(options, "overrides") and not any(a.startswith("-") for a in rest):
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     elif rest:
         flags = [a for a in rest if a.startswith("-")]
         commands.error(f"unrecognized arguments: {' '.join(flags or rest)}")

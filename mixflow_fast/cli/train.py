@@ -27,6 +27,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="section.field=value",
         help="settings other than the recipe's; `mixflow-fast settings` lists all",
     )

@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog="example: mixflow-fast verify-resume photos train.zero_stage=3 --ranks 2",
     )
     command.add_argument("recipe", help="name of a recipe, or a .yaml file")
-    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="section.field=value")
     command.add_argument("--steps", type=int, default=6, help="N (default %(default)s)")
     command.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
     command.add_argument("--out", help="empty folder for both runs; default: a temporary one")

@@ -1,8 +1,15 @@
-"""Exceptions as a line and an exit code."""
+"""Exceptions as a line and an exit code, and a reader of the output that goes away."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from mixflow_fast.cli.errors import exit_code
+from mixflow_fast.cli.errors import exit_code, quiet_without_reader
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def raising(error: BaseException):
@@ -26,7 +33,71 @@ def test_what_users_can_get_wrong_is_one_line(
 
 def test_an_interruption_and_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(raising(KeyboardInterrupt())) == 130
-    assert "the same command resumes" in capsys.readouterr().err
+    assert capsys.readouterr().err == "mixflow-fast: interrupted\n"
+    assert exit_code(raising(KeyboardInterrupt("the same command goes on"))) == 130
+    assert capsys.readouterr().err == "mixflow-fast: interrupted; the same command goes on\n"
     with pytest.raises(AssertionError):
         exit_code(raising(AssertionError()))
     assert exit_code(lambda: 1) == 1
+
+
+def without_reader(*arguments: str, both: bool = False) -> tuple[int, str]:
+    """(exit code, stderr) of a Python whose stdout is a pipe that nobody reads; `both`: stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=writer if both else subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    return done.returncode, (done.stderr or b"").decode()
+
+
+CLI = ("-m", "mixflow_fast.cli")
+MANY_LINES = (
+    "import sys\nfrom mixflow_fast.cli.errors import exit_code\n"
+    "def command():\n    print('line\\n' * 100_000)\n    return 0\n"
+    "sys.exit(exit_code(command))"
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*CLI, "train", "photos", "--dry-run"),
+        ("-c", MANY_LINES),
+        ("-m", "benchmarks.flops"),
+        (*CLI, "--help"),
+        (*CLI, "--version"),
+        (*CLI, "train", "--help"),
+        ("-m", "benchmarks.run", "--help"),
+    ],
+)
+def test_a_reader_that_is_gone_ends_the_command_without_a_word(arguments: tuple[str]) -> None:
+    code, said = without_reader(*arguments)
+    # argparse itself passes over a page that it cannot print.
+    asked_for_help = arguments[-1] in ("--help", "--version")
+    assert said == "" and code in ((0, 141) if asked_for_help else (141,))
+
+
+def test_an_error_that_nobody_can_read() -> None:
+    assert without_reader(*CLI, "train", "no-recipe", both=True) == (141, "")
+    assert without_reader(*CLI, "trian", both=True)[0] in (2, 141)
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(BrokenPipeError("the worker"))) == 2
+    assert capsys.readouterr().err == "mixflow-fast: error: the worker\n"
+    with pytest.raises(BrokenPipeError):
+        quiet_without_reader(raising(BrokenPipeError("the worker")))
+
+
+def test_every_benchmark_ends_quietly() -> None:
+    """Each file of `benchmarks/` that can be called goes through `quiet_without_reader`."""
+    called = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
+    assert len(called) >= 5
+    assert [p.name for p in called if "(quiet_without_reader(main))" not in p.read_text()] == []

@@ -3,14 +3,25 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import mixflow_fast
 from mixflow_fast.cli.main import COMMANDS, main, parse
 from tests.support.command_line import run
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+# What pip writes for `[project.scripts]`.
+CONSOLE_SCRIPT = "import sys; from mixflow_fast.cli import main; sys.exit(main())"
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -45,26 +56,65 @@ def test_refusals_exit_with_2_and_one_line(
 
 
 def test_every_command_has_arguments_and_a_body() -> None:
-    for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2].replace("_", "-")
+    for command, name in zip(COMMANDS, NAMES, strict=True):
         with pytest.raises(SystemExit, match="0"):
             parse([name, "--help"])
         assert command.run.__module__ == command.__name__
 
 
-def test_the_help_page_loads_no_command() -> None:
+# Command lines that do no work, and their exit codes.
+IDLE = {
+    "--help": 0,
+    "--version": 0,
+    "": 2,
+    "trian": 2,
+    "export": 2,
+    "sample x --num a": 2,
+    **{f"{name} --help": 0 for name in NAMES},
+}
+
+
+def test_what_does_no_work_loads_neither_torch_nor_a_command() -> None:
     """What is heavy is imported when a command runs, not when its options are listed."""
-    heavy = ("deepspeed", "matplotlib", "PIL", "yaml", "mixflow_fast.models")
-    source = (
-        "import contextlib, sys\nfrom mixflow_fast.cli.main import main\n"
-        "with contextlib.suppress(SystemExit):\n    main(['--help'])\n"
-        f"sys.exit(str([name for name in {heavy} if name in sys.modules] or ''))"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert "COMMAND" in done.stdout and done.stderr.strip() == ""
+    heavy = ("torch", "numpy", "tqdm", "yaml", "mixflow_fast.models", "mixflow_fast.config")
+    source = f"""
+import contextlib, io, sys
+from mixflow_fast.cli import main
+for line, expected in {IDLE!r}.items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = main(line.split())
+        except SystemExit as end:
+            code = end.code
+    assert (code or 0) == expected and said.getvalue(), (line, code, said.getvalue())
+    assert not [name for name in {heavy} if name in sys.modules], line
+"""
+    assert python("-c", source).returncode == 0
+
+
+@pytest.mark.parametrize("how", [["-c", CONSOLE_SCRIPT], ["-m", "mixflow_fast.cli"]])
+def test_the_version_is_there_at_once(how: list[str]) -> None:
+    found = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = python(*how, "--version")
+        found.append(time.perf_counter() - started)
+        assert done.stdout == f"{mixflow_fast.__version__}\n" and done.stderr == ""
+    assert min(found) < 0.3, found
+
+
+def test_a_mistyped_command_or_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, message in (
+        ("trian photos", "'trian' is not one of train, sample, demo"),
+        ("trian photos", "ema; did you mean 'train'?"),
+        ("verify_resume photos", "did you mean 'verify-resume'?"),
+        ("export x --to offical --out y", "argument --to: 'offical' is not one of official, ema"),
+        ("train", "the following arguments are required: recipe\n"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(line.split())
+        assert message in capsys.readouterr().err
 
 
 def test_options_after_the_overrides_and_unknown_ones(capsys: pytest.CaptureFixture[str]) -> None:
