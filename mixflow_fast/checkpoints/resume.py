@@ -41,12 +41,14 @@ class ResumePoint:
         resharded_from: how its shards were cut ("2 ranks, ZeRO 1") where this run cuts them
             otherwise; else "".
         passed_over: a line on each newer checkpoint that is damaged.
+        finished: a line that says so where all steps are done; then nothing is to be written.
     """
 
     checkpoint: Path | None = None
     state: RunState | None = None
     resharded_from: str = ""
     passed_over: tuple[str, ...] = ()
+    finished: str = ""
 
     @property
     def step(self) -> int:
@@ -60,7 +62,7 @@ class ResumePoint:
 
     def describe(self, out: Path, total: int) -> list[str]:
         """Lines on how a run of `total` steps in `out` came to this step."""
-        messages = list(self.passed_over)
+        messages = [*self.passed_over, *([self.finished] if self.finished else [])]
         if self.step and self.step < total:
             messages.append(f"{out}: resumed after step {self.step} of {total}")
             if self.resharded_from:
@@ -97,7 +99,8 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
 
     Raises:
         ValueError: the folder is in use, holds a run with another configuration, a run that must
-            not be resumed, one whose checkpoints are all damaged, or weights without checkpoints.
+            not be resumed, one that has done more than is asked for, one whose checkpoints are all
+            damaged, or weights without checkpoints.
     """
     out = folder.out
     folder.hold()  # first, because another run may be writing its last checkpoint
@@ -118,8 +121,9 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
     free = FREE - {"train.images"} if descends_to_the_end else FREE
     _check_same_run(flatten(config.to_dict()), out, free)
     stage = config.train.zero_stage
-    before = resharded_from(newest, stage, ranks)
-    return ResumePoint(newest, read_state(newest), before, tuple(passed_over))
+    before, state = resharded_from(newest, stage, ranks), read_state(newest)
+    finished = _end(out, state, config.train.images, config.steps, descends_to_the_end)
+    return ResumePoint(newest, state, before, tuple(passed_over), finished)
 
 
 def resharded_from(checkpoint: Path, stage: int, ranks: int) -> str:
@@ -128,6 +132,29 @@ def resharded_from(checkpoint: Path, stage: int, ranks: int) -> str:
     if layout.stage == stage and (layout.ranks == ranks or stage == 0):
         return ""
     return f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, ZeRO {layout.stage}"
+
+
+def _end(out: Path, state: RunState, images: int, steps: int, fixed: bool) -> str:
+    """A line that says that a run is finished; "" where there is something left to train.
+
+    Args:
+        out: run folder.
+        state: what its newest checkpoint says.
+        images, steps: how far it is to go.
+        fixed: its length is a setting of every step and cannot be changed.
+    """
+    done = f"{state.images_seen:,}"
+    if state.step > steps:
+        raise ValueError(
+            f"{out} has done {done} images, more than train.images={images}: raise train.images to "
+            "go on, or choose another out="
+        )
+    if state.step < steps:
+        return ""
+    more = "raise train.images to go on, or choose another out="
+    if fixed:
+        more = f"train.init={out} in another out= goes on from its weights"
+    return f"{out} is finished: {done} of {images:,} images; {more}"
 
 
 def start_from(model: Transformer, path: Path) -> None:

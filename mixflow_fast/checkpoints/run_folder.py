@@ -170,12 +170,13 @@ class RunFolder:
                 for folder in (self.out, self.out / "ema", self.out / "previews"):
                     remove_partial(folder)
 
-    def make(self, config_yaml: str, newest: Path | None) -> None:
+    def make(self, config_yaml: str, newest: Path | None, finished: bool = False) -> None:
         """Make the folder and hold it; write its config.yaml.
 
         Args:
             config_yaml: the resolved configuration.
             newest: the checkpoint that the run goes on from; its weights.pt is put back in place.
+            finished: nothing is left to train, so config.yaml keeps what was trained.
         """
         if newest is None:
             with self.host_group.raise_together():
@@ -186,7 +187,8 @@ class RunFolder:
             if self._writes:
                 if newest is not None:
                     publish(newest, self.out)
-                write_text(self.out / "config.yaml", config_yaml)
+                if not finished:
+                    write_text(self.out / "config.yaml", config_yaml)
 
     def close(self) -> None:
         """Let other runs in."""
@@ -202,7 +204,7 @@ def lock(out: Path) -> IO[str]:
     """
     import fcntl
 
-    file = (out / ".lock").open("w")
+    file = (out / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

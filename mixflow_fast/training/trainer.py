@@ -129,11 +129,11 @@ class Trainer:
             self.attention = self._agree_on_attention()
             self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
-            self._folder.make(config.to_yaml(), self._start.checkpoint)
+            self._folder.make(config.to_yaml(), self._start.checkpoint, bool(self._start.finished))
             self.engine.start(self._start.checkpoint, resharded=bool(self._start.resharded_from))
             self.step = self._start.step
             self._saved = self.step if self._start.checkpoint else -1
-            self._resharded = bool(self._start.resharded_from)
+            self._resharded = bool(self._start.resharded_from) and not self._start.finished
             self.guard = self._build_guard()
             self._stop = StopSignal(ranks, process_group.timeout())
         except BaseException:
@@ -395,7 +395,7 @@ class Trainer:
             global_batch_size=c.global_batch_size,
             loggers=c.loggers,
             config=self.config.to_dict(),
-            writes=self.host_group.rank == 0,
+            writes=self.host_group.rank == 0 and not self._start.finished,
             quiet=self.quiet,
         )
         facts = {

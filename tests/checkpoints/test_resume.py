@@ -184,3 +184,61 @@ def test_a_start_removes_what_a_killed_run_left_half_written(tmp_path: Path) -> 
         path.write_text("half")
     train(configured(tmp_path, "fp32", 0, 24), quiet=True)
     assert not any(path.exists() for path in left)
+
+
+LARGE_STEPS = ("train.global_batch_size=520", "train.microbatch_size=520")
+
+
+def content(out: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and bytes of every file of a run."""
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    train(tiny(out, "train.images=1040", *LARGE_STEPS))
+    return out
+
+
+@pytest.mark.parametrize(
+    "changed", [[], ["train.images=1039"], ["train.zero_stage=0", "train.on_nonfinite=rollback"]]
+)
+def test_a_finished_run_is_left_as_it_is(
+    finished: Path, changed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(finished)
+    again = ["train.images=1040", *LARGE_STEPS, "train.preview_every=1", *changed]
+    result = train(tiny(finished, *again))
+    assert result.finished and (result.step, result.images_seen) == (2, 1040)
+    wanted = "1,039" if "train.images=1039" in changed else "1,040"
+    assert (
+        f"{finished} is finished: 1,040 of {wanted} images; raise train.images to go on, or choose "
+        "another out=\n"
+    ) in capsys.readouterr().err
+    assert content(finished) == before
+
+
+def test_fewer_images_than_were_done_are_refused(finished: Path) -> None:
+    before = content(finished)
+    again = ["train.images=520", "train.global_batch_size=520", "train.microbatch_size=520"]
+    with pytest.raises(
+        ValueError, match=r"has done 1,040 images, more than train.images=520: raise"
+    ):
+        train(tiny(finished, *again), quiet=True)
+    assert content(finished) == before
+
+
+def test_a_finished_run_whose_rate_descended_cannot_be_made_longer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path, "train.images=8", "optim.schedule=cosine")
+    train(config, quiet=True)
+    train(config)
+    assert (
+        f"is finished: 8 of 8 images; train.init={tmp_path} in another out= goes on from its "
+        "weights\n"
+    ) in capsys.readouterr().err
