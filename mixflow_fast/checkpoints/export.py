@@ -21,7 +21,6 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from mixflow_fast import __version__
-from mixflow_fast.checkpoints.run_folder import weights_file
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.registry import describe_model
@@ -30,7 +29,6 @@ from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights import diffusers_dit
 from mixflow_fast.models.weights.files import (
     WeightsFile,
-    is_finite,
     portable,
     write_pt,
     write_safetensors,
@@ -38,13 +36,13 @@ from mixflow_fast.models.weights.files import (
 from mixflow_fast.models.weights.loading import compare, load_into, network_spec, on_meta
 from mixflow_fast.models.weights.metadata import Scalar
 from mixflow_fast.models.weights.naming import ClassName, with_sigma_head, with_velocity_head
+from mixflow_fast.models.weights.places import parts, weights_file
 
 Format = Literal["official", "ema", "diffusers"]
 Head = Literal["velocity", "sigma", "as-is"]
 Which = Literal["ema", "model"]
 FORMATS: dict[Format, str] = {"official": ".pt", "ema": ".safetensors", "diffusers": ""}
 HEADS: tuple[Head, ...] = get_args(Head)
-_RECORD = "mixflow.json"
 _OWN_NAMES = ("source_args", "kwargs", "format", "steps")
 # Relative RMS difference to the diffusers class in float32, usually below 1e-6; without the change
 # of the time's basis 5e-4 and more on random weights.
@@ -130,7 +128,7 @@ def export(
     out = Path(out)
     _check_options(to, out, weights, head, bare)
     file = weights_file(checkpoint)
-    _check_free(file, out, to, force)
+    _check_free(parts(file), out, to, force)
     loaded = _read(file, weights, clock, num_heads)
     _set_head(loaded, head or ("as-is" if to == "ema" else "velocity"), head is not None)
     _check_fit(loaded)
@@ -166,17 +164,17 @@ def _check_options(to: Format, out: Path, weights: Which, head: Head | None, bar
         raise ValueError(f"out must be a folder for --to {to}, got {out}")
 
 
-def _check_free(file: Path, out: Path, to: Format, force: bool) -> None:
+def _check_free(files: list[Path], out: Path, to: Format, force: bool) -> None:
     if not out.exists():
         return
     # Not even with --force: the export would destroy what it reads.
-    if out.samefile(file):
+    if any(out.samefile(file) for file in files):
         raise ValueError(f"{out} is the checkpoint that is exported: choose another --out")
     if to == "diffusers":
         if not out.is_dir():
             raise ValueError(f"{out} is a file, --to diffusers writes a folder: choose another")
         # A record of ours marks an earlier export; any other folder may be somebody's work.
-        if any(out.iterdir()) and not (out / _RECORD).is_file():
+        if any(out.iterdir()) and not (out / diffusers_dit.RECORD).is_file():
             raise ValueError(f"{out} is a folder with other things in it: choose another --out")
     elif out.is_dir():
         raise ValueError(f"{out} is a folder, --to {to} writes a file: choose another --out")
@@ -190,8 +188,10 @@ def _read(
     file = WeightsFile.open(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = portable(file.state(which), str(path))
+        state = file.state(which)
         spec = network_spec(file, state, num_heads)
+        file.check_values(which, state)
+        state = portable(state, str(path))
     return _Weights(
         state=state,
         model=spec.on_meta(clock),
@@ -238,9 +238,6 @@ def _check_fit(loaded: _Weights) -> None:
         raise ValueError(
             f"{loaded.file} does not fit {loaded.name}: {listing}: see mixflow-fast inspect"
         )
-    bad = [name for name, tensor in loaded.state.items() if not is_finite(tensor)]
-    if bad:
-        raise ValueError(f"{loaded.file} holds values that are not finite in {shorten(bad)}")
 
 
 def _metadata(loaded: _Weights) -> dict[str, str]:
@@ -307,7 +304,7 @@ def _write_diffusers(loaded: _Weights, out: Path) -> int:
     with replacing(out) as partial:
         theirs.save_pretrained(partial)
         del theirs  # of an XL, 3 GB
-        (partial / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (partial / diffusers_dit.RECORD).write_text(json.dumps(record, indent=1) + "\n")
         error = _read_back_error(loaded, partial)
         if not error <= (_TOLERANCE_WITH_DRIFT if drift else _TOLERANCE):
             raise ValueError(

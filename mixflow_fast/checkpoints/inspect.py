@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.checkpoints.run_folder import weights_file
 from mixflow_fast.models import build
 from mixflow_fast.models.registry import describe_model
-from mixflow_fast.models.weights.files import WeightsFile, first_damaged, is_finite, tensors_in
-from mixflow_fast.models.weights.loading import NetworkSpec, compare, network_spec, on_meta
+from mixflow_fast.models.weights.damage import first_damaged, is_finite
+from mixflow_fast.models.weights.files import WeightsFile, tensors_in
+from mixflow_fast.models.weights.foreign import describe_unknown
+from mixflow_fast.models.weights.loading import (
+    NetworkSpec,
+    compare,
+    on_meta,
+    spec_of_any_heads,
+)
 from mixflow_fast.models.weights.naming import ClassName, depth, kind_of
+from mixflow_fast.models.weights.state_dicts import StateDict
 
 _OPTIMIZERS = ("opt", "optimizer")
 # What RAE's first release records beside `args`.
@@ -134,30 +141,31 @@ def inspect_file(
     Raises:
         ValueError: the file cannot be read, holds no weights, or `against` is unknown.
     """
-    file = WeightsFile.open(weights_file(path))
+    file = WeightsFile.open(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = file.state(key)
-    bare = {"": file.entries}
-    containers = file.containers() or bare
-    entries = bare if containers is bare else file.entries
+        chosen = file.choose(key)
+        state = file.tensors(chosen)
+    held = file.state_dicts() or [chosen]
+    # Of a bare file each entry is a tensor: all of them are one row.
+    entries = file.entries if held[0].place else {"": file.entries}
     found = Inspection(
         path=str(file.path),
-        size_bytes=file.path.stat().st_size,
+        size_bytes=file.size_bytes,
         format=file.format,
-        layout=_layout(file),
+        layout=_layout(file, held),
         contents=[_row(name, value) for name, value in entries.items()],
-        weights=next((name for name, held in containers.items() if _holds(held, state)), ""),
+        weights=chosen.place,
         args=_recorded_settings(file),
         parameters=sum(tensor.numel() for tensor in state.values()),
         dtypes=_dtypes(state.values()),
         steps=file.steps,
         epoch=file.number("epoch"),
-        non_finite=_non_finite(containers),
-        damaged=first_damaged(file.path),
+        non_finite=_non_finite(held, str(file.path)),
+        damaged=next(filter(None, map(first_damaged, file.parts)), None),
         notes=[str(warning.message) for warning in caught],
     )
-    if any("decoder_blocks." in name for held in containers.values() for name in held):
+    if any(str(name).startswith("decoder_blocks.") for name in chosen.values(found.path)):
         found.notes.append("legacy REPA names decoder_blocks.* were read as blocks.*")
     _find_network(found, file, state)
     _compare_with(found, state, against)
@@ -165,27 +173,21 @@ def inspect_file(
     return found
 
 
-def _holds(container: Mapping[str, object], state: Mapping[str, Tensor]) -> bool:
-    # By identity: `state` holds the tensors of the file, but under names without prefixes.
-    first = next(iter(state.values()))
-    return any(tensor is first for tensor in container.values())
-
-
-def _non_finite(containers: Mapping[str, Mapping[str, object]]) -> list[str]:
+def _non_finite(held: Iterable[StateDict], path: str) -> list[str]:
     return [
-        f"{container}: {name}" if container else name
-        for container, held in containers.items()
-        for name, tensor in held.items()
+        f"{found.name}: {name}" if found.name else name
+        for found in held
+        for name, tensor in found.values(path).items()
         if isinstance(tensor, Tensor) and not is_finite(tensor)
     ]
 
 
-def _layout(file: WeightsFile) -> str:
+def _layout(file: WeightsFile, held: Sequence[StateDict]) -> str:
     names = set(file.entries)
     if "kwargs" in file.header:
         return "mixflow-fast export"
-    if not file.containers():
-        return "bare state dict"
+    if not held[0].place:
+        return "bare state dict" if len(file.parts) == 1 else "state dict in parts"
     args = file.entries.get("args")
     if isinstance(args, dict) and str(args.get("model", "")).startswith("{"):
         return "mixflow-fast weights"
@@ -237,7 +239,7 @@ def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]
     recorded = file.metadata  # a damaged record is an error, an unknown network a note
     found.kind = kind_of(state) or "unknown"
     if found.kind == "unknown":
-        found.notes.append("the names are those of no network that this engine knows")
+        found.notes.append(describe_unknown(file.path, state))
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -269,16 +271,15 @@ def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> Net
     projected = None
     if found.kind == "REPA SiT" and file.official.encoder_depth is None:
         projected = min(8, depth(state))  # REPA's default, where the network is deep enough
-    try:
-        return network_spec(file, state, encoder_depth=projected)
-    except ValueError as error:
-        if "num_heads" not in str(error):
-            raise
-        found.notes.append(
-            "the number of heads cannot be read from these shapes: load_model needs num_heads=; "
-            "names and shapes do not depend on it"
-        )
-        return network_spec(file, state, (1, 1) if found.kind == "DiT-DH" else 1, projected)
+    spec = spec_of_any_heads(file, state, projected)
+    if spec.kwargs["num_heads"] is not None:
+        return spec
+    found.notes.append(
+        "the number of heads cannot be read from these shapes: load_model needs num_heads=; names "
+        "and shapes do not depend on it"
+    )
+    one = [1, 1] if found.kind == "DiT-DH" else 1
+    return replace(spec, kwargs={**spec.kwargs, "num_heads": one})
 
 
 def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:
@@ -319,9 +320,7 @@ def _add_notes(found: Inspection, entries: Mapping[str, object]) -> None:
     if "scheduler" in entries:
         found.notes.append("'scheduler' is not read by mixflow-fast")
     if found.damaged:
-        found.notes.append(
-            "checksums are wrong in a file that is damaged, or was saved with them switched off"
-        )
+        found.notes.append("the file is not what was written: copy or download it again")
 
 
 def _jsonable(value: object) -> Json:

@@ -11,13 +11,12 @@ from mixflow_fast.checkpoints.run_folder import (
     RunState,
     choose_checkpoint,
     read_state,
-    weights_file,
 )
 from mixflow_fast.checkpoints.shards import fill_network, read_layout
+from mixflow_fast.checkpoints.starting_weights import start_from
 from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config
-from mixflow_fast.models import Transformer, load_into
-from mixflow_fast.models.weights.files import WeightsFile
+from mixflow_fast.models import Transformer
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
 # train.images does where the learning rate descends towards it).
@@ -85,7 +84,7 @@ class ResumePoint:
         if self.checkpoint is not None:
             fill_network(model, self.checkpoint, trained=bool(self.resharded_from))
         elif init is not None:
-            start_from(model, weights_file(init))
+            start_from(model, init)
 
 
 def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") -> ResumePoint:
@@ -155,24 +154,6 @@ def _end(out: Path, state: RunState, images: int, steps: int, fixed: bool) -> st
     if fixed:
         more = f"train.init={out} in another out= goes on from its weights"
     return f"{out} is finished: {done} of {images:,} images; {more}"
-
-
-def start_from(model: Transformer, path: Path) -> None:
-    """Start a network (and so its EMA) from the EMA weights of a checkpoint.
-
-    Raises:
-        ValueError: they do not fit, or were trained with another clock, head count or depth of
-            REPA's encoder, which shapes do not show and which would train without an error.
-    """
-    file = WeightsFile.open(path)
-    load_into(model, file.state("ema"))
-    recorded, own = file.model_config(), model.config | {"clock": model.clock}
-    for name in ("clock", "num_heads", "encoder_depth"):
-        if name in recorded and recorded[name] != own[name]:
-            raise ValueError(
-                f"train.init={path} was trained with {name}={recorded[name]!r}, this model has "
-                f"{own[name]!r}: set model.{name}"
-            )
 
 
 def _check_same_run(new: Mapping[str, object], out: Path, free: set[str]) -> None:

@@ -235,25 +235,6 @@ def publish(checkpoint: Path, out: Path) -> None:
     sync(out)
 
 
-def weights_file(path: str | os.PathLike[str]) -> Path:
-    """The weights file that a user means: a file, a checkpoint folder or a run folder.
-
-    Raises:
-        ValueError: nothing there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "weights.pt").is_file():
-            raise ValueError(
-                f"{path} holds no weights.pt: give a run folder or a checkpoint file (a run with "
-                f"train.save_weights=never or end: mixflow-fast consolidate {path} --out FILE)"
-            )
-        return path / "weights.pt"
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    return path
-
-
 def checkpoint_folders(out: Path, prefix: str = "") -> list[Path]:
     """Everything named like a checkpoint, by steps; `prefix` stands before such a name."""
     found = (out / "checkpoints").glob(f"{prefix}step_*")

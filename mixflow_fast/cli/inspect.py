@@ -123,7 +123,7 @@ def _table(found: Inspection) -> list[str]:
     for row in found.contents:
         if row.kind == "state dict":
             text = f"{row.tensors:>6} tensors {row.values:>15,} values  {', '.join(row.dtypes)}"
-            text += "  <- read" if row.name == found.weights else ""
+            text += "  <- read" if row.name == found.weights.partition(".")[0] else ""
         elif row.kind == "optimizer":
             text = f"{row.parameters:>6} parameters with state, not read"
         elif row.kind == "settings":

@@ -43,7 +43,6 @@ def _channels(text: str) -> int | str | None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from mixflow_fast.checkpoints.run_folder import weights_file
     from mixflow_fast.models import load_model
     from mixflow_fast.sampling.samples import sample
 
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png (picture) or .npz (array), got {options.out}")
-    model = load_model(weights_file(options.checkpoint), options.weights, clock=options.clock)
+    model = load_model(options.checkpoint, options.weights, clock=options.clock)
     if out.suffix == ".png" and model.in_channels not in (1, 3):
         raise ValueError(
             f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: use "

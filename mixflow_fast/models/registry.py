@@ -50,14 +50,19 @@ def build(name: str, **kwargs: ModelArgument | tuple[int, int]) -> Transformer:
     return MODELS[name](**kwargs)
 
 
-def describe_model(class_name: ClassName, kwargs: Mapping[str, object]) -> str:
-    """A network in words: its published name if it has one, and the resolution."""
+def published_size(class_name: ClassName, kwargs: Mapping[str, object]) -> str | None:
+    """ "S", "B", "L" or "XL" by width, depth and heads; None for another size."""
     sizes = SIT_SIZES if class_name == "SiT" else DITDH_SIZES
     keys = ("hidden_size", "depth", "num_heads")
     own = [_flat(kwargs[key]) for key in keys]
-    size = next((n for n, s in sizes.items() if [_flat(s[key]) for key in keys] == own), None)
+    return next((n for n, s in sizes.items() if [_flat(s[key]) for key in keys] == own), None)
+
+
+def describe_model(class_name: ClassName, kwargs: Mapping[str, object]) -> str:
+    """A network in words: its published name if it has one, and the resolution."""
+    size = published_size(class_name, kwargs)
     if size is None:
-        width, blocks = ("+".join(map(str, part)) for part in own[:2])
+        width, blocks = ("+".join(map(str, _flat(kwargs[key]))) for key in ("hidden_size", "depth"))
         name = f"{'DiT-DH' if class_name == 'DiTDH' else 'SiT'} of width {width}, depth {blocks}"
     else:
         name = f"SiT-{size}/{kwargs['patch_size']}" if class_name == "SiT" else f"DiTDH-{size}"

@@ -143,7 +143,7 @@ def test_export_writes_nothing_of_what_does_not_fit(damage: str, tmp_path: Path)
     message, options = "sigma", {"head": "sigma"}
     if damage == "nan":
         content["ema"]["pos_embed"] = state["pos_embed"] * float("nan")
-        message, options = "not finite in pos_embed", {}
+        message, options = "pos_embed .under 'ema'. has 1536 values that are not finite", {}
     if damage == "missing":
         del content["ema"]["t_embedder.mlp.0.bias"]
         message, options = "1 missing: t_embedder.mlp.0.bias", {}

@@ -12,10 +12,11 @@ import torch
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.resume import resharded_from
-from mixflow_fast.checkpoints.run_folder import newest_checkpoint, weights_file
+from mixflow_fast.checkpoints.run_folder import newest_checkpoint
 from mixflow_fast.checkpoints.shards import full_states, read_layout
 from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.models.weights.places import weights_file
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.resume_ranks import recording
 from tests.support.runs import ROOT, settings, tiny

@@ -13,7 +13,9 @@ to below float32 rounding. Everything else is renamed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +31,22 @@ _POINTS = 12  # error 2e-13; the sum of |L| stays below 2, so rounding is not am
 # What the class's own position table may differ by: SiT's EMA shifts its copy by rounding.
 MAX_POSITION_DRIFT = 1e-3
 NORM_EPS = 1e-6
+RECORD = "mixflow.json"  # beside an export: its network, clock and origin
+_MARKS = ("transformer_blocks.0.attn1.to_q.weight", "proj_out_2.weight", "pos_embed.proj.weight")
+
+
+def is_diffusers_dit(names: Iterable[str]) -> bool:
+    """Whether the tensors' names are those of `DiTTransformer2DModel`."""
+    return set(_MARKS) <= set(names)
+
+
+def read_record(folder: Path) -> dict[str, object]:
+    """What an export says of itself; empty where there is none, or none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def time_basis() -> Tensor:

@@ -20,13 +20,21 @@ from torch import Tensor
 
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
+from mixflow_fast.models.weights import places
+from mixflow_fast.models.weights.damage import first_damaged, not_finite, wrong_checksums
+from mixflow_fast.models.weights.foreign import ZERO_SHARD, entries_that_are, unreadable
 from mixflow_fast.models.weights.metadata import Metadata, OfficialArgs, Scalar, count
 from mixflow_fast.models.weights.naming import rename_legacy_repa
 from mixflow_fast.models.weights.safe_unpickling import harmless_globals, plain
+from mixflow_fast.models.weights.state_dicts import (
+    StateDict,
+    choose,
+    find_state_dicts,
+    unwrapped,
+)
 
-_WRAPPERS = ("module.", "_orig_mod.")
-_CONTAINER_KEYS = ("ema", "model", "state_dict")
-_STEPS_KEYS = ("steps", "train_steps", "step")
+Format = Literal["safetensors", "torch.save"]
+_STEPS_KEYS = ("steps", "train_steps", "step", "global_step", "global_steps")
 
 
 @dataclass(frozen=True)
@@ -34,76 +42,117 @@ class WeightsFile:
     """A .pt or .safetensors file, opened once.
 
     Attributes:
-        path: the file.
+        path: the file; of weights in several parts their index.
+        parts: the files that were read.
         format: how it is stored.
         entries: top-level entries; tensors on the CPU and mapped from the file.
         header: strings in the header of a .safetensors file.
     """
 
     path: Path
-    format: Literal["safetensors", "torch.save"]
+    parts: tuple[Path, ...]
+    format: Format
     entries: Mapping[str, object]
     header: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> WeightsFile:
-        """Read a file without executing anything in it.
+        """Read a file, or the weights in a folder (see `places`), without executing anything in it.
 
-        Pickles go through `weights_only=True` with the names of `safe_unpickling` allowed;
-        namespaces and the like become plain dicts.
+        What counts is the content and not the name. Pickles go through `weights_only=True` with the
+        names of `safe_unpickling` allowed; namespaces and the like become plain dicts.
 
         Raises:
             ValueError: missing, damaged, foreign or unsafe file, or one that holds no dict.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"weights file not found: {path}: check the path or download the file")
-        try:
-            if is_safetensors(path):
-                from safetensors import safe_open
+        path = places.weights_file(path)
+        files = places.parts(path)
+        entries: dict[str, object] = {}
+        header: dict[str, str] = {}
+        form: Format = "torch.save"
+        for file in files:
+            form, content, metadata = _read(file)
+            entries, header = {**entries, **content}, header | metadata
+        return cls(path, tuple(files), form, entries, header)
 
-                with safe_open(path, "pt", device="cpu") as file:
-                    # By offset, as `safetensors.torch.load_file` reads; older releases by name.
-                    names = getattr(file, "offset_keys", file.keys)
-                    entries = {name: file.get_tensor(name) for name in names()}
-                    return cls(path, "safetensors", entries, file.metadata() or {})
-            with harmless_globals():
-                mapped = zipfile.is_zipfile(path)  # only this layout of torch.save can be mapped
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            content = plain(content)
-        except Exception as error:  # a broken pickle can raise anything
-            raise ValueError(f"cannot read weights from {path}: {_why(path, error)}") from error
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{path} must hold a dict, got {type(content).__name__}")
-        return cls(path, "torch.save", content)
+    @property
+    def size_bytes(self) -> int:
+        """Size of all parts."""
+        return sum(file.stat().st_size for file in self.parts)
 
-    def containers(self) -> dict[str, Mapping[str, object]]:
-        """State dicts of a training checkpoint by name; empty for a bare state dict."""
-        found = {name: self.entries.get(name) for name in _CONTAINER_KEYS}
-        return {name: value for name, value in found.items() if isinstance(value, Mapping)}
+    def state_dicts(self) -> list[StateDict]:
+        """State dicts of a training checkpoint; empty for a bare state dict."""
+        return find_state_dicts(self.entries)
+
+    def choose(self, key: str = "ema") -> StateDict:
+        """The state dict under `key`; see `load_weights`."""
+        found = self.state_dicts()
+        if not found:
+            return StateDict("", self.entries)
+        chosen, note = choose(found, key, self.path)
+        if note:
+            warn(note, stacklevel=4)
+        return chosen
 
     def state(self, key: str = "ema", encoder_depth: int | None = None) -> dict[str, Tensor]:
-        """The state dict under `key`, mapped from the file; see `load_weights`."""
-        state = self._select(key)
-        wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        if wrong or not state:
-            what = f"not tensors: {shorten(map(str, wrong))}" if wrong else "no entries at all"
-            raise ValueError(f"{self.path} must hold a state dict of tensors, got {what}")
-        return rename_legacy_repa(_unwrap(state, str(self.path)), encoder_depth, self.path)
+        """The state dict under `key`, mapped from the file and not checked; see `load_weights`."""
+        return self.tensors(self.choose(key), encoder_depth)
 
-    def _select(self, key: str) -> Mapping[str, object]:
-        found = self.containers()
-        if isinstance(chosen := self.entries.get(key), Mapping):
-            return chosen
-        if not found:
-            return self.entries
-        fallback = [name for name in found if name != "ema"]
-        if key != "ema" or not fallback:
-            raise ValueError(
-                f"{self.path} has no weights under {key!r}, got {list(found)}: choose one of these"
+    def tensors(self, chosen: StateDict, encoder_depth: int | None = None) -> dict[str, Tensor]:
+        """A state dict of the file by official names.
+
+        Raises:
+            ValueError: not all of its values are tensors, or they are without numbers.
+        """
+        values = chosen.values(str(self.path))
+        state = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        if len(state) < len(values) or not state:
+            if (what := entries_that_are(chosen.raw)) is not None:
+                raise ValueError(f"{self.path} is {what}")
+            wrong = shorten(name for name in values if name not in state)
+            what = f"not tensors: {wrong}" if wrong else "no entries at all"
+            raise ValueError(f"{self.path} must hold a state dict of tensors, got {what}")
+        if not any(tensor.numel() for tensor in state.values()):
+            raise ValueError(f"{self.path} has names without values: it is {ZERO_SHARD}")
+        return rename_legacy_repa(state, encoder_depth, self.path)
+
+    def check_values(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Refuse weights that are not what was written, or that no network can compute with.
+
+        Args:
+            key: as `state` was asked for.
+            state: what it gave; reads all of it, once.
+
+        Raises:
+            ValueError: a wrong checksum, or values that are not finite; it names the tensor and
+                says whether the file's other weights are whole.
+        """
+        under = f" (under {key!r})" if self.state_dicts() else ""
+        problem = self._problem(state, under)
+        if not problem:
+            return
+        found = [state for state in self.state_dicts() if state.is_readable]
+        others = [state for state in found if state.is_ema != (key == "ema")]
+        other = "model" if key == "ema" else "ema"
+        ways = "choose another checkpoint"
+        if others and not self._problem(self.tensors(others[0])):
+            ways = (
+                f"its {other!r} weights are whole: take them with --weights {other} (for "
+                f"train.init, write them first: mixflow-fast export {self.path} --weights {other} "
+                "--to official --out FILE.pt), or choose another checkpoint"
             )
-        warn(f"{self.path} has no 'ema' weights: took {fallback[0]!r}", stacklevel=4)
-        return found[fallback[0]]
+        raise ValueError(f"{self.path}: {problem}: {ways}")
+
+    def _problem(self, state: Mapping[str, Tensor], under: str = "") -> str:
+        if bad := wrong_checksums(self.parts, state):
+            more = f", nor are {len(bad) - 1} more of {len(state)} tensors" * (len(bad) > 1)
+            return f"{bad[0]}{under} is not what was written (wrong checksum){more}"
+        if counts := not_finite(state):
+            name, values = next(iter(counts.items()))
+            what = "1 value that is" if values == 1 else f"{values} values that are"
+            more = f", and {len(counts) - 1} more of {len(state)} tensors" * (len(counts) > 1)
+            return f"{name}{under} has {what} not finite{more}"
+        return ""
 
     @property
     def args(self) -> Mapping[str, object]:
@@ -152,72 +201,67 @@ def load_weights(
     Nothing in the file is executed: see `WeightsFile.open`.
 
     Args:
-        path: a training checkpoint (`model`, `ema`, ...) or a bare state dict.
-        key: which weights of a training checkpoint to take. If "ema" is not there, `model` or
-            `state_dict` is taken with a warning; any other missing key is an error. A bare state
-            dict is returned whatever the key.
+        path: a training checkpoint (`model`, `ema`, ...), a bare state dict, a folder with one.
+        key: which weights of a training checkpoint to take: "ema", "model", or a key of the file.
+            If "ema" is not there, what is there is taken with a warning; any other missing key is
+            an error. A bare state dict is returned whatever the key.
         encoder_depth: block number at which the legacy REPA names `decoder_blocks.{j}` start;
             None counts the `blocks` in the file.
 
     Returns:
-        name -> tensor in storage dtype, without `module.` and `_orig_mod.` prefixes.
+        name -> tensor in storage dtype, without what `module.`, `_orig_mod.` and the like put into
+        names, and, of a network that is known, without a prefix that all its names have.
 
     Raises:
-        ValueError: missing, unreadable or unsafe file; no weights in it.
+        ValueError: missing, unreadable, damaged or unsafe file; no weights in it; values that are
+            not finite.
     """
-    state = WeightsFile.open(path).state(key, encoder_depth)
+    file = WeightsFile.open(path)
+    state = file.state(key, encoder_depth)
+    file.check_values(key, state)
     # The clone detaches the tensors from the mapped file and from storages larger than they are.
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether a file is in the safetensors format, by its name or its first bytes."""
-    if path.suffix == ".safetensors":
-        return True
+def _read(path: Path) -> tuple[Format, Mapping[str, object], Mapping[str, str]]:
+    """Format, top-level entries and header of a file."""
+    try:
+        if _is_safetensors(path):
+            from safetensors import safe_open
+
+            with safe_open(path, "pt", device="cpu") as file:
+                # By offset, as `safetensors.torch.load_file` reads; older releases by name.
+                names = getattr(file, "offset_keys", file.keys)
+                entries = {name: file.get_tensor(name) for name in names()}
+                return "safetensors", entries, file.metadata() or {}
+        mapped = zipfile.is_zipfile(path)  # only this layout of torch.save can be mapped
+        if mapped and (member := first_damaged(path, tensors=False)) is not None:
+            raise ValueError(f"{member} in it has a wrong checksum")
+        content = plain(_unpickled(path, mapped))
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(f"cannot read weights from {path}: {unreadable(path, error)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} must hold a dict, got {type(content).__name__}: save a network's state dict"
+        )
+    return "torch.save", content, {}
+
+
+def _unpickled(path: Path, mapped: bool) -> object:
+    with harmless_globals():
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # torch goes by the name alone and would not read it as what it is; it maps no open file.
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is in the safetensors format, by its first bytes whatever its name."""
     with open(path, "rb") as file:
         head = file.read(9)
     # A length that fits in the file, then a JSON object.
     return len(head) == 9 and head[8:] == b"{" and 0 < int.from_bytes(head[:8], "little") < 2**32
-
-
-def _why(path: Path, error: Exception) -> str:
-    """One line: what kind of file this is instead, or the reader's own words; what to do."""
-    with open(path, "rb") as file:
-        head = file.read(256).lstrip()
-    if not head:
-        return "the file is empty: download it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    if head[:1] == b"<":
-        return "it is a web page, not weights: the download was answered with HTML, repeat it"
-    text = str(error).strip()
-    for mark in ("Unsupported global: GLOBAL ", "unsupported GLOBAL "):
-        if mark in text:
-            name = text.split(mark, 1)[1].split()[0]
-            return (
-                f"it holds {name}, which is not safe to load: an unknown file with such content "
-                "can run programs. If it is your own, re-save its weights alone where they were "
-                'made: torch.save({"ema": ema.state_dict()}, PATH)'
-            )
-    first = (text.splitlines() or [""])[0][:200]
-    return (
-        f"{type(error).__name__}: {first}: the file is damaged, not a weights file, or holds "
-        "classes that are not safe to load; download it again, or re-save its state dict alone "
-        "with torch.save"
-    )
-
-
-def _unwrap(state: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        name = str(name)
-        # DDP around torch.compile, or the other way round.
-        while name.startswith(_WRAPPERS):
-            name = name.split(".", 1)[1]
-        if name in out:
-            raise ValueError(f"{owner} holds {name} twice, with and without a wrapper prefix")
-        out[name] = tensor
-    return out
 
 
 def portable(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -227,7 +271,7 @@ def portable(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         ValueError: a tensor without values, or the same name twice.
     """
     out = {}
-    for name, tensor in _unwrap(state, what).items():
+    for name, tensor in unwrapped(state, what).items():
         if tensor.is_meta:
             raise ValueError(f"{what} holds {name} on the meta device, without values: load it")
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -295,20 +339,6 @@ def write_safetensors(
         save_file(dict(state), partial, metadata=dict(metadata))
 
 
-def first_damaged(path: str | os.PathLike[str]) -> str | None:
-    """The first member of a zip-layout .pt file whose checksum is wrong; None if there is none.
-
-    `torch.load` does not look at the checksums. Reads the whole file.
-    """
-    if not zipfile.is_zipfile(path):
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
 def tensors_in(value: object) -> Iterable[Tensor]:
     """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
@@ -319,8 +349,3 @@ def tensors_in(value: object) -> Iterable[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; one pass over memory unless the sum overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

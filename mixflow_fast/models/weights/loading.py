@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.files import WeightsFile
+from mixflow_fast.models.weights.foreign import describe_unknown
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
 from mixflow_fast.models.weights.naming import (
     ClassName,
@@ -139,7 +140,8 @@ def network_spec(
         num_heads, encoder_depth: where neither file nor shapes tell.
 
     Raises:
-        ValueError: as `infer_kwargs`; a damaged record.
+        ValueError: as `infer_kwargs`; weights of no known network, with what they are; a damaged
+            record.
     """
     if (recorded := file.metadata) is not None:
         # The names decide: a record of an early version does not name the class.
@@ -149,6 +151,8 @@ def network_spec(
             clock=recorded.clock,
             prediction=recorded.prediction,
         )
+    if kind_of(state) is None:
+        raise ValueError(describe_unknown(file.path, state))
     official = file.official
     if encoder_depth is None and kind_of(state) == "REPA SiT":
         encoder_depth = official.encoder_depth
@@ -156,6 +160,20 @@ def network_spec(
     return NetworkSpec(
         class_name=class_name, kwargs=kwargs, clock=None, prediction=official.prediction
     )
+
+
+def spec_of_any_heads(
+    file: WeightsFile, state: Mapping[str, Tensor], encoder_depth: int | None = None
+) -> NetworkSpec:
+    """As `network_spec`, with num_heads None where neither file nor shapes tell them."""
+    try:
+        return network_spec(file, state, encoder_depth=encoder_depth)
+    except ValueError as error:
+        if "num_heads" not in str(error):
+            raise
+    one = (1, 1) if kind_of(state) == "DiT-DH" else 1
+    spec = network_spec(file, state, one, encoder_depth)
+    return replace(spec, kwargs={**spec.kwargs, "num_heads": None})
 
 
 def on_meta(class_name: ClassName, kwargs: Mapping[str, object]) -> Transformer:
@@ -186,7 +204,7 @@ def load_model(
     network was built; of an official one the shapes do (`infer_kwargs`).
 
     Args:
-        path: a .pt or .safetensors file.
+        path: a .pt or .safetensors file, or the folder of a run or checkpoint.
         key: "ema" or "model".
         num_heads, encoder_depth: where the shapes cannot tell.
         clock: overrides the recorded clock, or the one that the class implies.
@@ -201,6 +219,7 @@ def load_model(
     state = file.state(key)
     spec = network_spec(file, state, num_heads, encoder_depth)
     model = spec.on_meta(clock)
+    file.check_values(key, state)
     load_into(model, state)  # copies, so that nothing hangs on the mapped file
     model.prediction = spec.prediction
     return model.eval()

@@ -1,4 +1,4 @@
-"""Names in the official state dicts: whose they are, REPA's old ones, the rows of the head.
+"""Names in the official state dicts: whose they are, wrappers, REPA's old ones, the head's rows.
 
 Works on names and shapes alone, so that a state dict on the meta device is as good as a real one.
 """
@@ -16,6 +16,9 @@ ClassName = Literal["SiT", "DiTDH"]
 Kind = Literal["SiT", "REPA SiT", "DiT-DH"]
 HEAD_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 DITDH_MARK = "s_embedder.proj.weight"
+# What DDP, torch.compile, FSDP and activation checkpointing put into names, wherever they wrap.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module")
+_WRAPPERS += ("_checkpoint_wrapped_module",)
 
 
 def kind_of(state: Iterable[str]) -> Kind | None:
@@ -27,7 +30,29 @@ def kind_of(state: Iterable[str]) -> Kind | None:
         return "DiT-DH"
     if "x_embedder.proj.weight" not in names or "t_embedder.mlp.0.weight" not in names:
         return None
+    if "blocks.0.mlp.w12.weight" in names:  # LightningDiT, which has SiT's other names
+        return None
     return "REPA SiT" if any(name.startswith("projectors.") for name in names) else "SiT"
+
+
+def without_wrappers(name: object) -> str:
+    """A tensor's name without what wrappers put into it, at its beginning or between its parts."""
+    return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+
+
+def prefixes_of_networks(names: Iterable[str]) -> list[str]:
+    """What stands before the names of each known network in a state dict; "" where nothing does.
+
+    Lightning's modules and EMA wrappers hold the network as `model.`, `net.` or `ema_model.`.
+    """
+    names = list(names)
+    ends = [name.removesuffix(HEAD_KEYS[0]) for name in names if name.endswith(HEAD_KEYS[0])]
+    return [
+        prefix
+        for prefix in ends
+        if (not prefix or prefix.endswith("."))
+        and kind_of(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    ]
 
 
 def class_of(state: Iterable[str]) -> ClassName:

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 from mixflow_fast.checkpoints.export import export
 from mixflow_fast.checkpoints.inspect import inspect_file
-from mixflow_fast.checkpoints.resume import start_from
+from mixflow_fast.checkpoints.starting_weights import start_from
 from mixflow_fast.files import replacing
 from mixflow_fast.models import load_model, load_weights, read_model_config, save_weights
-from mixflow_fast.models.weights.files import WeightsFile, first_damaged, write_safetensors
+from mixflow_fast.models.weights.damage import first_damaged
+from mixflow_fast.models.weights.files import WeightsFile, write_safetensors
 from tests.support.weights import golden, network
 
 
@@ -35,7 +36,7 @@ class Malicious:
 
 def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="weights file not found: .*absent.pt"):
+    with pytest.raises(ValueError, match="absent.pt does not exist"):
         load_weights(tmp_path / "absent.pt")
     state, _, _ = golden()
     torch.save(state, "whole.pt")
@@ -205,7 +206,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         archive.writestr("readme.txt", "weights are in part 2")
     for name, what in (
         *(("pointer.pt", "Git LFS pointer"), ("pointer.safetensors", "Git LFS pointer")),
-        *(("page.pt", "web page"), ("text.pt", "damaged"), ("archive.pt", "damaged")),
+        *(("page.pt", "web page"), ("text.pt", "text file"), ("archive.pt", "zip archive")),
         *(("header.safetensors", "damaged"), ("header.pt", "damaged")),
     ):
         with pytest.raises(ValueError, match=f"cannot read weights from .*{name}: .*{what}"):

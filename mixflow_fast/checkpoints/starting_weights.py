@@ -1,0 +1,172 @@
+"""A run's starting weights (`train.init`), refused where they do not fit, with what mends it.
+
+What a checkpoint is and what the recipe makes are compared as constructor arguments, by the shapes;
+a list of tensors would say less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mixflow_fast.models import Transformer, load_into
+from mixflow_fast.models.registry import describe_model, published_size
+from mixflow_fast.models.weights.files import WeightsFile
+from mixflow_fast.models.weights.loading import CLASSES, NetworkSpec, spec_of_any_heads
+from mixflow_fast.models.weights.naming import ClassName
+
+_SIZES = ("hidden_size", "depth", "num_heads")
+# Recorded arguments that shapes do not show and that would train without an error.
+_UNSEEN = ("clock", "num_heads", "encoder_depth")
+# Arguments whose setting has their name or, for DiT-DH, another.
+_SETTINGS = {
+    **{name: name for name in ("in_channels", "input_size", "mlp_ratio", "qk_norm")},
+    "use_qknorm": "qk_norm",
+}
+# Arguments of DiT-DH that no setting changes.
+_FIXED = ("use_swiglu", "use_rope", "use_rmsnorm", "wo_shift", "use_pos_embed")
+# Those that are told where they differ; others are in `describe_model`.
+_FACTS = {
+    "hidden_size": "{} wide",
+    "depth": "{} blocks",
+    "patch_size": "patch {}",
+    "in_channels": "{} channels",
+    "input_size": "input_size {}",
+    "num_classes": "{} classes",
+    "z_dims": "projectors to {}",
+}
+_RECIPES = {"SiT": "sit-xl2-256", "DiTDH": "rae-xl-256"}
+
+
+def start_from(model: Transformer, path: str | Path) -> None:
+    """Start a network (and so its EMA) from the EMA weights of a checkpoint.
+
+    Raises:
+        ValueError: they cannot be read, are damaged or not finite, or do not fit; or were trained
+            with another clock, head count or depth of REPA's encoder.
+    """
+    file = WeightsFile.open(path)
+    state = file.state("ema")
+    own = model.config | {"clock": model.clock}
+    class_name = next(name for name, of in CLASSES.items() if isinstance(model, of))
+    if text := misfit(spec_of_any_heads(file, state), class_name, own):
+        raise ValueError(f"train.init={file.path} is {text}")
+    recorded = file.model_config()
+    for name in _UNSEEN:
+        if name in recorded and recorded[name] != own[name]:
+            raise ValueError(
+                f"train.init={file.path} was trained with {name}={recorded[name]!r}, this model "
+                f"has {own[name]!r}: set model.{name}"
+            )
+    file.check_values("ema", state)
+    try:
+        load_into(model, state)
+    except ValueError as error:
+        raise ValueError(f"train.init={file.path}: {error}") from None
+
+
+def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) -> str:
+    """What a checkpoint is, what the recipe makes, and the settings; "" where the shapes agree.
+
+    Args:
+        spec: the checkpoint's network; num_heads None where the shapes do not tell.
+        class_name, own: class and constructor arguments of the recipe's.
+    """
+    theirs, other = spec.kwargs, spec.class_name != class_name
+    settings = [
+        *_size_settings(spec, class_name, own),
+        *_plain_settings(theirs, own),
+        *_projector_settings(theirs, own),
+    ]
+    fixed = [] if other else [n for n in _FIXED if n in theirs and theirs[n] != own[n]]
+    if not settings and not fixed:
+        return ""
+    told = [name for name in _FACTS if _flat(theirs.get(name)) != _flat(own.get(name))]
+    text = (
+        f"{_describe(spec.class_name, theirs, told)}; the recipe makes "
+        f"{_describe(class_name, own, told)}: "
+    )
+    if fixed:
+        listed = ", ".join(f"{name}={theirs[name]}" for name in fixed)
+        return f"{text}it has {listed}, which no setting makes: choose another checkpoint"
+    recipe = _RECIPES[spec.class_name] if not theirs.get("z_dims") else "repa-xl2-256"
+    kind = other or bool(theirs.get("z_dims")) != bool(own.get("z_dims"))
+    also = f", or take a recipe of its kind, such as {recipe}" if kind else ""
+    return f"{text}set {' '.join(settings)}{also}"
+
+
+def _size_settings(
+    spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]
+) -> Iterator[str]:
+    theirs = spec.kwargs
+    patch = theirs["patch_size"]
+    named = spec.class_name != class_name or patch != own["patch_size"]
+    if not named and all(_flat(theirs[n]) == _flat(own[n]) for n in ("hidden_size", "depth")):
+        return
+    size = published_size(spec.class_name, theirs)
+    name = f"SiT-{size or 'S'}/{patch}" if spec.class_name == "SiT" else f"DiTDH-{size or 'S'}"
+    # A recipe of another size than a published one sets its sizes, which a name would not change.
+    whole = size is not None and published_size(class_name, own) is not None
+    if named or whole:
+        yield f"model.name={name}"
+    if not whole:
+        for key in _SIZES:
+            if named or _flat(theirs[key]) != _flat(own[key]):
+                value = "N (the shapes do not tell it)" if theirs[key] is None else theirs[key]
+                yield f"model.{key}={_text(value)}"
+
+
+def _plain_settings(theirs: Mapping[str, object], own: Mapping[str, object]) -> Iterator[str]:
+    for name, setting in _SETTINGS.items():
+        if name in theirs and name in own and theirs[name] != own[name]:
+            yield f"model.{setting}={_text(theirs[name])}"
+    # A file that does not say whether it has a null class is taken to have one.
+    recorded = "class_dropout_prob" in theirs
+    if not recorded and _label_rows(theirs) == _label_rows(own):
+        return
+    if theirs["num_classes"] != own["num_classes"]:
+        yield f"model.num_classes={theirs['num_classes']}"
+    if recorded and _has_null(theirs) != _has_null(own):
+        yield f"model.class_dropout_prob={theirs['class_dropout_prob']}"
+
+
+def _has_null(kwargs: Mapping[str, object]) -> bool:
+    return kwargs.get("class_dropout_prob", 0.1) > 0
+
+
+def _label_rows(kwargs: Mapping[str, object]) -> int:
+    return kwargs["num_classes"] + _has_null(kwargs)
+
+
+def _projector_settings(theirs: Mapping[str, object], own: Mapping[str, object]) -> Iterator[str]:
+    """REPA's projectors: as they are in the checkpoint, or none and no loss that needs them."""
+    if theirs.get("z_dims"):
+        for name in ("z_dims", "projector_dim"):
+            if theirs[name] != own.get(name) or not own.get("z_dims"):
+                yield f"model.{name}={_text(theirs[name])}"
+        if "encoder_depth" in theirs and not own.get("z_dims"):
+            yield f"model.encoder_depth={theirs['encoder_depth']}"
+    elif own.get("z_dims"):
+        yield from (f"model.{n}=null" for n in ("z_dims", "encoder_depth", "projector_dim"))
+        yield "objective.alignment_weight=0"
+
+
+def _describe(class_name: ClassName, kwargs: Mapping[str, object], told: list[str]) -> str:
+    facts = [
+        _FACTS[name].format("+".join(map(str, _flat(kwargs[name]))))
+        for name in told
+        if kwargs.get(name) is not None
+    ]
+    return describe_model(class_name, kwargs) + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _flat(value: object) -> tuple[object, ...]:
+    """One number, or the two of a DiT-DH, in one form."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _text(value: object) -> str:
+    """A value as an override has it."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

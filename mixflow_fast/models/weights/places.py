@@ -1,0 +1,116 @@
+"""Where a user's path leads: to a weights file, or to the weights in a folder of a known kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from mixflow_fast.messages import did_you_mean, shorten
+from mixflow_fast.models.weights.foreign import ZERO_SHARD
+
+_INDEX = ".index.json"
+# What folders of Hugging Face's libraries hold, in the order of preference.
+_HUB_FILES = tuple(
+    f"{stem}.{suffix}"
+    for suffix in ("safetensors", "bin")
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
+)
+_PIPELINE_PARTS = ("transformer", "unet")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
+_WEIGHTS = ("*.pt", "*.pth", "*.safetensors", "*.ckpt", "*.bin")
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, with `~` expanded.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.exists():
+        return path
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    hint = ""
+    if path.parent.is_dir():
+        hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
+    raise ValueError(f"{path} does not exist: check the path, or download it{hint}")
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """The weights file that a user means: a file, the index of one in parts, a folder with either.
+
+    Folders are those of runs and checkpoints, of diffusers and of transformers.
+
+    Raises:
+        ValueError: nothing there; a folder without weights, with what it is and the next step.
+    """
+    path = existing(path)
+    if path.is_dir():
+        return _in_folder(path)
+    if (shard := _SHARD.fullmatch(path.name)) is not None:
+        raise ValueError(
+            f"{path} is one of {int(shard[2])} parts of the weights: give the folder {path.parent}"
+        )
+    return path
+
+
+def parts(path: Path) -> list[Path]:
+    """The files that hold the weights: those that an index names, or the file itself.
+
+    Raises:
+        ValueError: an index that cannot be read, or parts that are not there.
+    """
+    if not path.name.endswith(_INDEX):
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        files = [path.parent / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of weights ({error}): download it again") from None
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ValueError(
+            f"{path} names {shorten(absent)}, which {path.parent} does not hold: download the rest"
+        )
+    return files
+
+
+def _in_folder(folder: Path) -> Path:
+    if (folder / "weights.pt").is_file():
+        return folder / "weights.pt"
+    if indices := sorted(folder.glob(f"*{_INDEX}")):
+        return indices[0]
+    for name in _HUB_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    for part in _PIPELINE_PARTS:  # of a diffusers pipeline
+        if (folder / part / "config.json").is_file():
+            return _in_folder(folder / part)
+    raise ValueError(f"{folder} holds no weights.pt: {_next_step(folder)}")
+
+
+def _next_step(folder: Path) -> str:
+    """What a folder without weights is, and what to do."""
+    ours = any((folder / name).exists() for name in ("state.json", "checkpoints", "config.yaml"))
+    if ours or any(folder.glob("step_*/state.json")):
+        run = folder.parent if folder.name == "checkpoints" else folder
+        return (
+            "it is of a run with train.save_weights=never or end: mixflow-fast consolidate "
+            f"{run} --out FILE.pt makes one"
+        )
+    if any(folder.glob("*_optim_states.pt")) or any(folder.glob("global_step*")):
+        states = next(iter(sorted(folder.rglob("mp_rank_00_model_states.pt"))), None)
+        half = f"; its network in the precision of training is in {states}" if states else ""
+        return f"it is {ZERO_SHARD}{half}"
+    if (folder / ".metadata").is_file():
+        return (
+            "it is a checkpoint of torch.distributed.checkpoint: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt makes one"
+        )
+    found = sorted(file.name for pattern in _WEIGHTS for file in folder.glob(pattern))
+    if found:
+        return f"give one of the files in it: {shorten(found)}"
+    return "give a run folder, a checkpoint folder or a weights file"
