@@ -99,6 +99,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options.overrides = [*options.overrides, *rest]
     elif rest:
         flags = [a for a in rest if a.startswith("-")]
-        commands.error(f"unrecognized arguments: {' '.join(flags or rest)}")
+        hint = ""
+        if flags and hasattr(options, "overrides"):
+            value = "" if "=" in flags[0] else "=VALUE"
+            hint = (
+                f": a setting is written without dashes, {flags[0].lstrip('-')}{value} "
+                "(`mixflow-fast settings` lists them)"
+            )
+        commands.error(f"unrecognized arguments: {' '.join(flags or rest)}{hint}")
     options.command_line = shlex.join(["mixflow-fast", *arguments])
     return options

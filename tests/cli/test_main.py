@@ -106,11 +106,13 @@ def test_the_version_is_there_at_once(how: list[str]) -> None:
 
 def test_a_mistyped_command_or_choice(capsys: pytest.CaptureFixture[str]) -> None:
     for line, message in (
-        ("trian photos", "'trian' is not one of train, sample, demo"),
+        ("trian photos", "'trian' is not one of train, recipes, settings, sample"),
         ("trian photos", "ema; did you mean 'train'?"),
         ("verify_resume photos", "did you mean 'verify-resume'?"),
         ("export x --to offical --out y", "argument --to: 'offical' is not one of official, ema"),
         ("train", "the following arguments are required: recipe\n"),
+        ("train photos --train.images=5", "written without dashes, train.images=5 (`mixflow"),
+        ("train photos --steps 5", "--steps: a setting is written without dashes, steps=VALUE"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(line.split())
