@@ -75,6 +75,7 @@ WHOLE_CONFIG = {
     ("diagnostics/verify_resume.py", "verify_resume"),
     ("training/build.py", "build_run"),
     ("training/build.py", "check"),
+    ("training/rehearsal.py", "rehearse"),
     ("training/trainer.py", "__init__"),
     ("training/trainer.py", "train"),
 }

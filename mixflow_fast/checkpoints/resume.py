@@ -103,7 +103,7 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
     """
     out = folder.out
     folder.hold()  # first, because another run may be writing its last checkpoint
-    newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=True)
+    newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=not folder.rehearsal)
     if newest is None:
         if (out / "weights.pt").exists():
             raise ValueError(

@@ -150,10 +150,11 @@ class RunFolder:
     Args:
         out: the folder; nothing is made before `make`.
         host_group: exchange between the ranks. Every rank must call every method.
+        rehearsal: nothing is put in order: the folder is only looked at.
     """
 
-    def __init__(self, out: Path, host_group: HostGroup) -> None:
-        self.out, self.host_group = out, host_group
+    def __init__(self, out: Path, host_group: HostGroup, rehearsal: bool = False) -> None:
+        self.out, self.host_group, self.rehearsal = out, host_group, rehearsal
         self._lock: IO[str] | None = None
         self._writes = host_group.rank == 0
 
@@ -166,6 +167,8 @@ class RunFolder:
         with self.host_group.raise_together():
             if self._writes and self._lock is None and (self.out / "checkpoints").is_dir():
                 self._lock = lock(self.out)
+                if self.rehearsal:
+                    return
                 clean_unfinished(self.out)
                 for folder in (self.out, self.out / "ema", self.out / "previews"):
                     remove_partial(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import sys
 import warnings
 
 from mixflow_fast.cli.errors import FAILED, REFUSED, leave_at_once, report
@@ -38,7 +39,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="auto continues the run in out= if there is one; never refuses such a folder",
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="check and print the resolved configuration"
+        "--dry-run",
+        action="store_true",
+        help="rehearse: open data, weights and checkpoint as the run would, say what was found, "
+        "and print the resolved configuration; writes nothing",
     )
     command.set_defaults(run=run)
 
@@ -49,15 +53,19 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
     from mixflow_fast.distributed.process_group import leave, rank, world_size
     from mixflow_fast.training.build import check
+    from mixflow_fast.training.rehearsal import rehearse
     from mixflow_fast.training.trainer import TrainingDiverged, train
 
     # DeepSpeed's own calls warn of themselves, once for each rank.
     warnings.filterwarnings("ignore", r".*`torch\.distributed.* is deprecated", FutureWarning)
     config = load_config(options.recipe, options.overrides)
-    check(config, world_size())
     if options.dry_run:
-        print(config.to_yaml(), end="")
+        if rank() == 0:
+            for line in rehearse(config, options.resume):
+                print(line, file=sys.stderr)
+            print(config.to_yaml(), end="")
         return 0
+    check(config, world_size())
     try:
         with roll_call():
             result = train(config, resume=options.resume, recipe=options.recipe)

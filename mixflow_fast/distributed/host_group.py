@@ -29,6 +29,13 @@ class HostGroup:
         several = self.ranks > 1 and dist.get_backend() != "gloo"
         self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
+    @classmethod
+    def alone(cls) -> HostGroup:
+        """This process alone, whatever process group there is or is not."""
+        group = cls.__new__(cls)
+        group.ranks, group.rank, group._group = 1, 0, None
+        return group
+
     def all_gather(self, mine: Value) -> list[Value]:
         """The values of all ranks, in the order of the ranks. Every rank must call it."""
         if self.ranks == 1:

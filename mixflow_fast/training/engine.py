@@ -56,7 +56,7 @@ class Engine:
     def __init__(
         self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
     ) -> None:
-        self._deepspeed = _import_deepspeed()
+        self._deepspeed = import_deepspeed()
         self._train, self._optim, self._microbatch = train, optim, microbatch
         self._model = model
         self.initial = {n: p.detach().clone() for n, p in model.state_dict().items()}
@@ -323,11 +323,11 @@ def deepspeed_state() -> tuple[str, dict[str, bool]]:
     Raises:
         ValueError: it is not installed, or its import fails.
     """
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     return deepspeed.__version__, dict(getattr(deepspeed.ops, "__compatible_ops__", {}))
 
 
-def _import_deepspeed() -> ModuleType:
+def import_deepspeed() -> ModuleType:
     """DeepSpeed without its chatter; on the CPU, without compiling anything."""
     try:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

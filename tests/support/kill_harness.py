@@ -36,7 +36,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from mixflow_fast.cli import main as run_command
 from mixflow_fast.metrics.metrics_file import read_metrics
-from mixflow_fast.training.engine import _import_deepspeed
+from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.step_record import StepOutput
 from mixflow_fast.training.trainer import Trainer
 from tests.support.runs import assert_same_bits
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--one-rank", action="store_true", help="no runs of two ranks")
     parser.add_argument("--keep", help="work here and keep it; default: a temporary folder")
     options = parser.parse_args()
-    _import_deepspeed()
+    import_deepspeed()
     began = time.monotonic()
     work = Path(options.keep or tempfile.mkdtemp(prefix="kill-"))
     print(f"in {work}, which stays if something is wrong", flush=True)

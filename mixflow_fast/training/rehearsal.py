@@ -1,0 +1,176 @@
+"""A run up to its first step, without a step and without a trace: `mixflow-fast train --dry-run`.
+
+Data, teacher, starting weights and checkpoint are opened as the run would open them, so it fails as
+the run would. Sizes of checkpoints follow from the numbers of parameters; memory is an estimate.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixflow_fast.checkpoints.resume import ResumePoint, find
+from mixflow_fast.checkpoints.run_folder import RunFolder
+from mixflow_fast.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from mixflow_fast.config.validate import validate
+from mixflow_fast.data import BatchLoader, Dataset
+from mixflow_fast.distributed import process_group
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.models import Execution, Transformer
+from mixflow_fast.models.flops import train_flops
+from mixflow_fast.training.build import build_run
+from mixflow_fast.training.engine import import_deepspeed
+
+# Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
+# batch x tokens x width elements (`python -m benchmarks.census` counts the first three).
+_KEPT_PER_BLOCK = {"eager": 20.1, "compile": 20.1, "fused": 18.1}
+_KEPT_WITH_CHECKPOINTING = {"elementwise": 12.1, "selective": 6.0, "full": 1.0}
+# How long examples are read to see how fast they come.
+_READING_S = 1.0
+
+
+def rehearse(config: Config, resume: str = "auto") -> list[str]:
+    """Open everything that a run needs, and say what was found. One rank does it for all.
+
+    Args:
+        config: configuration of the run.
+        resume: as for `train`.
+
+    Returns:
+        lines for people.
+
+    Raises:
+        ValueError: whatever would end the run before its first step.
+    """
+    ranks = process_group.world_size()
+    validate(config, ranks)
+    import_deepspeed()
+    device = process_group.local_device(config.train.device)
+    parts = build_run(config, device)
+    folder = RunFolder(Path(config.out), HostGroup.alone(), rehearsal=True)
+    try:
+        start = find(config, folder, ranks, resume)
+        start.fill(parts.model, config.train.init)
+    finally:
+        folder.close()
+    c, microbatch = config.train, config.microbatch(ranks)
+    rate = _reading_rate(parts.dataset, microbatch, config.data.workers)
+    return [
+        f"model: {_describe_model(config.model, parts.model)}",
+        f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
+        f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers="
+        f"{config.data.workers}, as measured here for a second",
+        *(f"start: {line}" for line in _describe_start(c, start, folder.out, config.steps)),
+        *_describe_disk(
+            c, folder.out, config.steps, checkpoint_bytes(parts.model, c, config.optim)
+        ),
+        _describe_memory(c, config.optim, parts.model, parts.execution, (ranks, microbatch)),
+    ]
+
+
+def checkpoint_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> int:
+    """Size of a resumable checkpoint, with weights.pt where one is written."""
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Master weights, two moments and the averages, float32.
+    state = 4 * trained * (3 + len(optim.ema_decays) + len(optim.ema_sigma_rel))
+    # ZeRO 1 and 2 save the network beside its master weights, in the precision that it runs in.
+    network = (2 if train.precision == "bf16" else 4) * every if train.zero_stage in (1, 2) else 0
+    return state + network + (8 * every if train.save_weights == "always" else 0)
+
+
+def _describe_model(section: ModelConfig, model: Transformer) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    side = model.input_size // model.patch_size
+    return (
+        f"{section.name}, {parameters:,} parameters, {side * side} tokens of an input "
+        f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.clock}, "
+        f"{train_flops(model) / 1e9:,.3g} GFLOPs an image and training step"
+    )
+
+
+def _describe_length(c: TrainConfig, steps: int, ranks: int, microbatch: int) -> str:
+    accumulated = c.global_batch_size // (microbatch * ranks)
+    return (
+        f"{c.images:,} images, {steps:,} steps of {c.global_batch_size} "
+        f"({ranks} rank{'s' * (ranks > 1)} x {microbatch} images x {accumulated} "
+        f"micro-batch{'es' * (accumulated > 1)}); "
+        f"{c.images / 86400:,.1f} images/s would end it in 24 hours"
+    )
+
+
+def _describe_start(c: TrainConfig, start: ResumePoint, out: Path, steps: int) -> list[str]:
+    if start.checkpoint is not None:
+        return start.describe(out, steps)
+    init = "random weights" if c.init is None else f"the EMA weights of {c.init}"
+    return [*start.describe(out, steps), init]
+
+
+def _describe_disk(c: TrainConfig, out: Path, steps: int, size: int) -> Iterator[str]:
+    there = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"out={out} cannot be made: {there} is not writable")
+    free = shutil.disk_usage(there).free
+    # A checkpoint is whole before the oldest one goes.
+    kept = c.keep_last + 1 + (steps // c.keep_every if c.keep_every else 0)
+    yield (
+        f"checkpoint: {_in_units(size)} each, at most {kept} at a time: {_in_units(kept * size)}; "
+        f"{_in_units(free)} free at {there}"
+    )
+    if kept * size > free:
+        yield (
+            f"warning: {there} has not enough room for the checkpoints: free "
+            f"{_in_units(kept * size - free)}, or lower train.keep_last, or set "
+            "train.save_weights=never"
+        )
+
+
+def _describe_memory(
+    c: TrainConfig, p: OptimConfig, model: Transformer, execution: Execution, split: tuple[int, int]
+) -> str:
+    """Bytes of what is kept for good, and of what a forward pass keeps for its backward pass.
+
+    Args:
+        c, p: sections of the configuration.
+        model: the network.
+        execution: how it is run.
+        split: number of ranks, and images in a micro-batch.
+    """
+    ranks, microbatch = split
+    count = sum(parameter.numel() for parameter in model.parameters())
+    element = 2 if c.precision == "bf16" else 4
+    # Master weights are of their own where ZeRO shards them; ZeRO 2 gathers float32 gradients.
+    sharded = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel))
+    sharded += (4 if c.zero_stage else 0) + (4 if c.zero_stage >= 2 else 0)
+    state = count * (2 * element + sharded / (ranks if c.zero_stage else 1))
+    kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
+    tokens = (model.input_size // model.patch_size) ** 2
+    width = sum(block.attn.proj.in_features for block in model.blocks)
+    return (
+        f"memory per rank, an estimate: {_in_units(state)} of weights, gradients, optimizer and "
+        f"EMA, {_in_units(kept * element * microbatch * tokens * width)} of activations for "
+        f"{microbatch} images"
+    )
+
+
+def _reading_rate(dataset: Dataset, microbatch: int, workers: int) -> float:
+    """Images a second that one rank's loader gives, the first micro-batch left out."""
+    options = dict(seed=0, global_batch_size=microbatch, microbatch_size=microbatch)
+    with BatchLoader(dataset, num_workers=workers, **options) as loader:
+        next(loader)
+        started, images = time.perf_counter(), 0
+        while time.perf_counter() - started < _READING_S:
+            images += len(next(loader).y)
+        return images / (time.perf_counter() - started)
+
+
+def _in_units(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,76 @@
+"""`train --dry-run`: it finds what the run would find, fails as it would, and leaves no trace."""
+
+from pathlib import Path
+
+import pytest
+
+from mixflow_fast.checkpoints.run_folder import lock
+from mixflow_fast.training.build import build_model
+from mixflow_fast.training.rehearsal import checkpoint_bytes, rehearse
+from mixflow_fast.training.trainer import train
+from tests.support.command_line import run
+from tests.support.runs import settings, tiny
+from tests.support.train_ranks import TINY
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+
+
+def test_a_rehearsal_says_what_it_found_and_leaves_no_trace(tmp_path: Path) -> None:
+    text = "\n".join(rehearse(tiny(tmp_path / "run")))
+    assert "model: SiT-S/4, " in text and "parameters, 16 tokens of an input 3 x 16 x 16" in text
+    assert "48 images, 6 steps of 8 (1 rank x " in text and "images/s" in text
+    assert "start: random weights" in text and " free at " in text and "memory per rank" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    train(tiny(tmp_path / "run", "train.images=16"), quiet=True)
+    unfinished = tmp_path / "run/checkpoints/.writing_step_00000003"
+    unfinished.mkdir()
+    before = files(tmp_path)
+    text = "\n".join(rehearse(tiny(tmp_path / "run")))
+    assert "resumed after step 2 of 6" in text and files(tmp_path) == before
+    with lock(tmp_path / "run"), pytest.raises(ValueError, match="is in use by another run"):
+        rehearse(tiny(tmp_path / "run"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        rehearse(tiny(tmp_path / "run"), resume="never")
+
+
+def test_a_rehearsal_fails_as_the_run_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting, message in (
+        (f"train.init={tmp_path}/no.pt", "no.pt does not exist"),
+        (f"data={{kind: folder, path: {tmp_path}/no}}", "does not exist"),
+        (f"out={tmp_path}/run", ""),
+    ):
+        command = ("train", "photos", *TINY, f"out={tmp_path}/run", setting)
+        codes = [run(*command, *dry, capsys=capsys) for dry in (["--dry-run"], [])]
+        assert {code for code, _, _ in codes} == {2 if message else 0}
+        assert all(message in err for _, _, err in codes)
+        assert not message or codes[0][2] == codes[1][2]  # the same line
+        assert (tmp_path / "run").exists() == (not message)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 2)])
+@pytest.mark.parametrize("weights", ["always", "never"])
+def test_the_size_of_a_checkpoint(tmp_path: Path, precision: str, stage: int, weights: str) -> None:
+    config = tiny(
+        tmp_path,
+        *settings(precision, stage),
+        *("model.hidden_size=192", "train.images=8", f"train.save_weights={weights}"),
+        "optim.ema_decays=[0.9,0.99]",
+    )
+    train(config, quiet=True)
+    found = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    told = checkpoint_bytes(build_model(config.model, "meta"), config.train, config.optim)
+    assert told == pytest.approx(found, rel=0.02)
+
+
+def test_too_little_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = type("Usage", (), {"free": 5 << 20})
+    monkeypatch.setattr("mixflow_fast.training.rehearsal.shutil.disk_usage", lambda path: few)
+    text = "\n".join(rehearse(tiny(tmp_path / "run", "model.hidden_size=192")))
+    assert f"warning: {tmp_path} has not enough room for the checkpoints" in text
