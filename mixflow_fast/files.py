@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and checksums.
+"""Atomic writes of files and folders, checksums, and paths that users give.
 
 All lasting files of this package are written through `replacing`: under another name first, then
 flushed to the disk and renamed. An interruption leaves the file that was there before.
@@ -92,6 +92,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def existing_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """A path that a user gave, with `~` expanded.
+
+    Args:
+        path: as it was given.
+        name: what it is called where it was given: an argument, or a setting such as "data.path".
+
+    Raises:
+        ValueError: nothing is there; says how far the path exists.
+    """
+    given = f"{name} {str(path)!r}"
+    if "://" in str(path):
+        raise ValueError(f"{given} is an address on a network: only local files are read")
+    try:
+        found = Path(path).expanduser()
+    except RuntimeError as error:  # a user without a home folder
+        raise ValueError(f"{given} cannot be expanded: {error}") from None
+    if found.exists():
+        return found
+    if found.is_symlink():
+        raise ValueError(f"{given} is a broken link, to {os.readlink(found)!r}")
+    there = next((str(parent) for parent in found.absolute().parents if parent.exists()), "/")
+    raise ValueError(f"{given} does not exist: the last folder of it that does is {there!r}")
 
 
 def crc32(path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.files import remove_partial, write_json
+from mixflow_fast.files import existing_path, remove_partial, write_json
 
 
 def test_write_json(tmp_path: Path) -> None:
@@ -36,3 +36,24 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     remove_partial(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     remove_partial(tmp_path / "missing")
+
+
+def test_a_path_that_a_user_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found with `~` expanded, or named as it was given, with the part of it that is there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert existing_path("~/data") == tmp_path / "data"
+    assert existing_path("data") == Path("data")
+    message = f"^data.path '~/data/x/y' does not exist: .* is '{tmp_path}/data'$"
+    with pytest.raises(ValueError, match=message):
+        existing_path("~/data/x/y", "data.path")
+    with pytest.raises(ValueError, match=f"'x' does not exist: .* is '{tmp_path}'$"):
+        existing_path("x")
+    (tmp_path / "link").symlink_to("/nowhere")
+    with pytest.raises(ValueError, match="path 'link' is a broken link, to '/nowhere'"):
+        existing_path("link")
+    with pytest.raises(ValueError, match="path '~nobody-of-this-name/x' cannot be expanded"):
+        existing_path("~nobody-of-this-name/x")
+    with pytest.raises(ValueError, match="'s3://bucket/x' is an address on a network"):
+        existing_path("s3://bucket/x")

@@ -16,6 +16,7 @@ from mixflow_fast.checkpoints.shards import fill_network, read_layout
 from mixflow_fast.checkpoints.starting_weights import start_from
 from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config
+from mixflow_fast.data import DataSummary
 from mixflow_fast.models import Transformer
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
@@ -28,6 +29,8 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "model.mode", "model.attention", "model.checkpointing", "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.validate_every", "train.validate_examples"}  # fmt: skip
+# Where the data lie. Free where the fingerprint of the data is compared, or may be another one.
+DATA_PATHS = {"data.path", "data.images", "data.features"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ResumePoint:
             otherwise; else "".
         passed_over: a line on each newer checkpoint that is damaged.
         finished: a line that says so where all steps are done; then nothing is to be written.
+        data_changes: how the data differ from those before, where that was allowed; else "".
     """
 
     checkpoint: Path | None = None
@@ -48,6 +52,7 @@ class ResumePoint:
     resharded_from: str = ""
     passed_over: tuple[str, ...] = ()
     finished: str = ""
+    data_changes: str = ""
 
     @property
     def step(self) -> int:
@@ -69,6 +74,11 @@ class ResumePoint:
                     f"{out}: its checkpoint is of {self.resharded_from}: the same examples and "
                     "noise, sums equal to rounding"
                 )
+            if self.data_changes:
+                messages.append(
+                    f"{out}: goes on with other data ({self.data_changes}): the order of examples "
+                    "is another one from here"
+                )
         return messages
 
     def fill(self, model: Transformer, init: str | None) -> None:
@@ -87,19 +97,28 @@ class ResumePoint:
             start_from(model, init)
 
 
-def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") -> ResumePoint:
+def find(
+    config: Config,
+    folder: RunFolder,
+    ranks: int,
+    data: DataSummary,
+    resume: str = "auto",
+    allow_data_change: bool = False,
+) -> ResumePoint:
     """Look for a checkpoint in a run's folder, which is held from here on. Every rank must call it.
 
     Args:
         config: configuration of the part of the run that starts now; the folder is its `out`.
         folder: that folder.
         ranks: processes of this part of the run.
+        data: what the examples are.
         resume: "auto" continues what is there, "never" refuses it.
+        allow_data_change: go on though the examples are others than before.
 
     Raises:
-        ValueError: the folder is in use, holds a run with another configuration, a run that must
-            not be resumed, one that has done more than is asked for, one whose checkpoints are all
-            damaged, or weights without checkpoints.
+        ValueError: the folder is in use, holds a run with another configuration or other data, a
+            run that must not be resumed, one that has done more than is asked for, one whose
+            checkpoints are all damaged, or weights without checkpoints.
     """
     out = folder.out
     folder.hold()  # first, because another run may be writing its last checkpoint
@@ -118,11 +137,16 @@ def find(config: Config, folder: RunFolder, ranks: int, resume: str = "auto") ->
         )
     descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
     free = FREE - {"train.images"} if descends_to_the_end else FREE
+    state = read_state(newest)
+    if allow_data_change or state.data is not None:
+        free = free | DATA_PATHS
     _check_same_run(flatten(config.to_dict()), out, free)
+    with folder.host_group.raise_together():
+        changes = _check_same_data(data, state, out, allow_data_change)
     stage = config.train.zero_stage
-    before, state = resharded_from(newest, stage, ranks), read_state(newest)
+    before = resharded_from(newest, stage, ranks)
     finished = _end(out, state, config.train.images, config.steps, descends_to_the_end)
-    return ResumePoint(newest, state, before, tuple(passed_over), finished)
+    return ResumePoint(newest, state, before, tuple(passed_over), finished, changes)
 
 
 def resharded_from(checkpoint: Path, stage: int, ranks: int) -> str:
@@ -173,3 +197,18 @@ def _check_same_run(new: Mapping[str, object], out: Path, free: set[str]) -> Non
             f"{out} holds a run with another configuration ({listed}): choose another "
             "out=, or give the same settings to resume it"
         )
+
+
+def _check_same_data(data: DataSummary, state: RunState, out: Path, allowed: bool) -> str:
+    """How the data differ from a checkpoint's, in words; ValueError where they may not.
+
+    Checkpoints of before the data were recorded are taken as they are.
+    """
+    changes = data.changes(state.data) if state.data is not None else ""
+    if changes and not allowed:
+        raise ValueError(
+            f"{out} holds a run on other data ({changes}): give the same data, choose another out= "
+            f"(train.init={out} starts from its weights), or go on with --allow-data-change, which "
+            "gives the examples another order from here"
+        )
+    return changes

@@ -41,6 +41,8 @@ class RunState:
         attention: backends that the run chose, so that it goes on with the same bits; None where
             it chose none.
         safety: what `NonFiniteGuard` counts. (The name is that of the file format.)
+        data: fingerprint of the examples (`DataSummary.to_record`); None in checkpoints of before
+            it was recorded.
     """
 
     metadata: Mapping[str, str | int]
@@ -49,6 +51,7 @@ class RunState:
     world_size: int
     attention: list[str] | None = None
     safety: Mapping[str, object] = field(default_factory=dict)
+    data: Mapping[str, object] | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> RunState:

@@ -39,6 +39,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="auto continues the run in out= if there is one; never refuses such a folder",
     )
     command.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="resume though the data are not those of the checkpoint (other number of examples, "
+        "classes or files); the order of examples is then another one",
+    )
+    command.add_argument(
         "--dry-run",
         action="store_true",
         help="rehearse: open data, weights and checkpoint as the run would, say what was found, "
@@ -68,7 +74,12 @@ def run(options: argparse.Namespace) -> int:
     check(config, world_size())
     try:
         with roll_call():
-            result = train(config, resume=options.resume, recipe=options.recipe)
+            result = train(
+                config,
+                resume=options.resume,
+                recipe=options.recipe,
+                allow_data_change=options.allow_data_change,
+            )
     except TrainingDiverged as error:
         return report(error, FAILED)
     except SaveError as error:  # every rank has it, one line is enough

@@ -7,10 +7,12 @@ from mixflow_fast.data.latents import Latents
 from mixflow_fast.data.loader import BatchLoader
 from mixflow_fast.data.order import sample_index
 from mixflow_fast.data.registry import build_dataset
+from mixflow_fast.data.summary import DataSummary
 
 __all__ = [
     "Batch",
     "BatchLoader",
+    "DataSummary",
     "Dataset",
     "Digits",
     "ImageFolder",

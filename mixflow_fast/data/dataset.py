@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mixflow_fast.data.summary import DataSummary
 from mixflow_fast.kernels.philox import Stream, uniform
 
 
@@ -64,6 +65,10 @@ class Dataset(Protocol):
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
         """The samples `indices`, (B,) int64 in [0, len); random numbers from `positions`, (B,)."""
+        ...
+
+    def summary(self) -> DataSummary:
+        """What the data are; cheap, and the same wherever they are mounted."""
         ...
 
 

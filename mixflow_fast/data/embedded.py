@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.data.dataset import Batch, check_indices, random_flip
+from mixflow_fast.data.summary import DataSummary, digest_of
 
 SPLITS = ("train", "heldout", "all")
 
@@ -96,6 +97,10 @@ class Photos:
             x = random_flip(x, positions, seed)
         return Batch(x, photo, positions)
 
+    def summary(self) -> DataSummary:
+        """As `Dataset.summary`; the digest is of the name."""
+        return _summary(self, [file.partition(".")[0] for file in self.files])
+
 
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, mapped to [-1, 1].
@@ -131,3 +136,18 @@ class Digits:
         check_indices(indices, positions, len(self))
         x = self._x[indices].repeat_interleave(self._factor, -1)
         return Batch(x.repeat_interleave(self._factor, -2), self._y[indices], positions)
+
+    def summary(self) -> DataSummary:
+        """As `Dataset.summary`; the digest is of the name."""
+        return _summary(self, [str(digit) for digit in range(self.num_classes)])
+
+
+def _summary(dataset: Photos | Digits, class_names: list[str]) -> DataSummary:
+    return DataSummary(
+        unit="images",
+        examples=len(dataset),
+        classes=dataset.num_classes,
+        shape=dataset.shape,
+        digest=digest_of([dataset.name.encode()]),
+        class_names=tuple(class_names),
+    )

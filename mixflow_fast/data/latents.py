@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.data.dataset import Batch, check_indices
-from mixflow_fast.data.npy_files import load_npy, open_npz, read_dataset_json
+from mixflow_fast.data.foreign import describe_foreign
+from mixflow_fast.data.latent_statistics import Statistics
+from mixflow_fast.data.npy_files import check_listed, load_npy, open_npz, read_dataset_json
 from mixflow_fast.data.paired_images import PairedImages, numbered
+from mixflow_fast.data.summary import DataSummary, digest_of, sample_rows
+from mixflow_fast.files import existing_path
 from mixflow_fast.kernels.philox import Stream, normal
 
 if TYPE_CHECKING:
     import numpy as np
+
+_LOOKED_INTO = 64  # rows of each array whose content is in the fingerprint
+_MEASURED = 256  # examples that mean and std are of
+_PASS_MOMENTS = "pass moments=True (data.moments=true)"
 
 
 class Latents:
@@ -42,7 +50,7 @@ class Latents:
         x = scale * (mean + std * normal(seed, Stream.POSTERIOR, position))
 
     Args:
-        path: one of the layouts above.
+        path: one of the layouts above; `~` is expanded.
         scale: multiplies the latents (0.18215 for Stable Diffusion's autoencoder).
         moments: the stored channels are mean | std; x then has half of them.
         features: None takes features that lie with the latents, False ignores them, a path is
@@ -52,8 +60,9 @@ class Latents:
         num_classes: classes of the model; None is the largest label + 1.
 
     Raises:
-        ValueError: missing or pickled arrays, another shape, dtype or count, labels out of range,
-            an odd number of channels with `moments`; in `get`, a negative std or a bad file.
+        ValueError: missing or pickled arrays, files of a dataset.json that are not there, another
+            shape, dtype or count, labels out of range, an odd number of channels with `moments`;
+            in `get`, a negative std or a bad file.
     """
 
     def __init__(
@@ -69,10 +78,10 @@ class Latents:
             raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
         if features is True:
             raise ValueError("features must be None, False or the path of a .npy, got True")
-        root = Path(path)
+        root = existing_path(path)
         self._x, labels, stored = _open(root, moments, with_features=features is None)
         if features:
-            stored = load_npy(Path(features))
+            stored = load_npy(existing_path(features, "features"))
         self._features = stored
         _check_array("latents", self._x, "(N, C, H, W)", root)
         count, channels, height, width = self._x.shape
@@ -81,7 +90,7 @@ class Latents:
         if moments and channels % 2:
             raise ValueError(
                 f"moments=True needs an even number of channels (mean | std), got {channels} in "
-                f"{str(path)!r}; pass moments=False if they are plain latents"
+                f"{str(path)!r}; pass moments=False (data.moments=false) if they are plain latents"
             )
         if stored is not None:
             _check_array("features", stored, "(N, T, z)", root)
@@ -95,7 +104,7 @@ class Latents:
             rows = not isinstance(self._x, _FilePerSample)
             numbers = list(range(count)) if rows else self._x.numbers(str(root / "dataset.json"))
             self._images = PairedImages(images, numbers, self._y, rows)
-        self._scale, self._moments = float(scale), moments
+        self.scale, self.moments, self._root = float(scale), moments, root
         self.num_classes = int(self._y.max()) + 1 if num_classes is None else num_classes
         self.shape = (channels // 2 if moments else channels, height, width)
         self.name = f"latents-{root.resolve().stem}"
@@ -106,21 +115,62 @@ class Latents:
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
         """As `Dataset.get`: x (B, C, H, W); features (B, T, z) and images uint8, or None."""
         check_indices(indices, positions, len(self))
-        rows = indices.numpy()
-        x = _to_float32(self._x[rows])
-        if self._moments:
+        features = None if self._features is None else _to_float32(self._features[indices.numpy()])
+        images = None if self._images is None else self._images.get(indices.tolist())
+        x = self._draw(indices, positions, seed)
+        return Batch(x, self._y[indices], positions, features, images)
+
+    def summary(self) -> DataSummary:
+        """As `Dataset.summary`; the digest is of names, shapes, labels and some rows' content."""
+        parts = [self._y.numpy().tobytes()]
+        if isinstance(self._x, _FilePerSample):
+            parts += self._x.names(self._root)
+        for array in (self._x, self._features):
+            if array is not None:
+                parts += _identity(array)
+        if self._images is not None:
+            parts += self._images.identity(_LOOKED_INTO)
+        return DataSummary(
+            unit="latents",
+            examples=len(self),
+            classes=self.num_classes,
+            shape=self.shape,
+            digest=digest_of(parts),
+        )
+
+    def statistics(self) -> Statistics:
+        """Mean and std of x over a fixed sample of examples, every number of them alike.
+
+        Raises:
+            ValueError: as `get`, for moments that are none.
+        """
+        rows = torch.tensor(sample_rows(len(self), _MEASURED))
+        std, mean = torch.std_mean(self._draw(rows, rows, 0), correction=0)
+        return Statistics(len(rows), float(mean), float(std), self.scale)
+
+    def _draw(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
+        """x1 (B, C, H, W) of some samples."""
+        x = _to_float32(self._x[indices.numpy()])
+        if self.moments:
             mean, std = x.chunk(2, dim=1)
             if (std < 0).any():
                 bad = int(indices[(std < 0).flatten(1).any(1)][0])
                 raise ValueError(
-                    f"std channels must be >= 0, got one < 0 in sample {bad} of {self.name}: "
-                    "is it the log-variance? Store exp(logvar / 2)"
+                    f"std channels must be >= 0, got one < 0 in sample {bad} of {self.name}: is it "
+                    "the log-variance? Store exp(logvar / 2). Are they plain latents, not mean | "
+                    "std? Pass moments=False (data.moments=false)"
                 )
             noise = normal(seed, Stream.POSTERIOR, positions, math.prod(self.shape))
             x = mean + std * noise.view_as(mean)
-        features = None if self._features is None else _to_float32(self._features[rows])
-        images = None if self._images is None else self._images.get(indices.tolist())
-        return Batch(x * self._scale, self._y[indices], positions, features, images)
+        return x * self.scale
+
+
+def _identity(array: np.ndarray | _FilePerSample) -> list[bytes]:
+    """What tells an array from others, for a fingerprint: shape, dtype, some rows."""
+    import numpy as np
+
+    content = array[np.array(sample_rows(array.shape[0], _LOOKED_INTO))]
+    return [f"{array.shape} {array.dtype}".encode(), content.tobytes()]
 
 
 class _FilePerSample:
@@ -136,6 +186,11 @@ class _FilePerSample:
     def numbers(self, where: str) -> list[int]:
         """The number in each file's name; ValueError if two are the same."""
         return list(numbered(map(str, self._files), where))
+
+    def names(self, root: Path) -> list[bytes]:
+        """Their names in a folder, for a fingerprint."""
+        start = len(str(root / "_")) - 1
+        return [os.fsencode("\0".join(str(file)[start:] for file in self._files))]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -166,7 +221,14 @@ def _open(root: Path, moments: bool, with_features: bool) -> _Stored:
         return _open_npz(root, moments, with_features)
     if root.is_dir() or (root.suffix == ".npy" and root.is_file()):
         return _open_npy(root, moments, with_features)
-    raise ValueError(f"path must be a .npz, a .npy or a folder of latents, got {str(root)!r}")
+    raise ValueError(
+        f"path must be a .npz, a .npy or a folder of latents, got {str(root)!r}{_because(root)}"
+    )
+
+
+def _because(root: Path) -> str:
+    foreign = describe_foreign(root, "latents")
+    return f"; {foreign}" if foreign else ""
 
 
 def _to_float32(array: np.ndarray) -> Tensor:
@@ -210,9 +272,12 @@ def _choose(found: list[str], moments: bool, path: Path) -> str:
     if len(usable) == 1:
         return usable[0]
     if found == ["moments"]:
-        raise ValueError(f"{str(path)!r} holds 'moments' (mean | std): pass moments=True")
+        raise ValueError(f"{str(path)!r} holds 'moments' (mean | std): {_PASS_MOMENTS}")
     problem = f"both {' and '.join(usable)}" if usable else "none of them"
-    raise ValueError(f"{str(path)!r} must hold one of latents, x, moments, got {problem}")
+    raise ValueError(
+        f"{str(path)!r} must hold one of latents, x, moments, got {problem}"
+        f"{'' if usable else _because(path)}"
+    )
 
 
 def _open_npz(path: Path, moments: bool, with_features: bool) -> _Stored:
@@ -262,9 +327,13 @@ def _open_dataset_json(root: Path, moments: bool) -> _Stored:
     names = sorted(labels)
     for name in names:
         if not name.endswith(".npy"):
-            raise ValueError(f"{str(index)!r} must list .npy latents, got {name!r}")
+            raise ValueError(
+                f"{str(index)!r} must list .npy latents, got {name!r}: a folder of latents has a "
+                "dataset.json of its own; images of latents are given as images (data.images)"
+            )
     if not moments and "mean-std" in names[0]:
         # By its name alone: four channels of each look like plain latents of eight.
-        raise ValueError(f"{str(root)!r} holds mean | std per image: pass moments=True")
+        raise ValueError(f"{str(root)!r} holds mean | std per image: {_PASS_MOMENTS}")
+    check_listed(root, names)
     samples = _FilePerSample([root / name for name in names])
     return _Stored(samples, np.array([labels[name] for name in names]), None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zipfile import BadZipFile
@@ -41,11 +44,43 @@ def read_dataset_json(root: Path) -> dict[str, object]:
     """{file name: label} of `root/dataset.json`, {"labels": [[file, label], ...]}; not empty."""
     index = root / "dataset.json"
     try:
-        labels = {str(name): label for name, label in json.loads(index.read_text())["labels"]}
+        rows = json.loads(index.read_text())["labels"]
+        labels = {str(name): label for name, label in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{str(index)!r} must be {{"labels": [[file, label], ...]}}, got {error!r}'
         ) from error
     if not labels:
         raise ValueError(f"{str(index)!r} lists no sample")
+    if len(labels) < len(rows):
+        raise ValueError(
+            f"{str(index)!r} lists {len(rows) - len(labels)} of its {len(rows)} files twice"
+        )
     return labels
+
+
+def check_listed(root: Path, names: Iterable[str]) -> None:
+    """Refuse a dataset.json that lists files which are not there.
+
+    One listing a folder: on a network disk a look at each of a million files takes minutes.
+
+    Args:
+        root: folder of the dataset.json.
+        names: files that it lists, relative to it.
+    """
+    by_folder: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_folder[os.path.dirname(name)].append(os.path.basename(name))
+    listed, missing = 0, []
+    for folder, files in by_folder.items():
+        try:
+            there = set(os.listdir(root / folder))
+        except OSError:
+            there = set()
+        listed += len(files)
+        missing += [os.path.join(folder, name) for name in files if name not in there]
+    if missing:
+        raise ValueError(
+            f"{str(root / 'dataset.json')!r} lists {listed:,} files, of which {len(missing):,} are "
+            f"not there, such as {missing[0]!r}: copy what is missing, or take it out of the list"
+        )

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.npy_files import load_npy, open_npz, read_dataset_json
+from mixflow_fast.data.decoding import decode_rgb
+from mixflow_fast.data.npy_files import check_listed, load_npy, open_npz, read_dataset_json
+from mixflow_fast.data.summary import sample_rows
+from mixflow_fast.files import existing_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +55,10 @@ class PairedImages:
     * `set.npy` (memory-mapped) or `set.npz` (its array `images`, or its only one; held in memory),
       uint8 (N, 3, H, H) or (N, H, H, 3): row n is the image of latent number n.
 
+    Files become RGB by the rule of `data/decoding.py`, that of training images.
+
     Args:
-        path: one of the layouts above.
+        path: one of the layouts above; `~` is expanded.
         numbers: the latents' numbers, in their order: digits of the file names, or row numbers.
         labels: (N,) the latents' classes; one that `dataset.json` gives otherwise shows that the
             images are of another set.
@@ -68,12 +73,13 @@ class PairedImages:
     def __init__(
         self, path: str | os.PathLike[str], numbers: list[int], labels: Tensor, rows: bool
     ) -> None:
-        root = Path(path)
-        self._name = str(path)
+        root = existing_path(path, "images")
+        self._name, self._root = str(path), root
+        self._files: list[str] = []
         self._array: np.ndarray | None = None
         if (root / "dataset.json").is_file():
             self._files = _pair_files(root, numbers, labels)
-            self.size = _decode_rgb(self._files[0]).shape[0]  # the others are checked when read
+            self.size = _decode(self._files[0]).shape[0]  # the others are checked when read
         elif root.suffix in (".npy", ".npz") and root.is_file():
             self._array, self._last = _open_array(root)
             count, self._numbers = len(self._array), numbers
@@ -103,7 +109,7 @@ class PairedImages:
             return picked.permute(0, 3, 1, 2).contiguous() if self._last else picked
         out = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
         for place, row in enumerate(rows):
-            image = _decode_rgb(self._files[row])
+            image = _decode(self._files[row])
             if image.shape != out.shape[1:]:
                 raise ValueError(
                     f"{self._files[row]!r} must be {self.size} x {self.size} pixels like the first "
@@ -111,6 +117,18 @@ class PairedImages:
                 )
             out[place] = image
         return out.permute(0, 3, 1, 2).contiguous()
+
+    def identity(self, most: int) -> list[bytes]:
+        """What tells these images from others, for a fingerprint.
+
+        Args:
+            most: rows of an array that are looked into.
+        """
+        if self._array is None:
+            start = len(os.path.join(self._root, ""))  # of the names that `_pair_files` gave
+            return [b"\0".join(os.fsencode(file[start:]) for file in self._files)]
+        rows = sample_rows(len(self._array), most)
+        return [repr(self._array.shape).encode(), self._array[rows].tobytes()]
 
 
 def _pair_files(root: Path, numbers: list[int], labels: Tensor) -> list[str]:
@@ -132,8 +150,9 @@ def _pair_files(root: Path, numbers: list[int], labels: Tensor) -> list[str]:
                 f"{index!r} gives {name!r} the label {listed[name]!r}, its latent has {label}: "
                 "latents and images must come from one data set"
             )
-        files.append(os.path.join(root, name))
-    return files
+        files.append(name)
+    check_listed(root, files)
+    return [os.path.join(root, name) for name in files]
 
 
 def _open_array(path: Path) -> tuple[np.ndarray, bool]:
@@ -159,16 +178,11 @@ def _open_array(path: Path) -> tuple[np.ndarray, bool]:
     return array, not first
 
 
-def _decode_rgb(file: str) -> Tensor:
+def _decode(file: str) -> Tensor:
     """(H, H, 3) uint8."""
     import numpy as np
-    from PIL import Image as pil
 
-    try:
-        with pil.open(file) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {file!r}: {error}") from error
+    pixels = torch.from_numpy(np.array(decode_rgb(file)))
     if pixels.shape[0] != pixels.shape[1]:
         raise ValueError(
             f"{file!r} must be square, as it was cropped for its latent, got {pixels.shape[1]} x "

@@ -58,7 +58,7 @@ class StartRow(_Step, total=False):
     Keys:
         clock: "data_at_1" or "noise_at_1", the network's.
         environment: the fields of `environment.Environment`.
-        objective, network, averages: sentences.
+        objective, network, averages, data: sentences.
     """
 
     kind: Literal["start"]
@@ -71,6 +71,7 @@ class StartRow(_Step, total=False):
     objective: str
     network: str
     averages: str
+    data: str
     environment: dict[str, str | int | None]
 
 

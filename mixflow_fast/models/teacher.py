@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mixflow_fast.files import existing_path
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
@@ -93,7 +95,10 @@ class TeacherFiles:
         Raises:
             ValueError: no such folder, no weights in it, or not a DINOv2.
         """
-        folder = Path(path)
+        try:
+            folder = existing_path(path, "teacher.path")
+        except ValueError as error:
+            raise ValueError(f"{error}; {_DOWNLOAD}") from None
         file = folder / "config.json"
         if not file.is_file():
             what = "holds no config.json" if folder.is_dir() else "is not a folder"

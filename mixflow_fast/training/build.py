@@ -22,6 +22,7 @@ from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.data.dataset import without_flips
 from mixflow_fast.evaluation.validation_loss import ValidationData
+from mixflow_fast.files import existing_path
 from mixflow_fast.models import Execution, Transformer, build
 from mixflow_fast.models.teacher import Teacher, TeacherFiles
 from mixflow_fast.objective.mixflow import MixFlow
@@ -114,26 +115,51 @@ def build_objective(section: ObjectiveConfig, clock: str, seed: int) -> MixFlow:
 
 
 def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
-    """The training examples; ValueError if they do not fit the model."""
+    """The training examples.
+
+    Raises:
+        ValueError: data that are not there or of another format, with the settings that name them;
+            data that do not fit the model.
+    """
+    given = {name: getattr(section, name) for name in ("path", "images", "features")}
+    given = {f"data.{name}": path for name, path in given.items() if path is not None}
+    for name, path in given.items():  # before a word about formats
+        existing_path(path, name)
     options = {name: getattr(section, name) for name in DATA_FIELDS[section.kind]}
     if section.kind == "latents":
         options["features"] = section.features or False
         options["images"] = section.images
     elif options["size"] is None:
         options["size"] = model.input_size
-    dataset = build_dataset(section.kind, **options)
-    expected = (model.in_channels, model.input_size, model.input_size)
-    if tuple(dataset.shape) != expected:
-        raise ValueError(
-            f"data gives examples of shape {tuple(dataset.shape)}, the model takes {expected}: set "
-            "model.in_channels and model.input_size, or data.size"
-        )
+    try:
+        dataset = build_dataset(section.kind, **options)
+    except ValueError as error:
+        settings = ", ".join(f"{name}={path}" for name, path in given.items())
+        raise ValueError(f"{error} ({settings})" if settings else str(error)) from error
+    _check_shape(dataset.shape, section, model)
     if dataset.num_classes > model.num_classes:
         raise ValueError(
             f"data has {dataset.num_classes} classes, the model only {model.num_classes}: set "
             "model.num_classes"
         )
     return dataset
+
+
+def _check_shape(shape: tuple[int, int, int], section: DataConfig, model: ModelConfig) -> None:
+    expected = (model.in_channels, model.input_size, model.input_size)
+    if tuple(shape) == expected:
+        return
+    way_out = "set model.in_channels and model.input_size, or data.size"
+    doubled = (2 * shape[0], *shape[1:]) if section.moments else (shape[0] / 2, *shape[1:])
+    if section.kind == "latents" and doubled == expected:
+        way_out = (
+            "they are plain latents, not mean | std: set data.moments=false"
+            if section.moments
+            else "they are mean | std of a posterior: set data.moments=true"
+        )
+    raise ValueError(
+        f"data gives examples of shape {tuple(shape)}, the model takes {expected}: {way_out}"
+    )
 
 
 def build_validation(section: DataConfig, model: ModelConfig, dataset: Dataset) -> ValidationData:

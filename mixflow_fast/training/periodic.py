@@ -14,13 +14,44 @@ from pathlib import Path
 
 import torch
 
-from mixflow_fast.evaluation.validation_loss import GRID, TIMES, ValidationLoss, bin_centers
+from mixflow_fast.config.schema import TrainConfig
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.evaluation.validation_loss import (
+    GRID,
+    TIMES,
+    ValidationData,
+    ValidationLoss,
+    bin_centers,
+)
 from mixflow_fast.messages import error_line
 from mixflow_fast.models import Transformer
+from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
 from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.nonfinite_guard import NonFiniteGuard
+
+
+def validation_loss(
+    data: ValidationData | None,
+    mix: MixFlow,
+    device: torch.device,
+    section: TrainConfig,
+    host_group: HostGroup,
+) -> ValidationLoss | None:
+    """This rank's share of the losses on examples to validate on; None where there are none."""
+    if data is None:
+        return None
+    return ValidationLoss(
+        data,
+        mix,
+        device,
+        examples=section.validate_examples,
+        batch_size=section.microbatch_size,
+        rank=host_group.rank,
+        ranks=host_group.ranks,
+        all_gather=host_group.all_gather,
+    )
 
 
 class WatchedCopy:

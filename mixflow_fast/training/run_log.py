@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from mixflow_fast.config.schema import TrainConfig
 from mixflow_fast.metrics.loggers import Loggers
 from mixflow_fast.metrics.metrics_file import MetricsFile
 from mixflow_fast.metrics.progress import Progress
@@ -19,8 +20,7 @@ class RunLog:
         out: run folder.
         step: optimizer steps done.
         total: optimizer steps of the whole run.
-        global_batch_size: images a step.
-        loggers: names of copies of metrics.jsonl.
+        section: the section `train`, for the images a step and the copies of metrics.jsonl.
         config: the configuration as plain values, for the loggers.
         writes: whether this rank is the one that writes rows.
         quiet: print nothing.
@@ -32,13 +32,12 @@ class RunLog:
         step: int,
         total: int,
         *,
-        global_batch_size: int,
-        loggers: tuple[str, ...],
+        section: TrainConfig,
         config: Mapping[str, object],
         writes: bool,
         quiet: bool,
     ) -> None:
-        self._batch = global_batch_size
+        self._batch, loggers = section.global_batch_size, section.loggers
         self._progress = Progress(total, step, out.name, quiet)
         self._metrics: MetricsFile | None = None
         if writes:
@@ -61,6 +60,12 @@ class RunLog:
     def log(self, text: str) -> None:
         """A line for people."""
         self._progress.log(text)
+
+    def start(self, step: int, facts: Mapping[str, str], **values: object) -> None:
+        """The row "start", and its sentences as the first lines for people."""
+        for name, words in facts.items():
+            self.log(f"{name}: {words}")
+        self.row("start", step, **values, **facts)
 
     def step(self) -> None:
         """One more optimizer step is queued."""

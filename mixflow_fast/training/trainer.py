@@ -25,7 +25,6 @@ from mixflow_fast.distributed import lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
-from mixflow_fast.evaluation.validation_loss import ValidationLoss
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.choice import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
@@ -37,6 +36,7 @@ from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import RunParts, build_run
+from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.engine import Engine
@@ -53,6 +53,7 @@ from mixflow_fast.training.periodic import (
     Previews,
     Validation,
     WatchedCopy,
+    validation_loss,
 )
 from mixflow_fast.training.run_log import RunLog
 from mixflow_fast.training.step_record import StepOutput, StepRecord
@@ -86,6 +87,7 @@ class Trainer:
             that already holds one.
         quiet: print no progress.
         recipe: where the configuration came from, for the run's report.
+        allow_data_change: resume though the data are not those of the checkpoint.
 
     Attributes:
         step: optimizer steps done.
@@ -102,7 +104,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, resume: str = "auto", quiet: bool = False, recipe: str | None = None
+        self,
+        config: Config,
+        resume: str = "auto",
+        quiet: bool = False,
+        recipe: str | None = None,
+        allow_data_change: bool = False,
     ) -> None:
         if resume not in ("auto", "never"):
             raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
@@ -119,9 +126,11 @@ class Trainer:
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = HostGroup(process_group.timeout())
+        self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
         try:
-            self._start = find(config, self._folder, ranks, resume)
+            data, allowed = self._data.summary, allow_data_change
+            self._start = find(config, self._folder, ranks, data, resume, allowed)
             self._start.fill(self.model, config.train.init)
             self.alignment.move_teacher()
             self.model.set_execution(parts.execution)
@@ -273,6 +282,7 @@ class Trainer:
             world_size=self.host_group.ranks,
             attention=[choice.backend for choice in self.attention] or None,
             safety=asdict(self.guard.state),
+            data=self._data.summary.to_record(),
         )
         path = writer.commit(state, c.keep_last, c.keep_every)
         self._saved, self._resharded = self.step, False
@@ -290,8 +300,7 @@ class Trainer:
 
     def _wants_a_checkpoint_first(self) -> bool:
         """Whether there is nothing to go back to: no checkpoint, or shards cut for other ranks."""
-        none = self._saved < 0 or self._resharded
-        return self.config.train.on_nonfinite == "rollback" and none
+        return self.config.train.on_nonfinite == "rollback" and (self._saved < 0 or self._resharded)
 
     def _learning_rate(self, images_seen: int) -> float:
         p = self.config.optim
@@ -336,18 +345,7 @@ class Trainer:
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
-        self._validation: ValidationLoss | None = None
-        if parts.validation is not None:
-            self._validation = ValidationLoss(
-                parts.validation,
-                self.mix,
-                self.device,
-                examples=c.validate_examples,
-                batch_size=c.microbatch_size,
-                rank=group.rank,
-                ranks=group.ranks,
-                all_gather=group.all_gather,
-            )
+        self._validation = validation_loss(parts.validation, self.mix, self.device, c, group)
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
@@ -392,8 +390,7 @@ class Trainer:
             self.out,
             self.step,
             self.config.steps,
-            global_batch_size=c.global_batch_size,
-            loggers=c.loggers,
+            section=c,
             config=self.config.to_dict(),
             writes=self.host_group.rank == 0 and not self._start.finished,
             quiet=self.quiet,
@@ -402,22 +399,20 @@ class Trainer:
             "objective": f"{self.objective} on {self.device}",
             "network": self.describe_network(),
             "averages": describe_averages(self.config.optim, self.config.steps),
+            "data": self._data.what,
         }
-        for name, words in facts.items():
-            log.log(f"{name}: {words}")
-        log.row(
-            "start",
+        log.start(
             self.step,
+            facts,
             ranks=self.host_group.ranks,
             clock=self.model.clock,
             train_gflops_per_image=self._train_flops / 1e9,
             recipe=self._recipe,
             environment=current_environment(self.device).to_dict(),
-            **facts,
         )
         if c.preview_every:
             log.log(f"previews: {self.out / 'previews'}: {caption(self._previews)}")
-        for line in messages:
+        for line in (*self._data.lines[1:], *messages):
             log.log(line)
         self.guard.log = log.log
         return log
@@ -444,7 +439,11 @@ class Trainer:
 
 
 def train(
-    config: Config, resume: str = "auto", quiet: bool = False, recipe: str | None = None
+    config: Config,
+    resume: str = "auto",
+    quiet: bool = False,
+    recipe: str | None = None,
+    allow_data_change: bool = False,
 ) -> TrainResult:
     """Build a `Trainer` and run it; arguments and errors as there."""
-    return Trainer(config, resume=resume, quiet=quiet, recipe=recipe).run()
+    return Trainer(config, resume, quiet, recipe, allow_data_change).run()

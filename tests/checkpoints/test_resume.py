@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.resume import resharded_from
-from mixflow_fast.checkpoints.run_folder import newest_checkpoint
+from mixflow_fast.checkpoints.run_folder import newest_checkpoint, read_state
 from mixflow_fast.checkpoints.shards import full_states, read_layout
 from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models.weights.places import weights_file
 from mixflow_fast.training.trainer import Trainer, train
+from tests.support.command_line import run
+from tests.support.datasets import write_classes
+from tests.support.launchers import ranks_of
 from tests.support.resume_ranks import recording
 from tests.support.runs import ROOT, settings, tiny
 
@@ -147,16 +151,111 @@ def test_weights_are_saved_when_asked(tmp_path: Path) -> None:
         train(configured(out, "fp32", 1, 24).replace(**{"train.save_weights": "no"}), quiet=True)
 
 
-def test_what_a_later_release_adds_to_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    train(configured(tmp_path, "fp32", 0, 16), quiet=True)
-    folder = newest_checkpoint(tmp_path)
+def on_folder(out: Path, folder: Path, images: int = 16, *overrides: str) -> Config:
+    data = f"data={{kind: folder, path: {folder}, size: 16}}"
+    return tiny(out, *COMMON, data, f"train.images={images}", *overrides)
+
+
+def test_other_data_are_refused_or_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = write_classes(tmp_path / "set", 16, cat=6, dog=2), tmp_path / "run"
+    train(on_folder(out, folder), quiet=True)
+    recorded = read_state(newest_checkpoint(out)).data
+    assert recorded["examples"] == 8 and recorded["class_names"] == ["cat", "dog"]
+    # The same data in another place are the same data.
+    folder = folder.rename(tmp_path / "mounted")
+    assert train(on_folder(out, folder, 24), quiet=True).step == 3
+    assert "other data" not in capsys.readouterr().err
+
+    shutil.rmtree(folder / "dog")
+    write_classes(folder, 16, ant=1)
+    changes = (
+        "8 examples of 2 classes -> 7 examples of 2 classes; classes added: ant; classes removed: "
+        "dog"
+    )
+    with pytest.raises(ValueError) as refused:
+        train(on_folder(out, folder, 32), quiet=True)
+    assert f"{out} holds a run on other data ({changes}): " in str(refused.value)
+    assert "--allow-data-change" in str(refused.value)
+    assert newest_checkpoint(out).name == "step_00000003"
+    assert train(on_folder(out, folder, 32), allow_data_change=True).step == 4
+    said = capsys.readouterr().err
+    assert f"goes on with other data ({changes}): the order of examples is another one" in said
+    # From then on these are its data.
+    assert train(on_folder(out, folder, 40), quiet=True).step == 5
+
+
+def test_the_same_number_of_other_files(tmp_path: Path) -> None:
+    folder, out = write_classes(tmp_path / "set", 16, cat=2, dog=2), tmp_path / "run"
+    train(on_folder(out, folder), quiet=True)
+    (folder / "dog/1.png").rename(folder / "dog/2.png")
+    with pytest.raises(ValueError, match=r"other files or labels \(digest \w+ -> \w+\)"):
+        train(on_folder(out, folder, 24), quiet=True)
+
+
+def test_a_flag_of_the_command_allows_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        write_classes(tmp_path / name, 16, cat=2, **{name: 2})
+    config = on_folder(tmp_path / "run", tmp_path / "a")
+    train(config, quiet=True)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    command = ["train", tmp_path / "run.yaml", "train.images=24", f"data.path={tmp_path / 'b'}"]
+    code, _, err = run(*command, capsys=capsys)
+    assert code == 2 and "classes added: b; classes removed: a" in err
+    code, _, err = run(*command, "--allow-data-change", capsys=capsys)
+    assert code == 0 and "the order of examples is another one from here" in err
+
+
+def test_checkpoints_of_before_the_data_were_recorded_go_on(tmp_path: Path) -> None:
+    """On the data of the same path, which is all that is known of them."""
+    folder, out = write_classes(tmp_path / "set", 16, cat=2), tmp_path / "run"
+    train(on_folder(out, folder), quiet=True)
+    rewrite_state(newest_checkpoint(out), lambda state: state.pop("data"))
+    with pytest.raises(ValueError, match="data.path: .*set' -> .*other'"):
+        train(on_folder(out, write_classes(tmp_path / "other", 16, cat=2), 24), quiet=True)
+    assert train(on_folder(out, folder, 24), quiet=True).step == 3
+
+
+REFUSES = """
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.training.trainer import Trainer
+try:
+    Trainer(load_config({recipe!r}), quiet=True)
+except ValueError as error:
+    print("REFUSED", error)
+"""
+
+
+def test_all_ranks_refuse_other_data(tmp_path: Path) -> None:
+    folder, out = write_classes(tmp_path / "set", 16, cat=2), tmp_path / "run"
+    train(on_folder(out, folder), quiet=True)
+    write_classes(folder, 16, dog=1)
+    (tmp_path / "run.yaml").write_text(on_folder(out, folder, 24).to_yaml())
+    for code, output in ranks_of(REFUSES.format(recipe=str(tmp_path / "run.yaml"))):
+        assert code == 0 and "REFUSED" in output, output
+        assert "2 examples of 1 class -> 3 examples of 2 classes; classes added: dog" in output
+
+
+def rewrite_state(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change a checkpoint's state.json, and what its manifest says of it."""
     state = json.loads((folder / "state.json").read_text())
-    state["future"] = state["safety"]["future"] = 1
+    change(state)
     (folder / "state.json").write_text(json.dumps(state))
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     entries = {n: manifest.entry(folder / n) for n in names if n != "manifest.json"}
     manifest.write(folder, entries)
+
+
+def test_what_a_later_release_adds_to_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    train(configured(tmp_path, "fp32", 0, 16), quiet=True)
+    folder = newest_checkpoint(tmp_path)
+    rewrite_state(folder, add_future)
     assert train(configured(tmp_path, "fp32", 0, 24), quiet=True).step == 3
+
+
+def add_future(state: dict) -> None:
+    state["future"] = state["safety"]["future"] = state["data"]["future"] = 1
 
 
 def test_a_start_that_fails_lets_go_of_the_folder(

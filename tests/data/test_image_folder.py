@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -75,20 +78,8 @@ def test_flips_follow_the_position_alone(image_folder):
     assert not torch.equal(flipped.get(indices, positions, 6).x, y)
 
 
-def test_grey_and_transparent_images_become_rgb(tmp_path):
-    (tmp_path / "c").mkdir()
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / "c" / "0.png")
-    alpha = np.dstack([grey, grey + 1, grey + 2, grey])
-    Image.fromarray(alpha).save(tmp_path / "c" / "1.png")
-    x = (get(ImageFolder(tmp_path, 8, flip=False), 0, 1).x + 1) * 127.5
-    for channel in range(3):
-        np.testing.assert_allclose(x[0, channel], grey, atol=1e-4)
-        np.testing.assert_allclose(x[1, channel], grey + channel, atol=1e-4)
-
-
 def test_bad_folders_and_images_are_named(image_folder, tmp_path_factory):
-    with pytest.raises(ValueError, match="path must be a folder.*nowhere"):
+    with pytest.raises(ValueError, match="path .*nowhere' does not exist: the last"):
         ImageFolder(image_folder / "nowhere", 16)
     with pytest.raises(ValueError, match="no class folder"):
         ImageFolder(tmp_path_factory.mktemp("empty"), 16)
@@ -102,3 +93,105 @@ def test_bad_folders_and_images_are_named(image_folder, tmp_path_factory):
     (image_folder / "c_empty").mkdir()
     with pytest.raises(ValueError, match="c_empty.*no image"):
         ImageFolder(image_folder, 16)
+
+
+def write_image(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(file, "PNG")
+    return file
+
+
+def test_a_folder_that_is_reached_twice_is_refused(tmp_path):
+    """A loop, a class that is a link to another, a part that is in two classes."""
+    write_image(tmp_path / "set/cat/1.png"), write_image(tmp_path / "set/dog/more/1.png")
+    for link, target in (
+        ("cat/cat", "cat"),
+        ("cat/top", ""),
+        ("ant", "dog"),
+        ("cat/x", "dog/more"),
+    ):
+        (tmp_path / "set" / link).symlink_to(tmp_path / "set" / target)
+        with pytest.raises(ValueError, match="is the same folder as .* would come twice"):
+            ImageFolder(tmp_path / "set", 8)
+        (tmp_path / "set" / link).unlink()
+    # Links to folders and files outside are how subsets are made.
+    write_image(tmp_path / "elsewhere/n1/1.png")
+    (tmp_path / "set/ant").symlink_to(tmp_path / "elsewhere/n1")
+    (tmp_path / "set/dog/2.png").symlink_to(tmp_path / "elsewhere/n1/1.png")
+    dataset = ImageFolder(tmp_path / "set", 8)
+    assert dataset.classes == ["ant", "cat", "dog"] and len(dataset) == 4
+
+
+@pytest.mark.parametrize("link", ["dog", "cat/2.png", "cat/more"])
+def test_links_to_nothing_are_refused(tmp_path, link):
+    """A class that is not mounted would give all after it another label."""
+    write_image(tmp_path / "cat/1.png"), write_image(tmp_path / "eel/1.png")
+    for target in ("/nowhere/at/all", link):  # the second is a link to itself
+        (tmp_path / link).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=rf"{link}' is a broken link, to "):
+            ImageFolder(tmp_path, 8)
+        (tmp_path / link).unlink()
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path):
+    for name in ("train/n01", "train/n02", "val/n01"):
+        write_image(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"are train, val: parts .* such as '.*/train', whose"):
+        ImageFolder(tmp_path, 8)
+    assert ImageFolder(tmp_path / "train", 8).classes == ["n01", "n02"]
+    write_image(tmp_path / "aeroplane/1.png")  # CIFAR-100 has a class train
+    assert ImageFolder(tmp_path, 8).num_classes == 3
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    write_image(tmp_path / "n01440764/n01440764_10026.JPEG"), write_image(tmp_path / "b/c.png")
+    summary = ImageFolder(tmp_path, 8).summary()
+    assert summary.describe() == "2 images, 2 classes, 3 x 8 x 8"
+    assert not summary.notes and not summary.warnings
+    (tmp_path / "b/list.txt").touch(), (tmp_path / "b/.hidden.txt").touch()
+    (note,) = ImageFolder(tmp_path, 8).summary().notes
+    assert note.startswith("files passed over: 1 (.txt 1); read are .png")
+    (tmp_path / "b/1.gif").touch(), (tmp_path / "b/2.GIF").touch()
+    write_image(tmp_path / "0.png")
+    summary = ImageFolder(tmp_path, 8).summary()
+    assert len(summary.warnings) == 2 and not summary.notes
+    assert summary.warnings[0].startswith("files passed over: 3 (.gif 2, .txt 1)")
+    assert "have no class and are passed over: 1, such as 0.png" in summary.warnings[1]
+    (tmp_path / "c").mkdir(), (tmp_path / "c/1.gif").touch()
+    with pytest.raises(ValueError, match="class folder 'c' .* holds no image"):
+        ImageFolder(tmp_path, 8)
+
+
+def test_classes_one_folder_deeper_are_pointed_at(tmp_path):
+    for name in ("a", "b", "c"):
+        write_image(tmp_path / "CLS-LOC" / name / "1.png")
+    (warning,) = ImageFolder(tmp_path, 8).summary().warnings
+    assert "3 folders below, such as CLS-LOC/a, CLS-LOC/b, ... (3 in all)" in warning
+    write_image(tmp_path / "CLS-LOC/1.png")
+    assert not ImageFolder(tmp_path, 8).summary().warnings
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_image(tmp_path / "set/a/1.png")
+    assert len(ImageFolder("~/set", 8)) == 1
+    with pytest.raises(ValueError, match="path '~/sot' does not exist: the last folder of it"):
+        ImageFolder("~/sot", 8)
+
+
+def test_the_digest_is_of_the_data_not_of_where_they_are(tmp_path, monkeypatch):
+    write_image(tmp_path / "set/a/1.png"), write_image(tmp_path / "set/b/1.png")
+    first = ImageFolder(tmp_path / "set", 8).summary()
+    (tmp_path / "set").rename(tmp_path / "moved")
+    os.utime(tmp_path / "moved/a/1.png", (0, 0))
+    monkeypatch.chdir(tmp_path / "moved")
+    for path in (tmp_path / "moved", f"{tmp_path}/moved/", ".", "../moved"):
+        assert ImageFolder(path, 8).summary() == first, path
+    digests = {first.digest}
+    (tmp_path / "moved/b/1.png").rename(tmp_path / "moved/b/2.png")
+    digests.add(ImageFolder(".", 8).summary().digest)
+    Image.new("RGB", (99, 99)).save("b/2.png")
+    digests.add(ImageFolder(".", 8).summary().digest)
+    (tmp_path / "moved/b").rename(tmp_path / "moved/c")
+    digests.add(ImageFolder(".", 8).summary().digest)
+    assert len(digests) == 4

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -125,8 +130,106 @@ def test_log_variances_and_unlabelled_or_unknown_paths_are_refused(tmp_path):
     np.save(tmp_path / "alone.npy", LATENTS)
     with pytest.raises(ValueError, match="alone_labels.npy or labels.npy"):
         Latents(tmp_path / "alone.npy")
-    with pytest.raises(ValueError, match="path must be a .npz, a .npy or a folder"):
+    with pytest.raises(ValueError, match="path .*none.npz' does not exist: the last folder of it"):
         Latents(tmp_path / "none.npz")
+    (tmp_path / "notes.txt").write_text("no latents")
+    with pytest.raises(ValueError, match="path must be a .npz, a .npy or a folder"):
+        Latents(tmp_path / "notes.txt")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 but no archive")
     with pytest.raises(ValueError, match="cannot read the arrays of .*broken.npz"):
         Latents(tmp_path / "broken.npz")
+
+
+def test_plain_latents_taken_for_moments_are_named_as_such(tmp_path):
+    with pytest.raises(ValueError, match=r"log-variance.*plain latents, .*data.moments=false"):
+        Latents(write_npz(tmp_path, LATENTS), moments=True).statistics()
+    np.savez(tmp_path / "m.npz", moments=MOMENTS, y=LABELS)
+    with pytest.raises(ValueError, match=r"data.moments=true"):
+        Latents(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_files_that_are_listed_must_be_there(tmp_path, moments):
+    """Seen when the data are opened, not after hours of training."""
+    write_repa(tmp_path, MOMENTS if moments else LATENTS)
+    (tmp_path / "00001/img-00000004.npy").unlink()
+    message = r"lists 6 files, of which 1 are not there, such as '00001/img-00000004.npy'"
+    with pytest.raises(ValueError, match=message):
+        Latents(tmp_path, moments=moments)
+    shutil.rmtree(tmp_path / "00000")
+    with pytest.raises(ValueError, match="of which 4 are not there"):
+        Latents(tmp_path, moments=moments)
+
+
+def test_a_million_listed_files_cost_one_listing_a_folder(tmp_path, monkeypatch):
+    """On a network disk a look at each file takes minutes."""
+    write_repa(tmp_path, LATENTS)
+    listed, looked_at = [], []
+    listdir, stat = os.listdir, os.stat
+    monkeypatch.setattr(os, "listdir", lambda path: [listed.append(path), listdir(path)][1])
+    monkeypatch.setattr(os, "stat", lambda path, **k: [looked_at.append(path), stat(path, **k)][1])
+    Latents(tmp_path)
+    assert sorted(listed) == [tmp_path / "00000", tmp_path / "00001"]
+    assert sum(".npy" in str(path) and "img-" in str(path) for path in looked_at) <= 1
+
+
+def test_a_file_that_is_listed_twice_is_refused(tmp_path):
+    index = write_repa(tmp_path, LATENTS) / "dataset.json"
+    pairs = json.loads(index.read_text())["labels"]
+    index.write_text(json.dumps({"labels": [*pairs, [pairs[0][0], 1]]}))
+    with pytest.raises(ValueError, match="lists 1 of its 7 files twice"):
+        Latents(tmp_path)
+
+
+SCALED = np.random.RandomState(0).standard_normal((300, 4, 4, 4)).astype(np.float32) / 0.18215
+NUMBERED = np.arange(300) % 7
+
+
+@pytest.mark.parametrize(
+    ("stored", "scale", "cause"),
+    [
+        (SCALED, 0.18215, ""),
+        (SCALED * 0.18215, 1.0, ""),
+        (
+            SCALED * 0.18215,
+            0.18215,
+            r"std of 0.18\d*, expected about 1 .* twice: set data.scale=1$",
+        ),
+        (SCALED, 1.0, r"std of 5.\d*, .* Stable Diffusion's .* set data.scale=0.18215$"),
+        (SCALED * 0.18215**2, 0.18215, r"stored ones have 0.18\d*: check how they were made"),
+        (SCALED * 0, 1.0, "stored ones have 0: check"),
+        (SCALED * np.nan, 1.0, "NaN or infinite"),
+    ],
+)
+def test_a_wrong_scale_is_seen_before_the_first_step(tmp_path, stored, scale, cause):
+    statistics = Latents(write_npz(tmp_path, stored, NUMBERED), scale=scale).statistics()
+    assert statistics.examples == 256
+    assert re.search(cause, statistics.warning()) if cause else not statistics.warning()
+    if not cause:
+        assert abs(statistics.mean) < 0.05 and abs(statistics.std - 1) < 0.05
+        assert re.fullmatch(r"mean \S+, std \S+ after scale \S+ \(256 examples\)",
+                            statistics.describe())  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_digest_is_of_the_data_not_of_where_they_are(tmp_path, write, monkeypatch):
+    def summary(x, labels=LABELS, folder="set", **kwargs):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        (tmp_path / folder).mkdir()
+        return Latents(write(tmp_path / folder, x, labels), **kwargs).summary()
+
+    first = summary(LATENTS)
+    assert first.describe() == "6 latents, 5 classes, 4 x 2 x 3"
+    assert summary(LATENTS, folder="elsewhere") == first
+    if write in (write_folder, write_repa):
+        monkeypatch.chdir(tmp_path / "set")
+        assert Latents(".").summary() == first
+    np.save(tmp_path / "features.npy", FEATURES)
+    others = [
+        summary(LATENTS[:5], LABELS[:5]),
+        summary(LATENTS, LABELS[::-1].copy()),
+        summary(LATENTS[::-1]),
+        summary(LATENTS.astype(np.float16)),
+        summary(LATENTS, features=tmp_path / "features.npy"),
+    ]
+    assert len({first.digest, *(other.digest for other in others)}) == 6

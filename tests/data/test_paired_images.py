@@ -123,8 +123,10 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", a=PIXELS, b=PIXELS)
     with pytest.raises(ValueError, match="must hold the array images, got only a, b"):
         Latents(latents, moments=True, images=tmp_path / "two.npz")
-    with pytest.raises(ValueError, match="images must be a folder with dataset.json"):
+    with pytest.raises(ValueError, match="images .*nowhere' does not exist"):
         Latents(latents, moments=True, images=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="images must be a folder with dataset.json"):
+        Latents(latents, moments=True, images=tmp_path)
 
     folder = write_images(tmp_path / "images", NUMBERS)
     dataset = Latents(latents, moments=True, images=folder)
@@ -138,3 +140,37 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
     last.unlink()
     with pytest.raises(ValueError, match="cannot read the image .*img00000037.png"):
         dataset.get(torch.tensor([3]), torch.tensor([0]), 0)
+
+
+def test_images_are_decoded_by_the_rule_of_training_images(tmp_path: Path) -> None:
+    latents = write_latents(tmp_path / "latents")
+    folder = write_images(tmp_path / "images", NUMBERS)
+    Image.fromarray(np.full((6, 6), 40_000, np.uint16)).save(folder / "00000/img00000012.png")
+    clear = np.dstack([PIXELS[3], np.zeros((6, 6), np.uint8)])
+    Image.fromarray(clear).save(folder / "00000/img00000003.png")
+    dataset = Latents(latents, moments=True, images=folder)
+    found = dataset.get(torch.arange(4), torch.arange(4), 0).images
+    assert (found[2] == 40_000 >> 8).all() and (found[0] == 255).all()
+
+
+def test_images_that_are_listed_must_be_there(tmp_path: Path) -> None:
+    latents = write_latents(tmp_path / "latents")
+    folder = write_images(tmp_path / "images", [*NUMBERS, 20])
+    (folder / "00002/img00000020.png").unlink()  # of no latent
+    Latents(latents, moments=True, images=folder)
+    (folder / "00001/img00000037.png").unlink()
+    with pytest.raises(ValueError, match=r"lists 4 files, of which 1 .* '00001/img00000037.png'"):
+        Latents(latents, moments=True, images=folder)
+
+
+def test_other_images_are_other_data(tmp_path: Path) -> None:
+    latents = write_latents(tmp_path / "latents")
+    folder = write_images(tmp_path / "images", NUMBERS)
+    np.save(tmp_path / "a.npy", PIXELS)
+    np.save(tmp_path / "b.npy", 255 - PIXELS)
+    given = (None, folder, tmp_path / "a.npy", tmp_path / "b.npy")
+    found = [Latents(latents, moments=True, images=images).summary().digest for images in given]
+    assert len(set(found)) == 4
+    folder.rename(tmp_path / "moved")
+    moved = Latents(latents, moments=True, images=tmp_path / "moved").summary()
+    assert moved.digest == found[1]

@@ -188,7 +188,7 @@ def test_missing_and_foreign_files_say_what_to_download(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     tiny = folders["dinov2"]
-    with pytest.raises(ValueError, match=r"is not a folder: .*facebook/dinov2-base"):
+    with pytest.raises(ValueError, match=r"teacher.path .*does not exist.*facebook/dinov2-base"):
         Teacher(tmp_path / "none", 4)
     with pytest.raises(ValueError, match=r"holds no config.json: .*facebook/dinov2-base"):
         Teacher(tmp_path, 4)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mixflow_fast.data import Latents
 
@@ -33,6 +34,17 @@ LATENTS = np.random.RandomState(3).standard_normal((6, 4, 2, 3)).astype(np.float
 MOMENTS = np.abs(LATENTS) + np.float32(0.1)
 LABELS = np.array([0, 2, 1, 2, 0, 4])
 FEATURES = np.random.RandomState(4).standard_normal((6, 5, 7)).astype(np.float16)
+
+
+def write_classes(folder, size=8, **images):
+    """Class folders with so many images each: write_classes(folder, cat=6, dog=2)."""
+    for name, count in images.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (size, size), (20 * number, 0, 0)).save(
+                folder / name / f"{number}.png"
+            )
+    return folder
 
 
 def write_npz(folder, x, labels=LABELS, **more):

@@ -121,7 +121,7 @@ def test_time_spent_looking_is_not_trainings(tmp_path: Path, monkeypatch) -> Non
             time.sleep(0.5)
             return super().__call__(net)
 
-    monkeypatch.setattr("mixflow_fast.training.trainer.ValidationLoss", Slow)
+    monkeypatch.setattr("mixflow_fast.training.periodic.ValidationLoss", Slow)
     extra = ["train.images=16", "train.log_every=2", "train.validate_every=1"]
     trainer = Trainer(tiny(tmp_path, *extra, "train.validate_examples=1"), quiet=True)
     started = time.perf_counter()
