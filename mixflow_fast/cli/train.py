@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.overrides)
     if options.dry_run:
         if rank() == 0:
-            for line in rehearse(config, options.resume):
+            for line in rehearse(config, options.resume, options.allow_data_change):
                 print(line, file=sys.stderr)
             print(config.to_yaml(), end="")
         return 0

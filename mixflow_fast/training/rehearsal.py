@@ -22,6 +22,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.models import Execution, Transformer
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.training.build import build_run
+from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.engine import import_deepspeed
 
 # Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
@@ -32,12 +33,12 @@ _KEPT_WITH_CHECKPOINTING = {"elementwise": 12.1, "selective": 6.0, "full": 1.0}
 _READING_S = 1.0
 
 
-def rehearse(config: Config, resume: str = "auto") -> list[str]:
+def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = False) -> list[str]:
     """Open everything that a run needs, and say what was found. One rank does it for all.
 
     Args:
         config: configuration of the run.
-        resume: as for `train`.
+        resume, allow_data_change: as for `train`.
 
     Returns:
         lines for people.
@@ -50,15 +51,17 @@ def rehearse(config: Config, resume: str = "auto") -> list[str]:
     import_deepspeed()
     device = process_group.local_device(config.train.device)
     parts = build_run(config, device)
+    data = describe_data(parts.dataset, config.data, config.model)
     folder = RunFolder(Path(config.out), HostGroup.alone(), rehearsal=True)
     try:
-        start = find(config, folder, ranks, resume)
+        start = find(config, folder, ranks, data.summary, resume, allow_data_change)
         start.fill(parts.model, config.train.init)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
     rate = _reading_rate(parts.dataset, microbatch, config.data.workers)
     return [
+        *data.lines,
         f"model: {_describe_model(config.model, parts.model)}",
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers="
