@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, checksums, and paths that users give.
+"""Paths that users give, atomic writes of files and folders, and checksums.
 
 All lasting files of this package are written through `replacing`: under another name first, then
 flushed to the disk and renamed. An interruption leaves the file that was there before.
@@ -19,6 +19,47 @@ _BLOCK = 1 << 20
 # The mask can only be read by setting it, which every thread would see: once, at the import.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The path that a user means: `~` and `~name` are home folders."""
+    return Path(os.path.expanduser(path))
+
+
+def existing_folder(path: Path, wanted: str) -> Path:
+    """The path itself where a folder is there.
+
+    Args:
+        path: what a user gave.
+        wanted: what should be there, for the error.
+
+    Raises:
+        ValueError: nothing is there, or a file.
+    """
+    if not path.is_dir():
+        found = "is not a folder" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {found}: give {wanted}")
+    return path
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Refuse a file to be written before there is anything to write.
+
+    Args:
+        path: the file.
+        force: it may replace one that is there.
+
+    Raises:
+        ValueError: it is there without `force`, or it could not be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: choose a file as --out")
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists: choose another --out, or replace it with --force")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "may not be written" if parent.is_dir() else "is not a folder"
+        raise ValueError(f"{path} cannot be made, because {parent} {why}: choose another --out")
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.files import existing_path, remove_partial, write_json
+from mixflow_fast.files import (
+    check_writable,
+    existing_folder,
+    existing_path,
+    remove_partial,
+    user_path,
+    write_json,
+)
 
 
 def test_write_json(tmp_path: Path) -> None:
@@ -57,3 +64,31 @@ def test_a_path_that_a_user_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         existing_path("~nobody-of-this-name/x")
     with pytest.raises(ValueError, match="'s3://bucket/x' is an address on a network"):
         existing_path("s3://bucket/x")
+
+
+def test_the_home_folder_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert user_path("~/runs/a") == Path("/home/someone/runs/a")
+    assert user_path(Path("~")) == Path("/home/someone")
+    for other in ("a/~", "~no-such-user/a", "/a", "."):
+        assert user_path(other) == Path(other)
+
+
+def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("mine")
+    folder.mkdir(mode=0o500)
+    assert existing_folder(folder, "a run") == folder
+    for path, message in ((file, "file is not a folder: give a run"), (file / "x", "not exist")):
+        with pytest.raises(ValueError, match=message):
+            existing_folder(path, "a run")
+    check_writable(file, force=True)
+    check_writable(tmp_path / "new" / "x", force=False)
+    cases = [(file, False, "file exists: choose another"), (folder, True, "folder is a folder")]
+    cases.append((file / "x" / "y", True, "because .*file is not a folder"))
+    if os.geteuid():
+        cases.append((folder / "x", False, "because .*folder may not be written"))
+    for path, force, message in cases:
+        with pytest.raises(ValueError, match=message):
+            check_writable(path, force)
+    assert not (tmp_path / "new").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import COPY_AGAIN, gather
+from mixflow_fast.files import check_writable, existing_folder
 from mixflow_fast.models import save_weights
 from mixflow_fast.models.weights.metadata import Metadata
 
@@ -24,14 +25,13 @@ def consolidate(run: Path, out: Path, force: bool = False) -> Metadata:
     Raises:
         ValueError: no checkpoint there, one that is damaged, or `out` exists.
     """
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists: choose another file, or replace it with --force")
-    folder = run
+    wanted = "a run folder or one of its checkpoints/step_N"
+    folder = existing_folder(run, wanted)
+    check_writable(out, force)
     if not (run / "state.json").is_file():
-        newest = run_folder.newest_checkpoint(run) if run.is_dir() else None
+        newest = run_folder.newest_checkpoint(run)
         if newest is None:
-            raise ValueError(f"{run} holds no checkpoint: give a run folder or one of its "
-                             "checkpoints/step_N")  # fmt: skip
+            raise ValueError(f"{run} holds no checkpoint: give {wanted}")
         folder = newest
     if reason := manifest.damage(folder, checksums=(0, 1)):
         raise ValueError(f"{folder} is damaged ({reason}): {COPY_AGAIN}")

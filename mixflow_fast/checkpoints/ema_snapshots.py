@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import full_states
-from mixflow_fast.files import replacing
+from mixflow_fast.files import check_writable, existing_folder, replacing
 from mixflow_fast.models import save_weights
 from mixflow_fast.optim.power_ema import (
     posthoc_error,
@@ -34,6 +34,7 @@ from mixflow_fast.optim.power_ema import (
 if TYPE_CHECKING:
     from safetensors import safe_open as SafetensorsFile
 
+_A_RUN = "the folder of a run"
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 
 
@@ -78,10 +79,11 @@ def snapshots(run: Path) -> list[Snapshot]:
     """A run's snapshots in the order of their steps.
 
     Raises:
-        ValueError: a file that cannot be read.
+        ValueError: no such folder, or a file that cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
+    existing_folder(run, _A_RUN)
     found = []
     for path in (run / "ema").glob("step_*.safetensors"):
         match = _NAME.fullmatch(path.name)
@@ -127,7 +129,8 @@ def reconstruct(
     Raises:
         ValueError: no snapshots, none that late, a width outside its range, or `out` exists.
     """
-    _check_free(out, force)
+    existing_folder(run, _A_RUN)
+    check_writable(out, force)
     gamma = sigma_rel_to_gamma(sigma_rel)
     every = snapshots(run)
     if not every:
@@ -189,10 +192,11 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
     Raises:
         ValueError: no checkpoint, a decay that the run did not track, or `out` exists.
     """
-    _check_free(out, force)
-    newest = run_folder.newest_checkpoint(run) if run.is_dir() else None
+    existing_folder(run, _A_RUN)
+    check_writable(out, force)
+    newest = run_folder.newest_checkpoint(run)
     if newest is None:
-        raise ValueError(f"{run} holds no checkpoint: give the folder of a run")
+        raise ValueError(f"{run} holds no checkpoint: give {_A_RUN}")
     if reason := manifest.damage(newest, checksums=(0, 1)):
         raise ValueError(f"{newest} is damaged ({reason}): take a copy of the run from before")
     metadata = run_folder.read_state(newest).metadata
@@ -215,11 +219,6 @@ def _typed(header: Mapping[str, str]) -> dict[str, str | int]:
     numbers = ("steps", "images_seen")
     kept: dict[str, str | int] = {n: v for n, v in header.items() if n != "sigma_rel"}
     return kept | {name: int(kept[name]) for name in numbers if name in kept}
-
-
-def _check_free(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists: choose another file, or replace it with --force")
 
 
 def table(found: Sequence[Snapshot]) -> str:

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from mixflow_fast import __version__
-from mixflow_fast.files import replacing
+from mixflow_fast.files import check_writable, replacing
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.registry import describe_model
 from mixflow_fast.models.sit import SiT
@@ -165,19 +165,19 @@ def _check_options(to: Format, out: Path, weights: Which, head: Head | None, bar
 
 
 def _check_free(files: list[Path], out: Path, to: Format, force: bool) -> None:
+    # Not even with --force: the export would destroy what it reads.
+    if out.exists() and any(out.samefile(file) for file in files):
+        raise ValueError(f"{out} is the checkpoint that is exported: choose another --out")
+    if to != "diffusers":
+        check_writable(out, force)
+        return
     if not out.exists():
         return
-    # Not even with --force: the export would destroy what it reads.
-    if any(out.samefile(file) for file in files):
-        raise ValueError(f"{out} is the checkpoint that is exported: choose another --out")
-    if to == "diffusers":
-        if not out.is_dir():
-            raise ValueError(f"{out} is a file, --to diffusers writes a folder: choose another")
-        # A record of ours marks an earlier export; any other folder may be somebody's work.
-        if any(out.iterdir()) and not (out / diffusers_dit.RECORD).is_file():
-            raise ValueError(f"{out} is a folder with other things in it: choose another --out")
-    elif out.is_dir():
-        raise ValueError(f"{out} is a folder, --to {to} writes a file: choose another --out")
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file, --to diffusers writes a folder: choose another")
+    # A record of ours marks an earlier export; any other folder may be somebody's work.
+    if any(out.iterdir()) and not (out / diffusers_dit.RECORD).is_file():
+        raise ValueError(f"{out} is a folder with other things in it: choose another --out")
     if not force:
         raise ValueError(f"{out} exists: choose another --out, or replace it with --force")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from mixflow_fast.files import user_path
 
 # Options that replace a field of the demo's `Settings`.
 _SETTINGS = ("gamma", "size", "base_images", "post_images", "base_lr", "post_lr", "samples")
@@ -17,7 +18,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "MixFlow, samples, measures and writes a report. Finished arms are kept: interrupted, the "
         "same command goes on, and more seeds or --sweep add to what is there.",
     )
-    command.add_argument("--out", default="runs/demo")
+    command.add_argument("--out", type=user_path, default="runs/demo")
     command.add_argument("--data", choices=("photos", "digits"), default="photos")
     command.add_argument("--seed", type=int, default=0, help="first seed")
     command.add_argument("--seeds", type=int, default=1, help="how many seeds")
@@ -52,6 +53,6 @@ def run(options: argparse.Namespace) -> int:
         command=options.command_line,
         fresh=options.fresh,
     )
-    print(Path(options.out, "report.md").read_text())
-    print(f"{result['seconds']:.0f} s. Report: {Path(options.out, 'report.html')}")
+    print((options.out / "report.md").read_text())
+    print(f"{result['seconds']:.0f} s. Report: {options.out / 'report.html'}")
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from mixflow_fast.files import user_path
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,12 +16,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--decay the EMA of one of the run's fixed decays.",
         epilog="example: mixflow-fast ema runs/post --sigma-rel 0.08 --out post-0.08.pt",
     )
-    command.add_argument("folder", metavar="run", help="run folder")
+    command.add_argument("folder", type=user_path, metavar="run", help="run folder")
     width = command.add_mutually_exclusive_group()
     width.add_argument("--sigma-rel", type=float, metavar="S", help="relative width, 0.05 to 0.15")
     width.add_argument("--decay", type=float, metavar="D", help="one of optim.ema_decays")
     command.add_argument("--step", type=int, help="snapshot that it ends at (default: the last)")
-    command.add_argument("--out", help="the .pt to write")
+    command.add_argument("--out", type=user_path, help="the .pt to write")
     command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.set_defaults(run=run)
 
@@ -28,14 +29,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     from mixflow_fast.checkpoints import ema_snapshots
 
-    folder = Path(options.folder)
+    folder, out = options.folder, options.out
     if options.sigma_rel is None and options.decay is None:
         found = ema_snapshots.snapshots(folder)
         print(ema_snapshots.table(found) if found else f"{folder} holds no snapshots")
         return 0
-    if options.out is None:
+    if out is None:
         raise ValueError("--out must be given with --sigma-rel and --decay: the .pt to write")
-    out = Path(options.out)
     if options.decay is not None:
         step = ema_snapshots.extract(folder, options.decay, out, options.force)
         print(f"{out}: EMA of decay {options.decay:g} after step {step}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mixflow_fast.cli.inspect import size_text
+from mixflow_fast.files import user_path
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,9 +17,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "folder (SiT and REPA), compared with the network when it is written.",
         epilog="example: mixflow-fast export runs/post --to official --out post.pt",
     )
-    command.add_argument("checkpoint", help="run folder, or a .pt or .safetensors file")
+    command.add_argument(
+        "checkpoint", type=user_path, help="run folder, or a .pt or .safetensors file"
+    )
     command.add_argument("--to", choices=("official", "ema", "diffusers"), required=True)
-    command.add_argument("--out", required=True, help="the .pt, .safetensors or folder to write")
+    command.add_argument(
+        "--out", type=user_path, required=True, help="the .pt, .safetensors or folder to write"
+    )
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.add_argument(
         "--head",

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from mixflow_fast.files import user_path
+
 if TYPE_CHECKING:
     from mixflow_fast.checkpoints.inspect import Inspection
 
@@ -26,7 +28,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "fits, 1 it does not, 2 it cannot be read.",
         epilog="example: mixflow-fast inspect SiT-XL-2-256.pt --against SiT-XL/2",
     )
-    command.add_argument("checkpoint", help="run folder, or a .pt or .safetensors file")
+    command.add_argument(
+        "checkpoint", type=user_path, help="run folder, or a .pt or .safetensors file"
+    )
     command.add_argument(
         "--against",
         metavar="NAME",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from mixflow_fast.files import user_path
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,14 +15,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "writes a page that loads nothing.",
         epilog="example: mixflow-fast report runs/post",
     )
-    command.add_argument("run_folder", metavar="RUN", help="run folder (out= of the run)")
-    command.add_argument("--out", metavar="FILE", help="the .html; default: RUN/report.html")
+    command.add_argument(
+        "run_folder", type=user_path, metavar="RUN", help="run folder (out= of the run)"
+    )
+    command.add_argument(
+        "--out", type=user_path, metavar="FILE", help="the .html; default: RUN/report.html, renewed"
+    )
+    command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     from mixflow_fast.reports.run_report import write_run_report
 
-    path = Path(options.out) if options.out else None
-    print(write_run_report(Path(options.run_folder), path))
+    print(write_run_report(options.run_folder, options.out, options.force))
     return 0

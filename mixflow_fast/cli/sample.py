@@ -6,14 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixflow_fast.files import check_writable, user_path
+
 if TYPE_CHECKING:
     from mixflow_fast.sampling.samples import SampleResult
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("sample", help="generate from a checkpoint")
-    command.add_argument("checkpoint", help="run folder, or a .pt or .safetensors file")
-    command.add_argument("--out", default="samples.png", help=".png grid or .npz arrays x, y")
+    command.add_argument(
+        "checkpoint", type=user_path, help="run folder, or a .pt or .safetensors file"
+    )
+    command.add_argument(
+        "--out", type=user_path, default="samples.png", help=".png grid or .npz arrays x, y"
+    )
+    command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.add_argument("--num", type=int, default=32, help="how many (default %(default)s)")
     command.add_argument("--steps", type=int, default=50, help="intervals (default %(default)s)")
     command.add_argument("--method", choices=("euler", "heun", "dopri5"), default="euler")
@@ -41,16 +48,17 @@ def _channels(text: str) -> int | str | None:
 
 
 def run(options: argparse.Namespace) -> int:
+    out = options.out
+    if options.num < 1:
+        raise ValueError(f"--num must be >= 1, got {options.num}")
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out must end in .png (picture) or .npz (array), got {out}")
+    check_writable(out, options.force)
     import torch
 
     from mixflow_fast.models import load_model
     from mixflow_fast.sampling.samples import sample
 
-    if options.num < 1:
-        raise ValueError(f"--num must be >= 1, got {options.num}")
-    out = Path(options.out)
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out must end in .png (picture) or .npz (array), got {options.out}")
     model = load_model(options.checkpoint, options.weights, clock=options.clock)
     if out.suffix == ".png" and model.in_channels not in (1, 3):
         raise ValueError(

@@ -6,6 +6,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from mixflow_fast.files import user_path
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
@@ -20,7 +22,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("overrides", nargs="*", default=[], metavar="section.field=value")
     command.add_argument("--steps", type=int, default=6, help="N (default %(default)s)")
     command.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
-    command.add_argument("--out", help="empty folder for both runs; default: a temporary one")
+    command.add_argument(
+        "--out", type=user_path, help="empty folder for both runs; default: a temporary one"
+    )
     command.set_defaults(run=run)
 
 

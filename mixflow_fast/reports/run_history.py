@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from mixflow_fast.config.loading import REQUIRED, flatten, from_dict
 from mixflow_fast.config.schema import Config
+from mixflow_fast.files import existing_folder
 from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.metrics.rows import StartRow, TrainingRow, ValidationRow
@@ -62,6 +63,7 @@ def read_run(out: Path) -> Run:
     Raises:
         ValueError: no run folder.
     """
+    existing_folder(out, "the folder that out= named")
     if not (out / "config.yaml").is_file() and not (out / "metrics.jsonl").is_file():
         raise ValueError(
             f"{out} holds no run: give the folder that out= named, with config.yaml and "

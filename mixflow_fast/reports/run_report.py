@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixflow_fast.config.loading import flatten
 from mixflow_fast.config.schema import Config
-from mixflow_fast.files import write_text
+from mixflow_fast.files import check_writable, write_text
 from mixflow_fast.metrics.rows import TrainingRow, ValidationRow
 from mixflow_fast.reports.html import duration, number, page, picture
 from mixflow_fast.reports.plots import grid_map, loss_over_times, plot
@@ -34,20 +34,23 @@ grid-template-columns:repeat(auto-fit,minmax(9.3rem,1fr));margin:1rem 0}
 """
 
 
-def write_run_report(out: Path, path: Path | None = None) -> Path:
+def write_run_report(out: Path, path: Path | None = None, force: bool = False) -> Path:
     """Write the report of a run, whole or not at all.
 
     Args:
         out: run folder.
-        path: the HTML file; None: report.html in the folder.
+        path: the HTML file; None: report.html in the folder, which is renewed.
+        force: replace another file, too.
 
     Returns:
         the file.
 
     Raises:
-        ValueError: no run folder, or matplotlib is not installed.
+        ValueError: no run folder, a file in the way at `path`, or matplotlib is not installed.
     """
-    path = out / "report.html" if path is None else path
+    own = out / "report.html"
+    path = own if path is None else path
+    check_writable(path, force or path.resolve() == own.resolve())
     write_text(path, render(read_run(out)))
     return path
 

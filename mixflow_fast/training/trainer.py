@@ -25,8 +25,8 @@ from mixflow_fast.distributed import lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
+from mixflow_fast.files import user_path
 from mixflow_fast.kernels import philox, runtime
-from mixflow_fast.kernels.attention.choice import AttentionChoice
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models import save_weights
@@ -115,7 +115,7 @@ class Trainer:
             raise ValueError(f'resume must be "auto" or "never", got {resume!r}')
         ranks = process_group.world_size()
         validate(config, ranks)
-        self.config, self.out, self._recipe = config, Path(config.out), recipe
+        self.config, self.out, self._recipe = config, user_path(config.out), recipe
         self.microbatch = config.microbatch(ranks)
         self.quiet = quiet or process_group.rank() > 0
         self.on_step: OnStep | None = None
@@ -135,7 +135,10 @@ class Trainer:
             self.alignment.move_teacher()
             self.model.set_execution(parts.execution)
             self._used_before = self._start.attention if config.model.attention == "auto" else None
-            self.attention = self._agree_on_attention()
+            shape = self.microbatch, config.train.precision, self.device
+            self.attention = agree_on_attention(
+                self.model, shape, self.host_group, self._used_before
+            )
             self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
             self._folder.make(config.to_yaml(), self._start.checkpoint, bool(self._start.finished))
@@ -323,10 +326,6 @@ class Trainer:
             images_seen=self.images_seen,
             config=json.dumps(self.config.to_dict()),
         ).to_record()
-
-    def _agree_on_attention(self) -> list[AttentionChoice]:
-        shape = self.microbatch, self.config.train.precision, self.device
-        return agree_on_attention(self.model, shape, self.host_group, self._used_before)
 
     def describe_network(self) -> str:
         """How the network is run: mode, attention, checkpointing."""

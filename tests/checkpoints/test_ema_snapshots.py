@@ -106,7 +106,7 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code, text, _ = ema(run, "--sigma-rel", 0.02, "--out", tmp_path / "narrow.pt")
     assert code == 0 and "warning: more snapshots" in text
     for arguments, message in (
-        (["--sigma-rel", 0.15, "--out", out], "exists: choose another file"),
+        (["--sigma-rel", 0.15, "--out", out], "exists: choose another --out"),
         (["--sigma-rel", 0.15], "--out must be given"),
         (["--sigma-rel", 0.5, "--out", tmp_path / "x.pt"], "sigma_rel must be in"),
         (["--sigma-rel", 0.1, "--step", 4, "--out", tmp_path / "x.pt"], "one of the snapshots'"),

@@ -88,7 +88,7 @@ def test_exported_files_are_sampled_from(
         command = ["export", official, "--to", to, "--head", "as-is", "--out", tmp_path / out]
         assert run(capsys, *command)[0] == 0
     for file in (official, tmp_path / "o.pt", tmp_path / "e.safetensors"):
-        npz = tmp_path / "samples.npz"
+        npz = tmp_path / f"{file.name}.npz"
         assert run(capsys, "sample", file, "--num", 2, "--steps", 2, "--out", npz)[0] == 0
         arrays.append(np.load(npz)["x"])
     assert np.array_equal(arrays[0], arrays[1]) and np.array_equal(arrays[0], arrays[2])

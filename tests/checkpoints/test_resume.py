@@ -333,10 +333,11 @@ def test_fewer_images_than_were_done_are_refused(finished: Path) -> None:
 
 
 def test_a_finished_run_whose_rate_descended_cannot_be_made_longer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(tmp_path, "train.images=8", "optim.schedule=cosine")
-    train(config, quiet=True)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    config = tiny(Path("~", tmp_path.name), "train.images=8", "optim.schedule=cosine")
+    assert train(config, quiet=True).out == tmp_path and newest_checkpoint(tmp_path)
     train(config)
     assert (
         f"is finished: 8 of 8 images; train.init={tmp_path} in another out= goes on from its "

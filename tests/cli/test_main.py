@@ -55,6 +55,66 @@ def test_refusals_exit_with_2_and_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample MISSING",
+        "inspect MISSING",
+        "export MISSING --to ema --out OUT.safetensors",
+        "consolidate MISSING --out OUT.pt",
+        "ema MISSING",
+        "ema MISSING --sigma-rel 0.1 --out OUT.pt",
+        "ema MISSING --decay 0.99 --out OUT.pt",
+        "report MISSING",
+        "train MISSING.yaml",
+        "verify-resume MISSING.yaml",
+        "train photos train.init=MISSING out=OUT",
+    ],
+)
+def test_a_path_that_is_not_there_is_named(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the home folder spelled out, since no shell expands what stands after a `=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = line.replace("OUT", f"{tmp_path}/out").replace("MISSING", "~/missing")
+    code, out, err = run(*line.split(), capsys=capsys)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "/missing" in err and "does not exist" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample missing.pt --out TAKEN.png",
+        "consolidate . --out TAKEN.pt",
+        "ema . --sigma-rel 0.1 --out TAKEN.pt",
+        "ema . --decay 0.99 --out TAKEN.pt",
+        "export weights.pt --to official --out TAKEN.pt",
+        "report . --out TAKEN.html",
+    ],
+)
+def test_what_is_there_is_not_overwritten(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal comes before the work: there is nothing here to work on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "weights.pt").write_text("no weights")
+    taken = tmp_path / f"taken.{line.rpartition('.')[2]}"
+    taken.write_text("mine")
+    code, _, err = run(*line.replace("TAKEN", "~/taken").split(), capsys=capsys)
+    assert code == 2 and err == (
+        f"mixflow-fast: error: {taken} exists: choose another --out, or replace it with --force\n"
+    )
+    (tmp_path / "a").write_text("no folder")
+    code, _, err = run(*line.replace("TAKEN", "a/b").split(), capsys=capsys)
+    assert code == 2 and f"because {tmp_path}/a is not a folder: choose another --out" in err
+    code, _, err = run(*line.replace("TAKEN", "~/taken").split(), "--force", capsys=capsys)
+    assert code == 2 and "exists" not in err
+    assert taken.read_text() == "mine"
+
+
 def test_every_command_has_arguments_and_a_body() -> None:
     for command, name in zip(COMMANDS, NAMES, strict=True):
         with pytest.raises(SystemExit, match="0"):

@@ -45,5 +45,6 @@ def test_train_sample_and_post_train(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert code == 0 and "6 network evaluations" in out
     arrays = np.load(npz)
     assert arrays["x"].shape == (10, 3, 16, 16) and arrays["y"].tolist() == [1, 0] * 5
-    run("sample", post / "weights.pt", "--out", npz, *arguments, *heun, capsys=capsys)
+    again = ["--out", npz, "--force", *arguments, *heun]
+    assert run("sample", post / "weights.pt", *again, capsys=capsys)[0] == 0
     assert np.array_equal(np.load(npz)["x"], arrays["x"])

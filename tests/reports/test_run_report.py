@@ -138,7 +138,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_run(tmp_path / "run", steps=9)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run' / 'report.html'}\n"
-    assert write_run_report(tmp_path / "run", tmp_path / "a" / "b.html").is_file()
+    assert main(["report", str(tmp_path / "run")]) == 0  # its own page is renewed
+    other = tmp_path / "a" / "b.html"
+    assert write_run_report(tmp_path / "run", other).is_file()
+    with pytest.raises(ValueError, match="b.html exists: choose another --out, or replace it"):
+        write_run_report(tmp_path / "run", other)
+    assert write_run_report(tmp_path / "run", other, force=True) == other
+    same = tmp_path / "run" / ".." / "run" / "report.html"
+    assert write_run_report(tmp_path / "run", same) == same
     (tmp_path / "nothing").mkdir()
+    capsys.readouterr()
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "holds no run: give the folder that out= named" in capsys.readouterr().err
