@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from mixflow_fast.files import user_path
 from mixflow_fast.messages import did_you_mean, shorten
 from mixflow_fast.models.weights.foreign import ZERO_SHARD
 
@@ -28,7 +29,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: nothing there.
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     if path.exists():
         return path
     if path.is_symlink():
