@@ -68,7 +68,8 @@ MANY_LINES = (
 @pytest.mark.parametrize(
     "arguments",
     [
-        (*CLI, "train", "photos", "--dry-run"),
+        (*CLI, "recipes"),
+        (*CLI, "settings"),
         ("-c", MANY_LINES),
         ("-m", "benchmarks.flops"),
         (*CLI, "--help"),
