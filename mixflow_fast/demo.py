@@ -221,7 +221,7 @@ def run_demo(
                 # A signal ends the training with a checkpoint: the demo must end too.
                 if not train(config, quiet=quiet).finished:
                     raise KeyboardInterrupt
-                table = _evaluate(done.parent, settings, measure, seed)
+                table = _evaluate(done.parent, settings, measure, seed, quiet)
                 write_json(done, {**table, "seconds": time.monotonic() - started})
             runs[name].append(_Run(config, json.loads(done.read_text())))
     result = _result(out, settings, seeds, arms, runs, measure, command)
@@ -233,7 +233,7 @@ def run_demo(
 
 
 def _evaluate(
-    folder: Path, settings: Settings, measure: Measure, seed: int
+    folder: Path, settings: Settings, measure: Measure, seed: int, quiet: bool
 ) -> dict[Metric, dict[str, float]]:
     """Sample the EMA model of a run with each number of steps, and save a picture of one."""
     model = load_model(folder / "weights.pt")
@@ -247,6 +247,7 @@ def _evaluate(
             seed=seed,
             balanced=True,
             batch_size=min(250, settings.samples),
+            progress=not quiet,
         )
         # A side of 64 pixels, whatever the size of the images.
         if steps == GRID_STEPS:

@@ -1,4 +1,4 @@
-"""Parts of error messages: the nearest valid name, one line of an exception, a shortened list."""
+"""Parts of messages: the nearest valid name, one line of an exception, a shortened list, times."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def shorten(names: Iterable[str], count: int = 5) -> str:
     names = list(names)
     rest = f", ... ({len(names)} in all)" if len(names) > count else ""
     return ", ".join(names[:count]) + rest
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that suits their size, such as 26 s, 7.2 min, 19 min or 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    size, unit = (60, "min") if seconds < 2 * 3600 else (3600, "h")
+    if seconds >= 48 * 3600:
+        size, unit = 24 * 3600, "days"
+    count = seconds / size
+    return f"{count:.1f} {unit}" if count < 10 else f"{count:.0f} {unit}"

@@ -45,14 +45,20 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--seeds must be >= 1, got {options.seeds}")
     given = {name: getattr(options, name) for name in _SETTINGS}
     changes = {name: value for name, value in given.items() if value is not None}
-    result = run_demo(
-        out=options.out,
-        seeds=range(options.seed, options.seed + options.seeds),
-        sweep=options.sweep,
-        settings=replace(SETTINGS[options.data], **changes),
-        command=options.command_line,
-        fresh=options.fresh,
-    )
+    try:
+        result = run_demo(
+            out=options.out,
+            seeds=range(options.seed, options.seed + options.seeds),
+            sweep=options.sweep,
+            settings=replace(SETTINGS[options.data], **changes),
+            command=options.command_line,
+            fresh=options.fresh,
+        )
+    except KeyboardInterrupt:
+        if not any(options.out.glob("seed_*/*/checkpoints/step_*")):
+            raise
+        same = "the same command without --fresh" if options.fresh else "the same command"
+        raise KeyboardInterrupt(f"{same} goes on from what is done") from None
     print((options.out / "report.md").read_text())
     print(f"{result['seconds']:.0f} s. Report: {options.out / 'report.html'}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +21,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     from mixflow_fast.diagnostics.doctor import diagnose
 
-    watched = sys.stderr.isatty()
-    found = diagnose(lambda section: print(f"{section} ...", file=sys.stderr) if watched else None)
+    found = diagnose(quiet=False)
     print(json.dumps(found.as_json(), indent=1) if options.json else found.as_text())
     return 0 if found.healthy else 1

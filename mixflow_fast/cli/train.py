@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from mixflow_fast.cli.errors import FAILED, REFUSED, leave_at_once, report
+from mixflow_fast.files import user_path
 from mixflow_fast.recipes import recipe_names
 
 
@@ -54,6 +55,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from mixflow_fast.checkpoints.run_folder import newest_checkpoint
     from mixflow_fast.checkpoints.writing import SaveError
     from mixflow_fast.config.loading import load_config
     from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
@@ -84,6 +86,10 @@ def run(options: argparse.Namespace) -> int:
         return report(error, FAILED)
     except SaveError as error:  # every rank has it, one line is enough
         return report(error, REFUSED) if rank() == 0 else REFUSED
+    except KeyboardInterrupt:  # before the first step or after the last
+        if (newest := newest_checkpoint(user_path(config.out))) is None:
+            raise
+        raise KeyboardInterrupt(f"{newest} is there to resume from") from None
     except RankLost as error:
         if error.speaks:
             report(error, FAILED)

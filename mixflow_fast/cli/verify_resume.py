@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--steps", type=int, default=6, help="N (default %(default)s)")
     command.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
     command.add_argument(
-        "--out", type=user_path, help="empty folder for both runs; default: a temporary one"
+        "--out",
+        type=user_path,
+        help="empty folder for both runs, which keeps them; default: a temporary one, which is "
+        "removed where the bits are the same",
     )
     command.set_defaults(run=run)
 
@@ -33,14 +37,24 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.diagnostics.verify_resume import table, verify_resume
 
     config = load_config(options.recipe, options.overrides)
-    out = Path(options.out or tempfile.mkdtemp(prefix="verify-resume-"))
-    rows = verify_resume(config, out, options.steps, options.ranks)
+    out = options.out or Path(tempfile.mkdtemp(prefix="verify-resume-"))
+    remove = options.out is None
+    try:
+        rows = verify_resume(config, out, options.steps, options.ranks, quiet=False)
+        differing = sum(row.differing for row in rows)
+        remove = remove and not differing
+    except Exception:  # a run's log may say why
+        remove = remove and not any(out.iterdir())
+        raise
+    finally:
+        if remove:
+            shutil.rmtree(out, ignore_errors=True)
     half, steps = options.steps // 2, options.steps
     print(
         f"{options.recipe}, ZeRO {config.train.zero_stage}, {config.train.precision}, "
         f"{options.ranks} rank{'s' * (options.ranks > 1)}: {steps} steps against {half}, a save, "
         f"fresh processes and {steps - half} more\n\n{table(rows)}\n"
     )
-    differing = sum(row.differing for row in rows)
-    print(f"{differing:,} differ" if differing else "the same bits", f"(both runs: {out})")
+    found = f"{differing:,} differ" if differing else "the same bits"
+    print(found if remove else f"{found} (both runs: {out})")
     return 1 if differing else 0

@@ -29,6 +29,7 @@ from mixflow_fast import __version__
 from mixflow_fast.environment import package_version
 from mixflow_fast.kernels import runtime
 from mixflow_fast.messages import error_line
+from mixflow_fast.metrics.progress import Progress
 
 if TYPE_CHECKING:
     from mixflow_fast.diagnostics.kernel_checks import Finding
@@ -91,19 +92,21 @@ class Diagnosis:
         return "\n".join([*lines[1:], "", f"{verdict} ({self.seconds:.0f} s)"])
 
 
-def diagnose(log: Callable[[str], None] = lambda section: None) -> Diagnosis:
+def diagnose(quiet: bool = True) -> Diagnosis:
     """Run every check: some 10 s, on a GPU more where Triton has not compiled the kernels before.
 
     Args:
-        log: told the name of each section before it.
+        quiet: do not say on stderr which section it is at.
     """
     started = time.perf_counter()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as a run on the CPU does
     sections = {}
-    for name, checks in SECTIONS.items():
-        log(name)
-        sections[name] = _guarded(name, checks)
+    with Progress(len(SECTIONS), "doctor", "sections", even=False, quiet=quiet) as progress:
+        for name, checks in SECTIONS.items():
+            progress.show(name)
+            sections[name] = _guarded(name, checks)
+            progress.advance()
     return Diagnosis(sections, time.perf_counter() - started)
 
 

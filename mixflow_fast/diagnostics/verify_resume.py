@@ -27,6 +27,7 @@ from mixflow_fast.checkpoints import run_folder
 from mixflow_fast.checkpoints.shards import read_file
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
+from mixflow_fast.metrics.progress import Progress
 from mixflow_fast.training.build import check
 from mixflow_fast.training.step_record import StepOutput
 
@@ -65,7 +66,9 @@ class Row:
         self.first = self.first or (where if differing else "")
 
 
-def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> list[Row]:
+def verify_resume(
+    config: Config, out: Path, steps: int = 6, ranks: int = 1, quiet: bool = True
+) -> list[Row]:
     """Run both ways and compare.
 
     Args:
@@ -74,6 +77,7 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
         out: an empty folder, or one to make; both runs and their logs stay in it.
         steps: N, at least 2.
         ranks: processes of each run.
+        quiet: do not say on stderr which run it is at.
 
     Returns:
         the comparison; nothing differs if every row's `differing` is 0.
@@ -92,6 +96,7 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
     batch, p = config.train.global_batch_size, config.optim
     common: dict[str, object] = {
         "train.save_every": 0,
+        "train.keep_every": 0,  # a multiple of save_every
         "train.keep_last": 2,
         "train.save_weights": "always",
         "train.loggers": [],
@@ -99,18 +104,21 @@ def verify_resume(config: Config, out: Path, steps: int = 6, ranks: int = 1) -> 
     if p.schedule != "constant":
         common["optim.decay_images"] = p.decay_images or config.train.images
     half, whole = batch * (steps // 2), batch * steps
-    for name, folder, images in (
-        ("whole", "whole", whole),
-        ("first", "parts", half),
-        ("second", "parts", whole),
-    ):
-        run = config.replace(**common, **{"train.images": images, "out": str(out / folder)})
-        if name == "whole":
-            check(run, ranks)
-        recipe = out / f"{name}.yaml"
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(run.to_yaml())
-        _run(recipe, ranks)
+    with Progress(3, "verify-resume", "runs", even=False, quiet=quiet) as progress:
+        for name, folder, images in (
+            ("whole", "whole", whole),
+            ("first", "parts", half),
+            ("second", "parts", whole),
+        ):
+            run = config.replace(**common, **{"train.images": images, "out": str(out / folder)})
+            if name == "whole":
+                check(run, ranks)
+            recipe = out / f"{name}.yaml"
+            recipe.parent.mkdir(parents=True, exist_ok=True)
+            recipe.write_text(run.to_yaml())
+            progress.log(f"verify-resume: to step {images // batch} in {out / folder}")
+            _run(recipe, ranks)
+            progress.advance()
     _require_movement(out / "parts", steps // 2)
     rows = compare_checkpoints(_newest(out / "whole"), _newest(out / "parts"))
     return rows + compare_streams(

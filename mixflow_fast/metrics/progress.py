@@ -1,15 +1,25 @@
-"""Progress of a run on a terminal or in a log."""
+"""How far a long piece of work is: a bar on a terminal, a plain line now and then in a log."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+import time
+from collections import deque
+from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from mixflow_fast.metrics.rows import TrainingRow
+from mixflow_fast.messages import duration
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+# Between two plain lines, where nothing else is said.
+EVERY_S = 20.0
+# The time that is left follows the pace of about the last minute.
+_PACE_MARKS, _MARK_EVERY_S = 60, 1.0
 
 
 def _has_screen(stream: TextIO) -> bool:
@@ -23,48 +33,110 @@ def _has_screen(stream: TextIO) -> bool:
 
 
 class Progress:
-    """A tqdm bar on a terminal, one plain line per report otherwise, nothing when quiet.
+    """The progress of one piece of work on stderr. Use it as a context manager, or call `close`.
+
+    On a terminal it is a bar that goes away at the end. Elsewhere a line is printed every EVERY_S
+    seconds, whether anything was counted or not: a silent process looks like one that hangs.
 
     Args:
-        total: steps in the run.
-        start: steps already done.
+        total: how many there are.
         label: what stands before the bar or line.
+        unit: what is counted, in the plural.
+        start: how many are done already.
+        even: each takes about as long, so that the time that is left can be told.
         quiet: print nothing.
     """
 
-    def __init__(self, total: int, start: int, label: str, quiet: bool = False) -> None:
-        self._total, self._label, self._quiet = total, label, quiet
+    def __init__(
+        self,
+        total: int,
+        label: str,
+        unit: str,
+        *,
+        start: int = 0,
+        even: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        self._total, self._label, self._unit, self._even = total, label, unit, even
+        self._done, self._words = start, ""
+        self._marks = deque([(time.monotonic(), start)], maxlen=_PACE_MARKS)
+        self._quiet, self._stream = quiet, sys.stderr
         self._bar: tqdm | None = None
-        if not quiet and _has_screen(sys.stderr):
+        self._closed, self._spoke = threading.Event(), threading.Event()
+        if quiet:
+            return
+        if _has_screen(self._stream):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=start, desc=label, unit="step", leave=True)
-
-    def step(self) -> None:
-        """Count one more optimizer step that is queued. Reads nothing from the device."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def report(self, row: TrainingRow) -> None:
-        """Show loss, learning rate and speed of a metrics row."""
-        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"  # every step was skipped
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss}, {row['images_per_s']:.0f} img/s")
-        elif not self._quiet:
-            self.log(
-                f"{self._label}: step {row['step']}/{self._total} loss {loss} "
-                f"lr {row['lr']:.2e} {row['images_per_s']:.0f} img/s"
+            self._bar = tqdm(
+                total=total,
+                initial=start,
+                desc=self.line(),
+                bar_format="{desc} {percentage:3.0f}%|{bar}|",
+                file=self._stream,
+                dynamic_ncols=True,
+                leave=False,
             )
+        else:
+            threading.Thread(target=self._now_and_then, daemon=True).start()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def line(self) -> str:
+        """Such as "run: 12,800 of 1,000,000 images  loss 0.123  19 min left"."""
+        parts = [f"{self._label}: {self._done:,} of {self._total:,} {self._unit}", self._words]
+        (since, before), now = self._marks[0], time.monotonic()
+        left = self._total - self._done
+        if self._even and left > 0 and self._done > before and now > since:
+            parts.append(f"{duration(left * (now - since) / (self._done - before))} left")
+        return "  ".join(part for part in parts if part)
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done, or queued. Reads nothing from a device."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= _MARK_EVERY_S:
+            self._marks.append((now, self._done))
+        if self._bar is not None:
+            self._bar.set_description_str(self.line(), refresh=False)
+            self._bar.update(count)
+
+    def show(self, words: str) -> None:
+        """Have something stand behind the count from now on."""
+        self._words = words
+        if self._bar is not None:
+            self._bar.set_description_str(self.line())
 
     def log(self, text: str) -> None:
         """Print a line of text without breaking the bar."""
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(text, file=self._stream)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self._stream, flush=True)
+            self._spoke.set()
 
     def close(self) -> None:
+        """Nothing more is printed."""
+        self._closed.set()
+        self._spoke.set()
         if self._bar is not None:
             self._bar.close()
+
+    def _now_and_then(self) -> None:
+        """A line where none was printed for a while."""
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it; the stream is closed
+            while not self._closed.is_set():
+                if not self._spoke.wait(EVERY_S):
+                    print(self.line(), file=self._stream, flush=True)
+                self._spoke.clear()

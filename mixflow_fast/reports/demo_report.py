@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mixflow_fast.files import write_text
+from mixflow_fast.messages import duration
 from mixflow_fast.reports.demo_result import (
     METRICS,
     ArmResult,
@@ -23,7 +24,7 @@ from mixflow_fast.reports.demo_result import (
     check_result,
     describe_seeds,
 )
-from mixflow_fast.reports.html import duration, number, page, picture
+from mixflow_fast.reports.html import number, page, picture
 from mixflow_fast.reports.plots import (
     FAINT,
     MARKERS,

@@ -69,13 +69,6 @@ def number(value: float) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds with a unit that suits their size, such as 26 s, 7.2 min or 3.5 h."""
-    if seconds >= 7200:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
 def picture(path: str | os.PathLike[str] | None, caption: str) -> str:
     """A PNG file as a figure that holds it; ValueError if it cannot be read or is no PNG."""
     text = html.escape(caption)

@@ -15,8 +15,9 @@ from pathlib import Path
 from mixflow_fast.config.loading import flatten
 from mixflow_fast.config.schema import Config
 from mixflow_fast.files import check_writable, write_text
+from mixflow_fast.messages import duration
 from mixflow_fast.metrics.rows import TrainingRow, ValidationRow
-from mixflow_fast.reports.html import duration, number, page, picture
+from mixflow_fast.reports.html import number, page, picture
 from mixflow_fast.reports.plots import grid_map, loss_over_times, plot
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.reports.run_history import Run, read_recipe, read_run

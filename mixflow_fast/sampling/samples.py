@@ -7,8 +7,7 @@ so sample 17 is the same image whether 18 or 50,000 are asked for.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal, random_words
+from mixflow_fast.metrics.progress import Progress
 from mixflow_fast.sampling.guidance import Network, model_velocity
 from mixflow_fast.sampling.solvers import integrate, time_grid
 
@@ -177,7 +177,7 @@ def sample(
         batch_size: rows per forward (twice that under guidance).
         shape: (C, H, W) of one sample.
         device: where to run; default: where the network's first parameter is.
-        progress: a progress bar, on a terminal only.
+        progress: say on stderr how far it is.
 
     Raises:
         ValueError: counts that disagree, labels outside [0, num_classes], unknown shape, and what
@@ -198,8 +198,8 @@ def sample(
     # Allocated outside inference mode: the caller may differentiate through what comes back.
     x = torch.empty(total, *shape, dtype=torch.float32, device="cpu")
     nfe = 0
-    with _evaluating(model):
-        for start in _with_progress(range(0, total, batch_size), progress):
+    with _evaluating(model), Progress(total, "sampling", "samples", quiet=not progress) as counted:
+        for start in range(0, total, batch_size):
             chunk = slice(start, start + batch_size)
             y = None if padded_labels is None else padded_labels[chunk].to(device)
             noise = normal(seed, Stream.SAMPLE_NOISE, padded[chunk].to(device), math.prod(shape))
@@ -207,13 +207,6 @@ def sample(
             out, evaluations = integrate(velocity, noise.view(-1, *shape), times, method)
             nfe = max(nfe, evaluations)
             x[chunk] = out[: total - start].to("cpu", torch.float32)
+            counted.advance(min(batch_size, total - start))
     drawn = None if padded_labels is None else padded_labels[:total].clone()
     return SampleResult(x=x, labels=drawn, nfe=nfe)
-
-
-def _with_progress(starts: range, progress: bool) -> Iterable[int]:
-    if not (progress and sys.stderr.isatty()):
-        return starts
-    from tqdm import tqdm
-
-    return tqdm(starts, desc="sampling", unit="batch", leave=False)

@@ -38,7 +38,9 @@ class RunLog:
         quiet: bool,
     ) -> None:
         self._batch, loggers = section.global_batch_size, section.loggers
-        self._progress = Progress(total, step, out.name, quiet)
+        done, images = step * self._batch, total * self._batch
+        self._progress = Progress(images, out.name, "images", start=done, quiet=quiet)
+        self._first = ""
         self._metrics: MetricsFile | None = None
         if writes:
             copies = Loggers(loggers, out, config, step, self.log) if loggers else None
@@ -53,6 +55,8 @@ class RunLog:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._first not in ("", line := self._progress.line()):  # the last loss
+            self._progress.log(line)
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -69,13 +73,18 @@ class RunLog:
 
     def step(self) -> None:
         """One more optimizer step is queued."""
-        self._progress.step()
+        self._progress.advance(self._batch)
 
     def training_row(self, row: dict[str, object]) -> None:
         """A row of losses, rates and costs, in the file and on the screen."""
         if self._metrics is not None:
             self._metrics.write(row)
-        self._progress.report(row)
+        # Without a loss where every step was skipped.
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        self._progress.show(f"loss {loss}  {row['images_per_s']:,.0f} images/s")
+        if not self._first:  # a run that begins wrong shows it in its first loss
+            self._first = self._progress.line()
+            self._progress.log(self._first)
 
     def row(self, kind: str, step: int, **values: object) -> None:
         """A row of another kind: "start", "validation"."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint
 from mixflow_fast.cli.main import main
+from mixflow_fast.config.schema import Config
+from mixflow_fast.diagnostics import verify_resume
 from mixflow_fast.diagnostics.verify_resume import Row, compare_checkpoints, compare_streams, table
 from mixflow_fast.training.trainer import train
 from tests.support.runs import tiny
@@ -22,6 +25,8 @@ CASES = [*FEW, *(pytest.param(*c, marks=pytest.mark.long) for c in ALL if c not 
 # A rate that descends over the whole run, clipping, two micro-batches a step.
 HOW = ["optim.schedule=cosine", "optim.warmup_images=12", "optim.grad_clip=0.5"]
 HOW += ["train.global_batch_size=12"]
+# Not for the runs here, which save at their ends.
+HOW += ["train.save_every=2", "train.keep_every=4"]
 
 
 @pytest.mark.parametrize(("precision", "stage", "ranks"), CASES)
@@ -102,6 +107,33 @@ def test_another_sample_is_seen() -> None:
     assert "rank 0, step 3" in table(rows)
     lost = {key: value for key, value in whole.items() if key != (0, 2)}
     assert differing(compare_streams(whole, lost)) == {"each step's t": 1, "each step's loss": 1}
+
+
+@pytest.mark.parametrize("ending", ["same", "differing", "failed", "refused", "interrupted"])
+def test_runs_that_tell_nothing_more_are_removed(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs(config: Config, out: Path, *_: object, **__: object) -> list[Row]:
+        if ending != "refused":
+            (out / "whole.yaml").write_text("")
+        if ending in ("failed", "refused"):
+            raise ValueError(f"see {out}")
+        if ending == "interrupted":
+            raise KeyboardInterrupt
+        return [Row("network", 1, 1, int(ending == "differing"))]
+
+    monkeypatch.setattr(verify_resume, "verify_resume", runs)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = main(["verify-resume", "photos"])
+    assert code == {"same": 0, "differing": 1, "interrupted": 130}.get(ending, 2)
+    said = "".join(capsys.readouterr())
+    left = [str(path) for path in tmp_path.iterdir()]
+    assert bool(left) is (ending in ("differing", "failed"))
+    assert all(path in said for path in left) and ("both runs" in said) is (ending == "differing")
+    if ending == "same":
+        assert main(["verify-resume", "photos", "--out", str(tmp_path)]) == 0
+        assert f"the same bits (both runs: {tmp_path})" in capsys.readouterr().out
+        assert (tmp_path / "whole.yaml").exists()
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""The progress line on terminals of every kind."""
+"""The progress of long work, on terminals of every kind and in logs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pty
 import struct
 import sys
 import termios
+import time
 
 import pytest
 
+from mixflow_fast.metrics import progress as module
 from mixflow_fast.metrics.progress import Progress
-from tests.support.runs import training_row
 
 
 class Terminal(io.StringIO):
@@ -21,34 +22,103 @@ class Terminal(io.StringIO):
         return True
 
 
+def log_of(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed from here on, where stderr is no terminal."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
 @pytest.mark.parametrize("terminal", [True, False])
-def test_other_lines_do_not_break_the_progress(monkeypatch, terminal) -> None:
+def test_other_lines_do_not_break_the_progress(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
     screen = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    progress = Progress(4, 0, "run")
-    for step in (1, 2):
-        progress.step()
-        progress.report(training_row(step))
-        progress.log(f"run: step {step} validation loss ema 0.5")
-    progress.close()
+    with Progress(4000, "run", "images") as progress:
+        for step in (1, 2):
+            progress.advance(1000)
+            progress.show(f"loss 0.{step}")
+            progress.log(f"run: step {step} validation loss ema 0.5")
     lines = screen.getvalue().replace("\r", "\n").splitlines()
     for step in (1, 2):
         assert f"run: step {step} validation loss ema 0.5" in lines
-        assert (f"run: step {step}/4 loss 0.5000 lr 1.00e-04 10 img/s" in lines) is not terminal
-    assert ("2/4" in screen.getvalue().replace("step 2/4", "")) is terminal
+    assert ("50%|" in screen.getvalue()) is terminal
+    assert ("\r" in screen.getvalue()) is terminal
+    assert terminal or len(lines) == 2
 
 
 @pytest.mark.parametrize("size", [(0, 0), (30, 100)])
-def test_a_terminal_without_a_size_gets_lines(monkeypatch, size) -> None:
+def test_a_terminal_without_a_size_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     with os.fdopen(theirs, "w") as screen:
         monkeypatch.setattr(sys, "stderr", screen)
-        progress = Progress(2, 0, "run")
-        progress.step()
-        progress.report(training_row(1))
-        progress.close()
+        with Progress(2, "run", "steps") as progress:
+            progress.advance()
+            progress.show("loss 0.5000")
+            progress.log(progress.line())
         text = os.read(ours, 4096).decode()
     os.close(ours)
-    assert ("run: step 1/2 loss 0.5000" in text) is (size == (0, 0))
-    assert ("1/2 [" in text) is (size != (0, 0))
+    assert "run: 1 of 2 steps  loss 0.5000" in text
+    assert ("%|" in text) is (size != (0, 0))
+
+
+def test_a_log_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is counted: a first step that compiles, a rank that is waited for."""
+    log = log_of(monkeypatch)
+    monkeypatch.setattr(module, "EVERY_S", 0.1)
+    with Progress(10, "run", "steps", even=False) as progress:
+        time.sleep(0.35)
+        progress.advance(3)
+        time.sleep(0.35)
+    lines = log.getvalue().splitlines()
+    assert 4 <= len(lines) <= 8 and "\r" not in log.getvalue()
+    assert set(lines) == {"run: 0 of 10 steps", "run: 3 of 10 steps"}
+    time.sleep(0.3)
+    assert log.getvalue().splitlines() == lines  # nothing after its end
+
+
+def test_what_is_said_counts_as_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(monkeypatch)
+    monkeypatch.setattr(module, "EVERY_S", 0.3)
+    with Progress(10, "run", "steps") as progress:
+        for _ in range(8):
+            time.sleep(0.1)
+            progress.log("something else")
+    assert set(log.getvalue().splitlines()) == {"something else"}
+
+
+def test_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_of(monkeypatch)
+    now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with Progress(1_000_000, "run", "images", start=500_000) as progress:
+        assert progress.line() == "run: 500,000 of 1,000,000 images"
+        for _ in range(100):  # ten minutes at 100 images/s: a slow start
+            now += 6
+            progress.advance(600)
+        progress.show("loss 0.123")
+        assert progress.line() == "run: 560,000 of 1,000,000 images  loss 0.123  73 min left"
+        for _ in range(100):  # then 1000 images/s, which is what counts
+            now += 1
+            progress.advance(1000)
+        assert progress.line() == "run: 660,000 of 1,000,000 images  loss 0.123  5.7 min left"
+        progress.advance(340_000)
+        assert progress.line() == "run: 1,000,000 of 1,000,000 images  loss 0.123"
+    with Progress(9, "doctor", "sections", even=False) as progress:
+        now += 5
+        progress.advance()
+        assert progress.line() == "doctor: 1 of 9 sections"
+
+
+def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(monkeypatch)
+    monkeypatch.setattr(module, "EVERY_S", 0.05)
+    with Progress(4, "run", "steps", quiet=True) as progress:
+        progress.show("loss")
+        progress.log("text")
+        time.sleep(0.2)
+    assert log.getvalue() == ""
