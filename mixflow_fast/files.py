@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mixflow_fast.messages import did_you_mean
+
 _BLOCK = 1 << 20
 # The mask can only be read by setting it, which every thread would see: once, at the import.
 _UMASK = os.umask(0o022)
@@ -24,6 +26,29 @@ os.umask(_UMASK)
 def user_path(path: str | os.PathLike[str]) -> Path:
     """The path that a user means: `~` and `~name` are home folders."""
     return Path(os.path.expanduser(path))
+
+
+def existing_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """A path that a user gave, with `~` expanded.
+
+    Args:
+        path: as it was given.
+        name: what it is called where it was given: an argument, or a setting such as "data.path".
+
+    Raises:
+        ValueError: nothing is there; says how far the path exists, and the nearest name.
+    """
+    given = f"{name} {path}"
+    if "://" in str(path):
+        raise ValueError(f"{given} is an address on a network: only local files are read")
+    found = user_path(path)
+    if found.exists():
+        return found
+    if found.is_symlink():
+        raise ValueError(f"{given} is a link to {os.readlink(found)}, which does not exist")
+    there = next(parent for parent in found.absolute().parents if parent.is_dir())
+    near = did_you_mean(found.name, os.listdir(there)) if there == found.absolute().parent else ""
+    raise ValueError(f"{given} does not exist: the last folder of it that does is {there}{near}")
 
 
 def existing_folder(path: Path, wanted: str) -> Path:
@@ -133,31 +158,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def existing_path(path: str | os.PathLike[str], name: str = "path") -> Path:
-    """A path that a user gave, with `~` expanded.
-
-    Args:
-        path: as it was given.
-        name: what it is called where it was given: an argument, or a setting such as "data.path".
-
-    Raises:
-        ValueError: nothing is there; says how far the path exists.
-    """
-    given = f"{name} {str(path)!r}"
-    if "://" in str(path):
-        raise ValueError(f"{given} is an address on a network: only local files are read")
-    try:
-        found = Path(path).expanduser()
-    except RuntimeError as error:  # a user without a home folder
-        raise ValueError(f"{given} cannot be expanded: {error}") from None
-    if found.exists():
-        return found
-    if found.is_symlink():
-        raise ValueError(f"{given} is a broken link, to {os.readlink(found)!r}")
-    there = next((str(parent) for parent in found.absolute().parents if parent.exists()), "/")
-    raise ValueError(f"{given} does not exist: the last folder of it that does is {there!r}")
 
 
 def crc32(path: Path) -> int:

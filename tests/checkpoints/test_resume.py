@@ -218,12 +218,14 @@ def test_checkpoints_of_before_the_data_were_recorded_go_on(tmp_path: Path) -> N
 
 
 REFUSES = """
+from mixflow_fast.cli.errors import leave_at_once
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.training.trainer import Trainer
 try:
     Trainer(load_config({recipe!r}), quiet=True)
 except ValueError as error:
     print("REFUSED", error)
+leave_at_once(0)
 """
 
 

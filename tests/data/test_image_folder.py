@@ -79,7 +79,7 @@ def test_flips_follow_the_position_alone(image_folder):
 
 
 def test_bad_folders_and_images_are_named(image_folder, tmp_path_factory):
-    with pytest.raises(ValueError, match="path .*nowhere' does not exist: the last"):
+    with pytest.raises(ValueError, match="path .*nowhere does not exist: the last"):
         ImageFolder(image_folder / "nowhere", 16)
     with pytest.raises(ValueError, match="no class folder"):
         ImageFolder(tmp_path_factory.mktemp("empty"), 16)
@@ -175,7 +175,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_image(tmp_path / "set/a/1.png")
     assert len(ImageFolder("~/set", 8)) == 1
-    with pytest.raises(ValueError, match="path '~/sot' does not exist: the last folder of it"):
+    with pytest.raises(ValueError, match="path ~/sot does not exist: the last folder of it"):
         ImageFolder("~/sot", 8)
 
 

@@ -130,7 +130,7 @@ def test_log_variances_and_unlabelled_or_unknown_paths_are_refused(tmp_path):
     np.save(tmp_path / "alone.npy", LATENTS)
     with pytest.raises(ValueError, match="alone_labels.npy or labels.npy"):
         Latents(tmp_path / "alone.npy")
-    with pytest.raises(ValueError, match="path .*none.npz' does not exist: the last folder of it"):
+    with pytest.raises(ValueError, match="path .*none.npz does not exist: the last folder of it"):
         Latents(tmp_path / "none.npz")
     (tmp_path / "notes.txt").write_text("no latents")
     with pytest.raises(ValueError, match="path must be a .npz, a .npy or a folder"):

@@ -123,7 +123,7 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", a=PIXELS, b=PIXELS)
     with pytest.raises(ValueError, match="must hold the array images, got only a, b"):
         Latents(latents, moments=True, images=tmp_path / "two.npz")
-    with pytest.raises(ValueError, match="images .*nowhere' does not exist"):
+    with pytest.raises(ValueError, match="images .*nowhere does not exist"):
         Latents(latents, moments=True, images=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="images must be a folder with dataset.json"):
         Latents(latents, moments=True, images=tmp_path)

@@ -10,6 +10,7 @@ from mixflow_fast.training.build import build_model
 from mixflow_fast.training.rehearsal import checkpoint_bytes, rehearse
 from mixflow_fast.training.trainer import train
 from tests.support.command_line import run
+from tests.support.datasets import write_classes
 from tests.support.runs import settings, tiny
 from tests.support.train_ranks import TINY
 
@@ -23,6 +24,7 @@ def test_a_rehearsal_says_what_it_found_and_leaves_no_trace(tmp_path: Path) -> N
     assert re.search(r"data: [\d,]+ images, 2 classes, 3 x 16 x 16 \(photos\)", text)
     assert "model: SiT-S/4, " in text and "parameters, 16 tokens of an input 3 x 16 x 16" in text
     assert "48 images, 6 steps of 8 (1 rank x " in text and "images/s" in text
+    assert "data: 42,768 images, 2 classes, 3 x 16 x 16 (photos)" in text
     assert "start: random weights" in text and " free at " in text and "memory per rank" in text
     assert list(tmp_path.iterdir()) == []
 
@@ -38,6 +40,17 @@ def test_a_rehearsal_of_a_run_that_goes_on(tmp_path: Path) -> None:
         rehearse(tiny(tmp_path / "run"))
     with pytest.raises(ValueError, match="already holds a run"):
         rehearse(tiny(tmp_path / "run"), resume="never")
+
+
+def test_a_rehearsal_sees_other_data(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "set", 16, cat=2)
+    data = f"data={{kind: folder, path: {folder}, size: 16}}"
+    train(tiny(tmp_path / "run", data, "train.images=16"), quiet=True)
+    write_classes(folder, 16, dog=1)
+    with pytest.raises(ValueError, match="holds a run on other data .* classes added: dog"):
+        rehearse(tiny(tmp_path / "run", data))
+    text = "\n".join(rehearse(tiny(tmp_path / "run", data), allow_data_change=True))
+    assert "data: 3 images, 2 classes" in text and "goes on with other data" in text
 
 
 def test_a_rehearsal_fails_as_the_run_would(

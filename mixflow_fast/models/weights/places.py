@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from mixflow_fast.files import user_path
-from mixflow_fast.messages import did_you_mean, shorten
+from mixflow_fast.files import existing_path
+from mixflow_fast.messages import shorten
 from mixflow_fast.models.weights.foreign import ZERO_SHARD
 
 _INDEX = ".index.json"
@@ -23,23 +23,6 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 _WEIGHTS = ("*.pt", "*.pth", "*.safetensors", "*.ckpt", "*.bin")
 
 
-def existing(path: str | os.PathLike[str]) -> Path:
-    """A path that a user gave, with `~` expanded.
-
-    Raises:
-        ValueError: nothing there.
-    """
-    path = user_path(path)
-    if path.exists():
-        return path
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
-    hint = ""
-    if path.parent.is_dir():
-        hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
-    raise ValueError(f"{path} does not exist: check the path, or download it{hint}")
-
-
 def weights_file(path: str | os.PathLike[str]) -> Path:
     """The weights file that a user means: a file, the index of one in parts, a folder with either.
 
@@ -48,7 +31,7 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: nothing there; a folder without weights, with what it is and the next step.
     """
-    path = existing(path)
+    path = existing_path(path, "checkpoint")
     if path.is_dir():
         return _in_folder(path)
     if (shard := _SHARD.fullmatch(path.name)) is not None:
