@@ -31,6 +31,7 @@ from mixflow_fast.cli import (
 )
 from mixflow_fast.cli.errors import exit_code
 from mixflow_fast.messages import did_you_mean
+from mixflow_fast.openmp import choose_waiting
 
 # As every version of argparse says it, with quotes around the choices or without.
 _NO_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     options = parse(arguments)
+    choose_waiting()  # before the command brings torch
     return options.run(options)
 
 
