@@ -40,7 +40,6 @@ METRIC_OF_FEATURE: dict[str, Metric] = {
     "pooled_pixels": "frechet",
     "random_conv": "frechet_random_conv",
 }
-GRID_STEPS = 10  # Euler steps behind the pictures in the report
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Settings:
     post_lr: float = 5e-4
     samples: int = 1000
     steps: tuple[int, ...] = (5, 10, 20, 50)
+    picture_steps: int = 5  # Euler steps behind the pictures: few, where the arms differ most
 
 
 SETTINGS = {"photos": Settings(), "digits": Settings(data="digits", size=8)}
@@ -225,7 +225,7 @@ def run_demo(
                 write_json(done, {**table, "seconds": time.monotonic() - started})
             runs[name].append(_Run(config, json.loads(done.read_text())))
     result = _result(out, settings, seeds, arms, runs, measure, command)
-    _save_comparison(out, result)
+    _save_comparison(out, result, settings.picture_steps)
     render_demo_report(result, out / "report.html")
     write_text(out / "report.md", evidence_markdown(result))
     write_json(out / "report.json", result)  # last: its presence marks a finished demo
@@ -250,7 +250,7 @@ def _evaluate(
             progress=not quiet,
         )
         # A side of 64 pixels, whatever the size of the images.
-        if steps == GRID_STEPS:
+        if steps == settings.picture_steps:
             save_grid(folder / "samples.png", drawn.x[:32], columns=8, scale=64 // settings.size)
         for metric, value in measure(drawn.x).items():
             table.setdefault(metric, {})[str(steps)] = value
@@ -285,7 +285,8 @@ def _result(
         "environment": _environment(),
         "notes": _notes(settings, len(seeds)),
         "command": command,
-        "images_caption": f"{GRID_STEPS} Euler steps, same noise and labels in every arm",
+        "images_caption": f"{settings.picture_steps} Euler steps, not selected, same noise and "
+        "labels in every arm",
         "about": _about(settings),
     }
 
@@ -336,9 +337,9 @@ def _all_images(data: str, split: str, size: int) -> Tensor:
     return dataset.get(index, index, 0).x
 
 
-def _save_comparison(out: Path, result: DemoResult) -> None:
+def _save_comparison(out: Path, result: DemoResult, steps: int) -> None:
     """OUT/arms.png: the first three arms beside real images, for pages that show one picture."""
-    words = {"base": "base", "control": "control", "mixflow": f"MixFlow, {GRID_STEPS} steps each"}
+    words = {"base": "base", "control": "control", "mixflow": f"MixFlow, {steps} steps each"}
     pictures = {text: Path(result["arms"][name]["images"]) for name, text in words.items()}
     save_side_by_side(out / "arms.png", {**pictures, "real": Path(result["real_grid"])})
 
@@ -356,6 +357,10 @@ def _check(settings: Settings, arms: dict[str, Arm], out: Path) -> None:
     """Refuse settings that some arm, the sampling or the report could not work with."""
     if settings.samples < 2:
         raise ValueError(f"samples must be >= 2, got {settings.samples}")
+    if settings.picture_steps not in settings.steps:
+        raise ValueError(
+            f"picture_steps must be one of steps = {settings.steps}, got {settings.picture_steps}"
+        )
     base = base_config(settings, 0, out / "base")
     for arm in arms.values():
         # The base is not post-trained; any distribution will do to check the sizes.

@@ -11,7 +11,14 @@ from PIL import Image
 from mixflow_fast import demo
 from mixflow_fast.demo import SETTINGS, arms_of, run_demo
 
-TOY = replace(SETTINGS["photos"], base_images=1600, post_images=640, steps=(2, 10), samples=40)
+TOY = replace(
+    SETTINGS["photos"],
+    base_images=1600,
+    post_images=640,
+    steps=(2, 10),
+    picture_steps=2,
+    samples=40,
+)
 pytestmark = pytest.mark.filterwarnings("ignore:.*full-rank.*", "ignore:.*samples.*:UserWarning")
 
 

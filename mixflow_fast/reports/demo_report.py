@@ -9,6 +9,7 @@ import html
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixflow_fast.files import write_text
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Base, control and MixFlow; what a sweep adds stands folded below.
+MAIN_ARMS = 3
+_STYLE = """
+.grids.large{grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr))}
+"""
 _ABOUT = (
     "A small flow-matching transformer was trained on 16×16 crops of photographs in each of the "
     "ways below, with all else equal. Each one then generated crops with few and with many "
@@ -92,14 +98,22 @@ def render_demo_report(result: DemoResult, path: str | os.PathLike[str]) -> None
         ValueError: a missing key, a picture that cannot be read, matplotlib not installed.
     """
     check_result(result)
+    arms = list(result["arms"])
+    shown, more = _of_arms(result, arms[:MAIN_ARMS]), _of_arms(result, arms[MAIN_ARMS:])
     sections = [
-        _introduction(result),
-        _distances(result),
-        _samples(result),
-        _losses(result),
+        _introduction(shown),
+        _samples(shown),
+        _distances(shown),
+        _losses(shown),
+        _ablations(result, more) if more["arms"] else "",
         _conditions(result),
     ]
-    write_text(path, page(result["title"], "\n".join(sections)))
+    write_text(path, page(result["title"], "\n".join(sections), _STYLE))
+
+
+def _of_arms(result: DemoResult, names: Sequence[str]) -> DemoResult:
+    """The same result, of some of the arms."""
+    return {**result, "arms": {name: result["arms"][name] for name in names}}
 
 
 def _introduction(result: DemoResult) -> str:
@@ -134,12 +148,24 @@ def _distances(result: DemoResult) -> str:
 
 
 def _samples(result: DemoResult) -> str:
-    grids = [picture(result.get("real_grid"), "Real crops")]
-    grids += [picture(arm.get("images"), arm["label"]) for arm in result["arms"].values()]
+    grids = [picture(arm.get("images"), arm["label"]) for arm in result["arms"].values()]
+    grids.append(picture(result.get("real_grid"), "Real crops"))
     caption = result.get("images_caption", "Not selected.")
-    return f"""<h2>Samples beside real crops</h2>
+    return f"""<h2>Samples, and real crops</h2>
 <p class="note">{html.escape(caption)}</p>
-<div class="grids">{"".join(grids)}</div>"""
+<div class="grids large">{"".join(grids)}</div>"""
+
+
+def _ablations(result: DemoResult, more: DemoResult) -> str:
+    """All arms, with pictures of those that are not above; folded until someone asks."""
+    arms = "".join(_describe_arm(arm) for arm in more["arms"].values())
+    grids = "".join(picture(arm.get("images"), arm["label"]) for arm in more["arms"].values())
+    return f"""<details><summary>{len(more["arms"])} more ways: gammas and ablations</summary>
+<ul>{arms}</ul>
+{_distances(result)}
+<h2>Their samples</h2>
+<div class="grids">{grids}</div>
+</details>"""
 
 
 def _losses(result: DemoResult) -> str:
@@ -242,7 +268,8 @@ def _distance_plot(result: DemoResult, metric: Metric) -> str:
     axes.set_xlabel("sampling steps (logarithmic)")
     axes.set_ylabel("distance, lower is better")
     _legend(canvas, axes, 2)
-    return svg(canvas, metric.replace("_", "-"), f"{METRICS[metric]} against sampling steps")
+    salt = f"{metric.replace('_', '-')}-{len(result['arms'])}"  # a page may plot a metric twice
+    return svg(canvas, salt, f"{METRICS[metric]} against sampling steps")
 
 
 def _loss_plot(result: DemoResult) -> str:

@@ -116,7 +116,7 @@ def test_page_loads_nothing(tmp_path: Path, pictures: dict[str, str]) -> None:
     text = render(make_result(pictures, True), tmp_path)
     page = assert_loads_nothing(text)
     shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    for source, name in zip(shown, ("real", "plain", "slowed"), strict=True):
+    for source, name in zip(shown, ("plain", "slowed", "real"), strict=True):
         head, data = source.split(",")
         assert head == "data:image/png;base64"
         assert base64.b64decode(data, validate=True) == Path(pictures[name]).read_bytes()
@@ -125,6 +125,25 @@ def test_page_loads_nothing(tmp_path: Path, pictures: dict[str, str]) -> None:
     references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     assert references and references <= set(ids)
     assert ("viewport" in text) and ("prefers-color-scheme" in text)
+
+
+def test_three_arms_are_large_and_the_rest_is_folded(
+    tmp_path: Path, pictures: dict[str, str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    result = make_result(pictures, False)
+    assert "more ways" not in render(result, tmp_path / "two")
+    arm = result["arms"]["slowed"]
+    result["arms"] |= {name: arm | {"label": f"arm {name}"} for name in ("third", "a", "b")}
+    text = render(result, tmp_path)
+    above, folded = text.split("<details><summary>2 more ways: gammas and ablations</summary>")
+    folded = folded.split("</details>")[0]
+    assert "arm third" in above and "arm a" not in above and above.count("<img") == 4
+    assert above.index('<div class="grids large">') < above.index("<table>")
+    assert "arm third" in folded and folded.count("<img") == 2  # tables and plots are of all
+    page = Page(text)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
 
 
 def test_plots(tmp_path: Path, pictures: dict[str, str]) -> None:
@@ -159,7 +178,7 @@ def test_escaping(tmp_path: Path, pictures: dict[str, str]) -> None:
     page = Page(text)
     assert "<script" not in text and "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(NASTY) >= 9
-    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"][1] == NASTY
+    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"][0] == NASTY
     markdown = evidence_markdown(result)
     assert "<script" not in markdown
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
