@@ -156,9 +156,9 @@ class Latents:
             if (std < 0).any():
                 bad = int(indices[(std < 0).flatten(1).any(1)][0])
                 raise ValueError(
-                    f"std channels must be >= 0, got one < 0 in sample {bad} of {self.name}: is it "
-                    "the log-variance? Store exp(logvar / 2). Are they plain latents, not mean | "
-                    "std? Pass moments=False (data.moments=false)"
+                    f"std channels must be >= 0, got one < 0 in sample {bad} of "
+                    f"{str(self._root)!r}: is it the log-variance? Store exp(logvar / 2). Are they "
+                    "plain latents, not mean | std? Pass moments=False (data.moments=false)"
                 )
             noise = normal(seed, Stream.POSTERIOR, positions, math.prod(self.shape))
             x = mean + std * noise.view_as(mean)

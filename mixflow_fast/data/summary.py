@@ -36,7 +36,8 @@ class DataSummary:
     def describe(self) -> str:
         """ "1,281,167 images, 1000 classes, 3 x 256 x 256"."""
         shape = " x ".join(map(str, self.shape))
-        return f"{self.examples:,} {self.unit}, {_classes(self.classes)}, {shape}"
+        unit = self.unit.removesuffix("s") if self.examples == 1 else self.unit
+        return f"{self.examples:,} {unit}, {count_classes(self.classes)}, {shape}"
 
     def to_record(self) -> dict[str, object]:
         """The fingerprint: plain values that decide which example a position stands for."""
@@ -84,14 +85,17 @@ def digest_of(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _classes(count: int) -> str:
+def count_classes(count: int) -> str:
+    """ "1 class", "1000 classes"."""
     return f"{count} class{'es' * (count != 1)}"
 
 
 def _count(record: Mapping[str, object]) -> str:
     examples, classes = record.get("examples"), record.get("classes")
     examples = f"{examples:,}" if isinstance(examples, int) else examples
-    return f"{examples} examples of " + (_classes(classes) if isinstance(classes, int) else "?")
+    return f"{examples} examples of " + (
+        count_classes(classes) if isinstance(classes, int) else "?"
+    )
 
 
 def _names(record: Mapping[str, object]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mixflow_fast.config.schema import DataConfig, ModelConfig
 from mixflow_fast.data import Dataset, DataSummary, Latents
+from mixflow_fast.data.summary import count_classes
 from mixflow_fast.distributed.host_group import HostGroup
 
 
@@ -58,8 +59,8 @@ def describe_data(
         warnings += [statistics.warning()] if statistics.warning() else []
     if model is not None and summary.classes < model.num_classes:
         warnings.append(
-            f"{summary.classes} classes, the model has {model.num_classes}: labels 0 to "
-            f"{summary.classes - 1} are its first ones, whatever those meant in earlier training"
+            f"{count_classes(summary.classes)}, the model has {model.num_classes}: the labels are "
+            "those of its first classes, whatever those meant in earlier training"
         )
     what = f"{summary.describe()} ({where})"
     return DataReport(summary, what, tuple(notes), tuple(warnings))

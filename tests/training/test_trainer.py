@@ -272,7 +272,7 @@ def test_refusals_come_before_anything_is_written(
 
 def test_wrong_checkpoint_is_refused(tmp_path: Path) -> None:
     base = train(tiny(tmp_path / "base", "train.images=8"), quiet=True)
-    with pytest.raises(ValueError, match=r"pos_embed \(1, 16, 32\) instead of \(1, 16, 64\)"):
+    with pytest.raises(ValueError, match=r"is SiT of width 32, .* set model.hidden_size=32"):
         train(
             tiny(tmp_path / "wide", "model.hidden_size=64", f"train.init={base.weights}"),
             quiet=True,
