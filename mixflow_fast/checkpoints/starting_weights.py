@@ -75,6 +75,7 @@ def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) 
     theirs, other = spec.kwargs, spec.class_name != class_name
     settings = [
         *_size_settings(spec, class_name, own),
+        *(["model.learn_sigma=null"] if other and class_name == "SiT" else []),
         *_plain_settings(theirs, own),
         *_projector_settings(theirs, own),
     ]
@@ -148,7 +149,7 @@ def _projector_settings(theirs: Mapping[str, object], own: Mapping[str, object])
             yield f"model.encoder_depth={theirs['encoder_depth']}"
     elif own.get("z_dims"):
         yield from (f"model.{n}=null" for n in ("z_dims", "encoder_depth", "projector_dim"))
-        yield "objective.alignment_weight=0"
+        yield from ("objective.alignment_weight=0", "data.features=null", "teacher.path=null")
 
 
 def _describe(class_name: ClassName, kwargs: Mapping[str, object], told: list[str]) -> str:

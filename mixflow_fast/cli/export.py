@@ -18,7 +18,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog="example: mixflow-fast export runs/post --to official --out post.pt",
     )
     command.add_argument(
-        "checkpoint", type=user_path, help="run folder, or a .pt or .safetensors file"
+        "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
     )
     command.add_argument("--to", choices=("official", "ema", "diffusers"), required=True)
     command.add_argument(

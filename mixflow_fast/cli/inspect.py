@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog="example: mixflow-fast inspect SiT-XL-2-256.pt --against SiT-XL/2",
     )
     command.add_argument(
-        "checkpoint", type=user_path, help="run folder, or a .pt or .safetensors file"
+        "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
     )
     command.add_argument(
         "--against",

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mixflow_fast.sampling.samples import SampleResult
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("sample", help="generate from a checkpoint")
     command.add_argument(
-        "checkpoint", type=user_path, help="run folder, or a .pt or .safetensors file"
+        "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
     )
     command.add_argument(
         "--out", type=user_path, default="samples.png", help=".png grid or .npz arrays x, y"
@@ -84,12 +86,24 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         progress=True,
     )
-    _save(out, result)
+    _refuse_not_finite(result.x)
+    save(out, result)
     print(f"{out}: {options.num} samples, {options.method}, {result.nfe} network evaluations each")
     return 0
 
 
-def _save(out: Path, result: SampleResult) -> None:
+def _refuse_not_finite(x: Tensor) -> None:
+    """Nothing is written of samples that are no numbers: a picture would show them as black."""
+    wrong = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(x)} samples are not finite (the first has id {wrong[0]}), and "
+            "nothing was written: the weights are finite, so what the network makes of them is "
+            "too large; check --clock, --cfg-scale and --steps, or choose another checkpoint"
+        )
+
+
+def save(out: Path, result: SampleResult) -> None:
     """A picture or arrays, whole or not at all."""
     import io
 
@@ -103,5 +117,7 @@ def _save(out: Path, result: SampleResult) -> None:
         save_grid(out, result.x, columns=columns, scale=max(1, 64 // result.x.shape[-1]))
         return
     buffer = io.BytesIO()
-    np.savez(buffer, x=result.x.numpy(), y=result.labels.numpy())
+    # A network without classes has no labels.
+    arrays = {"x": result.x} | ({} if result.labels is None else {"y": result.labels})
+    np.savez(buffer, **{name: tensor.numpy() for name, tensor in arrays.items()})
     write_bytes(out, buffer.getvalue())
