@@ -185,9 +185,9 @@ def _check_free(files: list[Path], out: Path, to: Format, force: bool) -> None:
 def _read(
     path: Path, which: Which, clock: str | None, num_heads: int | tuple[int, int] | None
 ) -> _Weights:
-    file = WeightsFile.open(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        file = WeightsFile.open(path)
         state = file.state(which)
         spec = network_spec(file, state, num_heads)
         file.check_values(which, state)

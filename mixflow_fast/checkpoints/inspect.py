@@ -141,9 +141,9 @@ def inspect_file(
     Raises:
         ValueError: the file cannot be read, holds no weights, or `against` is unknown.
     """
-    file = WeightsFile.open(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        file = WeightsFile.open(path)
         chosen = file.choose(key)
         state = file.tensors(chosen)
     held = file.state_dicts() or [chosen]
@@ -184,6 +184,8 @@ def _non_finite(held: Iterable[StateDict], path: str) -> list[str]:
 
 def _layout(file: WeightsFile, held: Sequence[StateDict]) -> str:
     names = set(file.entries)
+    if "timestep" in file.header:
+        return "mixflow-fast export, a folder of diffusers"
     if "kwargs" in file.header:
         return "mixflow-fast export"
     if not held[0].place:

@@ -52,7 +52,9 @@ def start_from(model: Transformer, path: str | Path) -> None:
     if text := misfit(spec_of_any_heads(file, state), class_name, own):
         raise ValueError(f"train.init={file.path} is {text}")
     recorded = file.model_config()
-    for name in _UNSEEN:
+    # Where nothing is projected the depth has no meaning, and is recorded all the same.
+    unseen = _UNSEEN if own.get("z_dims") else _UNSEEN[:2]
+    for name in unseen:
         if name in recorded and recorded[name] != own[name]:
             raise ValueError(
                 f"train.init={file.path} was trained with {name}={recorded[name]!r}, this model "

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from mixflow_fast.config.schema import TrainConfig
-from mixflow_fast.training.nonfinite_report import Examiner
+from mixflow_fast.training.nonfinite_report import Examiner, Finding
 from mixflow_fast.training.step_record import BadStep, StepRecord
 
 # Folders that one run writes; later steps are only counted.
@@ -114,34 +114,35 @@ class NonFiniteGuard:
         elif self._section.on_nonfinite == "rollback":
             self._roll_back(bad[0], now)
         else:
-            raise TrainingDiverged(f"{self._examine(bad[0], now)} {self._saved()} {_ADVICE}")
+            found = self._examine(bad[0], now)
+            raise TrainingDiverged(f"{found.text} {self._saved()} {found.advice}")
 
     def _skip(self, bad: list[BadStep], now: int, longest: int) -> None:
         """The optimizer left the steps out already: count them, or give up."""
         self.state.skipped += len(bad)
         most = self._section.max_skips
-        text = ""
+        found = Finding("", "")
         if longest > most or self._dumps < MAX_DUMPS:
-            text = self._examine(bad[0], now)
+            found = self._examine(bad[0], now)
         if longest > most:
             raise TrainingDiverged(
-                f"{text} Steps skipped in a row: {longest}, more than train.max_skips = {most}. "
-                f"{self._saved()} {_ADVICE}"
+                f"{found.text} Steps skipped in a row: {longest}, more than train.max_skips = "
+                f"{most}. {self._saved()} {found.advice}"
             )
         steps = ", ".join(str(step.step) for step in bad)
-        self.log(f"{self._out}: skipped step {steps}. {text}".rstrip())
+        self.log(f"{self._out}: skipped step {steps}. {found.text}".rstrip())
 
     def _roll_back(self, bad: BadStep, now: int) -> None:
-        text, times = self._examine(bad, now), self.state.rollbacks
+        found, times = self._examine(bad, now), self.state.rollbacks
         if times >= self._section.max_rollbacks:
             raise TrainingDiverged(
-                f"{text} The run went back {times} times already, train.max_rollbacks"
-                f" = {self._section.max_rollbacks}. {self._saved()} {_ADVICE}"
+                f"{found.text} The run went back {times} times already, train.max_rollbacks"
+                f" = {self._section.max_rollbacks}. {self._saved()} {found.advice}"
             )
         self.state.rollbacks += 1
         self.state.left_out = [*self.state.left_out, bad.step]
         self.record.reset()
-        raise RollBack(text)
+        raise RollBack(found.text)
 
     def row(self) -> dict[str, object]:
         """Losses of the steps since the last call, over the ranks; every rank must call it.
@@ -172,8 +173,8 @@ class NonFiniteGuard:
             row["rollbacks"] = state.rollbacks
         return row
 
-    def _examine(self, bad: BadStep, now: int) -> str:
-        """One sentence or three on a bad step; the folder with the rest is written."""
+    def _examine(self, bad: BadStep, now: int) -> Finding:
+        """What was found of a bad step; the folder with the rest is written."""
         folder = None
         if self._dumps < MAX_DUMPS:
             self._dumps += 1
@@ -187,9 +188,3 @@ class NonFiniteGuard:
             f"Nothing of it was saved: the newest checkpoint in {self._out}, if any, is from "
             "before."
         )
-
-
-_ADVICE = (
-    "Mend or remove samples whose data are not finite; lower optim.lr or set optim.grad_clip; or "
-    "resume with train.on_nonfinite=skip"
-)

@@ -123,6 +123,14 @@ class RankReport:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What was found of a bad step: in one to three sentences, and what may help."""
+
+    text: str
+    advice: str
+
+
+@dataclass(frozen=True)
 class Examiner:
     """Finds the samples behind a bad step and writes what it found.
 
@@ -144,7 +152,7 @@ class Examiner:
     host_group: HostGroup
     device: torch.device
 
-    def report(self, bad: BadStep, now: int, folder: Path | None) -> str:
+    def report(self, bad: BadStep, now: int, folder: Path | None) -> Finding:
         """Find a bad step's samples and write the folder. Every rank must call it.
 
         Where bad steps change weights (all but `on_nonfinite: skip`), weights that are not finite
@@ -156,7 +164,7 @@ class Examiner:
             folder: OUT/nonfinite, or None to write nothing.
 
         Returns:
-            what was found, in one to three sentences; the same on all ranks.
+            what was found; the same on all ranks.
         """
         c, group = self.section, self.host_group
         weights = f"of step {now}" if now > bad.step else "of this step"
@@ -183,7 +191,7 @@ class Examiner:
                 "ranks": [asdict(rank) for rank in ranks],
             }
             path = self._write(folder, bad.step, content, tensors)
-        return self._sentences(bad, ranks, path)
+        return self._found(bad, ranks, path)
 
     def _replace_weights(self) -> str | None:
         """Finite weights for the examination; what they are."""
@@ -316,7 +324,7 @@ class Examiner:
             shutil.rmtree(temporary, ignore_errors=True)
         return None if failed else final
 
-    def _sentences(self, bad: BadStep, ranks: list[RankReport], path: Path | None) -> str:
+    def _found(self, bad: BadStep, ranks: list[RankReport], path: Path | None) -> Finding:
         batch = self.section.global_batch_size
         first = (bad.step - 1) * batch
         losses = [loss for rank in ranks for loss in rank.loss_of_micro_batches]
@@ -324,17 +332,50 @@ class Examiner:
             f"loss {sum(losses) / len(losses):g}, gradient norm {bad.norm:g} at step {bad.step} "
             f"(samples at positions {first} to {first + batch - 1})."
         )
-        count = sum(rank.samples_not_finite for rank in ranks)
-        if count:
-            named = [s for rank in ranks if rank.samples_not_finite for s in rank.samples]
-            listed = "; ".join(sample.describe() for sample in named[:4])
-            text += f" Not finite: {listed}{f' and {count - 4} more' if count > 4 else ''}."
+        advice = _ADVICE
+        if (weights := self._blame_of_weights(bad, ranks)) is not None:
+            text, advice = f"{text} Not finite: {weights}", _ADVICE_ON_WEIGHTS
         else:
-            text += " Every sample's loss was finite: the gradient alone was not."
+            text = f"{text} {_name_samples(ranks)}"
         for rank in ranks:
             if rank.error is not None:
                 text += f" Rank {rank.rank} could not run it once more ({rank.error})."
-        return text + (f" See {path}." if path is not None else "")
+        return Finding(text + (f" See {path}." if path is not None else ""), advice)
+
+    def _blame_of_weights(self, bad: BadStep, ranks: list[RankReport]) -> str | None:
+        """A sentence where the weights and not single samples are the cause, else None."""
+        samples = [sample for rank in ranks for sample in rank.samples]
+        every = sum(rank.samples_not_finite for rank in ranks) == self.section.global_batch_size
+        if not every or len(samples) < 2 or any(s.data_not_finite != 0 for s in samples):
+            return None
+        init = self.section.init
+        whose = ""
+        if bad.step == 1:
+            whose = f", of train.init={init}" if init is not None else ", which are random"
+        return (
+            "the loss of every sample, while their data are finite: the cause is the weights of "
+            f"this step{whose}, and not a sample."
+        )
+
+
+def _name_samples(ranks: list[RankReport]) -> str:
+    """A sentence on the samples whose loss was not finite."""
+    count = sum(rank.samples_not_finite for rank in ranks)
+    if not count:
+        return "Every sample's loss was finite: the gradient alone was not."
+    named = [s for rank in ranks if rank.samples_not_finite for s in rank.samples]
+    listed = "; ".join(sample.describe() for sample in named[:4])
+    return f"Not finite: {listed}{f' and {count - 4} more' if count > 4 else ''}."
+
+
+_ADVICE = (
+    "Mend or remove samples whose data are not finite; lower optim.lr or set optim.grad_clip; or "
+    "resume with train.on_nonfinite=skip"
+)
+_ADVICE_ON_WEIGHTS = (
+    "Choose another checkpoint as train.init (mixflow-fast inspect looks at its values), or lower "
+    "optim.lr and set optim.grad_clip; to skip steps would not help"
+)
 
 
 def _plain(value: object) -> object:

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixflow_fast.checkpoints.export import export
 from mixflow_fast.checkpoints.inspect import inspect_file
-from mixflow_fast.models import SiT, build, load_model, load_weights
+from mixflow_fast.checkpoints.starting_weights import start_from
+from mixflow_fast.models import SiT, build, load_model, load_weights, save_weights
 from mixflow_fast.models.embedders import timestep_sinusoid
 from mixflow_fast.models.weights import diffusers_dit as dit
-from tests.support.weights import HEAD, HEADS, OFFICIAL, golden, run, same
+from mixflow_fast.models.weights.metadata import Metadata
+from tests.support.weights import HEAD, HEADS, OFFICIAL, golden, network, run, same
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -217,3 +220,64 @@ def test_what_diffusers_cannot_hold(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             export(tmp_path / "a.pt", "diffusers", tmp_path / "out", num_heads=heads)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["SiT", "REPA", "noise"])
+def test_a_diffusers_folder_is_read_back(kind: str, tmp_path: Path) -> None:
+    """As the same function: by load_model, by inspect, and as the start of a run."""
+    pytest.importorskip("diffusers")
+    more = {"z_dims": [8], "projector_dim": 8, "encoder_depth": 1} if kind == "REPA" else {}
+    prediction = "noise" if kind == "noise" else "velocity"
+    model = network(learn_sigma=False, **more)
+    config = json.dumps({"objective": {"prediction": prediction}})
+    record = Metadata(kwargs=model.config, clock=model.clock, steps=7, config=config).to_record()
+    save_weights(tmp_path / "a.pt", model.state_dict(), model.state_dict(), record)
+    out = tmp_path / "dit"
+    export(tmp_path / "a.pt", "diffusers", out)
+    with pytest.warns(UserWarning, match="read back from diffusers' layout: the same function"):
+        back = load_model(out)
+    assert (back.clock, back.prediction) == (model.clock, prediction)
+    x = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(5) % 4
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    with torch.no_grad():
+        ours, theirs = model.velocity(x, t, y), back.velocity(x, t, y)
+    assert (ours - theirs).norm() / ours.norm() < 2e-6
+    found = inspect_file(out)
+    assert found.fits and found.steps == 7 and "diffusers" in found.layout
+    assert "read back" in " ".join(found.notes)
+    started = network(learn_sigma=False, clock=model.clock)
+    with pytest.warns(UserWarning, match="read back"):
+        start_from(started, out)
+    assert torch.equal(started.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+def test_a_diffusers_folder_that_is_not_ours(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    torch.save({"ema": network(learn_sigma=False).state_dict()}, tmp_path / "a.pt")
+    out = tmp_path / "dit"
+    export(tmp_path / "a.pt", "diffusers", out)
+    (file,) = out.glob("*.safetensors")
+    state = load_file(file)
+    name = "transformer_blocks.0.attn1.to_k.bias"
+    save_file({n: t for n, t in state.items() if n != name}, file)
+    with pytest.raises(ValueError, match=f"cannot be read back .{name} is missing.: give a.pt"):
+        load_model(out)
+    save_file(state, file)
+    (out / dit.RECORD).unlink()
+    with pytest.raises(ValueError, match="is a DiT in diffusers' layout .* with mixflow.json"):
+        load_model(out)
+    found = inspect_file(out)
+    assert not found.fits and "a DiT in diffusers' layout" in " ".join(found.notes)
+
+
+def test_time_features_change_basis_back_without_amplifying_rounding() -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    k = torch.arange(128, dtype=torch.float64)
+    features = []
+    for last in (128, 127):
+        angles = t[:, None] * 10000.0 ** (-k / last)
+        features.append(torch.cat([angles.cos(), angles.sin()], dim=1))
+    basis = dit.inverse_time_basis()
+    assert (features[0] @ basis.T - features[1]).abs().max() < 1e-8
+    assert basis.abs().sum(1).max() < 20

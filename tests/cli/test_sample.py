@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from mixflow_fast.cli.sample import save
 from mixflow_fast.models import build, save_weights
+from mixflow_fast.sampling.samples import SampleResult
 from tests.support.command_line import run
 
 
@@ -40,3 +42,49 @@ def test_recorded_clock_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert run("sample", tmp_path / f"{clock}.pt", *arguments, capsys=capsys)[0] == 0
         arrays[clock] = np.load(out)["x"]
     assert not np.allclose(arrays["data_at_1"], arrays["noise_at_1"])
+
+
+def test_samples_that_are_not_finite_are_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite weights that overflow for one class: every format is refused, the ids are named."""
+    model = build("SiT-S/8", input_size=8, in_channels=3, depth=1, num_classes=3)
+    state = model.state_dict()
+    state["y_embedder.embedding_table.weight"][1] = 3e38
+    for name in ("final_layer.adaLN_modulation.1.weight", "final_layer.linear.weight"):
+        state[name].fill_(1.0)
+    torch.save(state, tmp_path / "x.pt")
+    arguments = ["--num", "5", "--steps", "1", "--out"]
+    for name in ("x.png", "x.npz"):
+        out = tmp_path / name
+        code, _, err = run("sample", tmp_path / "x.pt", *arguments, out, capsys=capsys)
+        assert code == 2 and not out.exists()
+        assert "2 of 5 samples are not finite (the first has id 1), and nothing was written" in err
+
+
+def test_a_network_without_classes_has_no_labels(tmp_path: Path) -> None:
+    """No network of this engine is one, but what `sample` returns may have none."""
+    save(tmp_path / "x.npz", SampleResult(x=torch.zeros(2, 4, 3, 3), labels=None, nfe=1))
+    assert list(np.load(tmp_path / "x.npz")) == ["x"]
+
+
+def test_a_home_folder_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--out=~/x` and `train.init=~/x` reach a program as they are: no shell expands them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    state = build("SiT-S/8", input_size=8, depth=1, num_classes=3).state_dict()
+    torch.save(state, tmp_path / "x.pt")
+    arguments = ["--num", "1", "--steps", "1", "--out", "~/x.npz"]
+    assert run("sample", "~/x.pt", *arguments, capsys=capsys)[0] == 0
+    assert (tmp_path / "x.npz").is_file()
+    for command in (
+        ["sample", "~/y.pt"],
+        ["inspect", "~/y.pt"],
+        ["export", "~/y.pt", "--to", "ema", "--out", "~/y.safetensors"],
+        ["consolidate", "~/y.pt", "--out", "~/z.pt"],
+        ["ema", "~/y.pt"],
+        ["report", "~/y.pt"],
+    ):
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 2 and f"{tmp_path / 'y.pt'} does not exist" in err, command

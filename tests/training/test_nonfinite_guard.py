@@ -17,6 +17,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.data import sample_index
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.training.build import build_model
 from mixflow_fast.training.step_record import T_BUCKETS
 from mixflow_fast.training.trainer import Trainer, TrainingDiverged, train
 from tests.support.runs import assert_same_bits, run_ranks, settings
@@ -125,6 +126,25 @@ def test_the_sample_is_named_and_a_report_is_left(tmp_path: Path, precision: tup
         assert rank["weights_not_finite"] and "began with" in content["examined_with"]
         assert tensors["loss_recomputed"].isnan().tolist() == [True, False]
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_weights_that_overflow_are_the_cause_and_no_sample(tmp_path: Path) -> None:
+    """Finite numbers in the checkpoint, too large to compute with."""
+    latents(tmp_path)
+    config = configured(tmp_path, "run", 1, *settings("fp32", 0))
+    state = build_model(config.model).state_dict()
+    state["final_layer.linear.weight"] = torch.full_like(state["final_layer.linear.weight"], 1e38)
+    state["final_layer.adaLN_modulation.1.bias"] = torch.ones(64)
+    init = tmp_path / "huge.pt"
+    torch.save({"ema": state}, init)
+    with pytest.raises(TrainingDiverged) as caught:
+        train(
+            configured(tmp_path, "run", 1, f"train.init={init}", *settings("fp32", 0)), quiet=True
+        )
+    text = str(caught.value)
+    assert "at step 1 (samples at positions 0 to 3). Not finite: the loss of every sample" in text
+    assert f"the cause is the weights of this step, of train.init={init}, and not a sample" in text
+    assert "Choose another checkpoint as train.init" in text and "Mend or remove" not in text
 
 
 def test_a_gradient_alone_and_the_older_checkpoint(tmp_path: Path, monkeypatch) -> None:

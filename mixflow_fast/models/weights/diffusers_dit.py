@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
 _POINTS = 12  # error 2e-13; the sum of |L| stays below 2, so rounding is not amplified
+_POINTS_BEYOND = 4  # error 3e-9 in a feature of 1e-4; the sum of |L| is 15
 # What the class's own position table may differ by: SiT's EMA shifts its copy by rounding.
 MAX_POSITION_DRIFT = 1e-3
 NORM_EPS = 1e-6
@@ -53,16 +54,35 @@ def time_basis() -> Tensor:
     """B with sit_features(t) = diffusers_features(t) B^T for t in [0, 1]; (256, 256) float64."""
     half = TIME_FEATURES // 2
     # Positions on the log axis, in units of the distance between two v_k.
+    return _interpolation(torch.arange(half, dtype=torch.float64) * (half - 1) / half)
+
+
+def inverse_time_basis() -> Tensor:
+    """C with diffusers_features(t) = sit_features(t) C^T for t in [0, 1]; (256, 256) float64.
+
+    C is not the inverse of B: the features of low frequencies are nearly the same functions, and
+    such an inverse would amplify rounding.
+    """
+    half = TIME_FEATURES // 2
+    # In units of the distance between two w_j.
+    return _interpolation(torch.arange(half, dtype=torch.float64) * half / (half - 1))
+
+
+def _interpolation(points: Tensor) -> Tensor:
+    """Lagrange interpolation from the nodes 0 .. 127 to 128 points, for cosines and for sines."""
+    half = len(points)
     nodes = torch.arange(half, dtype=torch.float64)
-    points = nodes * (half - 1) / half
     basis = torch.zeros(half, half, dtype=torch.float64)
     for j, point in enumerate(points):
-        start = min(max(int(point) - _POINTS // 2 + 1, 0), half - _POINTS)
-        near = nodes[start : start + _POINTS]
+        # Beyond the last node, where a frequency of 1e-4 makes the functions all but straight, a
+        # few do, and many would amplify rounding.
+        count = _POINTS if point <= half - 1 else _POINTS_BEYOND
+        start = min(max(int(point) - count // 2 + 1, 0), half - count)
+        near = nodes[start : start + count]
         gaps = near[:, None] - near[None, :]
         factors = (point - near)[None, :] / gaps.masked_fill(gaps == 0, 1.0)
         factors.fill_diagonal_(1.0)
-        basis[j, start : start + _POINTS] = factors.prod(dim=1)
+        basis[j, start : start + count] = factors.prod(dim=1)
     return torch.block_diag(basis, basis)
 
 
@@ -113,40 +133,85 @@ def position_drift(state: Mapping[str, Tensor]) -> float:
     return drift
 
 
-def to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """A SiT's state dict under the names of `DiTTransformer2DModel`; projectors are left out.
+# Names there and here, of tensors that have a weight and a bias.
+_OUTER = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+_IN_BLOCK = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+# The class repeats the time and label embedders in every block.
+_EMBEDDERS = {
+    "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
+    "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",
+    "timestep_embedder.linear_2.weight": "t_embedder.mlp.2.weight",
+    "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
+    "class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight",
+}
+_TIME = "t_embedder.mlp.0.weight"
 
-    The class repeats the time and label embedders in every block.
-    """
-    first = state["t_embedder.mlp.0.weight"]
-    shared = {
-        "timestep_embedder.linear_1.weight": (first.double() @ time_basis()).to(first.dtype),
-        "timestep_embedder.linear_1.bias": state["t_embedder.mlp.0.bias"],
-        "timestep_embedder.linear_2.weight": state["t_embedder.mlp.2.weight"],
-        "timestep_embedder.linear_2.bias": state["t_embedder.mlp.2.bias"],
-        "class_embedder.embedding_table.weight": state["y_embedder.embedding_table.weight"],
-    }
-    renamed = {
-        "norm1.linear": "adaLN_modulation.1",
-        "attn1.to_out.0": "attn.proj",
-        "ff.net.0.proj": "mlp.fc1",
-        "ff.net.2": "mlp.fc2",
-    }
+
+def to_diffusers(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """A SiT's state dict under the names of `DiTTransformer2DModel`; projectors are left out."""
+    shared = {name: state[ours] for name, ours in _EMBEDDERS.items()}
+    shared["timestep_embedder.linear_1.weight"] = _in_basis(state[_TIME], time_basis())
     out: dict[str, Tensor] = {}
     for part in ("weight", "bias"):
-        out[f"pos_embed.proj.{part}"] = state[f"x_embedder.proj.{part}"]
-        out[f"proj_out_1.{part}"] = state[f"final_layer.adaLN_modulation.1.{part}"]
-        out[f"proj_out_2.{part}"] = state[f"final_layer.linear.{part}"]
+        out |= {f"{name}.{part}": state[f"{ours}.{part}"] for name, ours in _OUTER.items()}
         for i in range(depth):
-            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
-            qkv = state[f"{ours}.attn.qkv.{part}"].chunk(3)
+            block, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            qkv = state[f"{block}.attn.qkv.{part}"].chunk(3)
             for name, tensor in zip("qkv", qkv, strict=True):
                 out[f"{theirs}.attn1.to_{name}.{part}"] = tensor
-            for name, old in renamed.items():
-                out[f"{theirs}.{name}.{part}"] = state[f"{ours}.{old}.{part}"]
+            for name, ours in _IN_BLOCK.items():
+                out[f"{theirs}.{name}.{part}"] = state[f"{block}.{ours}.{part}"]
     for i in range(depth):
         out |= {f"transformer_blocks.{i}.norm1.emb.{name}": t for name, t in shared.items()}
     return out
+
+
+def from_diffusers(state: Mapping[str, Tensor], kwargs: SiTConfig) -> dict[str, Tensor]:
+    """The state dict of the SiT that `to_diffusers` wrote: the same function to rounding.
+
+    Args:
+        state: of `DiTTransformer2DModel`.
+        kwargs: the SiT's arguments (`SiT.config`).
+
+    Raises:
+        ValueError: tensors that are missing, or embedders that differ from block to block.
+    """
+    side, depth = kwargs["input_size"] // kwargs["patch_size"], kwargs["depth"]
+    try:
+        out = {"pos_embed": sincos_position_embedding(kwargs["hidden_size"], side)[None]}
+        for name, ours in _EMBEDDERS.items():
+            every = [state[f"transformer_blocks.{i}.norm1.emb.{name}"] for i in range(depth)]
+            if not all(torch.equal(tensor, every[0]) for tensor in every):
+                raise ValueError(
+                    f"norm1.emb.{name} differs from block to block, and a SiT has one for all: it "
+                    "was trained in diffusers, and cannot be read back"
+                )
+            out[ours] = every[0]
+        out[_TIME] = _in_basis(out[_TIME], inverse_time_basis())
+        for part in ("weight", "bias"):
+            out |= {f"{ours}.{part}": state[f"{name}.{part}"] for name, ours in _OUTER.items()}
+            for i in range(depth):
+                block, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+                qkv = [state[f"{theirs}.attn1.to_{name}.{part}"] for name in "qkv"]
+                out[f"{block}.attn.qkv.{part}"] = torch.cat(qkv)
+                for name, ours in _IN_BLOCK.items():
+                    out[f"{block}.{ours}.{part}"] = state[f"{theirs}.{name}.{part}"]
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from None
+    return out
+
+
+def _in_basis(weight: Tensor, basis: Tensor) -> Tensor:
+    return (weight.double() @ basis).to(weight.dtype)
 
 
 def build_diffusers(state: Mapping[str, Tensor], kwargs: SiTConfig) -> DiTTransformer2DModel:

@@ -7,6 +7,7 @@ and no pickled classes, so SiT's, REPA's and RAE's samplers find the `ema` they 
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,11 @@ from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.weights import places
 from mixflow_fast.models.weights.damage import first_damaged, not_finite, wrong_checksums
+from mixflow_fast.models.weights.diffusers_dit import (
+    from_diffusers,
+    is_diffusers_dit,
+    read_record,
+)
 from mixflow_fast.models.weights.foreign import ZERO_SHARD, entries_that_are, unreadable
 from mixflow_fast.models.weights.metadata import Metadata, OfficialArgs, Scalar, count
 from mixflow_fast.models.weights.naming import rename_legacy_repa
@@ -73,6 +79,8 @@ class WeightsFile:
         for file in files:
             form, content, metadata = _read(file)
             entries, header = {**entries, **content}, header | metadata
+        if is_diffusers_dit(entries) and (record := read_record(path.parent)):
+            entries, header = _read_back(path, entries, record)
         return cls(path, tuple(files), form, entries, header)
 
     @property
@@ -221,6 +229,26 @@ def load_weights(
     file.check_values(key, state)
     # The clone detaches the tensors from the mapped file and from storages larger than they are.
     return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _read_back(
+    path: Path, entries: Mapping[str, Tensor], record: Mapping[str, object]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Official names and the record of the network of `export --to diffusers`."""
+    try:
+        kwargs = {**record["kwargs"], "z_dims": None}  # REPA's projectors are not exported
+        state = from_diffusers(entries, kwargs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is an export to diffusers that cannot be read back ({error}): give "
+            f"{record.get('source')}, which it was written from"
+        ) from None
+    warn(
+        f"{path}: read back from diffusers' layout: the same function to rounding; "
+        "t_embedder.mlp.0.weight is in another basis than it was",
+        stacklevel=3,
+    )
+    return state, {n: str(v) for n, v in record.items()} | {"kwargs": json.dumps(kwargs)}
 
 
 def _read(path: Path) -> tuple[Format, Mapping[str, object], Mapping[str, str]]:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mixflow_fast.messages import shorten
-from mixflow_fast.models.weights.diffusers_dit import is_diffusers_dit, read_record
+from mixflow_fast.models.weights.diffusers_dit import is_diffusers_dit
 
 _TRAIN = "give the checkpoint of a SiT, REPA SiT or DiT-DH"
 _AUTOENCODER = f"an autoencoder (VAE), which makes latents of images and not samples: {_TRAIN}"
@@ -37,8 +37,12 @@ _SNAPSHOT = (
     "an EMA snapshot of a run of this engine, from which an average is made: mixflow-fast ema RUN "
     "--sigma-rel S --out FILE.pt"
 )
-# Parts of tensors' names, all of which a state dict has, and what it then is. The first row that
-# matches counts: a Stable Diffusion checkpoint holds a UNet and an autoencoder.
+_DIFFUSERS_DIT = (
+    "a DiT in diffusers' layout (DiTTransformer2DModel); only a folder that mixflow-fast export "
+    "wrote, with mixflow.json in it, is read back: give the checkpoint in its own code's layout"
+)
+# Beginnings of parts of tensors' names, all of which a state dict has, and what it then is. The
+# first row that matches counts: a Stable Diffusion checkpoint holds a UNet and an autoencoder.
 _NETWORKS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_",), _ADAPTER),
     (("lokr_",), _ADAPTER),
@@ -86,38 +90,22 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 _WEIGHTS_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
 
 
-def network_that_is(names: Collection[str], path: Path) -> str | None:
-    """What network a state dict is of, by its tensors' names, and the next step; None if unknown.
-
-    Args:
-        names: of the tensors.
-        path: the file, beside which a diffusers export has its record.
-    """
+def network_that_is(names: Collection[str]) -> str | None:
+    """What network a state dict is of, by its names, and the next step; None if unknown."""
     if names and all(re.match(r"(\d+|frozen)/", name) for name in names):
         return _SNAPSHOT
     if is_diffusers_dit(names):
-        return _diffusers_dit(path)
+        return _DIFFUSERS_DIT
     text = "\n".join(f".{name}" for name in names)
     for marks, what in _NETWORKS:
-        if all(re.search(rf"(?<=[._]){re.escape(mark)}", text) for mark in marks):
+        if all(f".{mark}" in text for mark in marks):
             return what
     return None
 
 
-def _diffusers_dit(path: Path) -> str:
-    what = "a DiT in diffusers' layout (DiTTransformer2DModel)"
-    record = read_record(path.parent)
-    if not record:
-        return f"{what}, which is not read: {_TRAIN} in the layout that its own code writes"
-    return (
-        f"{what}, made by mixflow-fast export of {record.get('name')} from {record.get('source')}: "
-        "give that file, which this one was written from"
-    )
-
-
 def describe_unknown(path: Path, names: Collection[str]) -> str:
     """An error on a state dict of a network that this engine does not have."""
-    what = network_that_is(names, path)
+    what = network_that_is(names)
     if what is not None:
         return f"{path} is {what}"
     return (
@@ -152,12 +140,13 @@ def unreadable(path: Path, error: Exception) -> str:
 def _archive(path: Path) -> str | None:
     """A .zip, .npz or .tar, of which torch.save's own files are one kind."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names, kind, unpack = archive.namelist(), "zip", "unzip"
-        elif tarfile.is_tarfile(path):
+        # A tar with a .pt at its end ends as a zip does.
+        if tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
                 names, kind, unpack = archive.getnames(), "tar", "tar xf"
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names, kind, unpack = archive.namelist(), "zip", "unzip"
         else:
             return None
     except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError):

@@ -14,7 +14,7 @@ from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.files import WeightsFile
-from mixflow_fast.models.weights.foreign import describe_unknown
+from mixflow_fast.models.weights.foreign import describe_unknown, network_that_is
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
 from mixflow_fast.models.weights.naming import (
     ClassName,
@@ -143,7 +143,11 @@ def network_spec(
         ValueError: as `infer_kwargs`; weights of no known network, with what they are; a damaged
             record.
     """
-    if (recorded := file.metadata) is not None:
+    recorded = file.metadata
+    # Of a file of our own that lacks something, what it lacks says more.
+    if kind_of(state) is None and (recorded is None or network_that_is(state)):
+        raise ValueError(describe_unknown(file.path, state))
+    if recorded is not None:
         # The names decide: a record of an early version does not name the class.
         return NetworkSpec(
             class_name=class_of(state),
@@ -151,8 +155,6 @@ def network_spec(
             clock=recorded.clock,
             prediction=recorded.prediction,
         )
-    if kind_of(state) is None:
-        raise ValueError(describe_unknown(file.path, state))
     official = file.official
     if encoder_depth is None and kind_of(state) == "REPA SiT":
         encoder_depth = official.encoder_depth
