@@ -8,6 +8,7 @@ from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import COPY_AGAIN, gather
 from mixflow_fast.files import check_writable, existing_folder
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.weights.damage import refuse_not_finite
 from mixflow_fast.models.weights.metadata import Metadata
 
 
@@ -23,7 +24,8 @@ def consolidate(run: Path, out: Path, force: bool = False) -> Metadata:
         what the file records of the run.
 
     Raises:
-        ValueError: no checkpoint there, one that is damaged, or `out` exists.
+        ValueError: no checkpoint there, one that is damaged, weights that are not finite, or `out`
+            exists.
     """
     wanted = "a run folder or one of its checkpoints/step_N"
     folder = existing_folder(run, wanted)
@@ -39,5 +41,7 @@ def consolidate(run: Path, out: Path, force: bool = False) -> Metadata:
     found = gather(folder, ("weight", "ema"))
     model_state = {name: values["weight"] for name, values in found.items()}
     ema_state = {name: values.get("ema", values["weight"]) for name, values in found.items()}
+    for state in (model_state, ema_state):
+        refuse_not_finite(state, folder, "take an older checkpoint of the run")
     save_weights(out, model_state, ema_state, record)
     return Metadata.from_record(record, folder)

@@ -25,6 +25,7 @@ from mixflow_fast.checkpoints import manifest, run_folder
 from mixflow_fast.checkpoints.shards import full_states
 from mixflow_fast.files import check_writable, existing_folder, replacing
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.weights.damage import refuse_not_finite
 from mixflow_fast.optim.power_ema import (
     posthoc_error,
     posthoc_weights,
@@ -127,7 +128,8 @@ def reconstruct(
         force: replace what is at `out`.
 
     Raises:
-        ValueError: no snapshots, none that late, a width outside its range, or `out` exists.
+        ValueError: no snapshots, none that late, one that is not finite, a width outside its range,
+            or `out` exists.
     """
     existing_folder(run, _A_RUN)
     check_writable(out, force)
@@ -162,6 +164,7 @@ def _sum(columns: Sequence[tuple[Snapshot, int]], weights: np.ndarray) -> dict[s
     for (snapshot, number), weight in zip(columns, weights.tolist(), strict=True):
         with safe_open(snapshot.path, "pt") as file:
             for name, tensor in _of(file, f"{number}/"):
+                refuse_not_finite({name: tensor}, snapshot.path, "move this snapshot away")
                 if name in total:
                     total[name].add_(tensor, alpha=weight)
                 else:
@@ -211,6 +214,8 @@ def extract(run: Path, decay: float, out: Path, force: bool = False) -> int:
     found = full_states(newest)
     model = {key: values["weight"] for key, values in found.items()}
     ema = {key: values.get(name, values["weight"]) for key, values in found.items()}
+    for state in (model, ema):
+        refuse_not_finite(state, newest, "take a copy of the run from before")
     save_weights(out, model, ema, metadata)
     return metadata["steps"]
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mixflow_fast.files import existing_path
+from mixflow_fast.models.weights.damage import refuse_not_finite
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -253,7 +254,9 @@ def _load(config: TeacherFiles) -> nn.Module:
             f"{str(config.path)!r} lacks {len(missing)} of the teacher's weights, the first is "
             f"{missing[0]}: {_DOWNLOAD}"
         )
-    return model.float()
+    model = model.float()
+    refuse_not_finite(dict(model.named_parameters()), config.path, _DOWNLOAD)
+    return model
 
 
 @contextlib.contextmanager

@@ -144,6 +144,20 @@ def test_damage_is_refused(run: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> None:
+    folder, out = newest_checkpoint(run), tmp_path / "one.pt"
+    frozen = torch.load(frozen_file(folder))
+    frozen["pos_embed"][0, 0, :2] = torch.nan
+    torch.save(frozen, frozen_file(folder))
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    names.remove(manifest.NAME)
+    manifest.write(folder, {name: manifest.entry(folder / name) for name in names})
+    words = f"{folder}: pos_embed has 2 values that are not finite: take an older checkpoint"
+    with pytest.raises(ValueError, match=words):
+        consolidate(folder, out)
+    assert not out.exists()
+
+
 def test_a_checkpoint_that_does_not_hold_everything_is_refused(run: Path) -> None:
     folder = newest_checkpoint(run)
     layout = read_layout(folder)

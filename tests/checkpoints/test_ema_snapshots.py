@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixflow_fast.checkpoints import run_folder
@@ -171,6 +172,20 @@ def test_damaged_snapshot(run: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read .*: move it away"):
         snapshots(tmp_path)
+
+
+def test_a_snapshot_that_is_not_finite(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "ema", tmp_path / "ema")
+    path = snapshots(tmp_path)[1].path
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    state = load_file(path)
+    state["0/x_embedder.proj.bias"][2] = torch.inf
+    save_file(state, path, header)
+    words = f"{path.name}: x_embedder.proj.bias has 1 value that is not finite: move this snapshot"
+    with pytest.raises(ValueError, match=words):
+        reconstruct(tmp_path, 0.15, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_windows_in_words(tmp_path: Path) -> None:

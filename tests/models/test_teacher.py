@@ -222,6 +222,15 @@ def test_weights_that_are_missing_are_not_made_up(folders: dict[str, Path], tmp_
             Teacher(folder, 4)
 
 
+def test_weights_that_are_not_finite_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = load_file(folders["dinov2"] / "model.safetensors")
+    weights["layernorm.weight"][:3] = torch.nan
+    folder = altered(folders["dinov2"], tmp_path / "nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="nan: layernorm.weight has 3 values that are not finite"):
+        Teacher(folder, 4)
+
+
 def test_arguments_that_do_not_fit(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

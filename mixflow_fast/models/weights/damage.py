@@ -86,3 +86,25 @@ def not_finite(state: Mapping[str, Tensor]) -> dict[str, int]:
     """How many values are not finite, by the name of each tensor that has any."""
     bad = {name: tensor for name, tensor in state.items() if not is_finite(tensor)}
     return {name: int((~tensor.float().isfinite()).sum()) for name, tensor in bad.items()}
+
+
+def describe_not_finite(state: Mapping[str, Tensor], under: str = "") -> str:
+    """ "NAME has 12 values that are not finite, ..." of the first such tensor; "" if all are.
+
+    Args:
+        state: name -> tensor.
+        under: said after the name.
+    """
+    counts = not_finite(state)
+    if not counts:
+        return ""
+    name, values = next(iter(counts.items()))
+    what = "1 value that is" if values == 1 else f"{values} values that are"
+    more = f", and {len(counts) - 1} more of {len(state)} tensors" * (len(counts) > 1)
+    return f"{name}{under} has {what} not finite{more}"
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], owner: object, way_out: str) -> None:
+    """ValueError that names `owner`, the tensor and the way out, unless all values are finite."""
+    if text := describe_not_finite(state):
+        raise ValueError(f"{owner}: {text}: {way_out}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.weights import places
-from mixflow_fast.models.weights.damage import first_damaged, not_finite, wrong_checksums
+from mixflow_fast.models.weights.damage import describe_not_finite, first_damaged, wrong_checksums
 from mixflow_fast.models.weights.diffusers_dit import (
     from_diffusers,
     is_diffusers_dit,
@@ -155,12 +155,7 @@ class WeightsFile:
         if bad := wrong_checksums(self.parts, state):
             more = f", nor are {len(bad) - 1} more of {len(state)} tensors" * (len(bad) > 1)
             return f"{bad[0]}{under} is not what was written (wrong checksum){more}"
-        if counts := not_finite(state):
-            name, values = next(iter(counts.items()))
-            what = "1 value that is" if values == 1 else f"{values} values that are"
-            more = f", and {len(counts) - 1} more of {len(state)} tensors" * (len(counts) > 1)
-            return f"{name}{under} has {what} not finite{more}"
-        return ""
+        return describe_not_finite(state, under)
 
     @property
     def args(self) -> Mapping[str, object]:
