@@ -12,11 +12,12 @@ from mixflow_fast.messages import shorten
 from mixflow_fast.models.weights.foreign import ZERO_SHARD
 
 _INDEX = ".index.json"
+_ADAPTERS = ("adapter_model", "pytorch_lora_weights")
 # What folders of Hugging Face's libraries hold, in the order of preference.
 _HUB_FILES = tuple(
     f"{stem}.{suffix}"
     for suffix in ("safetensors", "bin")
-    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model", *_ADAPTERS)
 )
 _PIPELINE_PARTS = ("transformer", "unet")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
