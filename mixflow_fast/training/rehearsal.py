@@ -144,11 +144,13 @@ def _describe_memory(
     """
     ranks, microbatch = split
     count = sum(parameter.numel() for parameter in model.parameters())
-    element = 2 if c.precision == "bf16" else 4
-    # Master weights are of their own where ZeRO shards them; ZeRO 2 gathers float32 gradients.
-    sharded = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel))
-    sharded += (4 if c.zero_stage else 0) + (4 if c.zero_stage >= 2 else 0)
-    state = count * (2 * element + sharded / (ranks if c.zero_stage else 1))
+    element, stage = (2 if c.precision == "bf16" else 4), c.zero_stage
+    weights = element / (ranks if stage == 3 else 1)
+    # ZeRO 1 adds up bf16 gradients in float32; from 2 on the sums are sharded.
+    gradients = 4 / ranks if stage >= 2 else 4 if element == 4 else 6
+    # Moments, averages, and master weights where they are not the network's own.
+    optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + (1 if stage else 0))
+    state = count * (weights + gradients + optimizer / (ranks if stage else 1))
     kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
     tokens = (model.input_size // model.patch_size) ** 2
     width = sum(block.attn.proj.in_features for block in model.blocks)
