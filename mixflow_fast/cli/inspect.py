@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Says whose checkpoint it is, which network, clock and settings, and whether "
         "names, shapes and values are right. Nothing in the file is executed. Exit code: 0 it "
         "fits, 1 it does not, 2 it cannot be read.",
-        epilog="example: mixflow-fast inspect SiT-XL-2-256.pt --against SiT-XL/2",
+        epilog="example: mixflow-fast inspect SiT-XL-2-256x256.pt --against SiT-XL/2",
     )
     command.add_argument(
         "checkpoint", type=user_path, help="run folder, or a weights file of any kind"

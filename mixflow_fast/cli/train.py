@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "newest checkpoints stay, and those of each train.keep_every steps. Ctrl-C, SIGTERM or "
         "SIGUSR1 saves and ends with exit code 0; a second one ends at once.",
         epilog="example: mixflow-fast train sit-xl2-256 data.path=latents/ "
-        "train.init=SiT-XL-2-256.pt objective.gamma=0.8",
+        "train.init=SiT-XL-2-256x256.pt objective.gamma=0.8",
     )
     command.add_argument(
         "recipe", help=f"{', '.join(recipe_names())} (see `mixflow-fast recipes`), or a .yaml file"
