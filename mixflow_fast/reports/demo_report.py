@@ -103,7 +103,7 @@ def render_demo_report(result: DemoResult, path: str | os.PathLike[str]) -> None
     sections = [
         _introduction(shown),
         _samples(shown),
-        _distances(shown),
+        _distances(shown, _lower_below(result, shown)),
         _losses(shown),
         _ablations(result, more) if more["arms"] else "",
         _conditions(result),
@@ -131,7 +131,18 @@ crops themselves reach the floor. This is a small model on small crops, <b>not I
 numbers compare with each other only, never with a published FID.</p>"""
 
 
-def _distances(result: DemoResult) -> str:
+def _lower_below(result: DemoResult, shown: DemoResult) -> str:
+    """A sentence on the columns in which an arm that is folded below is the best."""
+    columns = [
+        f"{steps} steps ({METRICS[metric].partition(', ')[2]})"
+        for metric in METRICS
+        for steps in result["steps"]
+        if not best_arms(result, metric, steps) & shown["arms"].keys()
+    ]
+    return f" An arm that is folded below is lower at {', '.join(columns)}." if columns else ""
+
+
+def _distances(result: DemoResult, more: str = "") -> str:
     tables = "".join(
         f"<h3>{html.escape(name)}</h3>{_table(result, metric)}" for metric, name in METRICS.items()
     )
@@ -141,7 +152,7 @@ def _distances(result: DemoResult) -> str:
         for metric, name in METRICS.items()
     )
     return f"""<h2>Distance to real crops</h2>
-<p class="note">Best of each column in bold; {html.escape(describe_seeds(result))}.</p>
+<p class="note">Best of each column in bold; {html.escape(describe_seeds(result))}.{more}</p>
 {tables}
 <h2>Distance against sampling steps</h2>
 <div class="plots">{plots}</div>"""

@@ -143,7 +143,9 @@ def test_three_arms_are_large_and_the_rest_is_folded(
     assert "arm third" in folded and folded.count("<img") == 2  # tables and plots are of all
     page = Page(text)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
+    assert len(ids) == len(set(ids)) and "folded below is lower" not in text
+    result["arms"]["b"] = arm | {"frechet": {"5": 0.1, "10": 99.0}}
+    assert "folded below is lower at 5 steps (averaged pixels)." in render(result, tmp_path / "c")
 
 
 def test_plots(tmp_path: Path, pictures: dict[str, str]) -> None:
