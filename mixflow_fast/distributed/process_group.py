@@ -8,7 +8,10 @@ that names the missing ranks.
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import time
 from datetime import timedelta
 
 import torch
@@ -19,6 +22,9 @@ from mixflow_fast.messages import error_line
 
 # How long a start waits for all ranks, unless the timeout of the group is shorter.
 START_TIMEOUT_S = 600.0
+# How long the name of rank 0's machine may be unknown: it is with machines that are just starting.
+RESOLVE_S = 60.0
+_HOW = "start with torchrun, which sets them all, or unset them for a run of one process"
 # Of the group that this module made; a process has one.
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=30)
@@ -128,14 +134,26 @@ def world_size() -> int:
 
 def _launched() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun, deepspeed or else Slurm's srun gives them."""
-    e = os.environ
-    if "RANK" in e:
-        return int(e["RANK"]), int(e.get("WORLD_SIZE", 1)), int(e.get("LOCAL_RANK", 0))
+    if "RANK" in os.environ:
+        number, ranks = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        if not 0 <= number < ranks:
+            raise ValueError(f"RANK={number} must be in [0, WORLD_SIZE={ranks}): {_HOW}")
+        return number, ranks, _number("LOCAL_RANK", 0)
     # Only in a step of several tasks, because a batch script and an salloc shell have SLURM_PROCID.
-    if int(e.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in e:
-        local = int(e.get("SLURM_LOCALID", 0))
-        return int(e["SLURM_PROCID"]), int(e["SLURM_STEP_NUM_TASKS"]), local
-    return 0, 1, int(e.get("LOCAL_RANK", 0))
+    tasks = _number("SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1 and "SLURM_PROCID" in os.environ:
+        return _number("SLURM_PROCID", 0), tasks, _number("SLURM_LOCALID", 0)
+    if _number("WORLD_SIZE", 1) > 1:  # as one process each would train alone in the same folder
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but not RANK: {_HOW}")
+    return 0, 1, _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """A number that a launcher sets."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {text!r}: {_HOW}")
+    return int(text)
 
 
 def _adopt_slurm() -> None:
@@ -158,15 +176,71 @@ def _meeting_point() -> str:
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
 
 
+def _check_port(address: str, port: int) -> None:
+    """Refuse a port that rank 0 could not open: PyTorch would wait for it until its timeout."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            why = "is in use by another program" if in_use else f"cannot be opened ({error})"
+            raise ValueError(
+                f"port {port} of {address} {why}: choose another with MASTER_PORT / --master-port"
+            ) from None
+
+
+def _reach(address: str, port: int, limit_s: float, listening: bool) -> None:
+    """Wait until the address of the ranks' meeting is known, and somebody listens there.
+
+    Not in PyTorch, which says neither what is wrong nor hears of Ctrl-C meanwhile.
+
+    Args:
+        address, port: where they meet.
+        limit_s: how long to wait.
+        listening: whether another process is to listen; else the name alone is looked up.
+
+    Raises:
+        ValueError: it did not come true within the limit, and why.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            if listening:
+                socket.create_connection((address, port), timeout=5.0).close()
+            else:
+                socket.getaddrinfo(address, port)
+            return
+        except socket.gaierror as error:
+            limit_s = min(limit_s, RESOLVE_S)
+            why = f"MASTER_ADDR={address} is not the name of a machine ({error.strerror})"
+        except ConnectionRefusedError:
+            why = f"nothing listens at {_meeting_point()}: start rank 0, or correct MASTER_PORT"
+        except OSError as error:
+            why = f"{_meeting_point()} cannot be reached ({error}): is the address rank 0's, and "
+            why += "the port open to other machines?"
+        waited = time.monotonic() - started
+        if waited >= limit_s:
+            found = f"rank {rank()} of {world_size()} waited {waited:.0f} s for rank 0"
+            raise ValueError(f"the start failed: {found}: {why}")
+        time.sleep(min(1.0, limit_s - waited))
+
+
 def _meet() -> dist.Store:
     """The store of the ranks, once all of them are there."""
     missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
-        raise ValueError(
-            f"RANK is set, but not {', '.join(sorted(missing))}: start with torchrun, which sets "
-            "them all, or unset RANK for a run of one process"
-        )
+        raise ValueError(f"RANK is set, but not {', '.join(sorted(missing))}: {_HOW}")
     most = min(timedelta(seconds=START_TIMEOUT_S), _timeout)
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    if not 0 < port < 65536:
+        raise ValueError(f"MASTER_PORT must be in [1, 65535], got {port}")
+    # Under torchrun the store is the launcher's, else it is rank 0's.
+    hosting = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if hosting:
+        _check_port(address, port)
+    started = time.monotonic()
+    _reach(address, port, most.total_seconds(), listening=not hosting)
     try:
         met, *_ = next(dist.rendezvous("env://", timeout=most))
         # Under torchrun the launcher has met the others; the ranks themselves have not.
@@ -177,8 +251,14 @@ def _meet() -> dist.Store:
         met.wait(["mixflow_fast/all_came"], most)
         met.set_timeout(_timeout)
     except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, dist.DistNetworkError) and not hosting:
+            raise ValueError(
+                f"the start failed: what listens at {_meeting_point()} does not answer as rank 0 "
+                f"does ({error_line(error, 80)}): if the port is another program's, choose another "
+                "with MASTER_PORT / --master-port"
+            ) from None
         raise ValueError(
-            f"the start failed: rank {rank()} waited {most.total_seconds():.0f} s at "
+            f"the start failed: rank {rank()} waited {time.monotonic() - started:.0f} s at "
             f"{_meeting_point()} for {world_size()} processes ({error_line(error)}). Start "
             "all of them, with the same MASTER_ADDR and MASTER_PORT; the address must be rank "
             "0's and the port free there and open to the other machines"

@@ -1,7 +1,12 @@
 """Who a process is under each launcher, how the ranks meet, and the timeouts of their groups."""
 
+import contextlib
 import os
+import re
+import socket
 import subprocess
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from torch.distributed import distributed_c10d
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.training.trainer import Trainer
-from tests.support.launchers import LAUNCHED, ROOT, RUN, ranks_of
+from tests.support.launchers import LAUNCHED, ROOT, RUN, free_port, ranks_of
 
 
 def test_the_groups_of_deepspeed_have_the_timeout_too(tmp_path: Path) -> None:
@@ -28,7 +33,8 @@ def test_the_groups_of_deepspeed_have_the_timeout_too(tmp_path: Path) -> None:
 
 def test_ranks_that_do_not_come_are_reported() -> None:
     ((code, text),) = ranks_of("pass", ranks=1)
-    assert code == 1 and "ValueError: the start failed: rank 0 waited 3 s at 127.0.0.1:" in text
+    assert code == 1 and "ValueError: the start failed: rank 0 waited " in text
+    assert 3 <= int(re.search(r"waited (\d+) s at 127.0.0.1:", text)[1]) <= 8
     assert "for 2 processes" in text and "Start all of them" in text
 
 
@@ -64,6 +70,79 @@ def test_incomplete_environments_are_refused(no_launcher: pytest.MonkeyPatch) ->
     no_launcher.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="RANK is set, but not MASTER_ADDR, MASTER_PORT"):
         process_group.init_process_group("cpu")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [
+        ({"RANK": "a"}, "RANK must be a whole number, got 'a': start with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE must be a whole number, got ''"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK=2 must be in \[0, WORLD_SIZE=2\)"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but not RANK: start with torchrun"),
+        ({"RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE: start with torchrun"),
+    ],
+)
+def test_what_a_launcher_got_wrong(
+    no_launcher: pytest.MonkeyPatch, launcher: dict[str, str], message: str
+) -> None:
+    for name, value in launcher.items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        process_group.init_process_group("cpu")
+
+
+def meet_at(patch: pytest.MonkeyPatch, address: str, port: object, rank: int) -> None:
+    patch.setattr(process_group, "START_TIMEOUT_S", 0.3)
+    patch.setattr(process_group, "RESOLVE_S", 0.1)
+    meeting = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port}
+    for name, value in meeting.items():
+        patch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_the_ranks_cannot_meet(no_launcher: pytest.MonkeyPatch, rank: int) -> None:
+    """Each says what it is, and how long it waited, if it did."""
+    started, port = time.monotonic(), free_port()
+    meet_at(no_launcher, "no-such-machine.invalid", port, rank)
+    with pytest.raises(ValueError, match="MASTER_ADDR=no-such-machine.invalid is not the name"):
+        process_group.init_process_group("cpu")
+    meet_at(no_launcher, "127.0.0.1", 295110, rank)
+    with pytest.raises(ValueError, match=r"MASTER_PORT must be in \[1, 65535\], got 295110"):
+        process_group.init_process_group("cpu")
+    meet_at(no_launcher, "127.0.0.1", "x", rank)
+    with pytest.raises(ValueError, match="MASTER_PORT must be a whole number, got 'x'"):
+        process_group.init_process_group("cpu")
+    if rank:
+        meet_at(no_launcher, "127.0.0.1", port, rank)
+        message = f"rank 1 of 2 waited 0 s for rank 0: nothing listens at 127.0.0.1:{port}: start"
+        with pytest.raises(ValueError, match=message):
+            process_group.init_process_group("cpu")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_port_of_another_program(no_launcher: pytest.MonkeyPatch, rank: int) -> None:
+    started = time.monotonic()
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request")
+
+        threading.Thread(target=answer, daemon=True).start()
+        meet_at(no_launcher, "127.0.0.1", port, rank)
+        message = f"^port {port} of 127.0.0.1 is in use by another program: choose another "
+        if rank:
+            message = f"what listens at 127.0.0.1:{port} does not answer as rank 0 does .*another "
+        message += "with MASTER_PORT / --master-port"
+        with pytest.raises(ValueError, match=message):
+            process_group.init_process_group("cpu")
+        other.shutdown(socket.SHUT_RDWR)
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(("gpus", "local"), [(0, "2"), (8, "2"), (1, "0")])
