@@ -26,6 +26,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mixflow_fast.cli.errors import quiet_without_reader
+
 # libgomp does not know the first, and libomp waits so anyway; that it is set keeps
 # `openmp.choose_waiting` from choosing.
 WAYS: Mapping[str, Mapping[str, str]] = {
@@ -127,4 +129,4 @@ def step_of(line: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_without_reader(main))

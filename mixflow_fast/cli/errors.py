@@ -55,11 +55,24 @@ def _with_errors_as_lines(command: Callable[[], int]) -> int:
 
 
 def report(error: Exception, code: int) -> int:
-    """Print an error's line and return the exit code."""
+    """Print an error's line, which of several ranks one does, and return the exit code."""
     if os.environ.get("MIXFLOW_DEBUG"):
         raise error
-    print(f"mixflow-fast: error: {error}", file=sys.stderr)
+    if _speaks(str(error)):
+        print(f"mixflow-fast: error: {error}", file=sys.stderr)
     return code
+
+
+def _speaks(text: str) -> bool:
+    """Whether this process is to print an error."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # no launcher, and torch may not be loaded
+        return True
+    from mixflow_fast.distributed.one_voice import is_first_to_say
+
+    try:
+        return is_first_to_say(text)
+    except ValueError:  # the launcher's variables themselves are wrong
+        return True
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -7,6 +7,7 @@ it does, which returns the exit code. Heavy imports stand inside `run`.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -30,8 +31,10 @@ from mixflow_fast.cli import (
     verify_resume,
 )
 from mixflow_fast.cli.errors import exit_code
+from mixflow_fast.files import user_path
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.openmp import choose_waiting
+from mixflow_fast.recipes import recipe_names
 
 # As every version of argparse says it, with quotes around the choices or without.
 _NO_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
@@ -75,7 +78,34 @@ class Parser(argparse.ArgumentParser):
             value, choices = match[1], [name.strip(" '") for name in match[2].split(",")]
             found = f"{value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
             message = message[: match.start()] + found
+        if os.environ.get("RANK", "0") != "0":  # all ranks have the same command line
+            self.exit(2)
         super().error(message)
+
+
+class PrintCompletion(argparse.Action):
+    """Prints a script that completes commands, options, recipes and paths in a shell."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        try:
+            import shtab
+        except ImportError:
+            way = 'pip install "mixflow_fast[completion]"'
+            raise ImportError(f"completion needs shtab, which is not installed: {way}") from None
+        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        for action in (a for command in commands.choices.values() for a in command._actions):
+            if action.dest == "recipe":
+                action.choices = recipe_names()
+            elif action.type is user_path:
+                action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=str(values)))
+        parser.exit()
 
 
 def parser() -> Parser:
@@ -85,6 +115,12 @@ def parser() -> Parser:
         description="Post-train flow-matching diffusion transformers with MixFlow.",
     )
     found.add_argument("--version", action="version", version=__version__)
+    found.add_argument(
+        "--completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=PrintCompletion,
+        help='print a script for the shell; in ~/.bashrc: eval "$(mixflow-fast --completion bash)"',
+    )
     found.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     commands = found.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

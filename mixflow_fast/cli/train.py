@@ -84,8 +84,8 @@ def run(options: argparse.Namespace) -> int:
             )
     except TrainingDiverged as error:
         return report(error, FAILED)
-    except SaveError as error:  # every rank has it, one line is enough
-        return report(error, REFUSED) if rank() == 0 else REFUSED
+    except SaveError as error:
+        return report(error, REFUSED)
     except KeyboardInterrupt:  # before the first step or after the last
         if (newest := newest_checkpoint(user_path(config.out))) is None:
             raise

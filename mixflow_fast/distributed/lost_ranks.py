@@ -58,7 +58,7 @@ def roll_call(wait_s: float = ROLL_CALL_S) -> Iterator[None]:
             raise
         if not _is_peer_failure(error):
             reason = _entry(error_line(error))
-            _ask_store(lambda store: store.set(_key(rank()), reason), 2.0)
+            ask_store(lambda store: store.set(_key(rank()), reason), 2.0, store())
             raise
         raise _lost(error, wait_s) from error
 
@@ -79,7 +79,7 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
                     answers[other] = host, reason
             time.sleep(0.1)
 
-    store_answered = _ask_store(ask, wait_s + 2)
+    store_answered = ask_store(ask, wait_s + 2, store())
     missing = sorted(set(range(ranks)) - answers.keys())
     reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]
     if not store_answered:  # the store lives in the launcher, or in rank 0
@@ -97,7 +97,7 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
     return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
 
 
-def _ask_store(ask: Callable[[dist.Store], None], limit_s: float) -> bool:
+def ask_store(ask: Callable[[dist.Store], None], limit_s: float, store: dist.Store) -> bool:
     """Whether `ask` came to its end within the limit.
 
     In a thread, because calls wait without end where the store's machine is cut off, and no signal
@@ -107,7 +107,7 @@ def _ask_store(ask: Callable[[dist.Store], None], limit_s: float) -> bool:
 
     def run() -> None:
         with contextlib.suppress(RuntimeError):
-            ask(store())
+            ask(store)
             done.set()
 
     thread = threading.Thread(target=run, daemon=True)

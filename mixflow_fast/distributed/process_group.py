@@ -114,6 +114,11 @@ def store() -> dist.Store | None:
     return _store
 
 
+def launchers_store() -> bool:
+    """Whether the ranks' store is the launcher's, as under torchrun; else rank 0 keeps it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def leave() -> None:
     """End the process group where it is whole, so that nothing warns or waits at exit."""
     global _store
@@ -235,8 +240,7 @@ def _meet() -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     if not 0 < port < 65536:
         raise ValueError(f"MASTER_PORT must be in [1, 65535], got {port}")
-    # Under torchrun the store is the launcher's, else it is rank 0's.
-    hosting = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosting = rank() == 0 and not launchers_store()
     if hosting:
         _check_port(address, port)
     started = time.monotonic()

@@ -164,6 +164,37 @@ def test_the_version_is_there_at_once(how: list[str]) -> None:
     assert min(found) < 0.3, found
 
 
+def test_completion_of_commands_options_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--completion", "bash"])
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+    def completed(*words: str) -> set[str]:
+        ask = f"COMP_WORDS=({' '.join(words)} ''); COMP_CWORD={len(words)}\n"
+        ask += "_shtab_mixflow_fast; printf '%s\\n' \"${COMPREPLY[@]}\""
+        done = subprocess.run(
+            ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True
+        )
+        return set(done.stdout.split())
+
+    assert {"train", "verify-resume", "ema"} <= completed("mixflow-fast")
+    assert {"digits", "sit-xl2-256"} <= completed("mixflow-fast", "train")
+    assert completed("mixflow-fast", "export", "x.pt", "--to") == {"official", "ema", "diffusers"}
+
+
+def test_completion_without_its_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert run("--completion", "bash", capsys=capsys)[::2] == (
+        2,
+        "mixflow-fast: error: completion needs shtab, which is not installed: pip install "
+        '"mixflow_fast[completion]"\n',
+    )
+
+
 def test_a_mistyped_command_or_choice(capsys: pytest.CaptureFixture[str]) -> None:
     for line, message in (
         ("trian photos", "'trian' is not one of train, "),
