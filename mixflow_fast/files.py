@@ -6,6 +6,7 @@ flushed to the disk and renamed. An interruption leaves the file that was there 
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -14,8 +15,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from mixflow_fast.messages import did_you_mean
 
 _BLOCK = 1 << 20
 # The mask can only be read by setting it, which every thread would see: once, at the import.
@@ -47,8 +46,11 @@ def existing_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     if found.is_symlink():
         raise ValueError(f"{given} is a link to {os.readlink(found)}, which does not exist")
     there = next(parent for parent in found.absolute().parents if parent.is_dir())
-    near = did_you_mean(found.name, os.listdir(there)) if there == found.absolute().parent else ""
-    raise ValueError(f"{given} does not exist: the last folder of it that does is {there}{near}")
+    names = os.listdir(there) if there == found.absolute().parent else []
+    # Not `did_you_mean`, for which two names with one ending are as good as the same.
+    near = difflib.get_close_matches(found.name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{given} does not exist: the last folder of it that does is {there}{hint}")
 
 
 def existing_folder(path: Path, wanted: str) -> Path:

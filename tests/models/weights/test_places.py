@@ -104,8 +104,9 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "SiT-XL-2-256.pt").touch()
     for path, words in (
-        ("~/SiT-XL-2-257.pt", f"{tmp_path}/SiT-XL-2-257.pt does not exist: .* 'SiT-XL-2-256.pt'"),
-        ("~/no/x.pt", f"{tmp_path}/no/x.pt does not exist: check the path, or download it$"),
+        ("~/SiT-XL-2-257.pt", f"does not exist: .* is {tmp_path}; did you mean 'SiT-XL-2-256.pt'"),
+        ("~/ema.pt", f"checkpoint ~/ema.pt does not exist: .* is {tmp_path}$"),
+        ("~/no/x.pt", f"~/no/x.pt does not exist: the last folder of it that does is {tmp_path}$"),
         ("~nobody-of-that-name/x.pt", "~nobody-of-that-name/x.pt does not exist"),
     ):
         with pytest.raises(ValueError, match=words):
