@@ -79,8 +79,8 @@ def _in_folder(folder: Path) -> Path:
 
 def _next_step(folder: Path) -> str:
     """What a folder without weights is, and what to do."""
-    ours = any((folder / name).exists() for name in ("state.json", "checkpoints", "config.yaml"))
-    if ours or any(folder.glob("step_*/state.json")):
+    ours = ("state.json", "metrics.jsonl", "step_*/state.json", "checkpoints/step_*/state.json")
+    if any(any(folder.glob(mark)) for mark in ours):
         run = folder.parent if folder.name == "checkpoints" else folder
         return (
             "it is of a run with train.save_weights=never or end: mixflow-fast consolidate "
@@ -95,7 +95,9 @@ def _next_step(folder: Path) -> str:
             "it is a checkpoint of torch.distributed.checkpoint: python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt makes one"
         )
-    found = sorted(file.name for pattern in _WEIGHTS for file in folder.glob(pattern))
+    # Runs of SiT, REPA and RAE keep theirs in a folder of that name.
+    found = [f for p in _WEIGHTS for f in (*folder.glob(p), *folder.glob(f"checkpoints/{p}"))]
     if found:
-        return f"give one of the files in it: {shorten(found)}"
+        names = sorted(file.relative_to(folder).as_posix() for file in found)
+        return f"give one of the files in it: {shorten(names)}"
     return "give a run folder, a checkpoint folder or a weights file"

@@ -78,7 +78,9 @@ FOLDERS = {
     SHARD: "python zero_to_fp32.py . OUT. and give OUT",
     "global_step7/mp_rank_00_model_states.pt": "of training is in {}/global_step7/mp_rank_00_model",
     ".metadata": "format_utils dcp_to_torch {} FILE.pt",
+    "metrics.jsonl": "mixflow-fast consolidate {} --out FILE.pt",
     "0400000.pt": "give one of the files in it: 0400000.pt",
+    "checkpoints/0400000.pt": "give one of the files in it: checkpoints/0400000.pt",
     "readme.md": "give a run folder, a checkpoint folder or a weights file",
 }
 
@@ -90,6 +92,13 @@ def test_a_folder_without_weights_is_named(inside: str, tmp_path: Path) -> None:
     file.touch()
     words = FOLDERS[inside].format(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} holds no weights.pt: .*{words}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_a_folder_with_an_adapter(name: str, tmp_path: Path) -> None:
+    save_file({"base_model.blocks.0.attn.qkv.lora_A.weight": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is an adapter .LoRA., .* merge it"):
         load_model(tmp_path)
 
 
