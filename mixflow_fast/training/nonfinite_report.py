@@ -345,8 +345,10 @@ class Examiner:
     def _blame_of_weights(self, bad: BadStep, ranks: list[RankReport]) -> str | None:
         """A sentence where the weights and not single samples are the cause, else None."""
         samples = [sample for rank in ranks for sample in rank.samples]
-        every = sum(rank.samples_not_finite for rank in ranks) == self.section.global_batch_size
-        if not every or len(samples) < 2 or any(s.data_not_finite != 0 for s in samples):
+        batch = self.section.global_batch_size
+        every = sum(rank.samples_not_finite for rank in ranks) == batch
+        # Of one sample alone it cannot be told. None: a rank could not look at its data.
+        if not every or batch < 2 or any(s.data_not_finite != 0 for s in samples):
             return None
         init = self.section.init
         whose = ""
