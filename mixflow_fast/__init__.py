@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import os.path
 
+TYPE_CHECKING = False  # typing's own would cost the command line more than all the rest of this
 if TYPE_CHECKING:
     from mixflow_fast.kernels.interpolate import Moments
     from mixflow_fast.objective.mixflow import Interpolation, MixFlow, mixflow_loss
 
 # `kernels/` stands beside this package in a checkout and inside it in a wheel.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 __version__ = "0.1.0"
 

@@ -2,11 +2,10 @@
 
 import sys
 
-from mixflow_fast.cli import interrupts
-
 try:
     from mixflow_fast.cli.main import main
 except KeyboardInterrupt:  # before `main` could take over
-    sys.exit(interrupts.say())
+    sys.stderr.write("mixflow-fast: interrupted\n")
+    sys.exit(130)
 
 __all__ = ["main"]

@@ -40,10 +40,10 @@ def take_over() -> None:
     # The pipe is written when the signal comes, even while the main thread is in C code.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, _handle)
-    sys.unraisablehook = _unraisable
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    sys.unraisablehook = _unraisable
+    signal.signal(signal.SIGINT, _handle)
 
 
 def say(more: str = "") -> int:

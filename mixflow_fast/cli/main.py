@@ -57,14 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         refused input, or a full disk; 130 interrupted; 141 nobody reads the output any more. A
         second signal to a training run ends it with 128 + its number (130, 143).
     """
+    return exit_code(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     if argv is None:
         interrupts.take_over()
-        argv = sys.argv[1:]
-    return exit_code(lambda: _run(list(argv)))
-
-
-def _run(arguments: list[str]) -> int:
-    options = parse(arguments)
+    options = parse(list(sys.argv[1:] if argv is None else argv))
     choose_waiting()  # before the command brings torch
     return options.run(options)
 

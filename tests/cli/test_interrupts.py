@@ -126,3 +126,16 @@ def test_a_caller_keeps_its_own_handling() -> None:
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     source = OWN_COMMAND.format(body="interrupt(); return 0", after="")
     assert ran(f"{ignoring}\n{source}") == (0, "")
+
+
+def test_before_it_is_handled() -> None:
+    """Python's own KeyboardInterrupt, while the thread is started that watches for more."""
+    source = (
+        "import os, signal, sys, threading\n"
+        "from mixflow_fast.cli import main\n"
+        "start = threading.Thread.start\n"
+        "def interrupted(thread):\n    os.kill(os.getpid(), signal.SIGINT)\n    start(thread)\n"
+        "threading.Thread.start = interrupted\n"
+        "sys.argv = ['mixflow-fast', 'doctor']\nsys.exit(main())"
+    )
+    assert ran(source) == (130, LINE)
