@@ -202,7 +202,8 @@ class _Scan:
         """Refuse a folder that was read under another name."""
         status = os.stat(folder)
         first = self._first.setdefault((status.st_dev, status.st_ino), folder)
-        if first != folder:
+        # Some file systems give all folders one number: the path is asked, too.
+        if first != folder and os.path.realpath(first) == os.path.realpath(folder):
             raise ValueError(
                 f"{folder!r} is the same folder as {first!r}, by a link: its images would come "
                 "twice. Remove the link"
@@ -220,13 +221,18 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link to one; ValueError for a link to nothing."""
-    if entry.is_symlink() and not os.path.exists(entry.path):
+    try:
+        if entry.is_dir():
+            return True
+        if entry.is_symlink():
+            entry.stat()  # known since `is_dir`: on a network disk another look would be slow
+    except OSError:
         # It may be a class folder: without it all labels after it would be others.
         raise ValueError(
             f"{entry.path!r} is a broken link, to {os.readlink(entry.path)!r}: mount what it "
             "points to, or remove it"
-        )
-    return entry.is_dir()
+        ) from None
+    return False
 
 
 def _is_image(name: str) -> bool:

@@ -19,6 +19,7 @@ from mixflow_fast.config.validate import validate
 from mixflow_fast.data import BatchLoader, Dataset
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Transformer
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.training.build import build_run
@@ -52,7 +53,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     device = process_group.local_device(config.train.device)
     parts = build_run(config, device)
     data = describe_data(parts.dataset, config.data, config.model)
-    folder = RunFolder(Path(config.out), HostGroup.alone(), rehearsal=True)
+    folder = RunFolder(user_path(config.out), HostGroup.alone(), rehearsal=True)
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
         start.fill(parts.model, config.train.init)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mixflow_fast.data import ImageFolder, adm_center_crop
+from mixflow_fast.data.image_folder import _is_folder
 from mixflow_fast.kernels.philox import Stream, uniform
 from tests.support.datasets import get
 
@@ -120,6 +121,29 @@ def test_a_folder_that_is_reached_twice_is_refused(tmp_path):
     (tmp_path / "set/dog/2.png").symlink_to(tmp_path / "elsewhere/n1/1.png")
     dataset = ImageFolder(tmp_path / "set", 8)
     assert dataset.classes == ["ant", "cat", "dog"] and len(dataset) == 4
+
+
+def test_folders_with_one_number_for_all_are_told_apart(tmp_path, monkeypatch):
+    """Some file systems in user space give every folder the inode 0."""
+    write_image(tmp_path / "cat/1.png"), write_image(tmp_path / "dog/1.png")
+    stat = os.stat
+
+    def without_number(path, **options):
+        mode, _, *rest = stat(path, **options)
+        return os.stat_result((mode, 0, *rest))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", without_number)
+        assert len(ImageFolder(tmp_path, 8)) == 2
+
+
+def test_a_link_to_an_image_is_looked_at_once(tmp_path):
+    """Of a million links on a network disk a second look at each would take as long again."""
+    (tmp_path / "1.png").symlink_to(write_image(tmp_path / "elsewhere/1.png"))
+    (entry,) = [entry for entry in os.scandir(tmp_path) if entry.name == "1.png"]
+    assert not entry.is_dir()
+    (tmp_path / "elsewhere/1.png").unlink()  # what another look would see
+    assert not _is_folder(entry)
 
 
 @pytest.mark.parametrize("link", ["dog", "cat/2.png", "cat/more"])

@@ -41,6 +41,14 @@ def test_a_rehearsal_of_a_run_that_goes_on(tmp_path: Path) -> None:
         rehearse(tiny(tmp_path / "run"), resume="never")
 
 
+def test_a_rehearsal_looks_into_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(tiny("~/run", "train.images=16"), quiet=True)
+    assert "resumed after step 2 of 6" in "\n".join(rehearse(tiny("~/run")))
+
+
 def test_a_rehearsal_sees_other_data(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "set", 16, cat=2)
     data = f"data={{kind: folder, path: {folder}, size: 16}}"
