@@ -177,7 +177,7 @@ class _Scan:
         """Names of the class folders."""
         found = []
         for entry in _entries(str(root)):
-            if _is_folder(entry):
+            if is_folder(entry):
                 found.append(entry.name)
             elif _is_image(entry.name):
                 self.stray.append(entry.name)
@@ -190,7 +190,7 @@ class _Scan:
             parent = waiting.pop()
             self._enter(parent)
             for entry in _entries(parent):
-                if _is_folder(entry):
+                if is_folder(entry):
                     waiting.append(entry.path)
                 elif _is_image(entry.name):
                     found.append(entry.path)
@@ -219,7 +219,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         raise ValueError(f"cannot list {folder!r}: {error}") from error
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link to one; ValueError for a link to nothing."""
     try:
         if entry.is_dir():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mixflow_fast.data import ImageFolder, adm_center_crop
-from mixflow_fast.data.image_folder import _is_folder
+from mixflow_fast.data.image_folder import is_folder
 from mixflow_fast.kernels.philox import Stream, uniform
 from tests.support.datasets import get
 
@@ -143,7 +143,7 @@ def test_a_link_to_an_image_is_looked_at_once(tmp_path):
     (entry,) = [entry for entry in os.scandir(tmp_path) if entry.name == "1.png"]
     assert not entry.is_dir()
     (tmp_path / "elsewhere/1.png").unlink()  # what another look would see
-    assert not _is_folder(entry)
+    assert not is_folder(entry)
 
 
 @pytest.mark.parametrize("link", ["dog", "cat/2.png", "cat/more"])
