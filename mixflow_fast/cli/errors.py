@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
@@ -18,6 +19,7 @@ from mixflow_fast.cli import interrupts
 FAILED, REFUSED = 1, 2
 # As shells report a process that SIGPIPE ended.
 READER_GONE = 141
+_FORMAT_WARNING = warnings.formatwarning
 
 
 def exit_code(command: Callable[[], int]) -> int:
@@ -52,6 +54,15 @@ def _with_errors_as_lines(command: Callable[[], int]) -> int:
     # Its text is what can be done next: most commands have nothing to go on from.
     except KeyboardInterrupt as interrupt:
         return interrupts.say(str(interrupt))
+
+
+def warning_line(
+    message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
+) -> str:
+    """A warning as people read it, in place of `warnings.formatwarning`: without a line of code."""
+    if category is not UserWarning or os.environ.get("MIXFLOW_DEBUG"):
+        return _FORMAT_WARNING(message, category, file, number, line)
+    return f"mixflow-fast: warning: {message}\n"
 
 
 def report(error: Exception, code: int) -> int:

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -30,7 +31,7 @@ from mixflow_fast.cli import (
     train,
     verify_resume,
 )
-from mixflow_fast.cli.errors import exit_code
+from mixflow_fast.cli.errors import exit_code, warning_line
 from mixflow_fast.files import user_path
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.openmp import choose_waiting
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     if argv is None:
         interrupts.take_over()
+        warnings.formatwarning = warning_line
     options = parse(list(sys.argv[1:] if argv is None else argv))
     choose_waiting()  # before the command brings torch
     return options.run(options)

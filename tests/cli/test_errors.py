@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.cli.errors import exit_code, quiet_without_reader
+from mixflow_fast.cli.errors import exit_code, quiet_without_reader, warning_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,3 +102,11 @@ def test_every_benchmark_ends_quietly() -> None:
     called = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
     assert len(called) >= 5
     assert [p.name for p in called if "(quiet_without_reader(main))" not in p.read_text()] == []
+
+
+def test_a_warning_is_a_line_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = warning_line(UserWarning("x.pt: took 'model'"), UserWarning, "f.py", 3)
+    assert told == "mixflow-fast: warning: x.pt: took 'model'\n"
+    assert "f.py:3" in warning_line("gone soon", FutureWarning, "f.py", 3)
+    monkeypatch.setenv("MIXFLOW_DEBUG", "1")
+    assert "f.py:3: UserWarning" in warning_line("x", UserWarning, "f.py", 3)
