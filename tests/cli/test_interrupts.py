@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mixflow_fast import demo
+from mixflow_fast.checkpoints import manifest
+from mixflow_fast.training import trainer
+from tests.support.command_line import run
+
 ROOT = Path(__file__).resolve().parents[2]
 LINE = "mixflow-fast: interrupted\n"
 # SIGINT when a module is looked for, as a user's Ctrl-C at that moment.
@@ -139,3 +144,30 @@ def test_before_it_is_handled() -> None:
         "sys.argv = ['mixflow-fast', 'doctor']\nsys.exit(main())"
     )
     assert ran(source) == (130, LINE)
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_only_what_is_there_is_promised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a checkpoint, it is named; `demo --fresh` would begin again."""
+    monkeypatch.setattr(trainer, "train", interrupt)
+    monkeypatch.setattr(demo, "run_demo", interrupt)
+    train_it, run_it = ["train", "digits", f"out={tmp_path}/run"], ["demo", "--out", f"{tmp_path}"]
+    for command in (train_it, run_it, [*run_it, "--fresh"]):
+        assert run(*command, capsys=capsys) == (130, "", LINE)
+    step = tmp_path / "run" / "checkpoints" / "step_00000004"
+    for folder in (step, tmp_path / "seed_0" / "base" / "checkpoints" / "step_00000001"):
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        manifest.write(folder, {"state.json": manifest.entry(folder / "state.json")})
+    for command, promise in (
+        (train_it, f"{step} is there to resume from"),
+        (run_it, "the same command goes on from what is done"),
+        ([*run_it, "--fresh"], "the same command without --fresh goes on from what is done"),
+    ):
+        expected = f"mixflow-fast: interrupted; {promise}\n"
+        assert run(*command, capsys=capsys) == (130, "", expected)
