@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import pty
+import select
 import struct
 import sys
 import termios
@@ -60,7 +61,10 @@ def test_a_terminal_without_a_size_gets_lines(
             progress.advance()
             progress.show("loss 0.5000")
             progress.log(progress.line())
-        text = os.read(ours, 4096).decode()
+        screen.flush()
+        text = ""
+        while select.select([ours], [], [], 0.2)[0]:
+            text += os.read(ours, 4096).decode()
     os.close(ours)
     assert "run: 1 of 2 steps  loss 0.5000" in text
     assert ("%|" in text) is (size != (0, 0))
