@@ -21,6 +21,7 @@ _HUB_FILES = tuple(
 )
 _PIPELINE_PARTS = ("transformer", "unet")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
+_NO_INDEX = f"download their index (the file whose name ends in {_INDEX}) into the folder, too"
 _WEIGHTS = ("*.pt", "*.pth", "*.safetensors", "*.ckpt", "*.bin")
 
 
@@ -35,11 +36,17 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
     path = existing_path(path, "checkpoint")
     if path.is_dir():
         return _in_folder(path)
-    if (shard := _SHARD.fullmatch(path.name)) is not None:
-        raise ValueError(
-            f"{path} is one of {int(shard[2])} parts of the weights: give the folder {path.parent}"
-        )
+    if (count := _count_parts(path.name)) > 1:
+        indexed = any(path.parent.glob(f"*{_INDEX}"))
+        step = f"give the folder {path.parent}" if indexed else _NO_INDEX
+        raise ValueError(f"{path} is one of {count} parts of the weights: {step}")
     return path
+
+
+def _count_parts(name: str) -> int:
+    """Of how many parts a file is one, by its name."""
+    shard = _SHARD.fullmatch(name)
+    return 1 if shard is None else int(shard[2])
 
 
 def parts(path: Path) -> list[Path]:
@@ -97,6 +104,8 @@ def _next_step(folder: Path) -> str:
         )
     # Runs of SiT, REPA and RAE keep theirs in a folder of that name.
     found = [f for p in _WEIGHTS for f in (*folder.glob(p), *folder.glob(f"checkpoints/{p}"))]
+    if any(_count_parts(file.name) > 1 for file in found):
+        return f"it holds weights in parts: {_NO_INDEX}"
     if found:
         names = sorted(file.relative_to(folder).as_posix() for file in found)
         return f"give one of the files in it: {shorten(names)}"

@@ -57,6 +57,24 @@ def test_parts_with_an_index_are_one_file(suffix: str, tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_parts_without_an_index(tmp_path: Path) -> None:
+    """Folder and file must not send the user from one to the other."""
+    in_parts(tmp_path, "safetensors")
+    next(tmp_path.glob("*.index.json")).unlink()
+    for path in (tmp_path, *tmp_path.iterdir()):
+        with pytest.raises(ValueError, match="parts.*: download their index .*index.json"):
+            load_model(path)
+
+
+def test_one_part_of_one_is_a_file(tmp_path: Path) -> None:
+    state = network().state_dict()
+    save_file(state, tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match="give one of the files in it: model-00001-of-00001"):
+        load_model(tmp_path)
+    found = load_model(tmp_path / "model-00001-of-00001.safetensors")
+    assert same(dict(found.state_dict()), state)
+
+
 @pytest.mark.parametrize(
     "inside",
     ["weights.pt", "model.safetensors", "pytorch_model.bin", "transformer/model.safetensors"],
