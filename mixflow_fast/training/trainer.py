@@ -201,7 +201,9 @@ class Trainer:
                 log.log(f"{self.out}: {bad}")
                 return False
             if self.step < total:
-                log.log(f"{self.out}: stopped after step {self.step}; the same command resumes")
+                log.log(
+                    f"{self.out}: stopped after step {self.step}; the same command resumes (--resume auto)"
+                )
         return True
 
     def train_step(self, loader: BatchLoader) -> Tensor:
