@@ -116,6 +116,7 @@ class Trainer:
         ranks = process_group.world_size()
         validate(config, ranks)
         self.config, self.out, self._recipe = config, user_path(config.out), recipe
+        self._again = "the same command" + " with --resume auto" * (resume == "never")
         self.microbatch = config.microbatch(ranks)
         self.quiet = quiet or process_group.rank() > 0
         self.on_step: OnStep | None = None
@@ -201,9 +202,7 @@ class Trainer:
                 log.log(f"{self.out}: {bad}")
                 return False
             if self.step < total:
-                log.log(
-                    f"{self.out}: stopped after step {self.step}; the same command resumes (--resume auto)"
-                )
+                log.log(f"{self.out}: stopped after step {self.step}; {self._again} resumes")
         return True
 
     def train_step(self, loader: BatchLoader) -> Tensor:
