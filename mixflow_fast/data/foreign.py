@@ -24,9 +24,10 @@ _SPLIT = re.compile(
 )
 _FOLDERS_LOOKED_INTO = 3
 _LOOKED_AT = 10_000  # entries of one folder: enough to see what it is
-_TO_NPZ = (
-    "write them as one .npz, numpy.savez('set.npz', latents=..., labels=...) with (N, C, H, W) "
-    "float32 or float16 and (N,) integers, and give it with data.kind=latents"
+# As .npy, which is mapped: of an .npz each rank would hold a copy in memory.
+_TO_NPY = (
+    "write them as set.npy, (N, C, H, W) float16 or float32, and set_labels.npy beside it, (N,) "
+    "integers, and give set.npy with data.kind=latents"
 )
 _TO_FOLDERS = "into class folders, PATH/<class>/<image>, and give PATH with data.kind=folder"
 _PARQUET = f"write the images of its rows {_TO_FOLDERS} (datasets.load_dataset reads them)"
@@ -124,7 +125,7 @@ def _safetensors(look: _Look, kind: Kind) -> str:
     keys = _safetensors_keys(file)
     if "latents" in keys:
         return f"it holds LightningDiT's latents ({file.name} with {', '.join(sorted(keys))}): " + (
-            f"join `latents` and `labels` of the shards and {_TO_NPZ}"
+            f"join `latents` and `labels` of the shards and {_TO_NPY}"
         )
     return "it holds .safetensors, which are read as weights (train.init), not as data"
 
@@ -146,10 +147,10 @@ def _packed(look: _Look, kind: Kind) -> str:
         ("a zip archive", (".zip",), f"unpack images {_TO_FOLDERS}"),
         ("TFRecords", (".tfrecord", ".tfrecords", ".tfrec"), f"write images {_TO_FOLDERS}"),
         ("tables (parquet, arrow; Hugging Face datasets)", (".parquet", ".arrow"), _PARQUET),
-        ("an LMDB", (".mdb", ".lmdb"), f"write images {_TO_FOLDERS}, or latents: {_TO_NPZ}"),
-        ("torch tensors (.pt)", (".pt", ".pth"), _TO_NPZ),
-        ("pickles", (".pkl", ".pickle"), _TO_NPZ),
-        ("HDF5", (".h5", ".hdf5"), _TO_NPZ),
+        ("an LMDB", (".mdb", ".lmdb"), f"write images {_TO_FOLDERS}, or latents: {_TO_NPY}"),
+        ("torch tensors (.pt)", (".pt", ".pth"), _TO_NPY),
+        ("pickles", (".pkl", ".pickle"), _TO_NPY),
+        ("HDF5", (".h5", ".hdf5"), _TO_NPY),
     ):
         if look.named(*suffixes):
             return f"it holds {words}: {step}"

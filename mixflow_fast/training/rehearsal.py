@@ -124,11 +124,12 @@ def _describe_disk(c: TrainConfig, out: Path, steps: int, size: int) -> Iterator
         f"checkpoint: {_in_units(size)} each, at most {kept} at a time: {_in_units(kept * size)}; "
         f"{_in_units(free)} free at {there}"
     )
-    if kept * size > free:
+    held = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
+    # Those of a run that goes on give their room to new ones.
+    if (missing := kept * size - held - free) > 0:
         yield (
             f"warning: {there} has not enough room for the checkpoints: free "
-            f"{_in_units(kept * size - free)}, or lower train.keep_last, or set "
-            "train.save_weights=never"
+            f"{_in_units(missing)}, or lower train.keep_last, or set train.save_weights=never"
         )
 
 

@@ -1,6 +1,7 @@
 """`train --dry-run`: it finds what the run would find, fails as it would, and leaves no trace."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,12 @@ def test_the_size_of_a_checkpoint(tmp_path: Path, precision: str, stage: int, we
 
 
 def test_too_little_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = type("Usage", (), {"free": 5 << 20})
+    few = type("Usage", (), {"free": 20 << 20})
     monkeypatch.setattr("mixflow_fast.training.rehearsal.shutil.disk_usage", lambda path: few)
     text = "\n".join(rehearse(tiny(tmp_path / "run", "model.hidden_size=192")))
     assert f"warning: {tmp_path} has not enough room for the checkpoints" in text
+    # Two checkpoints that are there already leave room for a third.
+    train(tiny(tmp_path / "run", "model.hidden_size=192", "train.images=16"), quiet=True)
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000001")
+    assert "warning" not in "\n".join(rehearse(tiny(tmp_path / "run", "model.hidden_size=192")))
