@@ -210,6 +210,20 @@ def test_a_mistyped_command_or_choice(capsys: pytest.CaptureFixture[str]) -> Non
         assert message in capsys.readouterr().err
 
 
+def test_a_usage_error_on_a_machine_with_a_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes' operators number machines by RANK; launchers set LOCAL_RANK beside it."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    for local, speaks in ((None, True), ("1", False)):
+        if local is not None:
+            monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(SystemExit, match="2"):
+            main(["sampel"])
+        assert ("did you mean 'sample'?" in capsys.readouterr().err) == speaks
+
+
 def test_options_after_the_overrides_and_unknown_ones(capsys: pytest.CaptureFixture[str]) -> None:
     options = parse(["train", "photos", "a=1", "--dry-run", "b=2 3"])
     assert options.overrides == ["a=1", "b=2 3"] and options.dry_run
