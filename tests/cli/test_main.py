@@ -155,11 +155,14 @@ for line, expected in {IDLE!r}.items():
 
 @pytest.mark.parametrize("how", [["-c", CONSOLE_SCRIPT], ["-m", "mixflow_fast.cli"]])
 def test_the_version_is_there_at_once(how: list[str]) -> None:
+    """By the processor's time: that of the clock is also what else the machine does."""
     found = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         done = python(*how, "--version")
-        found.append(time.perf_counter() - started)
+        after = os.times()
+        user = after.children_user - before.children_user
+        found.append(user + after.children_system - before.children_system)
         assert done.stdout == f"{mixflow_fast.__version__}\n" and done.stderr == ""
     assert min(found) < 0.3, found
 

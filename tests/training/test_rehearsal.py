@@ -69,7 +69,7 @@ def test_a_rehearsal_fails_as_the_run_would(
         (f"data={{kind: folder, path: {tmp_path}/no}}", "does not exist"),
         (f"out={tmp_path}/run", ""),
     ):
-        command = ("train", "photos", *TINY, f"out={tmp_path}/run", setting)
+        command = ("train", "photos", *TINY, "train.images=8", f"out={tmp_path}/run", setting)
         codes = [run(*command, *dry, capsys=capsys) for dry in (["--dry-run"], [])]
         assert {code for code, _, _ in codes} == {2 if message else 0}
         assert all(message in err for _, _, err in codes)
