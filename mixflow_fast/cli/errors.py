@@ -29,6 +29,7 @@ def exit_code(command: Callable[[], int]) -> int:
 
 def quiet_without_reader(command: Callable[[], int]) -> int:
     """Run a command; the exit code is READER_GONE where nobody reads its output any more."""
+    _open_closed_streams()
     try:
         try:
             return command()
@@ -41,6 +42,17 @@ def quiet_without_reader(command: Callable[[], int]) -> int:
         for stream in gone:  # what is still in its buffer goes nowhere, too
             os.dup2(nowhere, stream.fileno())
         return READER_GONE
+
+
+def _open_closed_streams() -> None:
+    """Let stdout and stderr go nowhere where the caller closed them (`>&-`, some daemons).
+
+    Else Python has None in their place, and the next file that is opened gets their number, and
+    with it what libraries print.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _with_errors_as_lines(command: Callable[[], int]) -> int:

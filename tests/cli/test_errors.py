@@ -85,6 +85,14 @@ def test_a_reader_that_is_gone_ends_the_command_without_a_word(arguments: tuple[
     assert said == "" and code in ((0, 141) if asked_for_help else (141,))
 
 
+@pytest.mark.parametrize(("command", "code"), [("--version", 0), ("trian", 2)])
+def test_closed_streams_are_no_error(command: str, code: int) -> None:
+    """`>&- 2>&-`, as some daemons start programs: Python then has None in place of both."""
+    line = f"exec {sys.executable} {' '.join(CLI)} {command} >&- 2>&-"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(line, shell=True, cwd=ROOT, env=environment).returncode == code
+
+
 def test_an_error_that_nobody_can_read() -> None:
     assert without_reader(*CLI, "train", "no-recipe", both=True) == (141, "")
     assert without_reader(*CLI, "trian", both=True)[0] in (2, 141)
