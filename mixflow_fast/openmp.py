@@ -33,11 +33,16 @@ def choose_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
     if threads == "1" or "torch" in sys.modules or any(name in environment for name in _CHOSEN):
         return
     cores = os.cpu_count() or 1
-    own = int(threads) if threads.isdigit() else cores
+    own = int(threads) if threads.isdigit() else _own_cores(cores)
     if running_elsewhere() + own > cores:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
         environment["GOMP_SPINCOUNT"] = _SHORT_SPIN
+
+
+def _own_cores(cores: int) -> int:
+    """How many cores this process may use: on a shared machine Slurm gives a job some of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
 
 
 def running_elsewhere() -> int:

@@ -14,6 +14,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at the start of a command; two cores, whatever the machine has."""
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(openmp.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(openmp.os, "sched_getaffinity", lambda process: {0, 1})
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,17 @@ def test_the_choice(
     environment = dict(given)
     openmp.choose_waiting(environment)
     assert environment == given | chosen
+
+
+def test_cores_of_other_jobs_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job with 8 of 128 cores, where the others are busy: there is room for its threads."""
+    monkeypatch.setattr(openmp.os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(openmp.os, "sched_getaffinity", lambda process: set(range(8)))
+    for elsewhere, chosen in ((120, "GOMP_SPINCOUNT"), (121, "OMP_WAIT_POLICY")):
+        monkeypatch.setattr(openmp, "running_elsewhere", lambda count=elsewhere: count)
+        environment: dict[str, str] = {}
+        openmp.choose_waiting(environment)
+        assert list(environment) == [chosen]
 
 
 def test_nothing_is_chosen_once_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
