@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,10 +83,25 @@ def check_writable(path: Path, force: bool) -> None:
         raise ValueError(f"{path} is a folder: choose a file as --out")
     if path.exists() and not force:
         raise ValueError(f"{path} exists: choose another --out, or replace it with --force")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        why = "may not be written" if parent.is_dir() else "is not a folder"
-        raise ValueError(f"{path} cannot be made, because {parent} {why}: choose another --out")
+    _check_place(path, path.absolute().parents, "--out")
+
+
+def check_folder_writable(path: Path) -> None:
+    """Refuse a folder to be written into, `out=` of a run, before there is anything to write.
+
+    Raises:
+        ValueError: it is a file, or it could not be made or written.
+    """
+    _check_place(path, (path.absolute(), *path.absolute().parents), "out=")
+
+
+def _check_place(path: Path, places: Iterable[Path], option: str) -> None:
+    place = next(place for place in places if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "may not be written" if place.is_dir() else "is not a folder"
+        if place != path.absolute():
+            why = f"cannot be made, because {place} {why}"
+        raise ValueError(f"{path} {why}: choose another {option}")
 
 
 @contextmanager
@@ -117,6 +132,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                     raise
         else:
             os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A write says that the disk is full, and not what it wrote.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import errno
 import json
 import math
 import os
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from mixflow_fast.files import (
+    check_folder_writable,
     check_writable,
     existing_folder,
     existing_path,
     remove_partial,
+    replacing,
     user_path,
     write_json,
 )
@@ -90,4 +93,25 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
     for path, force, message in cases:
         with pytest.raises(ValueError, match=message):
             check_writable(path, force)
+    check_folder_writable(tmp_path / "new" / "run")
+    cases = [(file, "file is not a folder: choose another out=$")]
+    cases.append((file / "run", "run cannot be made, because .*file is not a folder"))
+    if os.geteuid():
+        cases.append((folder, "folder may not be written"))
+        cases.append((folder / "run", "because .*folder may not be written"))
+    for path, message in cases:
+        with pytest.raises(ValueError, match=message):
+            check_folder_writable(path)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left on device: '.*/samples.npz'") as caught,
+        replacing(tmp_path / "samples.npz") as partial,
+        partial.open("wb") as file,
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        file.write(b"x")
+        full.write(b"x")
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []

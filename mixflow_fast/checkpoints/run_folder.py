@@ -24,7 +24,7 @@ from typing import IO
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.files import remove_partial, sync, write_text
+from mixflow_fast.files import check_folder_writable, remove_partial, sync, write_text
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -165,9 +165,11 @@ class RunFolder:
         """Keep other runs out, where there is a run: one may be writing its last checkpoint.
 
         Raises:
-            ValueError: another run holds it.
+            ValueError: another run holds it, or it cannot be written.
         """
         with self.host_group.raise_together():
+            if self._writes:
+                check_folder_writable(self.out)
             if self._writes and self._lock is None and (self.out / "checkpoints").is_dir():
                 self._lock = lock(self.out)
                 if self.rehearsal:
@@ -215,7 +217,9 @@ def lock(out: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise ValueError(f"{out} is in use by another run: wait for it or choose another") from None
+        raise ValueError(
+            f"{out} is in use by another run: wait for it or choose another out="
+        ) from None
     return file
 
 

@@ -64,9 +64,12 @@ def test_a_rehearsal_sees_other_data(tmp_path: Path) -> None:
 def test_a_rehearsal_fails_as_the_run_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "file").touch()
     for setting, message in (
         (f"train.init={tmp_path}/no.pt", "no.pt does not exist"),
         (f"data={{kind: folder, path: {tmp_path}/no}}", "does not exist"),
+        (f"out={tmp_path}/file", "file is not a folder: choose another out="),
+        (f"out={tmp_path}/file/run", "run cannot be made, because "),
         (f"out={tmp_path}/run", ""),
     ):
         command = ("train", "photos", *TINY, "train.images=8", f"out={tmp_path}/run", setting)
