@@ -5,6 +5,7 @@ On the device because kernels read them there, and a captured CUDA graph reads t
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 
@@ -66,9 +67,12 @@ def _worker_offset() -> int:
         "of the examples), or call prepare in the training loop",
         stacklevel=4,
     )
+    # A worker that was spawned has no process group, and equal seeds on all ranks are common.
+    rank = os.environ.get("RANK", "0")
+    seed = worker.seed + (int(rank) << 32 if rank.isdigit() else 0)
     # Multiplied, because the seeds of an epoch's workers are neighbours: far apart, no run of
     # positions meets another. Kept below 2^62, so that counting on does not overflow.
-    return (worker.seed * _GOLDEN) % (1 << 62)
+    return (seed * _GOLDEN) % (1 << 62)
 
 
 def _cached(make: Callable[[], Tensor]) -> Tensor:

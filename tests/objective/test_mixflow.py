@@ -288,6 +288,19 @@ def test_workers_of_a_loader_draw_other_times_in_each_worker_and_epoch() -> None
     assert len(set(drawn)) == 16
 
 
+def test_ranks_with_equal_seeds_draw_other_times_in_their_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        torch.manual_seed(3)
+        drawn += [
+            t.item() for t in torch.utils.data.DataLoader(_PreparedInWorkers(), num_workers=2)
+        ]
+    assert len(set(drawn)) == 16
+
+
 def test_odd_batches() -> None:
     mix = MixFlow(clock=DATA_AT_1)
     empty = mix.prepare(torch.zeros(0, 3, 4, 4))
