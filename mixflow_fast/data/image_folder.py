@@ -264,4 +264,11 @@ def _decode(file: str, size: int) -> Tensor:
     """(size, size, 3) uint8."""
     import numpy as np
 
-    return torch.from_numpy(np.array(adm_center_crop(decode_rgb(file), size)))
+    try:
+        image = decode_rgb(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. To go on with a run, put a readable copy in its place: without the file the "
+            "examples have another order"
+        ) from error
+    return torch.from_numpy(np.array(adm_center_crop(image, size)))
