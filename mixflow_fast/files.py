@@ -53,20 +53,20 @@ def existing_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     raise ValueError(f"{given} does not exist: the last folder of it that does is {there}{hint}")
 
 
-def existing_folder(path: Path, wanted: str) -> Path:
-    """The path itself where a folder is there.
+def existing_folder(path: str | os.PathLike[str], wanted: str) -> Path:
+    """A folder that a user gave, with `~` expanded.
 
     Args:
-        path: what a user gave.
+        path: as it was given.
         wanted: what should be there, for the error.
 
     Raises:
         ValueError: nothing is there, or a file.
     """
-    if not path.is_dir():
-        found = "is not a folder" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {found}: give {wanted}")
-    return path
+    found = existing_path(path, "folder")
+    if not found.is_dir():
+        raise ValueError(f"{path} is not a folder: give {wanted}")
+    return found
 
 
 def check_writable(path: Path, force: bool) -> None:
