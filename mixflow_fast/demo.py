@@ -28,6 +28,7 @@ from mixflow_fast.data import build_dataset, sample_index
 from mixflow_fast.environment import cpu_name, current_environment, is_installed
 from mixflow_fast.evaluation import FEATURES, frechet_distance, moments
 from mixflow_fast.files import write_json, write_text
+from mixflow_fast.messages import shorten
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
 from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report
@@ -379,10 +380,12 @@ def _claim(out: Path, settings: Settings, fresh: bool) -> None:
             for folder in out.glob("seed_*"):
                 shutil.rmtree(folder)
         # Arms with other settings must not end up in one table.
-        elif json.loads(mark.read_text()) != plan:
+        elif (there := json.loads(mark.read_text())) != plan:
+            changed = sorted(k for k in there.keys() | plan.keys() if there.get(k) != plan.get(k))
+            listed = shorten(f"{k}: {there.get(k)} -> {plan.get(k)}" for k in changed)
             raise ValueError(
-                f"{out} holds a demo with other settings: choose another --out, or replace it with "
-                "--fresh"
+                f"{out} holds a demo with other settings ({listed}): choose another --out, or "
+                "replace it with --fresh"
             )
         (out / "report.json").unlink(missing_ok=True)
     elif out.exists() and any(out.iterdir()):

@@ -73,7 +73,7 @@ def test_interrupted_demo_goes_on_and_finished_arms_are_kept(
     monkeypatch.setattr(demo, "_evaluate", lambda *a: (calls.append(a[0]), evaluate(*a))[1])
     result = run_demo(tmp_path / "a", settings=TOY, quiet=True)
     assert [Path(c).name for c in calls] == ["control", "mixflow"]  # the base was done
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(gamma: .* -> 0.9\): choose"):
         run_demo(tmp_path / "a", settings=replace(TOY, gamma=0.9), quiet=True)
     calls.clear()
     assert run_demo(tmp_path / "a", settings=TOY, quiet=True)["arms"] == result["arms"]

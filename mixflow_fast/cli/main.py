@@ -7,6 +7,7 @@ it does, which returns the exit code. Heavy imports stand inside `run`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import shlex
@@ -39,6 +40,8 @@ from mixflow_fast.recipes import recipe_names
 
 # As every version of argparse says it, with quotes around the choices or without.
 _NO_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
+# What the parser returns and no user gives with dashes.
+_NO_OPTIONS = {"run", "local_rank", "recipe", "overrides", "checkpoint", "part"}
 # In the order of the help page.
 COMMANDS = (
     train, recipes, settings, sample, demo, inspect, export, doctor, report, verify_resume,
@@ -130,6 +133,13 @@ def parser() -> Parser:
     return found
 
 
+def _nearest_option(flag: str, options: argparse.Namespace) -> str:
+    """A hint at the command's option that a flag is a slip for, if there is one."""
+    names = [name.replace("_", "-") for name in vars(options).keys() - _NO_OPTIONS]
+    near = difflib.get_close_matches(flag.lstrip("-").partition("=")[0], names, n=1, cutoff=0.75)
+    return f"; did you mean '--{near[0]}'?" if near else ""
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line, which itself is among them as `command_line`."""
     commands = parser()
@@ -139,8 +149,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options.overrides = [*options.overrides, *rest]
     elif rest:
         flags = [a for a in rest if a.startswith("-")]
-        hint = ""
-        if flags and hasattr(options, "overrides"):
+        hint = _nearest_option(flags[0], options) if flags else ""
+        if flags and not hint and hasattr(options, "overrides"):
             value = "" if "=" in flags[0] else "=VALUE"
             hint = (
                 f": a setting is written without dashes, {flags[0].lstrip('-')}{value} "

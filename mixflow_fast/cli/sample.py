@@ -13,20 +13,42 @@ if TYPE_CHECKING:
 
     from mixflow_fast.sampling.samples import SampleResult
 
+_UNDO_SCALE = (
+    "the latents are scaled as those in training: undo data.scale before the decoder "
+    "(SD-VAE: x / 0.18215)"
+)
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("sample", help="generate from a checkpoint")
+    command = commands.add_parser(
+        "sample",
+        help="generate from a checkpoint",
+        description="Generates a picture, or arrays x (N, C, H, W) and y (N,) of a .npz. The "
+        "samples of a seed are the same however many are drawn.",
+        epilog="example: mixflow-fast sample runs/post --out samples.npz --num 50000 --steps 10",
+    )
     command.add_argument(
         "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
     )
     command.add_argument(
-        "--out", type=user_path, default="samples.png", help=".png grid or .npz arrays x, y"
+        "--out",
+        type=user_path,
+        default="samples.png",
+        help=".png grid or .npz arrays x, y (default %(default)s)",
     )
     command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.add_argument("--num", type=int, default=32, help="how many (default %(default)s)")
     command.add_argument("--steps", type=int, default=50, help="intervals (default %(default)s)")
-    command.add_argument("--method", choices=("euler", "heun", "dopri5"), default="euler")
-    command.add_argument("--label", type=int, nargs="+", help="classes, repeated; default: all")
+    command.add_argument(
+        "--method", choices=("euler", "heun", "dopri5"), default="euler", help="default %(default)s"
+    )
+    command.add_argument(
+        "--label",
+        type=int,
+        nargs="+",
+        help="classes, repeated; the number of classes itself is the null class, without a label; "
+        "default: all in turn",
+    )
     command.add_argument("--cfg-scale", type=float, default=1.0, help="1 = no guidance")
     command.add_argument(
         "--cfg-channels",
@@ -36,9 +58,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="guide the first N channels; auto: as the official model does (SiT 3, REPA all)",
     )
     command.add_argument("--shift", type=float, default=1.0, help="RAE's time shift of the grid")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch-size", type=int, default=64)
-    command.add_argument("--weights", choices=("ema", "model"), default="ema")
+    command.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    command.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    command.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="default %(default)s"
+    )
     command.add_argument(
         "--clock", choices=("data_at_1", "noise_at_1"), help="if the file does not say it"
     )
@@ -65,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     if out.suffix == ".png" and model.in_channels not in (1, 3):
         raise ValueError(
             f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: use "
-            "--out FILE.npz and decode them with the autoencoder they were made by"
+            f"--out FILE.npz and decode them with the autoencoder they were made by; {_UNDO_SCALE}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = None
@@ -89,6 +113,8 @@ def run(options: argparse.Namespace) -> int:
     _refuse_not_finite(result.x)
     save(out, result)
     print(f"{out}: {options.num} samples, {options.method}, {result.nfe} network evaluations each")
+    if model.in_channels not in (1, 3):
+        print(f"  {_UNDO_SCALE}")
     return 0
 
 

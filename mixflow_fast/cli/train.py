@@ -69,9 +69,11 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.overrides)
     if options.dry_run:
         if rank() == 0:
-            for line in rehearse(config, options.resume, options.allow_data_change):
+            lines = rehearse(config, options.resume, options.allow_data_change)
+            # What was found comes last: a hundred lines of settings would push it off the screen.
+            print(config.to_yaml(), end="", flush=True)
+            for line in lines:
                 print(line, file=sys.stderr)
-            print(config.to_yaml(), end="")
         return 0
     check(config, world_size())
     try:

@@ -221,12 +221,16 @@ def _open(root: Path, moments: bool, with_features: bool) -> _Stored:
         return _open_npz(root, moments, with_features)
     if root.is_dir() or (root.suffix == ".npy" and root.is_file()):
         return _open_npy(root, moments, with_features)
+    inside = "; give the folder that holds it" if root.name == "dataset.json" else _because(root)
     raise ValueError(
-        f"path must be a .npz, a .npy or a folder of latents, got {str(root)!r}{_because(root)}"
+        f"path must be a .npz, a .npy or a folder of latents, got {str(root)!r}{inside}"
     )
 
 
 def _because(root: Path) -> str:
+    above = next((f for f in root.absolute().parents[:2] if (f / "dataset.json").is_file()), None)
+    if above is not None:
+        return f"; {str(above)!r} has a dataset.json, which lists the latents: give that folder"
     foreign = describe_foreign(root, "latents")
     return f"; {foreign}" if foreign else ""
 
@@ -274,9 +278,10 @@ def _choose(found: list[str], moments: bool, path: Path) -> str:
     if found == ["moments"]:
         raise ValueError(f"{str(path)!r} holds 'moments' (mean | std): {_PASS_MOMENTS}")
     problem = f"both {' and '.join(usable)}" if usable else "none of them"
+    of_folder = path.is_dir()
+    wanted = "latents.npy, x.npy, moments.npy, dataset.json" if of_folder else "latents, x, moments"
     raise ValueError(
-        f"{str(path)!r} must hold one of latents, x, moments, got {problem}"
-        f"{'' if usable else _because(path)}"
+        f"{str(path)!r} must hold one of {wanted}, got {problem}{'' if usable else _because(path)}"
     )
 
 

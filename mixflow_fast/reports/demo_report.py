@@ -289,7 +289,8 @@ def _loss_plot(result: DemoResult) -> str:
         points = thin(result["losses"].get(name) or [])
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=plain(arm["label"]), **line_style(index))
+            marker = "o" if len(points) == 1 else None  # a line of one point is not seen
+            axes.plot(x, y, label=plain(arm["label"]), marker=marker, **line_style(index))
     axes.set_xlabel("images seen")
     axes.set_ylabel("training loss")
     _legend(canvas, axes, 3)

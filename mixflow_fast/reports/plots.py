@@ -253,7 +253,7 @@ def grid_map(
         mesh = axes.pcolormesh(
             edges, edges, shown, linewidth=0, cmap="RdBu_r", vmin=-most, vmax=most
         )
-    _write_values(axes, mesh, cells, times, "{:+.0f}".format if before is not None else _short)
+    _write_values(axes, mesh, cells, times, _percent if before is not None else _short)
     # A set: without slowing the two lines are one.
     for end in {1.0, 1 - gamma}:
         axes.plot([0, 1], [0, end], color="#e8853a", linewidth=1.4, linestyle=":")
@@ -278,6 +278,10 @@ def _write_values(
                 r, g, b, _ = mesh.cmap(mesh.norm(value))
                 ink = "#101418" if 0.3 * r + 0.59 * g + 0.11 * b > 0.5 else "#f4f6f8"
                 axes.text(t, m, text(value), ha="center", va="center", fontsize=7, color=ink)
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.0f}" if round(value) else "0"
 
 
 def _short(value: float) -> str:

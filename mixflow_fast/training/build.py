@@ -149,7 +149,11 @@ def _check_shape(shape: tuple[int, int, int], section: DataConfig, model: ModelC
     expected = (model.in_channels, model.input_size, model.input_size)
     if tuple(shape) == expected:
         return
-    way_out = "set model.in_channels and model.input_size, or data.size"
+    same_width = shape[0] == model.in_channels
+    way_out = f"set model.input_size={shape[1]}"
+    way_out += "" if same_width else f" model.in_channels={shape[0]}"
+    if section.kind != "latents":
+        way_out += f", or data.size={model.input_size}" if same_width else ""
     doubled = (2 * shape[0], *shape[1:]) if section.moments else (shape[0] / 2, *shape[1:])
     if section.kind == "latents" and doubled == expected:
         way_out = (

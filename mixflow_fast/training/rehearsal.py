@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixflow_fast.checkpoints.resume import ResumePoint, find
+from mixflow_fast.checkpoints.resume import find
 from mixflow_fast.checkpoints.run_folder import RunFolder
 from mixflow_fast.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from mixflow_fast.config.validate import validate
@@ -66,7 +66,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers="
         f"{config.data.workers}, as measured here for a second",
-        *(f"start: {line}" for line in _describe_start(c, start, folder.out, config.steps)),
+        *start.describe(folder.out, config.steps, c.init),
         *_describe_disk(
             c, folder.out, config.steps, checkpoint_bytes(parts.model, c, config.optim)
         ),
@@ -104,13 +104,6 @@ def _describe_length(c: TrainConfig, steps: int, ranks: int, microbatch: int) ->
         f"({ranks} rank{'s' * (ranks > 1)} x {microbatch} images x {accumulated} "
         f"micro-batch{'es' * (accumulated > 1)}){needed}"
     )
-
-
-def _describe_start(c: TrainConfig, start: ResumePoint, out: Path, steps: int) -> list[str]:
-    if start.checkpoint is not None:
-        return start.describe(out, steps)
-    init = "random weights" if c.init is None else f"the EMA weights of {c.init}"
-    return [*start.describe(out, steps), init]
 
 
 def _describe_disk(c: TrainConfig, out: Path, steps: int, size: int) -> Iterator[str]:

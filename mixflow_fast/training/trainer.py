@@ -164,7 +164,7 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
         """
-        messages = self._start.describe(self.out, self.config.steps)
+        messages = self._start.describe(self.out, self.config.steps, self.config.train.init)
         try:
             with self._stop.installed(), lost_ranks.roll_call():
                 while not self._train(messages):

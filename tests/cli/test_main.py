@@ -205,6 +205,10 @@ def test_a_mistyped_command_or_choice(capsys: pytest.CaptureFixture[str]) -> Non
         ("export x --to offical --out y", "argument --to: 'offical' is not one of official, ema"),
         ("train", "the following arguments are required: recipe\n"),
         ("train photos --train.images=5", "written without dashes, train.images=5 (`mixflow"),
+        ("train photos --dryrun", "arguments: --dryrun; did you mean '--dry-run'?\n"),
+        ("train photos --resume-never", "written without dashes, resume-never=VALUE"),
+        ("sample x.pt --cfgscale=2", "arguments: --cfgscale=2; did you mean '--cfg-scale'?\n"),
+        ("report x --gamma", "arguments: --gamma\n"),
         ("train photos --steps 5", "--steps: a setting is written without dashes, steps=VALUE"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -29,11 +29,13 @@ def test_train_sample_and_post_train(tmp_path: Path, capsys: pytest.CaptureFixtu
     base, post = tmp_path / "base", tmp_path / "post"
     code, out, err = run("train", "photos", *TINY, "train.images=32", f"out={base}", capsys=capsys)
     assert code == 0 and "32 images, step 4" in out and "base: 32 of 32 images  loss" in err
+    assert "\nstart: random weights\n" in err
     assert (base / "config.yaml").is_file() and (base / "metrics.jsonl").is_file()
     code, _, err = run("train", "photos", *TINY, "train.images=32", f"out={base}", capsys=capsys)
     assert code == 0  # finished: nothing to do, nothing lost
     overrides = [*TINY, "train.images=16", f"train.init={base}", f"out={post}"]
-    assert run("train", "photos", *overrides, capsys=capsys)[0] == 0
+    code, _, err = run("train", "photos", *overrides, capsys=capsys)
+    assert code == 0 and f"\nstart: the EMA weights of {base}\n" in err
 
     png, npz = tmp_path / "grid.png", tmp_path / "set.npz"
     arguments = ["--num", "10", "--steps", "3", "--batch-size", "10"]

@@ -135,9 +135,20 @@ def test_log_variances_and_unlabelled_or_unknown_paths_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no latents")
     with pytest.raises(ValueError, match="path must be a .npz, a .npy or a folder"):
         Latents(tmp_path / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"one of latents.npy, .*, dataset.json, got none"):
+        Latents(tmp_path / "empty")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 but no archive")
     with pytest.raises(ValueError, match="cannot read the arrays of .*broken.npz"):
         Latents(tmp_path / "broken.npz")
+
+
+def test_a_part_of_a_folder_of_latents_is_sent_to_the_folder(tmp_path):
+    folder = write_repa(tmp_path, LATENTS)
+    with pytest.raises(ValueError, match="give the folder that holds it"):
+        Latents(folder / "dataset.json")
+    with pytest.raises(ValueError, match=f"{str(folder)!r} has a dataset.json.* give that folder"):
+        Latents(folder / "00000")
 
 
 def test_plain_latents_taken_for_moments_are_named_as_such(tmp_path):

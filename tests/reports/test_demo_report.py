@@ -164,6 +164,9 @@ def test_plots(tmp_path: Path, pictures: dict[str, str]) -> None:
         for label in ("sampling steps (logarithmic)", "real (floor)", ">5<", ">10<"):
             assert label in svg
     assert "images seen" in svgs[2]
+    result["losses"] = {"plain": [[64, 1.5]]}  # one row, which a line alone would not show
+    single = re.findall(r"<svg.*?</svg>", render(result, tmp_path / "short"), flags=re.DOTALL)[2]
+    assert single.count("<use ") > svgs[2].count("<use ")
     # A thousand points of a curve are thinned.
     longest = max(len(re.findall(r"\bL ", path)) for path in re.findall(r' d="([^"]*)"', svgs[2]))
     assert 150 < longest <= 200

@@ -126,3 +126,16 @@ def test_moments_and_samples_are_told_by_their_channels(tmp_path: Path) -> None:
         ValueError, match=r"\(2, 8, 8\), .* takes \(4, 8, 8\): .*data.moments=false"
     ):
         build(model, kind="latents", path=path, moments=True)
+
+
+def test_data_of_another_size_say_what_to_set(tmp_path: Path) -> None:
+    path = str(write_npz(tmp_path, np.ones((8, 4, 8, 8), np.float32), np.arange(8)))
+    folder = str(write_classes(tmp_path / "set", 16, cat=1))
+    for channels, kind, way_out in (
+        (4, {"kind": "latents", "path": path}, "set model.input_size=8"),
+        (16, {"kind": "latents", "path": path}, "set model.input_size=8 model.in_channels=4"),
+        (3, {"kind": "folder", "path": folder, "size": 16}, "model.input_size=16, or data.size=32"),
+        (4, {"kind": "folder", "path": folder, "size": 16}, "input_size=16 model.in_channels=3"),
+    ):
+        with pytest.raises(ValueError, match=f"{way_out}$"):
+            build(ModelConfig(input_size=32, in_channels=channels), **kind)

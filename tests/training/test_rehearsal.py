@@ -24,7 +24,9 @@ def test_a_rehearsal_says_what_it_found_and_leaves_no_trace(tmp_path: Path) -> N
     text = "\n".join(rehearse(tiny(tmp_path / "run")))
     assert re.search(r"data: [\d,]+ images, 2 classes, 3 x 16 x 16 \(photos\)", text)
     assert "model: SiT-S/4, " in text and "parameters, 16 tokens of an input 3 x 16 x 16" in text
-    assert "48 images, 6 steps of 8 (1 rank x " in text and "images/s" in text
+    assert "48 images, 6 steps of 8 (1 rank x " in text and "24 hours" not in text
+    longer = "\n".join(rehearse(tiny(tmp_path / "run", "train.images=128_000_000")))
+    assert "micro-batch); 1,481 images/s would end it in 24 hours" in longer
     assert "start: random weights" in text and " free at " in text and "memory per rank" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -141,7 +141,8 @@ def _published_heads(width: int, published: Mapping[int, int]) -> int:
     if width not in published:
         raise ValueError(
             f"num_heads cannot be read from the weights of width {width}, known widths: "
-            f"{sorted(published)}: pass num_heads="
+            f"{sorted(published)}: pass num_heads= (`mixflow-fast export --to ema --num-heads N` "
+            "writes a file that says it)"
         )
     return published[width]
 
