@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> int:
     folder, out = options.folder, options.out
     if options.sigma_rel is None and options.decay is None:
         found = ema_snapshots.snapshots(folder)
-        print(ema_snapshots.table(found) if found else f"{folder} holds no snapshots")
+        none = f"{folder} holds no snapshots: a run writes them with optim.ema_sigma_rel=[0.05,0.1]"
+        print(ema_snapshots.table(found) if found else none)
         return 0
     if out is None:
         raise ValueError("--out must be given with --sigma-rel and --decay: the .pt to write")

@@ -82,6 +82,8 @@ class Parser(argparse.ArgumentParser):
             value, choices = match[1], [name.strip(" '") for name in match[2].split(",")]
             found = f"{value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
             message = message[: match.start()] + found
+        if message.endswith("required: COMMAND"):
+            message += f" (`{self.prog} --help` lists them)"
         # All ranks have the same command line. RANK alone may be the number of a machine.
         if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
             self.exit(2)

@@ -410,9 +410,8 @@ class Trainer:
             recipe=self._recipe,
             environment=current_environment(self.device).to_dict(),
         )
-        if c.preview_every:
-            log.log(f"previews: {self.out / 'previews'}: {caption(self._previews)}")
-        for line in (*self._data.lines[1:], *messages):
+        where = f"previews: {self.out / 'previews'}: {caption(self._previews)}"
+        for line in (*self._data.lines[1:], *([where] if c.preview_every else []), *messages):
             log.log(line)
         self.guard.log = log.log
         return log

@@ -203,6 +203,7 @@ def test_a_mistyped_command_or_choice(capsys: pytest.CaptureFixture[str]) -> Non
         ("trian photos", "ema; did you mean 'train'?"),
         ("verify_resume photos", "did you mean 'verify-resume'?"),
         ("export x --to offical --out y", "argument --to: 'offical' is not one of official, ema"),
+        ("", "arguments are required: COMMAND (`mixflow-fast --help` lists them)\n"),
         ("train", "the following arguments are required: recipe\n"),
         ("train photos --train.images=5", "written without dashes, train.images=5 (`mixflow"),
         ("train photos --dryrun", "arguments: --dryrun; did you mean '--dry-run'?\n"),
