@@ -31,9 +31,9 @@ from mixflow_fast.files import write_json, write_text
 from mixflow_fast.messages import shorten
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
-from mixflow_fast.reports.demo_report import evidence_markdown, render_demo_report
+from mixflow_fast.reports.demo_report import MAIN_ARMS, evidence_markdown, render_demo_report
 from mixflow_fast.reports.demo_result import ArmResult, DemoResult, Distances, Metric
-from mixflow_fast.reports.images import save_grid, save_side_by_side
+from mixflow_fast.reports.images import save_captioned, save_grid
 from mixflow_fast.sampling.samples import sample
 from mixflow_fast.training.build import check
 
@@ -340,9 +340,9 @@ def _all_images(data: str, split: str, size: int) -> Tensor:
 
 def _save_comparison(out: Path, result: DemoResult, steps: int) -> None:
     """OUT/arms.png: the first three arms beside real images, for pages that show one picture."""
-    words = {"base": "base", "control": "control", "mixflow": f"MixFlow, {steps} steps each"}
-    pictures = {text: Path(result["arms"][name]["images"]) for name, text in words.items()}
-    save_side_by_side(out / "arms.png", {**pictures, "real": Path(result["real_grid"])})
+    arms = list(result["arms"].values())[:MAIN_ARMS]
+    pictures = {f"{arm['label']}: {steps} steps": Path(arm["images"]) for arm in arms}
+    save_captioned(out / "arms.png", {**pictures, "real": Path(result["real_grid"])})
 
 
 def _real_grid(out: Path, measure: Measure) -> Path:

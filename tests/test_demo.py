@@ -36,9 +36,10 @@ def test_demo_files_schema_and_repeatability(tmp_path: Path) -> None:
     assert report["seed"] == 0 and report["seconds"] > 0
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4  # three arms and the real crops
-    row, one = (Image.open(tmp_path / "a" / name) for name in ("arms.png", "real.png"))
-    assert row.size == (4 * one.width + 3 * 12, one.height + 26)
-    assert row.crop((row.width - one.width, 26, row.width, row.height)).tobytes() == one.tobytes()
+    four, one = (Image.open(tmp_path / "a" / name) for name in ("arms.png", "real.png"))
+    assert four.size == (2 * one.width + 12, 2 * (one.height + 30) + 12)
+    last = four.crop((four.width - one.width, four.height - one.height, *four.size))
+    assert last.tobytes() == one.tobytes()
     again = run_demo(tmp_path / "b", settings=TOY, quiet=True)
     for arm in result["arms"]:
         assert again["arms"][arm]["frechet"] == result["arms"][arm]["frechet"]

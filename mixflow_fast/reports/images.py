@@ -82,29 +82,31 @@ def save_grid(
     write_bytes(path, grid_png_bytes(x, columns, scale, padding))
 
 
-def save_side_by_side(
-    path: str | os.PathLike[str], pictures: dict[str, Path], gap: int = 12
+def save_captioned(
+    path: str | os.PathLike[str], pictures: dict[str, Path], columns: int = 2, gap: int = 12
 ) -> None:
-    """Pictures of equal height in a row, each under its caption, written as one PNG.
+    """Pictures of one size in rows of `columns`, each under its caption, written as one PNG.
 
     Args:
         path: the PNG; folders are made.
         pictures: caption -> image file.
+        columns: pictures in a row.
         gap: pixels between them.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     images = {caption: Image.open(file).convert("RGB") for caption, file in pictures.items()}
-    font = ImageFont.load_default(size=16)
-    top = 26
-    width = sum(image.width for image in images.values()) + gap * (len(images) - 1)
-    height = top + max(image.height for image in images.values())
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, left = ImageDraw.Draw(canvas), 0
-    for caption, image in images.items():
-        draw.text((left, 3), caption, fill="black", font=font)
-        canvas.paste(image, (left, top))
-        left += image.width + gap
+    font = ImageFont.load_default(size=20)
+    top = 30
+    width, height = (max(size) for size in zip(*(i.size for i in images.values()), strict=True))
+    columns, rows = min(columns, len(images)), -(-len(images) // columns)
+    whole = columns * (width + gap) - gap, rows * (top + height + gap) - gap
+    canvas = Image.new("RGB", whole, "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (caption, image) in enumerate(images.items()):
+        left, upper = place % columns * (width + gap), place // columns * (top + height + gap)
+        draw.text((left, upper + 3), caption, fill="black", font=font)
+        canvas.paste(image, (left, upper + top))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
