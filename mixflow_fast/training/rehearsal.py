@@ -97,10 +97,12 @@ def _describe_model(section: ModelConfig, model: Transformer) -> str:
 
 def _describe_length(c: TrainConfig, steps: int, ranks: int, microbatch: int) -> str:
     accumulated = c.global_batch_size // (microbatch * ranks)
+    whole = steps * c.global_batch_size
+    rounded = f" (whole steps: {whole:,})" if whole != c.images else ""
     rate = c.images / 86400
     needed = f"; {rate:,.0f} images/s would end it in 24 hours" if rate >= 1 else ""
     return (
-        f"{c.images:,} images, {steps:,} steps of {c.global_batch_size} "
+        f"{c.images:,} images{rounded}, {steps:,} steps of {c.global_batch_size} "
         f"({ranks} rank{'s' * (ranks > 1)} x {microbatch} images x {accumulated} "
         f"micro-batch{'es' * (accumulated > 1)}){needed}"
     )

@@ -28,6 +28,8 @@ def test_a_rehearsal_says_what_it_found_and_leaves_no_trace(tmp_path: Path) -> N
     longer = "\n".join(rehearse(tiny(tmp_path / "run", "train.images=128_000_000")))
     assert "micro-batch); 1,481 images/s would end it in 24 hours" in longer
     assert "start: random weights" in text and " free at " in text and "memory per rank" in text
+    text = "\n".join(rehearse(tiny(tmp_path / "run", "train.images=50")))
+    assert "50 images (whole steps: 56), 7 steps of 8" in text
     assert list(tmp_path.iterdir()) == []
 
 
