@@ -114,6 +114,9 @@ def _size_settings(
         yield f"model.name={name}"
     if not whole:
         for key in _SIZES:
+            # Shapes without heads: of the same width, the recipe's are the best guess there is.
+            if theirs[key] is None and _flat(theirs["hidden_size"]) == _flat(own["hidden_size"]):
+                continue
             if named or _flat(theirs[key]) != _flat(own[key]):
                 value = "N (the shapes do not tell it)" if theirs[key] is None else theirs[key]
                 yield f"model.{key}={_text(value)}"

@@ -49,6 +49,11 @@ MISFITS = {
         *("sit-xl2-256", ["model.name=SiT-S/2"], ("SiT-S/2", {"depth": 1})),
         "(1 blocks); the recipe makes SiT-S/2, 256 px (12 blocks): set model.depth=1",
     ),
+    "depth of a width of nobody": (
+        *("sit-xl2-256", ["model.name=SiT-S/2", "model.hidden_size=96", "model.num_heads=4"]),
+        ("SiT-S/2", {"depth": 2, "hidden_size": 96, "num_heads": 4}),
+        "(12 blocks): set model.depth=2",
+    ),
     "resolution": (
         *("sit-xl2-256", SMALL, ("SiT-S/2", {"depth": 1, "input_size": 64})),
         "(input_size 64); the recipe makes SiT of width 384, depth 1, 256 px (input_size 32): set "
