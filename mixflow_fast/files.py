@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _BLOCK = 1 << 20
 # The mask can only be read by setting it, which every thread would see: once, at the import.
@@ -189,6 +190,39 @@ def crc32(path: Path) -> int:
         while count := file.readinto(block):
             value = zlib.crc32(block[:count], value)
     return value
+
+
+class ChecksummedFile:
+    """A file open for writing that knows size and CRC-32 of what went into it.
+
+    The checksum is taken while the content passes, so that nothing is read again for it.
+
+    Args:
+        file: a binary file at its start, which is only appended to from here on.
+
+    Attributes:
+        bytes: size so far.
+        crc32: CRC-32 so far, as `crc32` gives it for the whole file.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.bytes = self.crc32 = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append; returns the number of bytes."""
+        view = memoryview(data).cast("B")
+        # In blocks, which are still in the cache when they are written.
+        for start in range(0, len(view), _BLOCK):
+            block = view[start : start + _BLOCK]
+            self.crc32 = zlib.crc32(block, self.crc32)
+            self._file.write(block)
+        self.bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self._file.flush()
 
 
 def remove_partial(folder: Path) -> None:

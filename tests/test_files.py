@@ -6,11 +6,13 @@ import math
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from mixflow_fast.files import (
+    ChecksummedFile,
     check_folder_writable,
     check_writable,
     existing_folder,
@@ -115,3 +117,14 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
         file.write(b"x")
         full.write(b"x")
     assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+def test_a_checksum_is_taken_while_a_file_is_written(tmp_path: Path) -> None:
+    parts = [b"", b"abc", os.urandom((2 << 20) + 17), memoryview(bytearray(range(256)))]
+    with (tmp_path / "a").open("wb") as raw:
+        file = ChecksummedFile(raw)
+        assert [file.write(part) for part in parts] == [0, 3, (2 << 20) + 17, 256]
+        file.flush()
+        content = (tmp_path / "a").read_bytes()
+    assert content == b"".join(bytes(part) for part in parts)
+    assert (file.bytes, file.crc32) == (len(content), zlib.crc32(content))

@@ -1,17 +1,24 @@
-"""One checkpoint while the ranks write it: it becomes the newest, or nothing of it stays."""
+"""One checkpoint while the ranks write it: it becomes the newest, or nothing of it stays.
+
+Training waits only while its state is copied into host memory. Files are written, agreed upon and
+renamed by a thread, whose exchanges with the other ranks go through a process group of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from mixflow_fast.checkpoints import manifest
+from mixflow_fast.checkpoints.host_copy import host_copy
 from mixflow_fast.checkpoints.run_folder import (
     RunState,
     checkpoint_folders,
@@ -20,7 +27,7 @@ from mixflow_fast.checkpoints.run_folder import (
     step_of,
 )
 from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.files import sync, write_text
+from mixflow_fast.files import ChecksummedFile, sync, write_text
 
 
 class SaveError(OSError):
@@ -33,31 +40,38 @@ def temporary_name(step: int) -> str:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint: every rank makes a writer and calls `commit`.
+    """One checkpoint: every rank makes a writer, gives it what to write, and commits it.
 
-    A rank's error is kept until `commit`, where all hear of it: raised at once it would leave the
+    A rank's error is kept until the commit, where all hear of it: raised at once it would leave the
     other ranks waiting in DeepSpeed's barriers.
 
     Args:
         out: run folder.
         step: optimizer steps done.
-        host_group: exchange between the ranks.
+        host_group: exchange between the ranks at the commit. Where the commit runs in a thread,
+            nothing else may use it meanwhile.
 
     Attributes:
         folder: temporary folder in which the files go.
+        step: as given.
     """
 
     def __init__(self, out: Path, step: int, host_group: HostGroup) -> None:
-        self._out, self._step, self._host_group = out, step, host_group
+        self._out, self.step, self._host_group = out, step, host_group
         self._error: str | None = None
+        self._waiting: list[Callable[[], None]] = []
         self._files: dict[str, manifest.Entry] = {}
         self.folder = out / "checkpoints" / temporary_name(step)
         with self.attempt():
             self.folder.mkdir(parents=True, exist_ok=True)
 
+    def ready(self) -> bool:
+        """Whether no rank has met an error so far. Every rank must call it."""
+        return not any(self._host_group.all_gather(self._error))
+
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Errors of writing inside are kept for `commit`."""
+        """Errors of writing inside are kept for the commit."""
         try:
             yield
         except (OSError, RuntimeError) as error:
@@ -68,25 +82,41 @@ class CheckpointWriter:
                 self._error = f"{_root(error)}{free}"
 
     def write(self, state_dict: object, path: str | os.PathLike[str]) -> None:
-        """`torch.save` of this rank's own file, flushed to the disk; nothing after an error.
+        """Take a copy of a state, which the commit writes to this rank's own file.
 
         The arguments have the names by which DeepSpeed gives them.
         """
-        if self._error is not None:
-            return
         with self.attempt():
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-            self._files[Path(path).relative_to(self.folder).as_posix()] = manifest.entry(Path(path))
+            copied = host_copy(state_dict)
+            self.later(lambda: self._write(copied, Path(path)))
+
+    def later(self, write: Callable[[], None]) -> None:
+        """Leave to the commit what writes a file into `folder`."""
+        self._waiting.append(write)
+
+    def _write(self, content: object, path: Path) -> None:
+        with open(path, "wb") as raw:
+            file = ChecksummedFile(raw)
+            with _without_zip_checksums():
+                torch.save(content, file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        name = path.relative_to(self.folder).as_posix()
+        self._files[name] = {"bytes": file.bytes, "crc32": file.crc32}
 
     def commit(self, state: RunState, keep_last: int, keep_every: int = 0) -> Path:
-        """Make it the newest checkpoint if every rank wrote its part; arguments as `commit`.
+        """Write it, and make it the newest checkpoint if every rank wrote its part.
+
+        Args:
+            state, keep_last, keep_every: as for the function `commit`.
 
         Raises:
             SaveError: a rank could not; nothing of it stays, and older checkpoints are whole.
         """
+        while self._waiting and self._error is None:
+            with self.attempt():
+                self._waiting.pop(0)()  # lets go of the copy as soon as it is written
+        self._waiting = []
         parts = self._host_group.all_gather((self._error, self._files))
         entries = {name: entry for _, own in parts for name, entry in own.items()}
         errors = [error for error, _ in parts]
@@ -102,11 +132,77 @@ class CheckpointWriter:
             self._host_group.all_gather(None)  # a launcher ends all ranks when the first has ended
             who = f"rank {min(failed)}: " if self._host_group.ranks > 1 else ""
             raise SaveError(
-                f"checkpoint of step {self._step} could not be written to {self._out}: "
+                f"checkpoint of step {self.step} could not be written to {self._out}: "
                 f"{who}{failed[min(failed)]}; the checkpoints from before stay. With that put "
                 "right, the same command resumes"
             )
-        return self._out / "checkpoints" / checkpoint_name(self._step)
+        return self._out / "checkpoints" / checkpoint_name(self.step)
+
+
+class SaveInProgress:
+    """A commit in a thread, which begins at once.
+
+    Args:
+        step: optimizer steps of the checkpoint.
+        commit: a call of its writer's `commit`.
+
+    Attributes:
+        step: as given.
+        seconds: how long the commit took, once it is done.
+    """
+
+    def __init__(self, step: int, commit: Callable[[], Path]) -> None:
+        self.step, self.seconds = step, 0.0
+        self._commit = commit
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+        # A daemon: a rank whose peers are gone must be able to end while this waits for them.
+        self._thread = threading.Thread(target=self._run, name="mixflow_fast-save", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._path = self._commit()
+        except BaseException as error:
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end, good or bad."""
+        return not self._thread.is_alive()
+
+    def wait(self, limit_s: float | None = None) -> Path | None:
+        """Wait for its end.
+
+        Args:
+            limit_s: seconds; None waits as long as it takes.
+
+        Returns:
+            the checkpoint's folder; None where the limit came first.
+
+        Raises:
+            SaveError: a rank could not write; on every rank.
+            RuntimeError: the exchange with the other ranks failed.
+        """
+        self._thread.join(limit_s)
+        if not self.done:
+            return None
+        if self._error is not None:
+            raise self._error
+        return self._path
+
+
+@contextlib.contextmanager
+def _without_zip_checksums() -> Iterator[None]:
+    """torch.save puts a CRC-32 of its own into the file: the manifest has one of the whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def commit(

@@ -289,7 +289,7 @@ class TrainConfig(Section, name="train"):
     """Newest resumable checkpoints that stay on disk."""
     keep_every: NotNegative = 0
     """Steps, a multiple of train.save_every: those checkpoints stay for good."""
-    save_weights: SaveWeights = "always"
+    save_weights: SaveWeights = "end"
     """Weights.pt in each checkpoint, in the last one, or in none (`mixflow-fast consolidate` makes
     it from the shards)."""
     loggers: tuple[LoggerName, ...] = ()

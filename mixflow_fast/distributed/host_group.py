@@ -20,13 +20,15 @@ class HostGroup:
 
     Args:
         timeout: how long an exchange waits for a rank before it fails; None: 30 minutes.
+        separate: shares no connection with any other group, so that a thread can use it while
+            others talk.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(self, timeout: timedelta | None = None, separate: bool = False) -> None:
         self.ranks = dist.get_world_size()
         self.rank = dist.get_rank()
         # By gloo, because NCCL would copy the values to the device and wait for it.
-        several = self.ranks > 1 and dist.get_backend() != "gloo"
+        several = self.ranks > 1 and (separate or dist.get_backend() != "gloo")
         self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
     @classmethod

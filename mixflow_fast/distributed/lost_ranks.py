@@ -56,7 +56,7 @@ def roll_call(wait_s: float = ROLL_CALL_S) -> Iterator[None]:
     except Exception as error:
         if store() is None or world_size() == 1:
             raise
-        if not _is_peer_failure(error):
+        if not is_peer_failure(error):
             reason = _entry(error_line(error))
             ask_store(lambda store: store.set(_key(rank()), reason), 2.0, store())
             raise
@@ -116,7 +116,7 @@ def ask_store(ask: Callable[[dist.Store], None], limit_s: float, store: dist.Sto
     return done.is_set()
 
 
-def _is_peer_failure(error: BaseException | None) -> bool:
+def is_peer_failure(error: BaseException | None) -> bool:
     """Whether communication failed; looks through errors that were raised from others."""
     while error is not None:
         if isinstance(error, dist.DistError):

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol, overload
 
 from mixflow_fast import files
-from mixflow_fast.metrics.rows import TRAINING, Kind, Row, StartRow, TrainingRow, ValidationRow
+from mixflow_fast.metrics.rows import (
+    TRAINING,
+    CheckpointRow,
+    Kind,
+    Row,
+    StartRow,
+    TrainingRow,
+    ValidationRow,
+)
 
 
 class Logger(Protocol):
@@ -23,28 +32,54 @@ class Logger(Protocol):
 
 
 class MetricsFile:
-    """One JSON object a line, appended and flushed, so that a killed run keeps what it wrote.
+    """One JSON object a line, appended at once, so that a killed run keeps what it wrote.
+
+    Rows that do not fit (a full disk) are a warning: they stay in memory until there is room.
 
     Args:
         path: the file.
         resume_step: rows of later steps are dropped first, since they will be written again; a
             line that a killed run left unfinished is dropped too.
         logger: gets each row after the file has it.
+        warn: prints a line.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0, logger: Logger | None = None) -> None:
-        self._logger = logger
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int = 0,
+        logger: Logger | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self._path, self._logger, self._warn = path, logger, warn
         rows = [row for row in read_metrics(path, kind=None) if row["step"] <= resume_step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a")
+        # Without a buffer: after an error it is known what the file has.
+        self._file = path.open("ab", buffering=0)
+        self._missing = b""
+        self._warned = False
 
     def write(self, row: Mapping[str, object]) -> None:
         """Append one row; it must have a "step". What is not finite is written as null."""
         row = _finite_row(row)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()  # to the system, not to the disk: a killed process loses nothing
+        self._missing += (json.dumps(row, allow_nan=False) + "\n").encode()
+        self._append()
         if self._logger is not None:
             self._logger.write(row)
+
+    def _append(self) -> None:
+        """Write what is missing in the file, to the system and not to the disk."""
+        try:
+            while self._missing:
+                self._missing = self._missing[self._file.write(self._missing) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                self._warn(
+                    f"warning: {self._path} cannot be written ({error.strerror}): its rows wait in "
+                    "memory"
+                )
+            self._warned = True
 
     def picture(self, path: Path, step: int) -> None:
         """Tell the logger of a picture that was written."""
@@ -52,6 +87,7 @@ class MetricsFile:
             self._logger.picture(path, step)
 
     def close(self) -> None:
+        self._append()
         self._file.close()
         if self._logger is not None:
             self._logger.close()
@@ -73,6 +109,8 @@ def _finite(value: object) -> object:
 def read_metrics(path: Path, kind: Literal["training"] = ...) -> list[TrainingRow]: ...
 @overload
 def read_metrics(path: Path, kind: Literal["start"]) -> list[StartRow]: ...
+@overload
+def read_metrics(path: Path, kind: Literal["checkpoint"]) -> list[CheckpointRow]: ...
 @overload
 def read_metrics(path: Path, kind: Literal["validation"]) -> list[ValidationRow]: ...
 @overload

@@ -2,6 +2,7 @@
 
     (none)        training, one per train.log_every steps: means over the window since the last one
     "start"       a process took up the run: versions, device, how the network is run
+    "checkpoint"  a resumable checkpoint is written
     "validation"  losses at fixed times and over the grid, of EMA and live weights
 
 Every row has "step", the optimizer steps done. A number that was not finite is null in the file.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-Kind = Literal["training", "start", "validation"]
+Kind = Literal["training", "start", "checkpoint", "validation"]
 TRAINING: Kind = "training"  # the kind of rows that name none
 
 
@@ -75,6 +76,23 @@ class StartRow(_Step, total=False):
     environment: dict[str, str | int | None]
 
 
+class CheckpointRow(_Step, total=False):
+    """What a checkpoint took; the row comes with a later step's.
+
+    Keys:
+        stood_still_s: seconds for which training waited, while its state was copied.
+        written_s: seconds until it was written and had its name, beside training.
+        bytes: size of all its files.
+    """
+
+    kind: Literal["checkpoint"]
+    images_seen: int
+    time: float
+    stood_still_s: float
+    written_s: float
+    bytes: int
+
+
 class Losses(TypedDict, total=False):
     """Validation losses of one set of weights.
 
@@ -108,4 +126,4 @@ class ValidationRow(_Step, total=False):
     model: Losses
 
 
-Row = TrainingRow | StartRow | ValidationRow
+Row = TrainingRow | StartRow | CheckpointRow | ValidationRow

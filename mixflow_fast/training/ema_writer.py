@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from mixflow_fast.checkpoints.ema_snapshots import snapshot_file, write_snapshot
 from mixflow_fast.config.schema import OptimConfig
+from mixflow_fast.messages import error_line
 from mixflow_fast.optim.power_ema import window_steps
 from mixflow_fast.training.duty import RunContext, Timetable
 
@@ -40,13 +41,16 @@ class EmaSnapshots:
     def run(self, step: int) -> None:
         """Write the snapshot of this step; every rank must call it.
 
-        Raises:
-            OSError: it could not be written (a full disk); on all ranks.
+        One that cannot be written (a full disk) is a warning, and missing later.
         """
         self._timetable.done(step)
         with self._context.throughput.paused():
             self._check()
-            self._write(step)
+            try:
+                self._write(step)
+            except OSError as error:
+                text = f"warning: no EMA snapshot of step {step} ({error_line(error, 200)})"
+                self._context.log.log(text)
 
     def _write(self, step: int) -> None:
         engine, group = self._context.engine, self._context.host_group

@@ -255,7 +255,10 @@ class Engine:
         return norm
 
     def save(self, writer: CheckpointWriter) -> None:
-        """DeepSpeed's sharded state, and what `consolidation` needs; every rank must call it."""
+        """Give a writer DeepSpeed's sharded state, and what is needed to read it without DeepSpeed.
+
+        Every rank must call it, with a writer that is ready on all of them.
+        """
         engine, folder = self._engine, writer.folder
         # Errors are kept for the end: raised in here they would leave the other ranks in a barrier.
         engine.checkpoint_engine.save = writer.write
@@ -272,16 +275,20 @@ class Engine:
             frozen = {n: t for n, t in self.initial.items() if n not in trained}
             writer.write(frozen, frozen_file(folder))
 
-    def full_states(self, stepped: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def full_states(
+        self, stepped: bool, keep: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Master weights and EMA by official name, gathered from the shards, on the CPU.
 
         Args:
             stepped: a step was made, so that there is an EMA.
+            keep: False only takes part in the gathering, which every rank must, and copies nothing.
         """
         model_state, ema_state = dict(self.initial), dict(self.initial)
         for state, which in ((model_state, "model"), (ema_state, "ema")):
             for name, value in self.gathered(which, stepped):
-                state[name] = value.cpu()
+                if keep:  # a copy, on the CPU too: training goes on in the memory of `value`
+                    state[name] = value.to("cpu", copy=True)
         return model_state, ema_state
 
     def gathered(self, which: str, stepped: bool) -> Iterator[tuple[str, Tensor]]:

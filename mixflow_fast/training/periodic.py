@@ -1,4 +1,4 @@
-"""Duties between steps: rows of metrics, previews, validation, checkpoints.
+"""Duties between steps: rows of metrics, previews, validation.
 
 Previews and validation read a copy of the network, so that training's bits do not depend on
 whether, or how often, it is looked at. The copy is made once, in eager mode and in training's own
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -234,35 +233,3 @@ class Validation:
         values = ", ".join(f"{which} {losses.loss:.4f}" for which, losses in found.items())
         what = f"{examples} {self._losses.description}"
         context.log.log(f"{context.out.name}: step {step} validation loss {values} ({what})")
-
-
-class Checkpoints:
-    """The duty that writes resumable checkpoints.
-
-    Args:
-        context: what every duty has at hand.
-        timetable: when it is due.
-        check: raises where the weights must not be saved.
-        save: writes the checkpoint.
-    """
-
-    def __init__(
-        self,
-        context: RunContext,
-        timetable: Timetable,
-        check: Callable[[], None],
-        save: Callable[[], Path],
-    ) -> None:
-        self._context, self._timetable = context, timetable
-        self._check, self._save = check, save
-
-    def due(self, step: int) -> bool:
-        """Every so many steps, and at the end of the run."""
-        return self._timetable.due(step)
-
-    def run(self, step: int) -> None:
-        """Check the steps since the last look, and save."""
-        self._timetable.done(step)
-        with self._context.throughput.paused():
-            self._check()
-            self._save()

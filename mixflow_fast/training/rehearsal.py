@@ -69,22 +69,35 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers="
         f"{config.data.workers}, as measured here for a second",
         *start.describe(folder.out, config.steps, c.init),
-        *_describe_disk(
-            c, folder.out, config.steps, checkpoint_bytes(parts.model, c, config.optim)
-        ),
+        *_describe_disk(c, config.optim, folder.out, parts.model, (ranks, config.steps)),
         _describe_memory(c, config.optim, parts.model, parts.execution, (ranks, microbatch)),
     ]
 
 
-def checkpoint_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> int:
-    """Size of a resumable checkpoint, with weights.pt where one is written."""
+def checkpoint_bytes(
+    model: Transformer, train: TrainConfig, optim: OptimConfig, last: bool = True
+) -> int:
+    """Size of a resumable checkpoint, with weights.pt where one is written.
+
+    Args:
+        model: the network, on any device.
+        train, optim: sections of the configuration.
+        last: of the run's last checkpoint.
+    """
+    every = sum(p.numel() for p in model.parameters())
+    weights = train.save_weights == "always" or (last and train.save_weights == "end")
+    return sum(_state_bytes(model, train, optim)) + (8 * every if weights else 0)
+
+
+def _state_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
+    """Of a checkpoint: what ZeRO shards, and what rank 0 alone writes."""
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Master weights, two moments and the averages, float32.
     state = 4 * trained * (3 + len(optim.ema_decays) + len(optim.ema_sigma_rel))
     # ZeRO 1 and 2 save the network beside its master weights, in the precision that it runs in.
     network = (2 if train.precision == "bf16" else 4) * every if train.zero_stage in (1, 2) else 0
-    return state + network + (8 * every if train.save_weights == "always" else 0)
+    return state, network
 
 
 def _describe_model(section: ModelConfig, model: Transformer) -> str:
@@ -110,18 +123,38 @@ def _describe_length(c: TrainConfig, steps: int, ranks: int, microbatch: int) ->
     )
 
 
-def _describe_disk(c: TrainConfig, out: Path, steps: int, size: int) -> Iterator[str]:
+def _describe_disk(
+    c: TrainConfig, p: OptimConfig, out: Path, model: Transformer, length: tuple[int, int]
+) -> Iterator[str]:
+    """Bytes of the checkpoints, and of the copy that each takes.
+
+    Args:
+        c, p: sections of the configuration.
+        out: run folder.
+        model: the network.
+        length: number of ranks, and of optimizer steps.
+    """
+    ranks, steps = length
     there = next(path for path in (out, *out.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     # A checkpoint is whole before the oldest one goes.
     kept = c.keep_last + 1 + (steps // c.keep_every if c.keep_every else 0)
+    each, last = (checkpoint_bytes(model, c, p, end) for end in (False, True))
+    needed = (kept - 1) * each + last
+    more = f" (the last one {_in_units(last)}, with weights.pt)" if last > each else ""
     yield (
-        f"checkpoint: {_in_units(size)} each, at most {kept} at a time: {_in_units(kept * size)}; "
+        f"checkpoint: {_in_units(each)} each{more}, at most {kept} at a time: {_in_units(needed)}; "
         f"{_in_units(free)} free at {there}"
+    )
+    sharded, alone = _state_bytes(model, c, p)
+    copied = sharded / (ranks if c.zero_stage else 1) + alone
+    yield (
+        f"saving: training waits while its state is copied into host memory, up to "
+        f"{_in_units(copied)} per rank, and goes on while that is written"
     )
     held = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
     # Those of a run that goes on give their room to new ones.
-    if (missing := kept * size - held - free) > 0:
+    if (missing := needed - held - free) > 0:
         yield (
             f"warning: {there} has not enough room for the checkpoints: free "
             f"{_in_units(missing)}, or lower train.keep_last, or set train.save_weights=never"

@@ -44,7 +44,7 @@ class RunLog:
         self._metrics: MetricsFile | None = None
         if writes:
             copies = Loggers(loggers, out, config, step, self.log) if loggers else None
-            self._metrics = MetricsFile(out / "metrics.jsonl", step, copies)
+            self._metrics = MetricsFile(out / "metrics.jsonl", step, copies, self.log)
 
     def __enter__(self) -> RunLog:
         return self

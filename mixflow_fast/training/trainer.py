@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixflow_fast.checkpoints.resume import find
 from mixflow_fast.checkpoints.run_folder import RunFolder, RunState, choose_checkpoint, read_state
-from mixflow_fast.checkpoints.writing import CheckpointWriter
+from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch, BatchLoader
@@ -29,7 +29,6 @@ from mixflow_fast.files import user_path
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.metrics.throughput import Throughput
-from mixflow_fast.models import save_weights
 from mixflow_fast.models.flops import peak_tflops, train_flops
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
@@ -48,7 +47,6 @@ from mixflow_fast.training.nonfinite_guard import (
 )
 from mixflow_fast.training.nonfinite_report import Examiner, Network
 from mixflow_fast.training.periodic import (
-    Checkpoints,
     Logging,
     Previews,
     Validation,
@@ -56,6 +54,7 @@ from mixflow_fast.training.periodic import (
     validation_loss,
 )
 from mixflow_fast.training.run_log import RunLog
+from mixflow_fast.training.saving import Checkpoints, begin_save
 from mixflow_fast.training.step_record import StepOutput, StepRecord
 
 # Called after a step with its number, what its micro-batches gave on this rank, and this rank's
@@ -127,6 +126,7 @@ class Trainer:
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = HostGroup(process_group.timeout())
+        self._save_group = HostGroup(process_group.timeout(), separate=True)
         self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
         try:
@@ -158,6 +158,10 @@ class Trainer:
         """Training images so far, over all ranks."""
         return self.step * self.config.train.global_batch_size
 
+    @property
+    def _ended(self) -> bool:
+        return self.step >= self.config.steps
+
     def run(self) -> TrainResult:
         """Train to the end, or to the first SIGINT or SIGTERM; either way leave a checkpoint.
 
@@ -171,7 +175,7 @@ class Trainer:
                     messages = [self._go_back()]
         finally:
             self.close()
-        return TrainResult(self.out, self.step, self.images_seen, self.step >= self.config.steps)
+        return TrainResult(self.out, self.step, self.images_seen, self._ended)
 
     def close(self) -> None:
         """Let go of the run folder, and take back what DeepSpeed changed for the process."""
@@ -180,28 +184,30 @@ class Trainer:
 
     def _train(self, messages: list[str]) -> bool:
         """Train from this step on; False where a step was bad and the run is to go back."""
-        total = self.config.steps
         with self._open_log(messages) as log, self.loader() as loader:
-            duties = self._duties(log)
+            duties, checkpoints = self._duties(log)
             self._throughput.restart()
             try:
-                if self._wants_a_checkpoint_first():
-                    duties[-1].run(self.step)
-                while True:
-                    for duty in duties:
-                        if duty.due(self.step):
-                            duty.run(self.step)
-                    if self.step >= total or self._stop.requested():
-                        break
-                    self.train_step(loader)
-                    self._throughput.add(self.config.train.global_batch_size)
-                    log.step()
-                if self._saved != self.step:  # asked to stop
-                    duties[-1].run(self.step)
+                with checkpoints.kept():
+                    if self._wants_a_checkpoint_first():
+                        checkpoints.run(self.step)
+                        checkpoints.finish()
+                    while True:
+                        for duty in duties:
+                            if duty.due(self.step):
+                                duty.run(self.step)
+                        if self._ended or self._stop.requested():
+                            break
+                        self.train_step(loader)
+                        self._throughput.add(self.config.train.global_batch_size)
+                        log.step()
+                    if self._saved != self.step:  # asked to stop
+                        checkpoints.run(self.step)
+                    checkpoints.finish()
             except RollBack as bad:
                 log.log(f"{self.out}: {bad}")
                 return False
-            if self.step < total:
+            if not self._ended:
                 log.log(f"{self.out}: stopped after step {self.step}; {self._again} resumes")
         return True
 
@@ -269,18 +275,13 @@ class Trainer:
         Raises:
             SaveError: a rank could not write (a full disk); on all. Older checkpoints stay.
         """
+        return self.begin_save().wait()
+
+    def begin_save(self) -> SaveInProgress:
+        """Begin to write a checkpoint; a thread does it. Every rank must call it."""
         c = self.config.train
-        writer = CheckpointWriter(self.out, self.step, self.host_group)
-        self.engine.save(writer)
-        metadata = self._metadata()
-        ended = self.step >= self.config.steps
-        if c.save_weights == "always" or (c.save_weights == "end" and ended):
-            model_state, ema_state = self.engine.full_states(stepped=self.step > 0)
-            if self.host_group.rank == 0:
-                with writer.attempt():
-                    save_weights(writer.folder / "weights.pt", model_state, ema_state, metadata)
         state = RunState(
-            metadata=metadata,
+            metadata=self._metadata(),
             step=self.step,
             images_seen=self.images_seen,
             world_size=self.host_group.ranks,
@@ -288,9 +289,9 @@ class Trainer:
             safety=asdict(self.guard.state),
             data=self._data.summary.to_record(),
         )
-        path = writer.commit(state, c.keep_last, c.keep_every)
+        weights = c.save_weights == "always" or (c.save_weights == "end" and self._ended)
         self._saved, self._resharded = self.step, False
-        return path
+        return begin_save(self.out, self.engine, state, c, self._save_group, weights)
 
     def _go_back(self) -> str:
         """Load the newest checkpoint; returns a line on what was done."""
@@ -416,8 +417,8 @@ class Trainer:
         self.guard.log = log.log
         return log
 
-    def _duties(self, log: RunLog) -> list[Duty]:
-        """What is done between steps, in this order; checkpoints come last."""
+    def _duties(self, log: RunLog) -> tuple[list[Duty], Checkpoints]:
+        """What is done between steps, in this order; and its last, the checkpoints."""
         c, p, total, step = self.config.train, self.config.optim, self.config.steps, self.step
         beginning = step or -1  # a resumed run has looked at that step already
         context = RunContext(self.out, self.engine, self.host_group, self._throughput, log)
@@ -434,7 +435,8 @@ class Trainer:
             when = Timetable(p.snapshot_every or c.save_every, total, step)
             duties.append(EmaSnapshots(context, when, p.ema_sigma_rel, self._metadata, check))
         when = Timetable(c.save_every, total, step)
-        return [*duties, Checkpoints(context, when, check, self.save)]
+        checkpoints = Checkpoints(context, when, check, self.begin_save)
+        return [*duties, checkpoints], checkpoints
 
 
 def train(

@@ -26,6 +26,7 @@ from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.trainer import train
 from tests.support.runs import assert_same_bits
 from tests.support.train_ranks import TINY
@@ -268,30 +269,66 @@ def can_mount() -> bool:
     )
 
 
-@pytest.mark.skipif(not can_mount(), reason="a user may not mount a tmpfs here")
-def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
-    """A real full file system: the third checkpoint of about 1 MB does not fit into 2.5 MB."""
+MOUNT = """
+mount -t tmpfs -o size=2500k none "$1"; disk=$1; shift
+%s
+"$@" 2> "$disk.log"; code=$?
+cat "$disk.log" >&2; cp -a "$disk/run" "$0"; exit $code
+"""
+
+
+def train_on_a_small_disk(tmp_path: Path, before: str, *overrides: str) -> tuple[int, str, Path]:
+    """A run on a real file system of 2.5 MB; its checkpoints are about 1 MB.
+
+    Returns:
+        exit code, what it said on stderr, and a copy of its folder.
+    """
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
-    script = (
-        'mount -t tmpfs -o size=2500k none "$1"; "$@"; code=$?; cp -a "$1/run" "$0"; exit $code'
-    )
-    script = script.replace('"$@"', 'disk=$1; shift; "$@"').replace('"$1/run"', '"$disk/run"')
+    overrides = ("train.save_weights=always", *overrides)
     result = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, str(kept), str(disk)]
-        + [sys.executable, "-m", "mixflow_fast.cli", *arguments(disk / "run", "train.keep_last=3")],
+        ["unshare", "-rm", "sh", "-c", MOUNT % before, str(kept), str(disk)]
+        + [sys.executable, "-m", "mixflow_fast.cli", *arguments(disk / "run", *overrides)],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert result.returncode == 2, result.stderr[-3000:]
-    (line,) = (line for line in result.stderr.splitlines() if "error" in line)
-    assert "checkpoint of step 3 could not be written" in line
+    return result.returncode, result.stderr, kept
+
+
+@pytest.mark.skipif(not can_mount(), reason="a user may not mount a tmpfs here")
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path) -> None:
+    options = ["train.keep_last=3", "train.images=40"]
+    code, said, kept = train_on_a_small_disk(tmp_path, "", *options)
+    assert code == 2, said[-3000:]
+    for step in (3, 4):  # these are warnings, because a later one may find room
+        (line,) = (line for line in said.splitlines() if f"checkpoint of step {step}" in line)
+        assert "warning" in line and "could not be written" in line and "goes on" in line
+    (line,) = (line for line in said.splitlines() if "mixflow-fast: error" in line)
+    assert "checkpoint of step 5 could not be written" in line
     assert "No space left on device" in line and "MiB free" in line
     check_after_a_full_disk(kept)
     assert names(kept) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.skipif(not can_mount(), reason="a user may not mount a tmpfs here")
+def test_training_goes_on_until_there_is_room_again(tmp_path: Path) -> None:
+    before = """
+    head -c 1100k /dev/zero > "$disk/other"
+    (until grep -q "checkpoint of step 4 could" "$disk.log"; do sleep 0.02; done
+     rm "$disk/other") &
+    """
+    options = ["train.keep_last=1", "train.images=400", "train.save_every=2"]
+    code, said, kept = train_on_a_small_disk(tmp_path, before, *options)
+    assert code == 0, said[-3000:]
+    assert "warning: checkpoint of step 4 could not be written" in said
+    check_after_a_full_disk(kept)
+    assert names(kept) == ["step_00000050"]
+    # Rows that found no room came when there was some.
+    steps = [row["step"] for row in read_metrics(kept / "metrics.jsonl")]
+    assert steps == list(range(1, 51))
 
 
 LIMITED = """
@@ -327,12 +364,13 @@ def start_ranks(ranks: int, *command: str) -> subprocess.Popen:
 def test_a_full_disk_of_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
     script = tmp_path / "limited.py"
     script.write_text(LIMITED)
-    overrides = ["train.microbatch_size=4", "train.keep_last=3"]
+    overrides = ["train.microbatch_size=4", "train.keep_last=3", "train.images=24"]
     process = start_ranks(2, str(script), *arguments(tmp_path / "run", *overrides))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     (line,) = (line for line in errors.splitlines() if "mixflow-fast: error" in line)
-    assert "checkpoint of step 2 could not be written" in line
+    assert "checkpoint of step 3 could not be written" in line
+    assert errors.count("warning: checkpoint of step 2 could not be written") == 1
     assert "rank 1: [Errno 27] File too large" in line
     assert "exitcode  : 2" in errors, errors[-3000:]  # in torchrun's report
     check_after_a_full_disk(tmp_path / "run")

@@ -1,6 +1,8 @@
 """Rows of metrics.jsonl."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,25 @@ def test_what_is_not_finite_is_null_and_the_line_is_json(tmp_path: Path) -> None
     text = (tmp_path / "m.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None and row["by_t"] == [1.0, None]
+
+
+def test_rows_that_find_no_room_wait_in_memory(tmp_path: Path) -> None:
+    """A file that may not grow, as on a full disk, and may again."""
+    path, warnings = tmp_path / "m.jsonl", []
+    file = MetricsFile(path, warn=warnings.append)
+    file.write(training_row(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # The second row is cut off in its middle.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+        for step in (2, 3):
+            file.write(training_row(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert read_metrics(path) == [training_row(1)]
+    assert len(warnings) == 1 and f"{path} cannot be written (File too large)" in warnings[0]
+    file.write(training_row(4))
+    file.close()
+    assert read_metrics(path) == [training_row(step) for step in (1, 2, 3, 4)]

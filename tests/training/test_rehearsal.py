@@ -85,7 +85,7 @@ def test_a_rehearsal_fails_as_the_run_would(
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 2)])
-@pytest.mark.parametrize("weights", ["always", "never"])
+@pytest.mark.parametrize("weights", ["always", "end", "never"])
 def test_the_size_of_a_checkpoint(tmp_path: Path, precision: str, stage: int, weights: str) -> None:
     config = tiny(
         tmp_path,
@@ -95,8 +95,12 @@ def test_the_size_of_a_checkpoint(tmp_path: Path, precision: str, stage: int, we
     )
     train(config, quiet=True)
     found = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
-    told = checkpoint_bytes(build_model(config.model, "meta"), config.train, config.optim)
+    model = build_model(config.model, "meta")
+    told = checkpoint_bytes(model, config.train, config.optim)
     assert told == pytest.approx(found, rel=0.02)
+    before = checkpoint_bytes(model, config.train, config.optim, last=False)
+    own = 8 * sum(p.numel() for p in model.parameters())
+    assert told - before == (own if weights == "end" else 0)
 
 
 def test_too_little_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

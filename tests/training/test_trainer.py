@@ -331,9 +331,9 @@ def test_zero_3_exports_parameters_that_it_really_shards(tmp_path: Path) -> None
 
 
 def test_divergence_stops_the_run_and_saves_nothing_of_it(tmp_path: Path) -> None:
-    config = tiny(tmp_path, "optim.lr=1e30", "train.images=800", "train.save_every=1")
+    options = ["optim.lr=1e30", "train.save_every=1", "train.save_weights=always"]
     with pytest.raises(TrainingDiverged, match="positions"):
-        train(config, quiet=True)
+        train(tiny(tmp_path, "train.images=800", *options), quiet=True)
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert torch.isfinite(torch.tensor(row["loss"]))
     content = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -382,7 +382,7 @@ def test_full_disk_keeps_the_older_checkpoint(
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mixflow_fast.training.trainer.save_weights", full)
+    monkeypatch.setattr("mixflow_fast.training.saving.save_weights", full)
     with pytest.raises(OSError, match="could not be written.*No space left"):
         train(tiny(tmp_path, "train.images=16"), quiet=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
