@@ -4,7 +4,7 @@
     OUT/metrics.jsonl             one row per log_every steps
     OUT/checkpoints/step_N/       DeepSpeed's sharded state, state.json, manifest.json; weights.pt
                                   as train.save_weights says
-    OUT/weights.pt                that of the newest checkpoint with one (a hard link where possible)
+    OUT/weights.pt                that of the newest checkpoint with one, as a hard link if possible
 
 A checkpoint is written to a name that starts with a dot, flushed to the disk, and renamed when
 every rank is done; what a killed run left under such a name is deleted by the next one. Its last

@@ -99,7 +99,10 @@ def run(options: argparse.Namespace) -> int:
         leave_at_once(FAILED)
     atexit.register(leave)  # not yet: who calls this function may train again
     if rank() == 0:
-        # With train.save_weights=never the folder is all there is.
-        made = result.weights if result.weights.exists() else result.out
-        print(f"{made}: {result.images_seen} images, step {result.step}")
+        newest = newest_checkpoint(result.out)
+        # An older weights.pt may be there, of a run that was shorter.
+        current = newest is not None and (newest / "weights.pt").exists()
+        made = result.weights if current else result.out
+        how = "" if current else f"; weights: mixflow-fast consolidate {result.out} --out FILE.pt"
+        print(f"{made}: {result.images_seen} images, step {result.step}{how}")
     return 0  # also when it was asked to stop: its checkpoint is written

@@ -19,6 +19,8 @@ from mixflow_fast.training.nonfinite_guard import RollBack
 
 # How long a run that ends with an error waits for the checkpoint that is being written.
 RESCUE_S = 60.0
+# How long a run waits for one without a word.
+SAY_AFTER_S = 2.0
 
 
 def begin_save(
@@ -114,7 +116,11 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         if saving is None:
             return
-        path = saving.wait(limit_s)
+        path = saving.wait(SAY_AFTER_S if limit_s is None else limit_s)
+        if path is None and limit_s is None:
+            text = f"{self._context.out}: waiting for the checkpoint of step {saving.step}"
+            self._context.log.log(f"{text}, which is being written")
+            path = saving.wait()
         if path is not None:
             self._context.log.row(
                 "checkpoint",

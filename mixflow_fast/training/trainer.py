@@ -73,7 +73,7 @@ class TrainResult:
 
     @property
     def weights(self) -> Path:
-        """Official-layout checkpoint with "model" and "ema"."""
+        """Official-layout checkpoint with "model" and "ema"; see `train.save_weights`."""
         return self.out / "weights.pt"
 
 

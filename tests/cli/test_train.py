@@ -50,3 +50,15 @@ def test_train_sample_and_post_train(tmp_path: Path, capsys: pytest.CaptureFixtu
     again = ["--out", npz, "--force", *arguments, *heun]
     assert run("sample", post / "weights.pt", *again, capsys=capsys)[0] == 0
     assert np.array_equal(np.load(npz)["x"], arrays["x"])
+
+
+def test_a_run_without_weights_says_how_to_get_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "train.images=8", "out=here", "train.save_weights=never"]
+    code, out, _ = run("train", "photos", *options, capsys=capsys)
+    assert code == 0 and out.startswith("here: 8 images, step 1; weights: mixflow-fast ")
+    command = out.strip().partition("mixflow-fast ")[2].split()
+    assert run(*command, capsys=capsys)[0] == 0
+    assert (tmp_path / "FILE.pt").is_file()
