@@ -12,13 +12,15 @@ DeepSpeed and without a process group, one after the other and mapped from the d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from mixflow_fast.models.weights.foreign import unsafe_name
 
 COPY_AGAIN = "copy the whole checkpoint again, or take an older one"
 # What the optimizer keeps for a parameter, by name: tensors of its shape, or one number for all of
@@ -253,7 +255,7 @@ def _read_shard(folder: Path, rank: int, layout: ShardLayout) -> _Shard:
 
 
 class _Unused:
-    """Stands in for DeepSpeed's own objects in a shard, so that none of its code runs on them."""
+    """Stands in for DeepSpeed's own objects in a shard, where nobody needs them."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -262,25 +264,33 @@ class _Unused:
         pass
 
 
-_UNUSED = (
+# All that DeepSpeed writes into a checkpoint besides tensors and plain values.
+DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 
 
-def read_file(file: Path) -> Any:
-    """A .pt file of a checkpoint, mapped from the disk; DeepSpeed's own objects are left out.
+def read_file(file: Path, classes: Mapping[str, type] | None = None, mapped: bool = True) -> Any:
+    """A .pt file of a checkpoint, on the CPU, without executing anything in it.
+
+    Args:
+        file: one of ours or DeepSpeed's.
+        classes: what the names of `DEEPSPEED_CLASSES` become; None leaves such objects out.
+        mapped: tensors are mapped from the disk, and read where they are looked at.
 
     Raises:
         ValueError: missing, damaged, or with anything in it that would have to be executed.
     """
-    names = [(_Unused, name) for name in _UNUSED]
+    names = [((classes or {}).get(name, _Unused), name) for name in DEEPSPEED_CLASSES]
     try:
         with torch.serialization.safe_globals(names):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist: {COPY_AGAIN}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = str(error).strip().splitlines()[:1]
-        raise ValueError(f"{file} cannot be read ({''.join(reason)}): {COPY_AGAIN}") from None
+        reason = "".join(str(error).strip().splitlines()[:1])
+        if name := unsafe_name(str(error)):
+            reason = f"it holds {name}, which could run programs"
+        raise ValueError(f"{file} cannot be read ({reason}): {COPY_AGAIN}") from None

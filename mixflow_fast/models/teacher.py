@@ -241,7 +241,10 @@ def _load(config: TeacherFiles) -> nn.Module:
     try:
         with _quiet():
             model, report = cls.from_pretrained(
-                str(config.path), local_files_only=True, output_loading_info=True
+                str(config.path),
+                local_files_only=True,
+                use_safetensors=True,  # never a pickle that lies beside them
+                output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load the teacher {str(config.path)!r}: {error}") from error

@@ -6,6 +6,7 @@ The only file that imports deepspeed. Our `AdamWEMA` is the optimizer inside of 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.checkpoints.shards import (
+    DEEPSPEED_CLASSES,
     Fragment,
     Piece,
     ShardLayout,
@@ -26,6 +28,7 @@ from mixflow_fast.checkpoints.shards import (
     is_flat,
     iter_shards,
     layout_file,
+    read_file,
     read_layout,
 )
 from mixflow_fast.checkpoints.writing import CheckpointWriter
@@ -95,6 +98,8 @@ class Engine:
             self._engine, _, _, _ = self._deepspeed.initialize(
                 model=self._model, optimizer=self.optimizer, config=self._settings()
             )
+        # Its own would execute whatever a pickle holds.
+        self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.device)
         process_group.same_timeout()
         self.module = self._engine.module
         for name in self._model.float32_names:  # DeepSpeed casts every parameter
@@ -322,6 +327,22 @@ class Engine:
     def close(self) -> None:
         """Take back what DeepSpeed changed for the whole process."""
         torch.nn.functional.linear = self._linear
+
+
+def _safe_checkpoint_engine(device: torch.device) -> object:
+    """DeepSpeed's `CheckpointEngine` that reads without executing anything; `save` as its own."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    found = (name.rpartition(".") for name in DEEPSPEED_CLASSES)
+    classes = {f"{m}.{c}": getattr(importlib.import_module(m), c) for m, _, c in found}
+    # On the CPU the optimizer takes tensors as they are: mapped, they would hang on the file.
+    mapped = device.type != "cpu"
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):
+        def load(self, path: str, map_location: object = None) -> object:
+            return read_file(Path(path), classes, mapped)
+
+    return SafeCheckpointEngine()
 
 
 def deepspeed_state() -> tuple[str, dict[str, bool]]:

@@ -175,15 +175,21 @@ def _text(head: bytes) -> str | None:
     return f"it is a {kind} file, not weights: give the file that it belongs to" if text else None
 
 
-def _readers_words(text: str, error: Exception) -> str:
+def unsafe_name(text: str) -> str | None:
+    """What `torch.load(weights_only=True)` refused by name, from its error; None if nothing."""
     for mark in ("Unsupported global: GLOBAL ", "unsupported GLOBAL "):
         if mark in text:
-            name = text.split(mark, 1)[1].split()[0]
-            return (
-                f"it holds {name}, which is not safe to load: an unknown file with such content "
-                "can run programs. If it is your own, re-save its weights alone where they were "
-                'made: torch.save({"ema": ema.state_dict()}, PATH)'
-            )
+            return text.split(mark, 1)[1].split()[0]
+    return None
+
+
+def _readers_words(text: str, error: Exception) -> str:
+    if name := unsafe_name(text):
+        return (
+            f"it holds {name}, which is not safe to load: an unknown file with such content "
+            "can run programs. If it is your own, re-save its weights alone where they were "
+            'made: torch.save({"ema": ema.state_dict()}, PATH)'
+        )
     first = (text.splitlines() or [""])[0][:200]
     return (
         f"{type(error).__name__}: {first}: the file is damaged, not a weights file, or holds "
