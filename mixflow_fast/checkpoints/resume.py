@@ -90,18 +90,19 @@ class ResumePoint:
                 )
         return messages
 
-    def fill(self, model: Transformer, init: str | None) -> None:
+    def fill(self, model: Transformer, init: str | None, whole: bool = False) -> None:
         """Set a network on the CPU to the weights that the run begins with.
 
         Args:
             model: with its random weights, which a new run without `init` keeps.
             init: checkpoint whose EMA weights start a new run (`train.init`).
+            whole: also what DeepSpeed loads by itself when the run is resumed.
 
         Raises:
             ValueError: weights that are damaged or do not fit.
         """
         if self.checkpoint is not None:
-            fill_network(model, self.checkpoint, trained=bool(self.resharded_from))
+            fill_network(model, self.checkpoint, trained=whole or bool(self.resharded_from))
         elif init is not None:
             start_from(model, init)
 

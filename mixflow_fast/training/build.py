@@ -9,7 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from mixflow_fast.checkpoints.resume import ResumePoint
 from mixflow_fast.config.schema import (
     DATA_FIELDS,
     Config,
@@ -95,6 +97,21 @@ def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Tra
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(section.init_seed)
         return build(section.name, **options)
+
+
+def first_weights(section: ModelConfig, init: str | None, start: ResumePoint) -> dict[str, Tensor]:
+    """The state dict that a run, or a part of it, begins with: built and read once more.
+
+    Args:
+        section, init: the network's section, and the checkpoint that a new run starts from.
+        start: where it began.
+
+    Raises:
+        ValueError: what it began with is not there any more.
+    """
+    model = build_model(section)
+    start.fill(model, init, whole=True)
+    return model.state_dict()
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:

@@ -62,9 +62,7 @@ class EmaSnapshots:
                     tensors[f"{number}/{name}"] = value.cpu().contiguous()
         with group.raise_together():
             if writes:
-                trained = {name.partition("/")[2] for name in tensors}
-                frozen = {n: t for n, t in engine.initial.items() if n not in trained}
-                tensors |= {f"frozen/{name}": tensor for name, tensor in frozen.items()}
+                tensors |= {f"frozen/{name}": value for name, value in engine.initial.items()}
                 header = {name: str(value) for name, value in self._metadata().items()}
                 header["sigma_rel"] = json.dumps(self._widths)
                 write_snapshot(snapshot_file(self._context.out, step), tensors, header)

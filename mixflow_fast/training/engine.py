@@ -50,7 +50,8 @@ class Engine:
     Attributes:
         module: the network as DeepSpeed runs it.
         optimizer: `AdamWEMA`, or apex's.
-        initial: the state dict before DeepSpeed touched it, float32, for what it rounds or empties.
+        shapes: official name -> shape of the whole tensor, trained or not, in official order.
+        initial: tensors that are not trained, float32, for what DeepSpeed rounds or empties.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -62,7 +63,13 @@ class Engine:
         self._deepspeed = import_deepspeed()
         self._train, self._optim, self._microbatch = train, optim, microbatch
         self._model = model
-        self.initial = {n: p.detach().clone() for n, p in model.state_dict().items()}
+        # No copies: DeepSpeed puts others in the place of those that it casts, moves or shards.
+        state = model.state_dict()
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.initial = {name: tensor for name, tensor in state.items() if name not in trained}
+        # Until the master weights are set: all digits of what DeepSpeed casts.
+        self._first = {name: tensor for name, tensor in state.items() if name in trained}
 
     def start(self, resume_from: Path | None, resharded: bool = False) -> None:
         """Hand the network to DeepSpeed.
@@ -92,6 +99,9 @@ class Engine:
             grad_clip=0.0 if c.zero_stage == 3 else p.grad_clip,
             sharded=c.zero_stage in (1, 2),
         )
+        loads = resume_from is not None and not resharded
+        if loads:
+            self._first.clear()  # so that their memory goes where DeepSpeed casts them
         # ZeRO 3 puts its own there, for the whole process.
         self._linear = torch.nn.functional.linear
         with contextlib.redirect_stdout(io.StringIO()):
@@ -107,12 +117,13 @@ class Engine:
             parameter.data = self.initial[name].to(parameter.device)
         if c.zero_stage == 3:
             self._clear_padding()
-        if resume_from is None or resharded:
-            self._set_master_weights()
-            if resume_from is not None:
-                self._set_optimizer_state(iter_shards(resume_from))
-        else:
+        if loads:
             self._load(resume_from)
+            return
+        self._set_master_weights()
+        self._first.clear()
+        if resharded:
+            self._set_optimizer_state(iter_shards(resume_from))
 
     def load(self, checkpoint: Path) -> bool:
         """Go back to a checkpoint of this run, after steps too; every rank must call it.
@@ -179,7 +190,7 @@ class Engine:
         if self._train.precision == "bf16":
             partitions = self._partitions()
             for name, partition, offset, start, numel in self._fragments():
-                values = self.initial[name].view(-1)[start : start + numel]
+                values = self._first[name].view(-1)[start : start + numel]
                 partitions[partition].data.view(-1)[offset : offset + numel].copy_(values)
 
     def _set_optimizer_state(self, saved: Iterable[Piece]) -> None:
@@ -220,7 +231,7 @@ class Engine:
         zero, stage = self._engine.optimizer, self._train.zero_stage
         trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         for place, (name, parameter) in enumerate(trained):
-            numel = self.initial[name].numel()
+            numel = math.prod(self.shapes[name])
             if stage == 0:
                 yield Fragment(name, place, 0, 0, numel)
             elif stage == 3:
@@ -271,14 +282,11 @@ class Engine:
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         stage, rank = self._train.zero_stage, process_group.rank()
         if stage or rank == 0:
-            shapes = {name: tuple(tensor.shape) for name, tensor in self.initial.items()}
             fragments = tuple(fragment for fragment in self._fragments() if fragment.numel)
-            layout = ShardLayout(stage, process_group.world_size(), shapes, fragments)
+            layout = ShardLayout(stage, process_group.world_size(), self.shapes, fragments)
             writer.write(layout.to_dict(), layout_file(folder, rank))
         if rank == 0:
-            trained = {n for n, p in self.module.named_parameters() if p.requires_grad}
-            frozen = {n: t for n, t in self.initial.items() if n not in trained}
-            writer.write(frozen, frozen_file(folder))
+            writer.write(self.initial, frozen_file(folder))
 
     def full_states(
         self, stepped: bool, keep: bool = True
@@ -289,7 +297,8 @@ class Engine:
             stepped: a step was made, so that there is an EMA.
             keep: False only takes part in the gathering, which every rank must, and copies nothing.
         """
-        model_state, ema_state = dict(self.initial), dict(self.initial)
+        model_state = {name: self.initial.get(name) for name in self.shapes}
+        ema_state = dict(model_state)
         for state, which in ((model_state, "model"), (ema_state, "ema")):
             for name, value in self.gathered(which, stepped):
                 if keep:  # a copy, on the CPU too: training goes on in the memory of `value`
@@ -322,7 +331,7 @@ class Engine:
                 if averaged:
                     value = self.optimizer.state[parameter].get(which, value)
             # ZeRO 3 empties the parameter itself, so the shape is not its own.
-            yield name, value.view(self.initial[name].shape).float()
+            yield name, value.view(self.shapes[name]).float()
 
     def close(self) -> None:
         """Take back what DeepSpeed changed for the whole process."""

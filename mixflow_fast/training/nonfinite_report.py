@@ -141,6 +141,7 @@ class Examiner:
         forward: what a training step does with a network and a micro-batch.
         host_group: exchange between the ranks.
         device: device of this rank.
+        first_weights: gives the state dict that this part of the run began with.
     """
 
     section: TrainConfig
@@ -151,6 +152,7 @@ class Examiner:
     forward: Callable[[Network, Batch], StepOutput]
     host_group: HostGroup
     device: torch.device
+    first_weights: Callable[[], Mapping[str, Tensor]]
 
     def report(self, bad: BadStep, now: int, folder: Path | None) -> Finding:
         """Find a bad step's samples and write the folder. Every rank must call it.
@@ -201,9 +203,13 @@ class Examiner:
                 return f"of the checkpoint {newest.name}"
         if self.section.zero_stage == 3:
             return None
+        try:
+            first = self.first_weights()
+        except (ValueError, OSError):  # what the run began with is not there any more
+            return None
         with torch.no_grad():
             for name, parameter in self.engine.module.named_parameters():
-                parameter.copy_(self.engine.initial[name])
+                parameter.copy_(first[name])
         return "that this part of the run began with"
 
     def _examine(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
-from mixflow_fast.training.build import RunParts, build_run
+from mixflow_fast.training.build import RunParts, build_run, first_weights
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
@@ -365,6 +366,7 @@ class Trainer:
                 forward=self.forward,
                 host_group=self.host_group,
                 device=self.device,
+                first_weights=partial(first_weights, self.config.model, c.init, self._start),
             ),
             aligned=bool(self.config.objective.alignment_weight),
             state=None if state is None else GuardState.from_record(state.safety),
