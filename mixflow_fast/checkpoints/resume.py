@@ -15,7 +15,7 @@ from mixflow_fast.checkpoints.run_folder import (
 from mixflow_fast.checkpoints.shards import fill_network, read_layout
 from mixflow_fast.checkpoints.starting_weights import start_from
 from mixflow_fast.config.loading import flatten, load_config
-from mixflow_fast.config.schema import Config
+from mixflow_fast.config.schema import Config, TrainConfig
 from mixflow_fast.data import DataSummary
 from mixflow_fast.models import Transformer
 
@@ -153,18 +153,20 @@ def find(
     _check_same_run(flatten(config.to_dict()), out, free)
     with folder.host_group.raise_together():
         changes = _check_same_data(data, state, out, allow_data_change)
-    stage = config.train.zero_stage
-    before = resharded_from(newest, stage, ranks)
+    before = resharded_from(newest, config.train, ranks)
     finished = _end(out, state, config.train.images, config.steps, descends_to_the_end)
     return ResumePoint(newest, state, before, tuple(passed_over), finished, changes)
 
 
-def resharded_from(checkpoint: Path, stage: int, ranks: int) -> str:
-    """How a checkpoint's shards were cut, in words; "" if just as `ranks` at `stage` cut them."""
-    layout = read_layout(checkpoint)
-    if layout.stage == stage and (layout.ranks == ranks or stage == 0):
+def resharded_from(checkpoint: Path, section: TrainConfig, ranks: int) -> str:
+    """How a checkpoint's shards were cut, in words; "" if just as `ranks` cut them now."""
+    layout, stage = read_layout(checkpoint), section.zero_stage
+    if layout.is_cut_like(stage, ranks, section.precision):
         return ""
-    return f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, ZeRO {layout.stage}"
+    text = f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, ZeRO {layout.stage}"
+    if layout.stage == stage and layout.ranks == ranks:
+        text += ", of a release that did not align parameters in memory"
+    return text
 
 
 def _end(out: Path, state: RunState, images: int, steps: int, fixed: bool) -> str:

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeGuard
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ class Fragment(NamedTuple):
     numel: int
 
 
+def alignment(stage: int, precision: str) -> int:
+    """Bytes to a multiple of which the parameters begin in ZeRO's flat partitions; 1 = any.
+
+    Kernels of 128-bit loads, cuBLAS' among them, need 16, and one parameter of an odd size (the
+    biases of a SwiGLU) would shift all behind it. DeepSpeed's optimizer for bf16 at ZeRO 1 packs
+    them; ZeRO 0 and 3 give every parameter memory of its own.
+    """
+    return 16 if stage == 2 or (stage == 1 and precision == "fp32") else 1
+
+
 class StoredLayout(TypedDict):
     """A `ShardLayout` in plain values, which a file holds without naming a class."""
 
@@ -50,6 +60,7 @@ class StoredLayout(TypedDict):
     ranks: int
     shapes: dict[str, tuple[int, ...]]
     fragments: list[tuple[str, int, int, int, int]]
+    alignment: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -61,17 +72,24 @@ class ShardLayout:
         ranks: number of ranks that wrote them.
         shapes: official name -> shape of the whole tensor, trained or not, in official order.
         fragments: parts of the trained parameters in this shard.
+        alignment: see `alignment`; checkpoints that do not say it have 1.
     """
 
     stage: int
     ranks: int
     shapes: dict[str, tuple[int, ...]]
     fragments: tuple[Fragment, ...]
+    alignment: int
 
     @property
     def shards(self) -> int:
         """Number of different shards: without ZeRO every rank holds the same."""
         return self.ranks if self.stage else 1
+
+    def is_cut_like(self, stage: int, ranks: int, precision: str) -> bool:
+        """Whether so many ranks at this stage cut their shards just so."""
+        same_ranks = stage == 0 or self.ranks == ranks
+        return self.stage == stage and same_ranks and self.alignment == alignment(stage, precision)
 
     def to_dict(self) -> StoredLayout:
         """The layout in plain values, as `from_dict` takes them."""
@@ -82,7 +100,8 @@ class ShardLayout:
     def from_dict(cls, stored: StoredLayout) -> ShardLayout:
         """The layout that `to_dict` stored."""
         fragments = tuple(Fragment(*fragment) for fragment in stored["fragments"])
-        return cls(stored["stage"], stored["ranks"], stored["shapes"], fragments)
+        packed = stored.get("alignment", 1)
+        return cls(stored["stage"], stored["ranks"], stored["shapes"], fragments, packed)
 
 
 class Piece(NamedTuple):

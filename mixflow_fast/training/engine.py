@@ -24,6 +24,7 @@ from mixflow_fast.checkpoints.shards import (
     Fragment,
     Piece,
     ShardLayout,
+    alignment,
     frozen_file,
     is_flat,
     iter_shards,
@@ -76,8 +77,8 @@ class Engine:
 
         Args:
             resume_from: checkpoint folder, or None for the weights as they are.
-            resharded: its shards are those of another number of ranks or ZeRO stage: the network
-                has its weights already, the optimizer's state is put together here.
+            resharded: its shards were cut otherwise (for another number of ranks or ZeRO stage):
+                the network has its weights already, the optimizer's state is put together here.
 
         Raises:
             ValueError: the checkpoint could not be loaded.
@@ -129,14 +130,13 @@ class Engine:
         """Go back to a checkpoint of this run, after steps too; every rank must call it.
 
         Returns:
-            whether it did: not where the shards were cut for other ranks or another stage.
+            whether it did: not where the shards were cut otherwise than this engine's.
 
         Raises:
             ValueError: the checkpoint could not be loaded.
         """
-        layout, stage = read_layout(checkpoint), self._train.zero_stage
-        ranks = process_group.world_size()
-        if layout.stage != stage or (stage and layout.ranks != ranks):
+        c, ranks = self._train, process_group.world_size()
+        if not read_layout(checkpoint).is_cut_like(c.zero_stage, ranks, c.precision):
             return False
         self._load(checkpoint)
         # ZeRO 1 and 2 looked at the state of before, once.
@@ -166,6 +166,7 @@ class Engine:
     def _settings(self) -> dict[str, object]:
         c, micro, ranks = self._train, self._microbatch, process_group.world_size()
         zero: dict[str, object] = {"stage": c.zero_stage}
+        zero["parameter_alignment"] = alignment(c.zero_stage, c.precision) == 16
         if c.zero_stage == 2 or (c.zero_stage == 1 and c.precision == "fp32"):
             zero["compute_grad_norm"] = False  # read on the host each step; AdamWEMA has its own
         settings: dict[str, object] = {
@@ -283,7 +284,9 @@ class Engine:
         stage, rank = self._train.zero_stage, process_group.rank()
         if stage or rank == 0:
             fragments = tuple(fragment for fragment in self._fragments() if fragment.numel)
-            layout = ShardLayout(stage, process_group.world_size(), self.shapes, fragments)
+            aligned = alignment(stage, self._train.precision)
+            ranks = process_group.world_size()
+            layout = ShardLayout(stage, ranks, self.shapes, fragments, aligned)
             writer.write(layout.to_dict(), layout_file(folder, rank))
         if rank == 0:
             writer.write(self.initial, frozen_file(folder))

@@ -1,5 +1,6 @@
 """One file from a checkpoint's shards: what the trainer writes online, to the bit."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -164,7 +165,7 @@ def test_a_checkpoint_that_does_not_hold_everything_is_refused(run: Path) -> Non
     lost = layout.fragments[3]
 
     def claim(*fragments: Fragment, ranks: int = 1) -> None:
-        claimed = ShardLayout(layout.stage, ranks, layout.shapes, fragments)
+        claimed = dataclasses.replace(layout, ranks=ranks, fragments=fragments)
         torch.save(claimed.to_dict(), layout_file(folder, 0))
 
     claim(*layout.fragments[:3], *layout.fragments[4:])
@@ -216,7 +217,7 @@ def test_further_optimizer_states_come_along(tmp_path: Path) -> None:
     shapes = {"a": (2, 3), "fixed": (2,), "b": (5,)}
     for rank, fragments in enumerate([[("a", 0, 0, 0, 6)], [("b", 0, 0, 0, 5)]]):
         own = flat[6 * rank : 6 * rank + 6]
-        layout = ShardLayout(2, 2, shapes, tuple(Fragment(*f) for f in fragments))
+        layout = ShardLayout(2, 2, shapes, tuple(Fragment(*f) for f in fragments), 1)
         torch.save(layout.to_dict(), layout_file(folder, rank))
         state = {"step": 7, "ema": own + 1, "ema_power_0": own + 2, "count": torch.tensor(3.0)}
         content = {

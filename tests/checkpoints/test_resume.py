@@ -23,7 +23,7 @@ from tests.support.command_line import run
 from tests.support.datasets import write_classes
 from tests.support.launchers import ranks_of
 from tests.support.resume_ranks import recording
-from tests.support.runs import ROOT, settings, tiny
+from tests.support.runs import ODD, ROOT, assert_same_states, settings, tiny
 
 FEW = [("fp32", 3), ("bf16", 2)]
 OTHERS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 3)]
@@ -32,19 +32,9 @@ COMMON = ["train.microbatch_size=4", "optim.grad_clip=0.5", "optim.ema_decays=[0
 
 
 def configured(out: Path, precision: str, stage: int, images: int) -> Config:
-    return tiny(out, *COMMON, *settings(precision, stage), f"train.images={images}")
-
-
-def assert_same_states(first: Path, second: Path) -> None:
-    """Weights, moments, EMAs and step counts of all parameters, bit for bit."""
-    a, b = full_states(first), full_states(second)
-    assert list(a) == list(b)
-    for name, values in a.items():
-        assert values.keys() == b[name].keys(), name
-        for key, value in values.items():
-            other = b[name][key]
-            same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-            assert same, (name, key)
+    # ZeRO 1 and 2 leave gaps between parameters of odd sizes; bf16 at ZeRO 3 takes no DiT-DH.
+    network = [] if (precision, stage) == ("bf16", 3) else ODD
+    return tiny(out, *COMMON, *network, *settings(precision, stage), f"train.images={images}")
 
 
 @pytest.mark.parametrize("layouts", [FEW, pytest.param(OTHERS, marks=pytest.mark.long)], ids=len)
@@ -71,13 +61,14 @@ def test_one_rank_two_ranks_one_rank(tmp_path: Path, layouts: list[tuple[str, in
         out = tmp_path / f"{precision}_{stage}"
         taken_up = Path(f"{out}.taken_up")
         assert read_layout(taken_up).ranks == 2
-        assert_same_states(Path(f"{out}.one"), taken_up)
+        assert_same_states(full_states(Path(f"{out}.one")), full_states(taken_up))
         two = newest_checkpoint(out)
         shutil.copytree(two, f"{out}.two")
         config = configured(out, precision, stage, 48)
-        assert resharded_from(two, stage, 1) == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
+        before = resharded_from(two, config.train, 1)
+        assert before == ("" if stage == 0 else f"2 ranks, ZeRO {stage}")
         trainer = Trainer(config, quiet=True)
-        assert_same_states(Path(f"{out}.two"), trainer.save())
+        assert_same_states(full_states(Path(f"{out}.two")), full_states(trainer.save()))
         last = recording(trainer)
         trainer.run()
         parts = [torch.load(f"{out}.seen_{rank}", weights_only=True) for rank in (0, 1)]
@@ -111,12 +102,13 @@ def test_another_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for number, stage in enumerate((3, 1, 2, 0)):
         before = shutil.copytree(newest_checkpoint(out), tmp_path / f"before_{number}")
         trainer = Trainer(configured(out, "fp32", stage, 24), quiet=True)
-        assert_same_states(before, trainer.save())
+        assert_same_states(full_states(before), full_states(trainer.save()))
         trainer.close()
     train(configured(out, "fp32", 0, 24))
     assert "its checkpoint is of" not in capsys.readouterr().err
     train(configured(tmp_path / "whole", "fp32", 0, 24), quiet=True)
-    assert_same_states(newest_checkpoint(tmp_path / "whole"), newest_checkpoint(out))
+    whole = full_states(newest_checkpoint(tmp_path / "whole"))
+    assert_same_states(whole, full_states(newest_checkpoint(out)))
     train(configured(out, "fp32", 2, 32))
     said = capsys.readouterr().err
     assert "its checkpoint is of 1 rank, ZeRO 0: the same examples and noise" in said

@@ -1,5 +1,6 @@
 """DeepSpeed around a network: what is read from a checkpoint, and how."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -9,8 +10,12 @@ import torch
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint
+from mixflow_fast.checkpoints.shards import full_states, layout_file
+from mixflow_fast.config.schema import Config
+from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.training import engine
 from mixflow_fast.training.trainer import Trainer, train
-from tests.support.runs import settings, tiny
+from tests.support.runs import ODD, assert_same_states, settings, tiny
 
 
 class Harmful:
@@ -27,7 +32,10 @@ def plant(shard: Path, target: Path) -> None:
     """Put what runs code into a file of a checkpoint, and let the manifest agree."""
     content = torch.load(shard, weights_only=False)  # this run's own
     torch.save(content | {"extra": Harmful(target)}, shard)
-    folder = shard.parent
+    rewrite_manifest(shard.parent)
+
+
+def rewrite_manifest(folder: Path) -> None:
     files = {p.name: manifest.entry(p) for p in folder.iterdir() if p.name != manifest.NAME}
     manifest.write(folder, files)
 
@@ -62,3 +70,65 @@ def test_going_back_executes_nothing_of_a_checkpoint(tmp_path: Path) -> None:
         trainer.engine.load(folder)
     assert not target.exists()
     assert trainer.engine.load(sound)
+
+
+def odd(out: Path, precision: str, stage: int, *overrides: str) -> Config:
+    return tiny(out, *ODD, *settings(precision, stage), *overrides)
+
+
+def addresses(trainer: Trainer) -> set[int]:
+    """What is left of the addresses of the trained parameters, divided by 16."""
+    parameters = trainer.engine.module.parameters()
+    return {p.data_ptr() % 16 for p in parameters if p.requires_grad}
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp32", 1), ("fp32", 2)])
+def test_parameters_stand_at_multiples_of_16_bytes(
+    tmp_path: Path, precision: str, stage: int
+) -> None:
+    """Before and after steps, and after a resume; consolidation does not see the gaps."""
+    trainer = Trainer(odd(tmp_path, precision, stage, "train.images=16"), quiet=True)
+    assert any(math.prod(shape) % 8 for shape in trainer.engine.shapes.values())
+    assert addresses(trainer) == {0}
+    weights = torch.load(trainer.run().weights, weights_only=True)
+    assert addresses(trainer) == {0}
+    whole = full_states(newest_checkpoint(tmp_path))
+    for name, values in whole.items():
+        assert torch.equal(values["weight"], weights["model"][name])
+        assert torch.equal(values.get("ema", values["weight"]), weights["ema"][name])
+    resumed = Trainer(odd(tmp_path, precision, stage, "train.images=24"), quiet=True)
+    assert addresses(resumed) == {0}
+    resumed.close()
+
+
+def test_a_checkpoint_of_packed_parameters_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an earlier release wrote it: state to the bit, then steps that agree to rounding."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "alignment", lambda stage, precision: 1)
+        trainer = Trainer(odd(out, "bf16", 2, "train.images=16"), quiet=True)
+        assert addresses(trainer) != {0}
+        trainer.run()
+    folder = newest_checkpoint(out)
+    layout = torch.load(layout_file(folder, 0), weights_only=True)
+    assert layout.pop("alignment") == 1
+    torch.save(layout, layout_file(folder, 0))
+    rewrite_manifest(folder)
+    before = full_states(shutil.copytree(folder, tmp_path / "before"))
+    trainer = Trainer(odd(out, "bf16", 2, "train.images=32"))
+    assert addresses(trainer) == {0}
+    assert not trainer.engine.load(folder)  # DeepSpeed could not
+    taken_up = trainer.save()
+    assert_same_states(before, full_states(taken_up))
+    assert trainer.engine.load(taken_up)
+    assert_same_states(before, full_states(trainer.save()))
+    trainer.run()
+    said = capsys.readouterr().err
+    assert "1 rank, ZeRO 2, of a release that did not align parameters in memory: " in said
+    train(odd(tmp_path / "whole", "bf16", 2, "train.images=32"), quiet=True)
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (out, tmp_path / "whole")]
+    losses = [[row["loss"] for row in run if "loss" in row] for run in rows]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
