@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mixflow_fast.checkpoints.run_folder import (
@@ -12,11 +13,13 @@ from mixflow_fast.checkpoints.run_folder import (
     choose_checkpoint,
     read_state,
 )
-from mixflow_fast.checkpoints.shards import fill_network, read_layout
+from mixflow_fast.checkpoints.shards import check_shards, fill_network, read_layout
 from mixflow_fast.checkpoints.starting_weights import start_from
 from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config, TrainConfig
 from mixflow_fast.data import DataSummary
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.distributed.read_once import read_once_a_machine
 from mixflow_fast.models import Transformer
 
 # Fields that may change between the parts of one run: they do not touch what is computed (but
@@ -90,21 +93,34 @@ class ResumePoint:
                 )
         return messages
 
-    def fill(self, model: Transformer, init: str | None, whole: bool = False) -> None:
-        """Set a network on the CPU to the weights that the run begins with.
+    def fill(
+        self, model: Transformer, init: str | None, host_group: HostGroup, whole: bool = False
+    ) -> None:
+        """Set a network on the CPU to the weights of the files that the run begins with.
+
+        Every rank of the group must call it. Weights that all of them need are read once a machine.
 
         Args:
-            model: with its random weights, which a new run without `init` keeps.
+            model: its values do not matter; a new run without `init` keeps them.
             init: checkpoint whose EMA weights start a new run (`train.init`).
+            host_group: all ranks, or this one alone.
             whole: also what DeepSpeed loads by itself when the run is resumed.
 
         Raises:
-            ValueError: weights that are damaged or do not fit.
+            ValueError: weights that are damaged or do not fit; on all ranks.
         """
-        if self.checkpoint is not None:
-            fill_network(model, self.checkpoint, trained=whole or bool(self.resharded_from))
-        elif init is not None:
-            start_from(model, init)
+        tensors = model.state_dict().values()
+        if self.checkpoint is None:
+            if init is not None:
+                read_once_a_machine(host_group, partial(start_from, model, init), tensors)
+        elif whole or self.resharded_from:
+            read = partial(fill_network, model, self.checkpoint, trained=True)
+            read_once_a_machine(host_group, read, tensors)
+        else:
+            with host_group.raise_together():
+                fill_network(model, self.checkpoint, trained=False)
+                # What DeepSpeed is going to read: an error in there would leave the others waiting.
+                check_shards(self.checkpoint, host_group.rank)
 
 
 def find(

@@ -233,6 +233,17 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
             own[piece.name].view(-1)[piece.start : piece.start + weight.numel()] = weight
 
 
+def check_shards(folder: Path, rank: int) -> None:
+    """Refuse files that DeepSpeed would read on a rank and cannot; their tensors are not read.
+
+    Raises:
+        ValueError: as `read_file`.
+    """
+    for pattern in ("mp_rank_00_*_states.pt", f"*zero_pp_rank_{rank}_mp_rank_00_*_states.pt"):
+        for file in folder.glob(pattern):
+            read_file(file)
+
+
 def _frozen(folder: Path) -> dict[str, Tensor]:
     return read_file(frozen_file(folder))
 

@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mixflow_fast.checkpoints.resume import ResumePoint
 from mixflow_fast.config.schema import (
@@ -23,6 +22,7 @@ from mixflow_fast.config.schema import (
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.data.dataset import without_flips
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
 from mixflow_fast.models import Execution, Transformer, build
@@ -41,7 +41,7 @@ class RunParts:
     """What a run is made of.
 
     Attributes:
-        model: the network with its random initial weights, on the CPU.
+        model: the network on the meta device, without weights; see `first_network`.
         execution: how it is run on the device.
         mix: the objective, in the model's clock.
         alignment: REPA's term; zero where the configuration has none.
@@ -68,7 +68,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         ValueError: data, teacher or network that are not there or do not fit each other.
     """
     c = config
-    model = build_model(c.model)
+    model = build_model(c.model, "meta")
     mix = build_objective(c.objective, model.clock, c.train.seed)
     dataset = build_data(c.data, c.model)
     teacher = None
@@ -99,19 +99,32 @@ def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Tra
         return build(section.name, **options)
 
 
-def first_weights(section: ModelConfig, init: str | None, start: ResumePoint) -> dict[str, Tensor]:
-    """The state dict that a run, or a part of it, begins with: built and read once more.
+def first_network(
+    section: ModelConfig,
+    init: str | None,
+    start: ResumePoint,
+    host_group: HostGroup,
+    whole: bool = False,
+) -> Transformer:
+    """The network on the CPU with the weights that a run, or a part of it, begins with.
+
+    Every rank of the group must call it.
 
     Args:
         section, init: the network's section, and the checkpoint that a new run starts from.
-        start: where it began.
+        start: where it begins.
+        host_group: all ranks, or this one alone.
+        whole: False leaves undefined what DeepSpeed loads by itself when the run is resumed.
 
     Raises:
-        ValueError: what it began with is not there any more.
+        ValueError: weights that are damaged or do not fit; on all ranks.
     """
-    model = build_model(section)
-    start.fill(model, init, whole=True)
-    return model.state_dict()
+    if start.checkpoint is None and init is None:
+        return build_model(section)
+    # Without random weights, because every tensor comes from a file.
+    model = build_model(section, "meta").to_empty(device="cpu")
+    start.fill(model, init, host_group, whole)
+    return model
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:

@@ -141,7 +141,7 @@ class Examiner:
         forward: what a training step does with a network and a micro-batch.
         host_group: exchange between the ranks.
         device: device of this rank.
-        first_weights: gives the state dict that this part of the run began with.
+        first_network: makes the network that this part of the run began with once more.
     """
 
     section: TrainConfig
@@ -152,7 +152,7 @@ class Examiner:
     forward: Callable[[Network, Batch], StepOutput]
     host_group: HostGroup
     device: torch.device
-    first_weights: Callable[[], Mapping[str, Tensor]]
+    first_network: Callable[[], nn.Module]
 
     def report(self, bad: BadStep, now: int, folder: Path | None) -> Finding:
         """Find a bad step's samples and write the folder. Every rank must call it.
@@ -204,7 +204,7 @@ class Examiner:
         if self.section.zero_stage == 3:
             return None
         try:
-            first = self.first_weights()
+            first = self.first_network().state_dict()
         except (ValueError, OSError):  # what the run began with is not there any more
             return None
         with torch.no_grad():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
+from torch import nn
 
 from mixflow_fast.config.schema import TrainConfig
 from mixflow_fast.distributed.host_group import HostGroup
@@ -73,14 +74,15 @@ class WatchedCopy:
         self._holds: tuple[str, int] | None = None
         if not kept:
             return
-        net = copy.deepcopy(model).set_execution(mode="eager").eval().requires_grad_(False)
-        float32 = {name: net.get_parameter(name).data.clone() for name in net.float32_names}
-        net = net.to(device)
-        if precision == "bf16":
-            net = net.to(torch.bfloat16)
-        for name, value in float32.items():
-            net.get_parameter(name).data = value.to(device)
-        self.net = net
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        # What is trained is filled by `take`: a copy of it in host memory would be for nothing.
+        made: dict[int, object] = {
+            id(p): nn.Parameter(torch.empty_like(p, dtype=dtype, device=device))
+            for p in model.parameters()
+            if p.requires_grad
+        }
+        net = copy.deepcopy(model, made).set_execution(mode="eager").eval().requires_grad_(False)
+        self.net = net.to(device, dtype)
 
     @torch.no_grad()
     def take(self, engine: Engine, which: str, step: int) -> None:

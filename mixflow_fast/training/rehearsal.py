@@ -21,7 +21,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Transformer
 from mixflow_fast.models.flops import train_flops
-from mixflow_fast.training.build import build_run
+from mixflow_fast.training.build import build_run, first_network
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.engine import import_deepspeed
 
@@ -54,10 +54,11 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     device = process_group.local_device(config.train.device)
     parts = build_run(config, device)
     data = describe_data(parts.dataset, config.data, config.model)
-    folder = RunFolder(user_path(config.out), HostGroup.alone(), rehearsal=True)
+    group = HostGroup.alone()
+    folder = RunFolder(user_path(config.out), group, rehearsal=True)
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
-        start.fill(parts.model, config.train.init)
+        first_network(config.model, config.train.init, start, group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)

@@ -35,7 +35,7 @@ from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
-from mixflow_fast.training.build import RunParts, build_run, first_weights
+from mixflow_fast.training.build import RunParts, build_run, first_network
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
@@ -122,8 +122,7 @@ class Trainer:
         self.on_step: OnStep | None = None
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
-        self.model, self.mix, self.alignment = parts.model, parts.mix, parts.alignment
-        self.dataset = parts.dataset
+        self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = HostGroup(process_group.timeout())
@@ -133,7 +132,8 @@ class Trainer:
         try:
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
-            self._start.fill(self.model, config.train.init)
+            self._network = partial(first_network, config.model, config.train.init, self._start)
+            self.model = self._network(self.host_group)
             self.alignment.move_teacher()
             self.model.set_execution(parts.execution)
             self._used_before = self._start.attention if config.model.attention == "auto" else None
@@ -366,7 +366,7 @@ class Trainer:
                 forward=self.forward,
                 host_group=self.host_group,
                 device=self.device,
-                first_weights=partial(first_weights, self.config.model, c.init, self._start),
+                first_network=partial(self._network, HostGroup.alone(), whole=True),
             ),
             aligned=bool(self.config.objective.alignment_weight),
             state=None if state is None else GuardState.from_record(state.safety),

@@ -114,6 +114,60 @@ def test_another_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "its checkpoint is of 1 rank, ZeRO 0: the same examples and noise" in said
 
 
+FILLS = """
+from pathlib import Path
+from mixflow_fast.checkpoints.resume import ResumePoint
+from mixflow_fast.config.loading import load_config
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.training.build import first_network
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+out, checkpoint, init, before = {out!r}, {checkpoint!r}, {init!r}, {before!r}
+section = load_config(out + "/config.yaml").model
+start = ResumePoint(checkpoint and Path(checkpoint), resharded_from=before)
+try:
+    network = first_network(section, init, start, HostGroup())
+    torch.save(network.state_dict(), f"{{out}}.rank_{{dist.get_rank()}}")
+except ValueError as error:
+    print("REFUSED", error)
+print("OPENED", sum(name.startswith(checkpoint or init) for name in opened))
+dist.barrier()
+"""
+
+
+def opened(output: str) -> int:
+    return int(output.rpartition("OPENED ")[2].split()[0])
+
+
+def test_one_rank_of_a_machine_reads_for_all(tmp_path: Path) -> None:
+    """Weights that a new run starts from, and those of another layout; the rest is each rank's."""
+    out = tmp_path / "run"
+    weights = str(train(configured(out, "fp32", 1, 16), quiet=True).weights)
+    checkpoint = newest_checkpoint(out)
+    content = torch.load(weights, weights_only=True)
+    for init, before, key in ((weights, "", "ema"), (None, "1 rank, ZeRO 1", "model")):
+        where = {"checkpoint": None if init else str(checkpoint), "init": init, "before": before}
+        outputs = ranks_of(FILLS.format(out=str(out), **where))
+        assert [code for code, _ in outputs] == [0, 0], outputs
+        assert opened(outputs[0][1]) > 0 == opened(outputs[1][1]), outputs
+        for rank in (0, 1):
+            found = torch.load(f"{out}.rank_{rank}", weights_only=True)
+            assert found.keys() == content[key].keys()
+            assert all(torch.equal(found[n], value) for n, value in content[key].items()), key
+
+
+def test_a_shard_that_one_rank_cannot_read_ends_all(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(configured(out, "fp32", 1, 16), quiet=True)
+    checkpoint = newest_checkpoint(out)
+    (shard,) = checkpoint.glob("*zero_pp_rank_0_*_optim_states.pt")
+    other = shard.with_name(shard.name.replace("rank_0_", "rank_1_"))
+    other.write_bytes(shard.read_bytes()[:5000])
+    where = {"checkpoint": str(checkpoint), "init": None, "before": ""}
+    for code, output in ranks_of(FILLS.format(out=str(out), **where)):
+        assert code == 0 and f"REFUSED {other} cannot be read" in output, output
+
+
 def test_saved_before_the_first_step(tmp_path: Path) -> None:
     trainer = Trainer(configured(tmp_path, "fp32", 1, 16), quiet=True)
     first = trainer.save()

@@ -3,7 +3,9 @@
 python -m tests.support.start_memory FOLDER fresh|resume SIZES...
 
 `fresh` starts from a weights file in FOLDER (made first, in another process), `resume` from a
-checkpoint of such a run. On the CPU what DeepSpeed would have on the GPU is in this memory too.
+checkpoint of such a run. Prints the most and the last of the whole start, where what DeepSpeed
+would have on the GPU is in this memory too, and the most of what comes before DeepSpeed, which is
+in host memory whatever the device (but for the watched copy, half a network).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.models import save_weights
 from mixflow_fast.training.build import build_model
-from mixflow_fast.training.engine import import_deepspeed
+from mixflow_fast.training.engine import Engine, import_deepspeed
 from mixflow_fast.training.trainer import Trainer
 
 COMMON = ["train.device=cpu", "train.precision=bf16", "train.zero_stage=2", "model.mode=eager"]
@@ -69,10 +71,19 @@ def main() -> None:
         save_weights(folder / "weights.pt", state, state, {})
         return
     import_deepspeed()
+    before = Peak().__enter__()
+    start = Engine.start
+
+    def ending(*args: object, **options: object) -> None:
+        before.__exit__()
+        start(*args, **options)
+
+    Engine.start = ending
     with Peak() as memory:
         trainer = Trainer(config, quiet=True)
     network = 4 * sum(torch.Size(s).numel() for s in trainer.engine.shapes.values())
-    found = {"peak": memory.peak / network, "steady": memory.steady / network}
+    found = {"before": before.peak, "peak": memory.peak, "steady": memory.steady}
+    found = {name: round(value / network, 2) for name, value in found.items()}
     print(json.dumps(found | {"network_mib": network / 2**20}))
     if mode == "fresh":
         trainer.run()

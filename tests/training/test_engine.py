@@ -1,8 +1,11 @@
 """DeepSpeed around a network: what is read from a checkpoint, and how."""
 
+import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training import engine
 from mixflow_fast.training.trainer import Trainer, train
-from tests.support.runs import ODD, assert_same_states, settings, tiny
+from tests.support.launchers import environment
+from tests.support.runs import ODD, ROOT, assert_same_bits, assert_same_states, settings, tiny
 
 
 class Harmful:
@@ -132,3 +136,36 @@ def test_a_checkpoint_of_packed_parameters_is_taken_up(
     losses = [[row["loss"] for row in run if "loss" in row] for run in rows]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_nothing_of_the_memory_before_is_left_in_a_resumed_run(tmp_path: Path) -> None:
+    """A resumed network is not made with random weights first: all of it comes from the files."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(odd(whole, "bf16", 2, "train.images=32", "train.keep_last=1"), quiet=True)
+    train(odd(parts, "bf16", 2, "train.images=16", "train.keep_last=1"), quiet=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory without values is NaN then
+    try:
+        trainer = Trainer(odd(parts, "bf16", 2, "train.images=32", "train.keep_last=1"), quiet=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    trainer.run()
+    assert_same_bits(whole, parts)
+
+
+@pytest.mark.long
+def test_host_memory_of_a_start(tmp_path: Path) -> None:
+    """In multiples of the float32 network: one, and what DeepSpeed would have on the GPU."""
+    sizes = ["model.depth=6", "model.hidden_size=768", "model.num_heads=12"]  # 66 M parameters
+    found = {}
+    for mode in ("make", "fresh", "resume"):
+        command = [sys.executable, "-m", "tests.support.start_memory", str(tmp_path), mode, *sizes]
+        result = subprocess.run(
+            command, env=environment(), cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        found[mode] = json.loads(result.stdout or "{}")
+    # A further copy of the network anywhere would add 1, one in bf16 0.5.
+    most = {"fresh": (1.7, 4.9, 2.6), "resume": (0.8, 7.1, 5.6)}
+    for mode, limits in most.items():
+        for name, limit in zip(("before", "peak", "steady"), limits, strict=True):
+            assert found[mode][name] < limit, (mode, found)
