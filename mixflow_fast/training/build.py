@@ -41,7 +41,7 @@ class RunParts:
     """What a run is made of.
 
     Attributes:
-        model: the network on the meta device, without weights; see `first_network`.
+        model: the network on the meta device, without weights; see `FirstNetwork`.
         execution: how it is run on the device.
         mix: the objective, in the model's clock.
         alignment: REPA's term; zero where the configuration has none.
@@ -99,32 +99,36 @@ def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Tra
         return build(section.name, **options)
 
 
-def first_network(
-    section: ModelConfig,
-    init: str | None,
-    start: ResumePoint,
-    host_group: HostGroup,
-    whole: bool = False,
-) -> Transformer:
-    """The network on the CPU with the weights that a run, or a part of it, begins with.
+@dataclass(frozen=True)
+class FirstNetwork:
+    """Makes the network with the weights that a run, or a part of it, begins with.
 
-    Every rank of the group must call it.
-
-    Args:
-        section, init: the network's section, and the checkpoint that a new run starts from.
-        start: where it begins.
-        host_group: all ranks, or this one alone.
-        whole: False leaves undefined what DeepSpeed loads by itself when the run is resumed.
-
-    Raises:
-        ValueError: weights that are damaged or do not fit; on all ranks.
+    Attributes:
+        section: the network's section of the configuration.
+        init: checkpoint whose EMA weights start a new run (`train.init`), or None.
+        start: where the run begins.
     """
-    if start.checkpoint is None and init is None:
-        return build_model(section)
-    # Without random weights, because every tensor comes from a file.
-    model = build_model(section, "meta").to_empty(device="cpu")
-    start.fill(model, init, host_group, whole)
-    return model
+
+    section: ModelConfig
+    init: str | None
+    start: ResumePoint
+
+    def __call__(self, host_group: HostGroup, whole: bool = False) -> Transformer:
+        """The network on the CPU. Every rank of the group must call it.
+
+        Args:
+            host_group: all ranks, or this one alone.
+            whole: False leaves undefined what DeepSpeed loads by itself when the run is resumed.
+
+        Raises:
+            ValueError: weights that are damaged or do not fit; on all ranks.
+        """
+        if self.start.checkpoint is None and self.init is None:
+            return build_model(self.section)
+        # Without random weights, because every tensor comes from a file.
+        model = build_model(self.section, "meta").to_empty(device="cpu")
+        self.start.fill(model, self.init, host_group, whole)
+        return model
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:

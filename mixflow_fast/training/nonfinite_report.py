@@ -31,6 +31,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import sync, write_text
 from mixflow_fast.messages import error_line
 from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.training.build import FirstNetwork
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.step_record import BadStep, StepOutput
 
@@ -141,7 +142,7 @@ class Examiner:
         forward: what a training step does with a network and a micro-batch.
         host_group: exchange between the ranks.
         device: device of this rank.
-        first_network: makes the network that this part of the run began with once more.
+        first_network: makes the network that this part of the run began with.
     """
 
     section: TrainConfig
@@ -152,7 +153,7 @@ class Examiner:
     forward: Callable[[Network, Batch], StepOutput]
     host_group: HostGroup
     device: torch.device
-    first_network: Callable[[], nn.Module]
+    first_network: FirstNetwork
 
     def report(self, bad: BadStep, now: int, folder: Path | None) -> Finding:
         """Find a bad step's samples and write the folder. Every rank must call it.
@@ -204,7 +205,7 @@ class Examiner:
         if self.section.zero_stage == 3:
             return None
         try:
-            first = self.first_network().state_dict()
+            first = self.first_network(HostGroup.alone(), whole=True).state_dict()
         except (ValueError, OSError):  # what the run began with is not there any more
             return None
         with torch.no_grad():

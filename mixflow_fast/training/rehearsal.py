@@ -21,7 +21,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Transformer
 from mixflow_fast.models.flops import train_flops
-from mixflow_fast.training.build import build_run, first_network
+from mixflow_fast.training.build import FirstNetwork, build_run
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.engine import import_deepspeed
 
@@ -58,7 +58,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     folder = RunFolder(user_path(config.out), group, rehearsal=True)
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
-        first_network(config.model, config.train.init, start, group)
+        FirstNetwork(config.model, config.train.init, start)(group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
-from mixflow_fast.training.build import RunParts, build_run, first_network
+from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
@@ -132,8 +131,8 @@ class Trainer:
         try:
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
-            self._network = partial(first_network, config.model, config.train.init, self._start)
-            self.model = self._network(self.host_group)
+            self._first_network = FirstNetwork(config.model, config.train.init, self._start)
+            self.model = self._first_network(self.host_group)
             self.alignment.move_teacher()
             self.model.set_execution(parts.execution)
             self._used_before = self._start.attention if config.model.attention == "auto" else None
@@ -351,12 +350,13 @@ class Trainer:
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
-        share = c.global_batch_size // self.host_group.ranks
-        steps = min(c.log_every, self.config.steps)
+        share, steps = c.global_batch_size // self.host_group.ranks, self.config.steps
         return NonFiniteGuard(
             c,
             self.out,
-            StepRecord(self.device, steps, share // self.microbatch, self.microbatch),
+            StepRecord(
+                self.device, min(c.log_every, steps), share // self.microbatch, self.microbatch
+            ),
             Examiner(
                 section=c,
                 out=self.out,
@@ -366,7 +366,7 @@ class Trainer:
                 forward=self.forward,
                 host_group=self.host_group,
                 device=self.device,
-                first_network=partial(self._network, HostGroup.alone(), whole=True),
+                first_network=self._first_network,
             ),
             aligned=bool(self.config.objective.alignment_weight),
             state=None if state is None else GuardState.from_record(state.safety),

@@ -119,14 +119,14 @@ from pathlib import Path
 from mixflow_fast.checkpoints.resume import ResumePoint
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.training.build import first_network
+from mixflow_fast.training.build import FirstNetwork
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
 out, checkpoint, init, before = {out!r}, {checkpoint!r}, {init!r}, {before!r}
 section = load_config(out + "/config.yaml").model
 start = ResumePoint(checkpoint and Path(checkpoint), resharded_from=before)
 try:
-    network = first_network(section, init, start, HostGroup())
+    network = FirstNetwork(section, init, start)(HostGroup())
     torch.save(network.state_dict(), f"{{out}}.rank_{{dist.get_rank()}}")
 except ValueError as error:
     print("REFUSED", error)
