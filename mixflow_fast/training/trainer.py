@@ -124,7 +124,7 @@ class Trainer:
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
-        self.host_group = HostGroup(process_group.timeout())
+        self.host_group = group = HostGroup(process_group.timeout())
         self._save_group = HostGroup(process_group.timeout(), separate=True)
         self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
@@ -132,14 +132,12 @@ class Trainer:
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
             self._first_network = FirstNetwork(config.model, config.train.init, self._start)
-            self.model = self._first_network(self.host_group)
+            self.model = self._first_network(group)
             self.alignment.move_teacher()
             self.model.set_execution(parts.execution)
             self._used_before = self._start.attention if config.model.attention == "auto" else None
             shape = self.microbatch, config.train.precision, self.device
-            self.attention = agree_on_attention(
-                self.model, shape, self.host_group, self._used_before
-            )
+            self.attention = agree_on_attention(self.model, shape, group, self._used_before)
             self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
             self._folder.make(config.to_yaml(), self._start.checkpoint, bool(self._start.finished))
@@ -350,13 +348,12 @@ class Trainer:
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
-        share, steps = c.global_batch_size // self.host_group.ranks, self.config.steps
+        steps = min(c.log_every, self.config.steps)
+        parts = c.global_batch_size // (self.microbatch * self.host_group.ranks)
         return NonFiniteGuard(
             c,
             self.out,
-            StepRecord(
-                self.device, min(c.log_every, steps), share // self.microbatch, self.microbatch
-            ),
+            StepRecord(self.device, steps, parts, self.microbatch),
             Examiner(
                 section=c,
                 out=self.out,
