@@ -260,10 +260,10 @@ def _optimizer() -> Iterator[Check]:
 
 def _deepspeed() -> Iterator[Check]:
     try:
-        from mixflow_fast.training.engine import deepspeed_state
+        from mixflow_fast.training.engine import deepspeed_state, untested
 
         version, ops = deepspeed_state()
-        yield Check("deepspeed", "ok", version)
+        yield Check("deepspeed", "warn" if untested(version) else "ok", version, untested(version))
         buildable = ", ".join(sorted(name for name, fits in ops.items() if fits))
         yield Check("its operators", "info", f"none is needed; buildable here: {buildable or '-'}")
     except Exception as error:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,9 @@ from mixflow_fast.models import Transformer
 from mixflow_fast.optim.apex import OPTIMIZERS
 from mixflow_fast.optim.skip_nonfinite import skipping
 
+# The series whose internals are used here; tests/training/test_engine.py names them.
+TESTED_DEEPSPEED = "0.19"
+
 
 class Engine:
     """A network under DeepSpeed, from its weights at this moment or from a checkpoint.
@@ -63,6 +67,8 @@ class Engine:
         self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
     ) -> None:
         self._deepspeed = import_deepspeed()
+        if process_group.rank() == 0 and (text := untested(self._deepspeed.__version__)):
+            warnings.warn(text, stacklevel=2)
         self._train, self._optim, self._microbatch = train, optim, microbatch
         self._model = model
         # No copies: DeepSpeed puts others in the place of those that it casts, moves or shards.
@@ -363,6 +369,17 @@ def _safe_checkpoint_engine(device: torch.device) -> object:
             return read_file(Path(path), classes, mapped)
 
     return SafeCheckpointEngine()
+
+
+def untested(version: str) -> str:
+    """A sentence where this is another series of DeepSpeed than the tested one; else ""."""
+    if version.startswith(f"{TESTED_DEEPSPEED}."):
+        return ""
+    return (
+        f"DeepSpeed {version} is not of the tested series {TESTED_DEEPSPEED}: master weights and "
+        "shards are found by its internals, which another series may have changed without an "
+        f'error: pip install "deepspeed=={TESTED_DEEPSPEED}.*"'
+    )
 
 
 def deepspeed_state() -> tuple[str, dict[str, bool]]:

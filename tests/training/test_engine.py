@@ -1,8 +1,11 @@
 """DeepSpeed around a network: what is read from a checkpoint, and how."""
 
+import ast
+import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,8 @@ from mixflow_fast.checkpoints.shards import full_states, layout_file
 from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training import engine
+from mixflow_fast.training.build import build_model
+from mixflow_fast.training.engine import Engine, deepspeed_state
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.launchers import environment
 from tests.support.runs import ODD, ROOT, assert_same_bits, assert_same_states, settings, tiny
@@ -169,3 +174,69 @@ def test_host_memory_of_a_start(tmp_path: Path) -> None:
     for mode, limits in most.items():
         for name, limit in zip(("before", "peak", "steady"), limits, strict=True):
             assert found[mode][name] < limit, (mode, found)
+
+
+# What training/engine.py uses of DeepSpeed without its documentation's promise, by its owner.
+ENGINE = ("checkpoint_engine", "_copy_recovery_script", "get_global_grad_norm", "device")
+LINKED = ("_lazy_init_hp_params_optimizer_state",)
+MAPPING = ("hp_fragment_address", "lp_fragment_address", "param_group_index")
+INTERNALS = {
+    ("fp32", 0): {},
+    ("bf16", 1): {"optimizer": LINKED, "parameter": ("_hp_mapping",), "mapping": MAPPING},
+    ("bf16", 2): {
+        "optimizer": (*LINKED, "_hp_optimizer_states_linked", "overflow"),
+        "parameter": ("_hp_mapping",),
+        "mapping": MAPPING,
+    },
+    ("fp32", 3): {
+        "optimizer": ("fp32_partitioned_groups_flat", "grad_position", "get_param_id", "overflow"),
+        "parameter": ("ds_tensor", "ds_numel", "ds_id"),
+    },
+}
+FUNCTIONS = {
+    "deepspeed.utils": ("safe_get_full_fp32_param", "safe_get_full_optimizer_state"),
+    "deepspeed.runtime.checkpoint_engine": ("TorchCheckpointEngine",),
+    "deepspeed.ops": ("__compatible_ops__",),
+}
+
+
+@pytest.mark.parametrize("how", INTERNALS, ids=str)
+def test_deepspeeds_internals_are_there(tmp_path: Path, how: tuple[str, int]) -> None:
+    trainer = Trainer(tiny(tmp_path, *settings(*how), "train.images=8"), quiet=True)
+    own = trainer.engine._engine
+    parameter = next(p for p in own.module.parameters() if p.requires_grad)
+    objects = {"engine": own, "optimizer": own.optimizer, "parameter": parameter}
+    objects["mapping"] = getattr(parameter, "_hp_mapping", None)
+    names = {"engine": ENGINE, **INTERNALS[how]}
+    gone = [f"{w}.{n}" for w, used in names.items() for n in used if not hasattr(objects[w], n)]
+    for module, used in FUNCTIONS.items():
+        found = importlib.import_module(module)
+        gone += [f"{module}.{name}" for name in used if not hasattr(found, name)]
+    trainer.close()
+    assert not gone, f"DeepSpeed {deepspeed_state()[0]} has no {', '.join(gone)} any more"
+
+
+def test_the_internals_are_those_that_are_used() -> None:
+    """Private names of others in the engine's source, and those of DeepSpeed's in the table."""
+    source = Path(engine.__file__).read_text(encoding="utf-8")
+    tree = ast.walk(ast.parse(source))
+    used = {n.attr for n in tree if isinstance(n, ast.Attribute) and ast.unparse(n.value) != "self"}
+    strings = {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant)}
+    table = {*ENGINE, *(n for names in INTERNALS.values() for own in names.values() for n in own)}
+    private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+    private |= {name for name in used if name.startswith("ds_")}
+    assert private - table == set(), "used of DeepSpeed, but not in the table of this test"
+    assert table - used - strings == set(), "in the table of this test, but not used"
+
+
+def test_another_series_of_deepspeed_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path)
+    model = build_model(config.model)
+    Engine(config.train, config.optim, 8, model)
+    monkeypatch.setattr(importlib.import_module("deepspeed"), "__version__", "0.20.1")
+    with pytest.warns(UserWarning, match=r"DeepSpeed 0.20.1 is not of the tested series 0.19: "):
+        Engine(config.train, config.optim, 8, model)
+    wanted = re.findall(r'"(deepspeed[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert set(wanted) == {f"deepspeed>=0.19.8,=={engine.TESTED_DEEPSPEED}.*"}
