@@ -48,7 +48,7 @@ def alignment(stage: int, precision: str) -> int:
 
     Kernels of 128-bit loads, cuBLAS' among them, need 16, and one parameter of an odd size (the
     biases of a SwiGLU) would shift all behind it. DeepSpeed's optimizer for bf16 at ZeRO 1 packs
-    them; ZeRO 0 and 3 give every parameter memory of its own.
+    them. ZeRO 0 has no flat partitions, and ZeRO 3 gathers from them into other memory.
     """
     return 16 if stage == 2 or (stage == 1 and precision == "fp32") else 1
 
