@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,50 +123,47 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.training.build import FirstNetwork
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
-out, checkpoint, init, before = {out!r}, {checkpoint!r}, {init!r}, {before!r}
+out, group = {out!r}, HostGroup()
 section = load_config(out + "/config.yaml").model
-start = ResumePoint(checkpoint and Path(checkpoint), resharded_from=before)
-try:
-    network = FirstNetwork(section, init, start)(HostGroup())
-    torch.save(network.state_dict(), f"{{out}}.rank_{{dist.get_rank()}}")
-except ValueError as error:
-    print("REFUSED", error)
-print("OPENED", sum(name.startswith(checkpoint or init) for name in opened))
+for case, (checkpoint, init, before) in enumerate({cases!r}):
+    start = ResumePoint(checkpoint and Path(checkpoint), resharded_from=before)
+    opened.clear()
+    try:
+        network = FirstNetwork(section, init, start)(group)
+        torch.save(network.state_dict(), f"{{out}}.{{case}}.{{group.rank}}")
+    except ValueError as error:
+        print("REFUSED", error)
+    print("OPENED", sum(name.startswith(checkpoint or init) for name in opened), flush=True)
 dist.barrier()
 """
 
 
-def opened(output: str) -> int:
-    return int(output.rpartition("OPENED ")[2].split()[0])
-
-
 def test_one_rank_of_a_machine_reads_for_all(tmp_path: Path) -> None:
-    """Weights that a new run starts from, and those of another layout; the rest is each rank's."""
+    """Weights that a new run starts from, and those of another layout; shards are each rank's own.
+
+    A shard that one rank cannot read ends all.
+    """
     out = tmp_path / "run"
     weights = str(train(configured(out, "fp32", 1, 16), quiet=True).weights)
     checkpoint = newest_checkpoint(out)
-    content = torch.load(weights, weights_only=True)
-    for init, before, key in ((weights, "", "ema"), (None, "1 rank, ZeRO 1", "model")):
-        where = {"checkpoint": None if init else str(checkpoint), "init": init, "before": before}
-        outputs = ranks_of(FILLS.format(out=str(out), **where))
-        assert [code for code, _ in outputs] == [0, 0], outputs
-        assert opened(outputs[0][1]) > 0 == opened(outputs[1][1]), outputs
-        for rank in (0, 1):
-            found = torch.load(f"{out}.rank_{rank}", weights_only=True)
-            assert found.keys() == content[key].keys()
-            assert all(torch.equal(found[n], value) for n, value in content[key].items()), key
-
-
-def test_a_shard_that_one_rank_cannot_read_ends_all(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train(configured(out, "fp32", 1, 16), quiet=True)
-    checkpoint = newest_checkpoint(out)
-    (shard,) = checkpoint.glob("*zero_pp_rank_0_*_optim_states.pt")
+    damaged = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (shard,) = damaged.glob("*zero_pp_rank_0_*_optim_states.pt")
     other = shard.with_name(shard.name.replace("rank_0_", "rank_1_"))
     other.write_bytes(shard.read_bytes()[:5000])
-    where = {"checkpoint": str(checkpoint), "init": None, "before": ""}
-    for code, output in ranks_of(FILLS.format(out=str(out), **where)):
-        assert code == 0 and f"REFUSED {other} cannot be read" in output, output
+    cases = [(None, weights, ""), (str(checkpoint), None, "1 rank, ZeRO 1")]
+    cases.append((str(damaged), None, ""))
+    outputs = ranks_of(FILLS.format(out=str(out), cases=cases))
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    counts = [[int(n) for n in re.findall(r"OPENED (\d+)", text)] for _, text in outputs]
+    assert counts[0][0] > 0 and counts[0][1] > 0 and counts[1][:2] == [0, 0]
+    assert min(counts[0][2], counts[1][2]) > 0
+    assert all(f"REFUSED {other} cannot be read" in text for _, text in outputs), outputs
+    content = torch.load(weights, weights_only=True)
+    for case, key in enumerate(("ema", "model")):
+        for rank in (0, 1):
+            found = torch.load(f"{out}.{case}.{rank}", weights_only=True)
+            assert found.keys() == content[key].keys()
+            assert all(torch.equal(found[n], value) for n, value in content[key].items()), key
 
 
 def test_saved_before_the_first_step(tmp_path: Path) -> None:
