@@ -22,11 +22,12 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.read_once import read_once_a_machine
 from mixflow_fast.models import Transformer
 
-# Fields that may change between the parts of one run: they do not touch what is computed (but
-# train.images does where the learning rate descends towards it).
+# Fields that may change between the parts of one run: they do not touch what is computed, up to
+# rounding (but train.images does where the learning rate descends towards it).
 FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep_last",
         "optim.snapshot_every", "optim.impl", "train.keep_every", "train.save_weights",
         "train.zero_stage", "train.device",
+        "train.reduce_dtype", "train.reduce_bucket_size", "train.overlap_comm",
         "train.on_nonfinite", "train.max_skips", "train.max_rollbacks",
         "train.timeout_minutes", "train.microbatch_size", "data.workers", "objective.impl",
         "model.mode", "model.attention", "model.checkpointing", "train.loggers",

@@ -49,6 +49,7 @@ _ELSEWHERE = {
         ("mixed_precision", "dtype", "bf16", "fp16", "amp"),
         "train.precision=bf16 or train.precision=fp32",
     ),
+    **dict.fromkeys(("communication_data_type", "grad_reduce_dtype"), "train.reduce_dtype={value}"),
     **dict.fromkeys(("global_seed", "random_seed"), "train.seed={value}"),
     **dict.fromkeys(
         ("gpus", "num_gpus", "nproc", "world_size", "devices", "n_gpus"),

@@ -267,6 +267,14 @@ class TrainConfig(Section, name="train"):
     """Of the forward and backward pass; master weights and EMAs are float32."""
     zero_stage: ZeroStage = 2
     """Of DeepSpeed; bf16 at 1 waits for the host once a step."""
+    reduce_dtype: Precision = "fp32"
+    """Of sums of gradients over the ranks; bf16 halves the bytes and rounds at each addition."""
+    reduce_bucket_size: Positive = 50_000_000
+    """Gradient elements that are summed at once; one buffer of them (two with train.overlap_comm)
+    stays in memory. Not for ZeRO 0, nor 1 in bf16."""
+    overlap_comm: bool = False
+    """Sum over the ranks beside the backward pass, for a wait of the host per micro-batch. Not for
+    ZeRO 0, nor 1 in bf16; ZeRO 3 always does."""
     seed: Seed = 0
     """Of the order of examples, flips, times and noise."""
     init: str | None = None

@@ -33,6 +33,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_data(c.data, c.objective.alignment_weight > 0, c.teacher.path is not None)
     _check_optimizer(c.optim, c.train.device)
     _check_batch(c.train, c.model, world_size)
+    _check_communication(c.train)
     _check_model(c.model, c.train)
     _check_alignment(c.objective, c.model, c.data, c.teacher, c.train.zero_stage)
     _check_watching(c.train, c.model, c.objective)
@@ -49,6 +50,23 @@ def _check_batch(t: TrainConfig, m: ModelConfig, world_size: int) -> None:
             f"train.label_dropout = {t.label_dropout} needs a null class: set "
             "model.class_dropout_prob > 0, or train.label_dropout=0"
         )
+
+
+def _check_communication(t: TrainConfig) -> None:
+    if t.reduce_dtype == "bf16" and t.precision == "fp32":
+        raise ValueError(
+            "train.reduce_dtype=bf16 would round the gradients of train.precision=fp32: leave it "
+            "out, or set train.precision=bf16"
+        )
+    # DeepSpeed's wrappers there sum once, after the backward pass, in buckets of a fixed size.
+    if t.zero_stage == 0 or (t.zero_stage == 1 and t.precision == "bf16"):
+        for f in _changed(t):
+            if f.name in ("overlap_comm", "reduce_bucket_size"):
+                raise ValueError(
+                    f"train.{f.name} = {getattr(t, f.name)} has no meaning for train.zero_stage="
+                    f"{t.zero_stage} in {t.precision}, where DeepSpeed sums all gradients after "
+                    "the backward pass: leave it out, or set train.zero_stage=2"
+                )
 
 
 def _check_model(m: ModelConfig, t: TrainConfig) -> None:

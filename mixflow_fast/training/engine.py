@@ -173,8 +173,14 @@ class Engine:
 
     def _settings(self) -> dict[str, object]:
         c, micro, ranks = self._train, self._microbatch, process_group.world_size()
-        zero: dict[str, object] = {"stage": c.zero_stage}
-        zero["parameter_alignment"] = alignment(c.zero_stage, c.precision) == 16
+        # A sum for each bucket; ZeRO 0, and 1 in bf16, take neither setting. One rank has nobody to
+        # overlap with and would wait all the same. ZeRO 3's gathers stand in the forward pass too.
+        zero: dict[str, object] = {
+            "stage": c.zero_stage,
+            "reduce_bucket_size": c.reduce_bucket_size,
+            "parameter_alignment": alignment(c.zero_stage, c.precision) == 16,
+            "overlap_comm": c.zero_stage == 3 or (c.overlap_comm and ranks > 1),
+        }
         if c.zero_stage == 2 or (c.zero_stage == 1 and c.precision == "fp32"):
             zero["compute_grad_norm"] = False  # read on the host each step; AdamWEMA has its own
         settings: dict[str, object] = {
@@ -190,7 +196,9 @@ class Engine:
             # It waits for the device twice in each micro-batch.
             "timers": {"throughput": {"enabled": False}},
         }
-        if c.precision == "bf16" and c.zero_stage < 3:
+        if ranks > 1:
+            settings["communication_data_type"] = c.reduce_dtype
+        if c.precision == "bf16":
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
         return settings
 

@@ -195,6 +195,20 @@ def test_weights_are_saved_when_asked(tmp_path: Path) -> None:
         train(configured(out, "fp32", 1, 24).replace(**{"train.save_weights": "no"}), quiet=True)
 
 
+def test_a_run_of_before_the_settings_of_communication_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml has none of them and is read with the defaults; they may change, too."""
+    out, names = tmp_path / "run", ("reduce_dtype", "reduce_bucket_size", "overlap_comm")
+    train(configured(out, "bf16", 2, 8), quiet=True)
+    lines = (out / "config.yaml").read_text().splitlines()
+    older = [line for line in lines if not line.strip().startswith(names)]
+    assert len(older) == len(lines) - 3
+    (out / "config.yaml").write_text("\n".join(older) + "\n")
+    assert train(configured(out, "bf16", 2, 16), quiet=True).step == 2
+    others = {"train.reduce_dtype": "bf16", "train.overlap_comm": True}
+    others |= {"train.reduce_bucket_size": 2000}
+    assert train(configured(out, "bf16", 2, 24).replace(**others), quiet=True).step == 3
+
+
 def on_folder(out: Path, folder: Path, images: int = 16, *overrides: str) -> Config:
     data = f"data={{kind: folder, path: {folder}, size: 16}}"
     return tiny(out, *COMMON, data, f"train.images={images}", *overrides)

@@ -25,6 +25,9 @@ from mixflow_fast.optim.apex import OPTIMIZERS, OptimizerName
 REFUSED = [
     ("train.precision=fp16", "train.precision must be one of"),
     ("train.zero_stage=4", "train.zero_stage must be one of 0, 1, 2, 3, got"),
+    ("train.reduce_dtype=fp16", "train.reduce_dtype must be one of bf16, fp32, got 'fp16'"),
+    ("train.reduce_bucket_size=0", "train.reduce_bucket_size must be >= 1, got 0"),
+    ("train.overlap_comm=2", "train.overlap_comm must be true or false, got"),
     ("train.zero_stage=true", "train.zero_stage must be one of"),
     ("train.images=0", "train.images must be >= 1"),
     ("train.seed=-1", r"train.seed must be in \[0, 2\*\*63\), got -1"),

@@ -40,6 +40,35 @@ def test_refuses_networks_that_cannot_run(overrides: list[str], message: str) ->
         validate(config)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("reduce_dtype=bf16 precision=fp32", "train.reduce_dtype=bf16 would round"),
+        (
+            "overlap_comm=true zero_stage=0 precision=fp32",
+            "train.overlap_comm = True has no meaning",
+        ),
+        ("overlap_comm=true zero_stage=1", "train.zero_stage=1 in bf16"),
+        ("reduce_bucket_size=1000 zero_stage=1", "train.reduce_bucket_size = 1000 has no meaning"),
+        ("reduce_bucket_size=1000 zero_stage=0 precision=fp32", "zero_stage=0 in fp32"),
+    ],
+)
+def test_refuses_settings_of_communication_that_deepspeed_would_ignore(
+    overrides: str, message: str
+) -> None:
+    given = [f"train.{text}" for text in ("precision=bf16", "zero_stage=2", *overrides.split())]
+    with pytest.raises(ValueError, match=message):
+        validate(load_config("photos", given))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_takes_settings_of_communication(stage: int) -> None:
+    given = ["overlap_comm=true", "reduce_bucket_size=1e6", f"zero_stage={stage}", "precision=fp32"]
+    config = load_config("photos", [f"train.{text}" for text in given])
+    assert config.train.reduce_bucket_size == 1_000_000
+    validate(config)
+
+
 def test_trained_embeddings_need_float32() -> None:
     c = resolved("rae-xl-256").replace(**{"model.train_embeddings": True})
     with pytest.raises(ValueError, match="train.precision=fp32"):

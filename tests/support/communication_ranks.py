@@ -1,0 +1,104 @@
+"""What the settings of communication do on real ranks, several cases in one start of them.
+
+torchrun ... -m tests.support.communication_ranks runs OUT '[["name", ["section.field=value"]]]'
+    trains OUT/name with each list of settings
+torchrun ... -m tests.support.communication_ranks errors FILE '[2]'
+    the error of a step's mean gradient by ZeRO stage and train.reduce_dtype
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mixflow_fast.config.schema import OptimConfig, TrainConfig
+from mixflow_fast.distributed import process_group
+from mixflow_fast.models import SiT
+from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.trainer import train
+from tests.support.runs import tiny
+
+BETA1 = 0.9
+
+
+def small_network() -> SiT:
+    """Every parameter takes part: as it is built, SiT's last layer and gates are zero."""
+    torch.manual_seed(0)
+    net = SiT(input_size=4, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    return net
+
+
+def loss_of(net: object, rank: int) -> torch.Tensor:
+    """The mean square of the output for this rank's own examples."""
+    g = torch.Generator().manual_seed(rank)
+    x, t = torch.randn(2, 4, 4, 4, generator=g), torch.rand(2, generator=g)
+    return net(x, t, torch.tensor([rank, 9])).float().square().mean()
+
+
+def mean_gradient(net: SiT) -> dict[str, torch.Tensor]:
+    """The float64 mean of what the ranks' bf16 networks give, without any engine."""
+    loss_of(net, dist.get_rank()).backward()
+    means = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.bfloat16
+            means[name] = parameter.grad.double()
+            dist.all_reduce(means[name])
+            means[name] /= dist.get_world_size()
+    return means
+
+
+def error_of(stage: int, reduce_dtype: str) -> float:
+    """Relative RMS error of the mean gradient that reaches the optimizer.
+
+    After one step Adam's first moment is (1 - beta1) times the gradient.
+    """
+    ranks, model = dist.get_world_size(), small_network()
+    cast = copy.deepcopy(model).bfloat16()
+    for name in model.float32_names:
+        cast.get_parameter(name).data = model.get_parameter(name).data.clone()
+    config = TrainConfig(
+        global_batch_size=2 * ranks,
+        microbatch_size=2,
+        zero_stage=stage,
+        reduce_dtype=reduce_dtype,
+        device="cpu",
+    )
+    optim = OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach")
+    engine = Engine(config, optim, 2, model)
+    engine.start(None)
+    truth = mean_gradient(cast)  # now: ZeRO 3 has put its own F.linear into the process
+    engine.backward(loss_of(engine, dist.get_rank()))
+    engine.step()
+    wrong, size = 0.0, 0.0
+    for name, moment in engine.gathered("exp_avg", stepped=True):
+        gradient = moment.double() / (1 - BETA1)
+        wrong += (gradient - truth[name]).square().sum().item()
+        size += truth[name].square().sum().item()
+    engine.close()
+    assert size > 0
+    return (wrong / size) ** 0.5
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    what, where, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    if what == "runs":
+        for name, overrides in cases:
+            train(tiny(where / name, "train.device=cpu", *overrides), quiet=True)
+        return
+    process_group.init_process_group("cpu")
+    errors = {f"{s} {dtype}": error_of(s, dtype) for s in cases for dtype in ("bf16", "fp32")}
+    if dist.get_rank() == 0:
+        where.write_text(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()
