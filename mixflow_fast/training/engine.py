@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import io
 import logging
@@ -40,6 +41,7 @@ from mixflow_fast.distributed import process_group
 from mixflow_fast.models import Transformer
 from mixflow_fast.optim.apex import OPTIMIZERS
 from mixflow_fast.optim.skip_nonfinite import skipping
+from mixflow_fast.training.gathering import Gathering, gather, plan
 
 # The series whose internals are used here; tests/training/test_engine.py names them.
 TESTED_DEEPSPEED = "0.19"
@@ -333,24 +335,46 @@ class Engine:
             which: "model" (master weights), or an EMA's key in the optimizer's state.
             stepped: a step was made, so that there is an EMA; without one it is the weights.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         # DeepSpeed may have left out the first step, as bad.
         averaged = which != "model" and stepped and any(self.optimizer.state.values())
+        if self._train.zero_stage == 0:
+            found = self._unsharded(which, averaged)
+        elif self._train.zero_stage == 3:
+            found = self._gathered_by_deepspeed(which, averaged)
+        else:
+            partitions = self._partitions()
+            if averaged:
+                partitions = [self.optimizer.state[partition][which] for partition in partitions]
+            found = gather(self._plan, partitions)
+        for name, value in found:
+            # ZeRO 3 empties the parameter itself, so the shape is not its own.
+            yield name, value.view(self.shapes[name]).float()
+
+    @functools.cached_property
+    def _plan(self) -> list[Gathering]:
+        """How the ranks put parameters together; found out once, by all at the same time."""
+        owned: list[list[Fragment]] = [[] for _ in range(process_group.world_size())]
+        torch.distributed.all_gather_object(owned, list(self._fragments()))
+        trained = (n for n, p in self.module.named_parameters() if p.requires_grad)
+        return plan({name: math.prod(self.shapes[name]) for name in trained}, owned)
+
+    def _unsharded(self, which: str, averaged: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                value = parameter.detach()
+                yield name, self.optimizer.state[parameter].get(which, value) if averaged else value
+
+    def _gathered_by_deepspeed(self, which: str, averaged: bool) -> Iterator[tuple[str, Tensor]]:
+        """ZeRO 3 has a part of each parameter on every rank: a gather for each."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-                if averaged:
-                    value = safe_get_full_optimizer_state(parameter, which)
-                else:
-                    value = safe_get_full_fp32_param(parameter)
+            if averaged:
+                yield name, safe_get_full_optimizer_state(parameter, which)
             else:
-                value = parameter.detach()
-                if averaged:
-                    value = self.optimizer.state[parameter].get(which, value)
-            # ZeRO 3 empties the parameter itself, so the shape is not its own.
-            yield name, value.view(self.shapes[name]).float()
+                yield name, safe_get_full_fp32_param(parameter)
 
     def close(self) -> None:
         """Take back what DeepSpeed changed for the whole process."""

@@ -4,6 +4,8 @@ torchrun ... -m tests.support.communication_ranks runs OUT '[["name", ["section.
     trains OUT/name with each list of settings
 torchrun ... -m tests.support.communication_ranks errors FILE '[2]'
     the error of a step's mean gradient by ZeRO stage and train.reduce_dtype
+torchrun ... -m tests.support.communication_ranks gathered FILE '[["bf16", 2]]'
+    how many broadcasts `Engine.gathered` took; its bits are compared with DeepSpeed's own here
 """
 
 import copy
@@ -13,10 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from benchmarks.recorded_step import Recorder
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import SiT
+from mixflow_fast.training import gathering
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.trainer import train
 from tests.support.runs import tiny
@@ -55,25 +60,25 @@ def mean_gradient(net: SiT) -> dict[str, torch.Tensor]:
     return means
 
 
+def engine_of(model: SiT, **train: object) -> Engine:
+    """The engine of a step of two examples a rank."""
+    batch = 2 * dist.get_world_size()
+    config = TrainConfig(global_batch_size=batch, microbatch_size=2, device="cpu", **train)
+    engine = Engine(config, OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach"), 2, model)
+    engine.start(None)
+    return engine
+
+
 def error_of(stage: int, reduce_dtype: str) -> float:
     """Relative RMS error of the mean gradient that reaches the optimizer.
 
     After one step Adam's first moment is (1 - beta1) times the gradient.
     """
-    ranks, model = dist.get_world_size(), small_network()
+    model = small_network()
     cast = copy.deepcopy(model).bfloat16()
     for name in model.float32_names:
         cast.get_parameter(name).data = model.get_parameter(name).data.clone()
-    config = TrainConfig(
-        global_batch_size=2 * ranks,
-        microbatch_size=2,
-        zero_stage=stage,
-        reduce_dtype=reduce_dtype,
-        device="cpu",
-    )
-    optim = OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach")
-    engine = Engine(config, optim, 2, model)
-    engine.start(None)
+    engine = engine_of(model, zero_stage=stage, reduce_dtype=reduce_dtype)
     truth = mean_gradient(cast)  # now: ZeRO 3 has put its own F.linear into the process
     engine.backward(loss_of(engine, dist.get_rank()))
     engine.step()
@@ -87,6 +92,31 @@ def error_of(stage: int, reduce_dtype: str) -> float:
     return (wrong / size) ** 0.5
 
 
+def broadcasts_of(precision: str, stage: int) -> int:
+    """Calls that put the weights together; weights and moments have the bits that DeepSpeed finds.
+
+    Buffers are so small that parameters of one do not fit into the next, and some are larger.
+    """
+    gathering.plan.__defaults__ = (3000,)
+    engine = engine_of(small_network(), precision=precision, zero_stage=stage)
+    engine.backward(loss_of(engine, dist.get_rank()))
+    engine.step()
+    recorder = Recorder()
+    with recorder:
+        weights = dict(engine.gathered("model", stepped=True))
+    moments = dict(engine.gathered("exp_avg", stepped=True))
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            assert weights[name].is_contiguous() and weights[name].dtype == torch.float32
+            assert weights[name].untyped_storage().nbytes() == weights[name].nbytes
+            assert torch.equal(weights.pop(name), safe_get_full_fp32_param(parameter)), name
+            theirs = safe_get_full_optimizer_state(parameter, "exp_avg")
+            assert theirs.any() and torch.equal(moments.pop(name), theirs), name
+    assert not weights and not moments
+    engine.close()
+    return sum(one.kind == "broadcast" for one in recorder.collectives)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     what, where, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -95,6 +125,11 @@ def main() -> None:
             train(tiny(where / name, "train.device=cpu", *overrides), quiet=True)
         return
     process_group.init_process_group("cpu")
+    if what == "gathered":
+        counts = [broadcasts_of(*case) for case in cases]
+        if dist.get_rank() == 0:
+            where.write_text(json.dumps(counts))
+        return
     errors = {f"{s} {dtype}": error_of(s, dtype) for s in cases for dtype in ("bf16", "fp32")}
     if dist.get_rank() == 0:
         where.write_text(json.dumps(errors))

@@ -29,6 +29,16 @@ def environment(**more: str) -> dict[str, str]:
     return kept | ON_PATH | own | more
 
 
+def on_ranks(ranks: int, module: str, *arguments: str) -> None:
+    """Run a module of tests/support under torchrun to its end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", module, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 GROUP = """
 import os, sys, time
 import torch

@@ -2,8 +2,6 @@
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +14,10 @@ from mixflow_fast.distributed import process_group
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import SiT
 from mixflow_fast.training.engine import Engine
-from tests.support.launchers import ROOT, environment
+from tests.support.launchers import on_ranks
 from tests.support.runs import assert_same_bits, settings
 
+RANKS = "tests.support.communication_ranks"
 # Several buckets, some of them of a single parameter that is larger: see tests/benchmarks/
 # test_collectives.py, which counts them.
 SMALL = "train.reduce_bucket_size=1500"
@@ -33,20 +32,11 @@ WAYS = {
 }
 
 
-def on_ranks(ranks: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", "tests.support.communication_ranks", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def assert_all_ways_agree(out: Path, precision: str, stage: int, ways: list[str]) -> None:
     """Runs of two ranks, three steps of two micro-batches, have the same losses and bits."""
     own = [*settings(precision, stage), "train.microbatch_size=2", "train.images=24"]
     own.append("train.keep_last=1")
-    on_ranks(2, "runs", str(out), json.dumps([(way, [*own, *WAYS[way]]) for way in ways]))
+    on_ranks(2, RANKS, "runs", str(out), json.dumps([(way, [*own, *WAYS[way]]) for way in ways]))
     first, *others = (
         [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(out / way / "metrics.jsonl")]
         for way in ways
@@ -80,7 +70,7 @@ def assert_float32_sums_are_the_mean(file: Path, ranks: int, stages: list[int]) 
 
     float32 leaves rounding of its own size. bf16 has 8 bits: at most 2**-9 at each sum of two.
     """
-    on_ranks(ranks, "errors", str(file), json.dumps(stages))
+    on_ranks(ranks, RANKS, "errors", str(file), json.dumps(stages))
     errors = json.loads(file.read_text())
     assert set(errors) == {f"{s} {d}" for s in stages for d in ("bf16", "fp32")}
     for case, error in errors.items():
