@@ -237,11 +237,21 @@ def record(case: Case, exchanges: Counter[str]) -> Recording:
                 trainer._stop.requested()
         exchanges.clear()
         with trainer._open_log([]) as log:
-            trainer._duties(log)[0].run(trainer.step)
+            _write_row(trainer, log)
         trainer.close()
     recorder.waits.pop("vote", None)  # its values are in host memory
     waits = {phase: dict(kinds) for phase, kinds in recorder.waits.items()}
     return Recording(trained, frozen, recorder.collectives, waits, exchanges["objects"])
+
+
+def _write_row(trainer: Any, log: Any) -> None:
+    """What the trainer does every log_every steps."""
+    from mixflow_fast.training.duty import RunContext, Timetable
+    from mixflow_fast.training.periodic import Logging
+
+    context = RunContext(trainer.out, trainer.engine, trainer.host_group, trainer._throughput, log)
+    when, batch = Timetable(1, trainer.config.steps, 0), trainer.config.train.global_batch_size
+    Logging(context, when, trainer.guard, trainer._learning_rate, batch).run(trainer.step)
 
 
 @contextlib.contextmanager
