@@ -190,7 +190,7 @@ INTERNALS = {
     },
     ("fp32", 3): {
         "optimizer": ("fp32_partitioned_groups_flat", "grad_position", "get_param_id", "overflow"),
-        "parameter": ("ds_tensor", "ds_numel", "ds_id"),
+        "parameter": ("ds_tensor", "ds_numel"),
     },
 }
 FUNCTIONS = {
