@@ -112,3 +112,12 @@ def test_going_back_without_a_first_checkpoint_is_refused(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SaveError, match="step 0 could not be written"):
         train(tiny(tmp_path, "train.on_nonfinite=rollback"), quiet=True)
+
+
+def test_a_rank_that_does_not_write_weights_copies_none(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(tmp_path), quiet=True)
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    for kept in (True, False):
+        for state in trainer.engine.full_states(stepped=False, keep=kept):
+            assert {n for n in trained if state[n] is not None} == (trained if kept else set())
+    trainer.close()
