@@ -151,11 +151,12 @@ def find(
     folder.hold()  # first, because another run may be writing its last checkpoint
     newest, passed_over = choose_checkpoint(out, folder.host_group, set_aside=not folder.rehearsal)
     if newest is None:
-        if (out / "weights.pt").exists():
-            raise ValueError(
-                f"{out} holds weights.pt of a run whose checkpoints are gone: choose another "
-                f"out= (train.init={out} starts from those weights), or delete it"
-            )
+        with folder.host_group.raise_together():
+            if folder.host_group.rank == 0 and (out / "weights.pt").exists():
+                raise ValueError(
+                    f"{out} holds weights.pt of a run whose checkpoints are gone: choose another "
+                    f"out= (train.init={out} starts from those weights), or delete it"
+                )
         return ResumePoint(passed_over=tuple(passed_over))
     if resume == "never":
         raise ValueError(
@@ -164,14 +165,15 @@ def find(
         )
     descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
     free = FREE - {"train.images"} if descends_to_the_end else FREE
-    state = read_state(newest)
-    if allow_data_change or state.data is not None:
-        free = free | DATA_PATHS
-    _check_same_run(flatten(config.to_dict()), out, free)
+    # What a rank cannot read, or reads otherwise, ends all of them.
     with folder.host_group.raise_together():
+        state = read_state(newest)
+        if allow_data_change or state.data is not None:
+            free = free | DATA_PATHS
+        _check_same_run(flatten(config.to_dict()), out, free)
         changes = _check_same_data(data, state, out, allow_data_change)
-    before = resharded_from(newest, config.train, ranks)
-    finished = _end(out, state, config.train.images, config.steps, descends_to_the_end)
+        before = resharded_from(newest, config.train, ranks)
+        finished = _end(out, state, config.train.images, config.steps, descends_to_the_end)
     return ResumePoint(newest, state, before, tuple(passed_over), finished, changes)
 
 

@@ -18,16 +18,21 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import check_folder_writable, remove_partial, sync, write_text
+from mixflow_fast.folder_lock import FolderLock, shows_token
 
 _NAME = re.compile(r"step_(\d+)")
+# How long a rank may not see what rank 0 wrote: clients of network file systems keep what they
+# know of a folder for a while.
+SHARED_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -159,25 +164,49 @@ class RunFolder:
 
     def __init__(self, out: Path, host_group: HostGroup, rehearsal: bool = False) -> None:
         self.out, self.host_group, self.rehearsal = out, host_group, rehearsal
-        self._lock: IO[str] | None = None
+        self._lock: FolderLock | None = None
         self._writes = host_group.rank == 0
 
     def hold(self) -> None:
         """Keep other runs out, where there is a run: one may be writing its last checkpoint.
 
         Raises:
-            ValueError: another run holds it, or it cannot be written.
+            ValueError: another run holds it, it cannot be written, or it is not one folder for all
+                ranks.
         """
         with self.host_group.raise_together():
             if self._writes:
                 check_folder_writable(self.out)
             if self._writes and self._lock is None and (self.out / "checkpoints").is_dir():
-                self._lock = lock(self.out)
+                self._lock = FolderLock(self.out, 0.0 if self.rehearsal else None)
                 if self.rehearsal:
                     return
                 clean_unfinished(self.out)
                 for folder in (self.out, self.out / "ema", self.out / "previews"):
                     remove_partial(folder)
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Refuse a folder that is another one on another rank, which would save half a checkpoint.
+
+        Only rank 0 looks what is there: what others see may be older, by a file system's caches.
+        """
+        token, host = self.host_group.all_gather(
+            (self._lock and self._lock.token, socket.gethostname())
+        )[0]
+        if token is None:
+            return
+        with self.host_group.raise_together():
+            deadline = time.monotonic() + SHARED_S
+            while not self._writes and not shows_token(self.out, token):
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"out= must be one folder that all ranks see: rank {self.host_group.rank} "
+                        f"does not find at {self.out.absolute()} on {socket.gethostname()} what "
+                        f"rank 0 wrote on {host}. Choose a path on a file system that all machines "
+                        "share"
+                    )
+                time.sleep(min(0.2, SHARED_S / 10))
 
     def make(self, config_yaml: str, newest: Path | None, finished: bool = False) -> None:
         """Make the folder and hold it; write its config.yaml.
@@ -203,25 +232,6 @@ class RunFolder:
         """Let other runs in."""
         if self._lock is not None:
             self._lock.close()
-
-
-def lock(out: Path) -> IO[str]:
-    """Keep other runs out of the folder for as long as the returned file is open.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    import fcntl
-
-    file = (out / ".lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ValueError(
-            f"{out} is in use by another run: wait for it or choose another out="
-        ) from None
-    return file
 
 
 def publish(checkpoint: Path, out: Path) -> None:

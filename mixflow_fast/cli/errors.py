@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn, TextIO
@@ -96,6 +97,25 @@ def _speaks(text: str) -> bool:
         return is_first_to_say(text)
     except ValueError:  # the launcher's variables themselves are wrong
         return True
+
+
+def end_with_all_ranks(command: Callable[[], int]) -> int:
+    """Run a command of several ranks; where it fails on GPUs, the process ends at once.
+
+    The interpreter's end would wait for kernels that wait for the other ranks, and they for this.
+    """
+    from mixflow_fast.distributed.process_group import with_others_on_gpus
+
+    try:
+        code = _with_errors_as_lines(command)
+    except BaseException:
+        if not with_others_on_gpus():
+            raise
+        traceback.print_exc()
+        code = FAILED
+    if code and with_others_on_gpus():
+        leave_at_once(code)
+    return code
 
 
 def leave_at_once(code: int) -> NoReturn:

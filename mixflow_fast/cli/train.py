@@ -7,7 +7,7 @@ import atexit
 import sys
 import warnings
 
-from mixflow_fast.cli.errors import FAILED, REFUSED, leave_at_once, report
+from mixflow_fast.cli.errors import FAILED, REFUSED, end_with_all_ranks, leave_at_once, report
 from mixflow_fast.files import user_path
 from mixflow_fast.recipes import recipe_names
 
@@ -55,6 +55,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    return end_with_all_ranks(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     from mixflow_fast.checkpoints.run_folder import newest_checkpoint
     from mixflow_fast.checkpoints.writing import SaveError
     from mixflow_fast.config.loading import load_config

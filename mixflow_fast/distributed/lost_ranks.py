@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
+from mixflow_fast.distributed.heartbeat import verdict
 from mixflow_fast.distributed.process_group import rank, store, world_size
+from mixflow_fast.distributed.watcher import CAUSES, ends_too, no_answer
 from mixflow_fast.messages import error_line
 
 # How long survivors wait for each other before they call a rank lost.
@@ -24,19 +26,19 @@ ROLL_CALL_S = 10.0
 _PEER_FAILURE = re.compile(
     r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.I
 )
-_CAUSES = " (killed, out of memory, hanging, or the machine or its network is gone)"
 
 
 class RankLost(RuntimeError):
     """Another process of this run is gone or hangs; the group cannot be used any more.
 
     Attributes:
+        found: what happened, without what this rank does about it.
         speaks: whether this rank should print the message, which one rank per machine does.
     """
 
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
+    def __init__(self, found: str, speaks: bool) -> None:
+        super().__init__(ends_too(found, rank()))
+        self.found, self.speaks = found, speaks
 
 
 @contextlib.contextmanager
@@ -72,7 +74,7 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
     def ask(store: dist.Store) -> None:
         store.set(_key(me), _entry(""))
         deadline = time.monotonic() + wait_s
-        while len(answers) < ranks and time.monotonic() < deadline:
+        while len(answers) < ranks and time.monotonic() < deadline and verdict() is None:
             for other in set(range(ranks)) - answers.keys():
                 if store.check([_key(other)]):
                     host, _, reason = store.get(_key(other)).decode().partition("\n")
@@ -80,21 +82,22 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
             time.sleep(0.1)
 
     store_answered = ask_store(ask, wait_s + 2, store())
+    # Ranks whose main thread is blocked do not answer, but their watchers know that they live.
+    if (known := verdict()) is not None:
+        return RankLost(known.found, known.speaks)
     missing = sorted(set(range(ranks)) - answers.keys())
     reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]
     if not store_answered:  # the store lives in the launcher, or in rank 0
         launcher = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
-        reasons.insert(0, f"{'the launcher of ' * launcher}rank 0 does not answer{_CAUSES}")
+        reasons.insert(0, f"{'the launcher of ' * launcher}rank 0 does not answer {CAUSES}")
     elif missing:
-        word = "rank" if len(missing) == 1 else "ranks"
-        listed = ", ".join(map(str, missing))
-        reasons.insert(0, f"no answer from {word} {listed} of {ranks}{_CAUSES}")
+        reasons.insert(0, no_answer(missing, ranks))
     cause_known = any(reason for _, reason in answers.values())
     found = "; ".join(reasons) or "the ranks lost touch"
     if not cause_known:  # it may be the error of this rank
         found += f" ({error_line(error)[:160]})"
     speaks = me == min(r for r, (host, _) in answers.items() if host == here)
-    return RankLost(f"{found}: rank {me} ends too. The same command resumes", speaks)
+    return RankLost(found, speaks)
 
 
 def ask_store(ask: Callable[[dist.Store], None], limit_s: float, store: dist.Store) -> bool:

@@ -1,9 +1,8 @@
 """Processes and devices: one process without a launcher, many under torchrun, deepspeed or srun.
 
-A rank that dies must not leave the others waiting. Its gloo sockets close with it, which ends the
-next collective of the others (the trainer has one on the host at every step); where a rank only
-hangs, it ends at the timeout of the group. `lost_ranks.roll_call` turns PyTorch's message into one
-that names the missing ranks.
+A rank that dies must not leave the others waiting: `heartbeat.watching` ends them. Where a rank
+only hangs, a collective ends at the timeout of the group, and `lost_ranks.roll_call` turns
+PyTorch's message into one that names the missing ranks.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
 
     Under `torchrun` or `deepspeed` the environment names rank and peers, under `srun` without them
     Slurm's variables name the rank, and MASTER_ADDR and MASTER_PORT must be set. Without a launcher
-    no port is opened. A group that exists already is used as it is.
+    the store is this process's own and needs no port (NCCL listens at one of its own all the same).
+    A group that exists already is used as it is. On GPUs the ranks are connected at the end.
 
     Args:
         device: as for `local_device`.
@@ -84,8 +84,16 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
         _store = _meet() if "RANK" in os.environ else dist.HashStore()
         try:
             dist.init_process_group(
-                backend, store=_store, rank=rank(), world_size=world_size(), timeout=_timeout
+                backend,
+                store=_store,
+                rank=rank(),
+                world_size=world_size(),
+                timeout=_timeout,
+                device_id=chosen if backend == "nccl" else None,
             )
+            if backend == "nccl":  # which else connects at the first collective, far from here
+                dist.all_reduce(torch.ones(1, device=chosen))
+                torch.cuda.synchronize(chosen)
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"rank {rank()} of {world_size()} found the others at {_meeting_point()}, but "
@@ -117,6 +125,11 @@ def store() -> dist.Store | None:
 def launchers_store() -> bool:
     """Whether the ranks' store is the launcher's, as under torchrun; else rank 0 keeps it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def with_others_on_gpus() -> bool:
+    """Whether this is one of several ranks on GPUs, where the end of a process waits for them."""
+    return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
 
 
 def leave() -> None:

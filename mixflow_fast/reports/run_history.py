@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from mixflow_fast.config.loading import REQUIRED, flatten, from_dict
 from mixflow_fast.config.schema import Config
 from mixflow_fast.files import existing_folder
+from mixflow_fast.folder_lock import is_held
 from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.metrics.rows import StartRow, TrainingRow, ValidationRow
@@ -84,7 +85,7 @@ def read_run(out: Path) -> Run:
         training=_last_of_each_step(read_metrics(metrics)),
         validation=_last_of_each_step(read_metrics(metrics, kind="validation")),
         previews=previews,
-        active=_active(out),
+        active=is_held(out),
     )
 
 
@@ -102,21 +103,6 @@ def _read_config(file: Path) -> tuple[Config | None, str]:
         return from_dict(yaml.safe_load(file.read_text())), ""
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         return None, error_line(error)
-
-
-def _active(out: Path) -> bool:
-    """Whether a process holds the run's lock."""
-    import fcntl
-
-    # A process id in a file may be another process by now; the kernel drops a lock with its owner.
-    try:
-        with (out / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file, or a file system without locks
-        pass
-    return False
 
 
 def read_recipe(name: str | None) -> tuple[Config | None, set[str]]:

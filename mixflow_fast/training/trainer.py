@@ -21,7 +21,7 @@ from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch, BatchLoader
-from mixflow_fast.distributed import lost_ranks, process_group
+from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
@@ -168,7 +168,7 @@ class Trainer:
         """
         messages = self._start.describe(self.out, self.config.steps, self.config.train.init)
         try:
-            with self._stop.installed(), lost_ranks.roll_call():
+            with heartbeat.watching(), self._stop.installed(), lost_ranks.roll_call():
                 while not self._train(messages):
                     messages = [self._go_back()]
         finally:

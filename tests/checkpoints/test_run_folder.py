@@ -28,6 +28,7 @@ from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.trainer import train
+from tests.support.launchers import run_ranks
 from tests.support.runs import assert_same_bits
 from tests.support.train_ranks import TINY
 
@@ -493,3 +494,39 @@ def test_three_kills_lose_nothing() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "3 kills" in result.stdout and "no example lost or twice" in result.stdout
+
+
+SEPARATE = """
+import sys, warnings
+from pathlib import Path
+from mixflow_fast.checkpoints import run_folder
+from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.distributed.process_group import init_process_group, rank
+
+warnings.simplefilter("ignore")
+init_process_group("cpu", timeout_s=20)
+run_folder.SHARED_S = 1.0
+folder = run_folder.RunFolder(Path(sys.argv[1 + rank()]), HostGroup())
+try:
+    folder.hold()
+    folder.make("a: 1", None)
+    print("made")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("there", [(), (0,), (1,), (0, 1)])
+def test_a_folder_that_is_not_the_same_for_all_ranks(tmp_path: Path, there: tuple) -> None:
+    """Whichever of them has a run already: no rank waits for another, or trains."""
+    outs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for number in there:
+        (outs[number] / "checkpoints").mkdir(parents=True)
+    both = list(map(str, outs))
+    for code, text in run_ranks([[SEPARATE, *both]] * 2):
+        assert code == 0 and "out= must be one folder that all ranks see: rank 1 does not" in text
+        assert f"find at {outs[1]} on " in text
+    # The same one by two paths, as with other mounts.
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    found = run_ranks([[SEPARATE, str(outs[0]), str(tmp_path / "link" / "run")]] * 2)
+    assert [text for _, text in found] == ["made\n", "made\n"]

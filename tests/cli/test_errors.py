@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.cli.errors import exit_code, quiet_without_reader, warning_line
+from mixflow_fast.cli import errors
+from mixflow_fast.cli.errors import (
+    end_with_all_ranks,
+    exit_code,
+    quiet_without_reader,
+    warning_line,
+)
+from mixflow_fast.distributed import process_group
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +36,26 @@ def test_what_users_can_get_wrong_is_one_line(
     monkeypatch.setenv("MIXFLOW_DEBUG", "1")
     with pytest.raises(type(error), match="wrong"):
         exit_code(raising(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("wrong"), 2), (RuntimeError("CUDA out of memory"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_a_rank_on_a_gpu_that_fails_ends_at_once(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its interpreter would wait for the other ranks, whatever the error was."""
+    ended: list[int] = []
+    monkeypatch.setattr(errors, "leave_at_once", ended.append)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):  # alone, or on CPUs
+            end_with_all_ranks(raising(error))
+    assert not ended
+    monkeypatch.setattr(process_group, "with_others_on_gpus", lambda: True)
+    end_with_all_ranks(raising(error))
+    end_with_all_ranks(lambda: code)
+    assert ended == [code, code] and end_with_all_ranks(lambda: 0) == 0 and len(ended) == 2
 
 
 def test_an_interruption_and_a_bug(capsys: pytest.CaptureFixture[str]) -> None:

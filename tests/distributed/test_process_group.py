@@ -145,6 +145,26 @@ def test_a_port_of_another_program(no_launcher: pytest.MonkeyPatch, rank: int) -
     assert time.monotonic() - started < 10
 
 
+def test_ranks_on_gpus_are_connected_at_the_start(no_launcher: pytest.MonkeyPatch) -> None:
+    """The device is bound, and what NCCL says comes with the way out of it. (NCCL stands in.)"""
+    device, given = torch.device("cuda", 0), {}
+    no_launcher.setattr(process_group, "local_device", lambda _: device)
+    no_launcher.setattr(process_group, "_store", None)
+
+    def start(backend: str, **options: object) -> None:
+        given.update(options, backend=backend)
+
+    def not_connected(tensor: object) -> None:
+        raise process_group.dist.DistBackendError("NCCL error: remote process exited")
+
+    no_launcher.setattr(process_group.dist, "init_process_group", start)
+    no_launcher.setattr(process_group.dist, "all_reduce", not_connected)
+    no_launcher.setattr(process_group.torch, "ones", lambda *size, device: device)
+    with pytest.raises(ValueError, match="nccl cannot connect .*remote process.*NCCL_SOCKET_IFN"):
+        process_group.init_process_group("cuda")
+    assert given["backend"] == "nccl" and given["device_id"] == device
+
+
 @pytest.mark.parametrize(("gpus", "local"), [(0, "2"), (8, "2"), (1, "0")])
 def test_slurm_tasks_get_the_names_that_others_read(
     no_launcher: pytest.MonkeyPatch, gpus: int, local: str

@@ -58,21 +58,58 @@ except RankLost as error:
 """
 
 
+WATCHED = """
+import ctypes, os, signal, subprocess, sys, time
+import torch.distributed as dist
+from mixflow_fast.distributed import heartbeat
+from mixflow_fast.distributed.process_group import init_process_group
+
+init_process_group("cpu", timeout_s=60)
+with heartbeat.watching():
+    dist.barrier()
+    {body}
+os._exit(0)
+"""
+
+
 def ranks_of(body: str, ranks: int = 2) -> list[tuple[int, str]]:
     """(exit code, output) of processes that run `body` with a group of 3 s."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     script = GROUP.format(body=textwrap.indent(textwrap.dedent(body), " " * 8).lstrip())
+    return run_ranks([[script]] * ranks, world_size=2)
+
+
+def watched_ranks(bodies: dict[int, str], only: int | None = None) -> list[tuple[int, str]]:
+    """As `run_ranks`, of ranks that watch each other; `bodies`: rank -> its statement."""
+    return run_ranks([[WATCHED.format(body=bodies[rank])] for rank in sorted(bodies)], only=only)
+
+
+def run_ranks(
+    scripts: list[list[str]], world_size: int | None = None, only: int | None = None
+) -> list[tuple[int, str]]:
+    """(exit code, output) of each rank, started without a launcher.
+
+    Args:
+        scripts: each rank's text in Python, and its arguments.
+        world_size: where not all of them come.
+        only: the rank that is waited for; the others are killed then.
+    """
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting["WORLD_SIZE"] = str(world_size or len(scripts))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), **meeting),
+            [sys.executable, "-c", *script],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(ranks)
+        for rank, script in enumerate(scripts)
     ]
     try:
+        if only is not None:
+            processes[only].wait(timeout=60)
+            for process in processes:
+                process.kill()
         outputs = [p.communicate(timeout=60)[0] for p in processes]
     finally:
         for p in processes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixflow_fast.checkpoints.run_folder import lock
+from mixflow_fast.folder_lock import FolderLock
 from mixflow_fast.training.build import build_model
 from mixflow_fast.training.rehearsal import checkpoint_bytes, rehearse
 from mixflow_fast.training.trainer import train
@@ -40,7 +40,7 @@ def test_a_rehearsal_of_a_run_that_goes_on(tmp_path: Path) -> None:
     before = files(tmp_path)
     text = "\n".join(rehearse(tiny(tmp_path / "run")))
     assert "resumed after step 2 of 6" in text and files(tmp_path) == before
-    with lock(tmp_path / "run"), pytest.raises(ValueError, match="is in use by another run"):
+    with FolderLock(tmp_path / "run"), pytest.raises(ValueError, match="is in use by another run"):
         rehearse(tiny(tmp_path / "run"))
     with pytest.raises(ValueError, match="already holds a run"):
         rehearse(tiny(tmp_path / "run"), resume="never")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixflow_fast import folder_lock
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.data import BatchLoader
 from mixflow_fast.kernels import runtime
@@ -360,7 +361,9 @@ def test_weights_without_checkpoints_are_not_overwritten(tmp_path: Path) -> None
     assert result.weights.read_bytes() == kept
 
 
-def test_one_folder_one_run(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.* is in use by another run")
+def test_one_folder_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "WAIT_S", 0.2)
     first = Trainer(tiny(tmp_path), quiet=True)
     with pytest.raises(ValueError, match="in use by another run"):
         Trainer(tiny(tmp_path), quiet=True)
