@@ -8,7 +8,8 @@ another PyTorch than that of the installation,
 builds them into PyTorch's extension cache, where later runs find them; with MIXFLOW_BUILD=1 in its
 environment, a run does so by itself. The file of the library records the PyTorch and the sources
 that it was built from, and is not used where either differs. `setup.py` builds nothing under
-MIXFLOW_BUILD=0.
+MIXFLOW_BUILD=0. To load a library is to run it: from the cache, which may be shared, only one is
+loaded that nobody else could have put there.
 
 The CUDA part is built where PyTorch is a CUDA build and nvcc is of the same major version. This
 module imports without PyTorch, because `setup.py` runs it by its path.
@@ -23,6 +24,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,6 +195,11 @@ def build(verbose: bool = False) -> Path:
     folder = cache_root() / f"{NAME}-{key}"
     library = folder / LIBRARY
     with _locked(folder):
+        if who := _writable_by_others(folder):
+            raise OSError(
+                f"{who}, and to load a library from there is to run it: set TORCH_EXTENSIONS_DIR "
+                "to a folder of your own"
+            )
         if not library.is_file():
             built = compile_library(folder / "build", verbose)
             # Renamed at the end, so that the name stands for a whole library only.
@@ -216,6 +223,35 @@ def _problem(path: Path) -> tuple[str | None, bool]:
     return None, cuda != "none"
 
 
+def _writable_by_others(path: Path) -> str | None:
+    """Who else than this user and root could have put a file there; None if nobody could."""
+    me = os.getuid()
+    for place in (path.resolve(), *path.resolve().parents):
+        status = place.stat()
+        if status.st_uid not in (me, 0):
+            return f"{place} belongs to user {status.st_uid}"
+        # In a folder such as /tmp all may write, but nobody touches the files of others.
+        if place != path.resolve() and status.st_mode & stat.S_ISVTX:
+            continue
+        if status.st_mode & stat.S_IWOTH:
+            return f"every user may write {place}"
+        if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
+            return f"the group {status.st_gid} may write {place}"
+    return None
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is root's or the user's own, as many systems make one for each user."""
+    import grp
+    import pwd
+
+    try:
+        found, me = grp.getgrgid(group), pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return group == 0
+    return group == 0 or (found.gr_name == me and not set(found.gr_mem) - {me})
+
+
 def _registered() -> bool:
     import torch
 
@@ -227,6 +263,9 @@ def _try(state: str, path: Path) -> Status:
     import torch
 
     problem, cuda = _problem(path)
+    # Beside the package's own library its Python files are run, too.
+    if problem is None and state == "jit" and (who := _writable_by_others(path)):
+        problem = f"was passed over: {who}, and to load a library is to run it"
     if problem is None and not _registered():
         try:
             torch.ops.load_library(str(path))
@@ -264,7 +303,7 @@ def load() -> Status:
         if status.state != "absent":
             return status
         # The common cache holds libraries of other environments, which are no reason to report.
-        if state == "built":
+        if state == "built" or "passed over" in status.reason:
             reasons.append(status.reason)
     if os.environ.get("MIXFLOW_BUILD") == "1":
         try:

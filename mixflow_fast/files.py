@@ -70,6 +70,27 @@ def existing_folder(path: str | os.PathLike[str], wanted: str) -> Path:
     return found
 
 
+def check_inside(names: Iterable[str], listing: Path) -> None:
+    """Refuse names of files, read from a file, that would be read from anywhere on the machine.
+
+    A link below the folder may lead out of it: its user has set it.
+
+    Args:
+        names: relative to the folder of `listing`.
+        listing: the file that holds them.
+
+    Raises:
+        ValueError: a name is absolute, or leaves the folder by "..".
+    """
+    for name in names:
+        leaves = ".." in name and os.path.normpath(name).split(os.sep)[0] == os.pardir
+        if leaves or os.path.isabs(name):
+            raise ValueError(
+                f"{listing} names {name!r}, which is not below {listing.parent}: only files of "
+                "its own folder are read; put the file or a link to it there"
+            )
+
+
 def check_writable(path: Path, force: bool) -> None:
     """Refuse a file to be written before there is anything to write.
 

@@ -154,6 +154,43 @@ def test_libraries_of_others_are_left_alone(
     assert "the build failed: no ninja" in load().reason
 
 
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, where a library that is loaded shows."""
+    cache = tmp_path / "shared" / "cache"
+    folder = cache / f"{extension.NAME}-1"
+    folder.mkdir(parents=True)
+    library = folder / extension.LIBRARY
+    shutil.copy(require_library().path, library)
+    code = (
+        "import sys, torch; from pathlib import Path; from mixflow_fast import extension as e\n"
+        "e.HERE = Path('/nonexistent'); e.sources_folder = lambda: Path(sys.argv[1])\n"
+        "print(e.load().state, hasattr(torch.ops.mixflow_fast, 'adamw_ema_'), e.load().reason)"
+    )
+
+    def load(**env: str) -> str:
+        env |= {"TORCH_EXTENSIONS_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+        return run("-c", code, str(ROOT / "csrc"), cwd=tmp_path, **env)
+
+    assert load().startswith("jit True")
+    for place, mode in ((folder, 0o777), (library, 0o666), (tmp_path / "shared", 0o777)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        text = load()
+        assert text.startswith("absent False") and "passed over: every user may write" in text
+        assert f" {place}, and" in text
+        place.chmod(before)
+    (tmp_path / "shared").chmod(0o1777)  # as /tmp
+    assert load().startswith("jit True")
+    (tmp_path / "shared").chmod(0o777)
+    assert "the build failed: every user may write" in load(MIXFLOW_BUILD="1")
+    (tmp_path / "shared").chmod(0o755)
+    if os.getuid() == 0:
+        os.chown(library, 12345, 0)
+        assert f"{library} belongs to user 12345" in load()
+
+
 def test_cuda_part_only_with_a_matching_nvcc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

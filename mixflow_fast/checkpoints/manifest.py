@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from mixflow_fast.files import crc32, write_text
+from mixflow_fast.files import check_inside, crc32, write_text
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -54,6 +54,10 @@ def damage(checkpoint: Path, checksums: tuple[int, int] | None = None) -> str | 
         files = content["files"]
         if content["crc32"] != _crc32_of_json(files) or content["format"] != _FORMAT:
             return f"{NAME} is not valid"
+        try:
+            check_inside(files, checkpoint / NAME)
+        except ValueError as error:
+            return str(error)
         if reason := other_size(checkpoint, files):
             return reason
         if checksums is not None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zipfile import BadZipFile
 
+from mixflow_fast.files import check_inside
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.lib.npyio import NpzFile
@@ -56,6 +58,7 @@ def read_dataset_json(root: Path) -> dict[str, object]:
         raise ValueError(
             f"{str(index)!r} lists {len(rows) - len(labels)} of its {len(rows)} files twice"
         )
+    check_inside(labels, index)
     return labels
 
 

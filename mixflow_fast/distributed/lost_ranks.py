@@ -22,6 +22,8 @@ from mixflow_fast.messages import error_line
 
 # How long survivors wait for each other before they call a rank lost.
 ROLL_CALL_S = 10.0
+# How long the watchers need for what they find where the store is gone with its process.
+_VERDICT_S = 4.0
 # PyTorch raises most failures of communication as RuntimeErrors that only their text tells apart.
 _PEER_FAILURE = re.compile(
     r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out", re.I
@@ -83,7 +85,7 @@ def _lost(error: Exception, wait_s: float) -> RankLost:
 
     store_answered = ask_store(ask, wait_s + 2, store())
     # Ranks whose main thread is blocked do not answer, but their watchers know that they live.
-    if (known := verdict()) is not None:
+    if (known := verdict(0.0 if store_answered else _VERDICT_S)) is not None:
         return RankLost(known.found, known.speaks)
     missing = sorted(set(range(ranks)) - answers.keys())
     reasons = [f"rank {r} ended with {reason}" for r, (_, reason) in answers.items() if reason]

@@ -31,6 +31,8 @@ class TrainingRow(_Step, total=False):
         grad_norm: of the last step, before clipping.
         skipped, rollbacks: steps of the whole run, where the configuration allows any.
         seconds: length of the window; data_wait_s: seconds in it without data.
+        slowest_rank, slowest_ratio: the rank that is much slower than the others, and how much;
+            None where none is.
         model_tflops, peak_tflops: of a device.
         time: seconds since 1970.
     """
@@ -47,6 +49,8 @@ class TrainingRow(_Step, total=False):
     images_per_s: float
     seconds: float
     data_wait_s: float
+    slowest_rank: int | None
+    slowest_ratio: float | None
     model_tflops: float
     peak_tflops: float | None
     peak_memory_mib: float

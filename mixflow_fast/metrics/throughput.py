@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
+
+from mixflow_fast.metrics.stragglers import RankTime, Straggler, find_straggler
+
+# What a rank tells the others of a window: its time, and its peak memory in MiB.
+_Share = tuple[RankTime, float]
 
 
 class Stopwatch:
@@ -35,6 +41,44 @@ class Stopwatch:
         return seconds
 
 
+class DeviceStopwatch:
+    """Seconds that a device spent on what was queued inside of `with`; reading them never waits.
+
+    Args:
+        device: on a CPU it is the time inside of `with`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = None if device.type == "cuda" else Stopwatch()
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._host is not None:
+            self._host.__enter__()
+            return
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._events.append(pair)
+        pair[0].record()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._host is not None:
+            self._host.__exit__(kind, value, traceback)
+        else:
+            self._events[-1][1].record()
+
+    def take(self) -> float:
+        """The seconds, without what the device has not come to; the count starts again at 0."""
+        if self._host is not None:
+            return self._host.take()
+        events, self._events = self._events, []
+        return sum(start.elapsed_time(end) for start, end in events if end.query()) / 1e3
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """CUDA: the most that tensors took since the last call. CPU: the process's largest size."""
     if device.type == "cuda":
@@ -57,6 +101,8 @@ class Throughput:
 
     Attributes:
         waiting: runs while the loop waits for data.
+        working: runs during forward passes, the part of a step in which no rank waits for another.
+        straggler: the rank that was much slower than the others in the last window, or None.
     """
 
     def __init__(
@@ -65,11 +111,12 @@ class Throughput:
         train_flops: int,
         peak_tflops: float | None,
         ranks: int,
-        all_gather: Callable[[tuple[float, float]], list[tuple[float, float]]],
+        all_gather: Callable[[_Share], list[_Share]],
     ) -> None:
         self._device, self._flops, self._peak = device, train_flops, peak_tflops
         self._ranks, self._all_gather = ranks, all_gather
-        self.waiting = Stopwatch()
+        self.waiting, self.working = Stopwatch(), DeviceStopwatch(device)
+        self.straggler: Straggler | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -98,11 +145,14 @@ class Throughput:
         Returns:
             "images_per_s" over all ranks; "seconds"; "model_tflops" a device; "peak_tflops";
             "data_wait_s" and "peak_memory_mib" (tensors of the GPU; on a CPU the process) of the
-            rank that has most; "time": seconds since 1970.
+            rank that has most; "slowest_rank" and "slowest_ratio" of the straggler, None without
+            one; "time": seconds since 1970.
         """
         seconds = time.perf_counter() - self._started
-        mine = self.waiting.take(), peak_memory_mib(self._device)
-        waited, memory = (max(values) for values in zip(*self._all_gather(mine), strict=True))
+        time_spent = RankTime(socket.gethostname(), self.waiting.take(), self.working.take())
+        shares = self._all_gather((time_spent, peak_memory_mib(self._device)))
+        times, memory = zip(*shares, strict=True)
+        self.straggler = slow = find_straggler(times, seconds)
         rate = self._images / seconds
         self.restart()
         return {
@@ -110,7 +160,9 @@ class Throughput:
             "seconds": seconds,
             "model_tflops": rate * self._flops / 1e12 / self._ranks,
             "peak_tflops": self._peak,
-            "data_wait_s": waited,
-            "peak_memory_mib": memory,
+            "data_wait_s": max(spent.waiting_s for spent in times),
+            "slowest_rank": None if slow is None else slow.rank,
+            "slowest_ratio": None if slow is None else slow.ratio,
+            "peak_memory_mib": max(memory),
             "time": time.time(),
         }

@@ -24,6 +24,7 @@ from mixflow_fast.evaluation.validation_loss import (
     bin_centers,
 )
 from mixflow_fast.messages import error_line
+from mixflow_fast.metrics.stragglers import StragglerWatch
 from mixflow_fast.models import Transformer
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
@@ -124,6 +125,7 @@ class Logging:
     ) -> None:
         self._context, self._timetable, self._guard = context, timetable, guard
         self._learning_rate, self._batch = learning_rate, global_batch_size
+        self._stragglers = StragglerWatch()
 
     def due(self, step: int) -> bool:
         """Every so many steps, and at the end of the run."""
@@ -142,6 +144,8 @@ class Logging:
         row |= {"lr": self._learning_rate(images_seen)}
         row |= self._context.throughput.take()
         self._context.log.training_row(row)
+        if sentence := self._stragglers.sentence(self._context.throughput.straggler):
+            self._context.log.log(sentence)
 
 
 class Previews:

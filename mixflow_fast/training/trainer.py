@@ -229,7 +229,8 @@ class Trainer:
         for _ in range(loader.microsteps):
             with self._throughput.waiting:
                 batch = next(loader)
-            made = self.forward(self.engine, batch.to(self.device))
+            with self._throughput.working:
+                made = self.forward(self.engine, batch.to(self.device))
             loss = self.guard.record.micro_batch(made.loss, self.mix, made.pred, made.it)
             self.engine.backward(loss)
             self.engine.step()

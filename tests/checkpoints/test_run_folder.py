@@ -109,7 +109,16 @@ def not_a_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("[1, 2]")
 
 
+def manifest_of_others(folder: Path) -> None:
+    """A whole one, made by somebody: its list names a file outside of the checkpoint."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    (folder.parent.parent / "other").write_bytes(b"x")
+    name = "../../other" if folder.name.endswith("2") else str(folder.parent.parent / "other")
+    manifest.write(folder, files | {name: manifest.entry(folder / name)})
+
+
 DAMAGES = [
+    (manifest_of_others, "other', which is not below"),
     (truncated, "rank_0.pt has 100 bytes instead of 11000"),
     (missing, "part/rank_1.pt is missing"),
     (flipped, "rank_0.pt has another checksum"),

@@ -192,6 +192,22 @@ def test_a_file_that_is_listed_twice_is_refused(tmp_path):
         Latents(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../other/1.npy", "a/../../other/1.npy", "{}/other/1.npy"])
+def test_a_list_names_files_of_its_own_folder(tmp_path, name):
+    """The files are there, and a link to them is their user's own choice."""
+    name = name.format(tmp_path)
+    folder, other = tmp_path / "latents", tmp_path / "other"
+    other.mkdir()
+    (folder / "a").mkdir(parents=True)
+    np.save(other / "1.npy", LATENTS[0])
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[name, 0]]}))
+    with pytest.raises(ValueError, match=f"dataset.json names {re.escape(repr(name))}, which is"):
+        Latents(folder)
+    (folder / "link").symlink_to(other)
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["link/1.npy", 0]]}))
+    assert len(Latents(folder)) == 1
+
+
 SCALED = np.random.RandomState(0).standard_normal((300, 4, 4, 4)).astype(np.float32) / 0.18215
 NUMBERED = np.arange(300) % 7
 

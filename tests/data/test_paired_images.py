@@ -103,6 +103,9 @@ def test_a_folder_of_another_data_set_is_refused(tmp_path: Path) -> None:
     (twice / "dataset.json").write_text(json.dumps(extra))
     with pytest.raises(ValueError, match="two files with the number 3"):
         Latents(latents, moments=True, images=twice)
+    (twice / "dataset.json").write_text(json.dumps({"labels": [["../labels/img1.png", 0]]}))
+    with pytest.raises(ValueError, match="names '../labels/img1.png', which is not below"):
+        Latents(latents, moments=True, images=twice)
     (twice / "dataset.json").write_text(json.dumps({"labels": [["a.png", 0]]}))
     with pytest.raises(ValueError, match="'a.png', whose name has no number"):
         Latents(latents, moments=True, images=twice)

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from mixflow_fast.files import existing_path
+from mixflow_fast.files import check_inside, existing_path
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.weights.foreign import ZERO_SHARD
 
@@ -62,6 +62,7 @@ def parts(path: Path) -> list[Path]:
         files = [path.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of weights ({error}): download it again") from None
+    check_inside(names, path)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ValueError(

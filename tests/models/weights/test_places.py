@@ -52,6 +52,10 @@ def test_parts_with_an_index_are_one_file(suffix: str, tmp_path: Path) -> None:
     parts[1].unlink()
     with pytest.raises(ValueError, match=f"names {parts[1].name}, which .* does not hold"):
         load_model(tmp_path)
+    for name in ("../elsewhere.safetensors", str(tmp_path / "there.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ValueError, match=f"names '{name}', which is not below {tmp_path}"):
+            load_model(tmp_path)
     index.write_text("{}")
     with pytest.raises(ValueError, match="is no index of weights"):
         load_model(tmp_path)
