@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -227,6 +227,15 @@ class RunFolder:
                     publish(newest, self.out)
                 if not finished:
                     write_text(self.out / "config.yaml", config_yaml)
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Let other runs in where something inside fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other runs in."""

@@ -43,7 +43,11 @@ def is_first_to_say(text: str) -> bool:
             ask_store(ask, _PATIENCE_S, store())
         elif launchers_store():
             ask_store(ask, _PATIENCE_S, _of_the_launcher())
-    return not answers or answers[0] == 1
+    if not answers or answers[0] == 1:
+        return True
+    # A launcher ends all ranks when the first has ended: not before the other one has said it.
+    time.sleep(_PATIENCE_S / 4)
+    return False
 
 
 def _of_the_launcher() -> dist.Store:

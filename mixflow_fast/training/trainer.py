@@ -128,7 +128,7 @@ class Trainer:
         self._save_group = HostGroup(process_group.timeout(), separate=True)
         self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
-        try:
+        with heartbeat.watching(), self._folder.closed_on_error():
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
             self._first_network = FirstNetwork(config.model, config.train.init, self._start)
@@ -147,9 +147,6 @@ class Trainer:
             self._resharded = bool(self._start.resharded_from) and not self._start.finished
             self.guard = self._build_guard()
             self._stop = StopSignal(ranks, process_group.timeout())
-        except BaseException:
-            self._folder.close()
-            raise
 
     @property
     def images_seen(self) -> int:

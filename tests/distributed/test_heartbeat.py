@@ -1,14 +1,18 @@
 """Ranks that watch each other: real processes that are killed, stopped, busy or blocked in C."""
 
+import json
 import re
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from mixflow_fast.distributed import watcher
-from tests.support.launchers import RUN, run_ranks, watched_ranks
+from mixflow_fast.distributed import heartbeat, watcher
+from tests.support.launchers import RUN, free_port, run_ranks, watched_ranks
 
 # As a launch into the full queue of a GPU blocks: PyDLL keeps Python's lock, CDLL gives it back.
 LOCKED, UNLOCKED = "ctypes.PyDLL(None).sleep(100)", "ctypes.CDLL(None).sleep(100)"
@@ -52,6 +56,20 @@ def test_a_blocked_rank_ends_when_another_dies() -> None:
     """Also with rank 0, which keeps the store and the watcher that the others are connected to."""
     with ThreadPoolExecutor() as pool:
         list(pool.map(assert_the_blocked_one_ends, [LOCKED, UNLOCKED], [0, 1]))
+
+
+def test_a_rank_that_cannot_reach_the_others_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And trains without; also where another program listens there, or the token is not known."""
+    monkeypatch.setattr(heartbeat, "rank", lambda: 1)
+    monkeypatch.setattr(heartbeat, "world_size", lambda: 2)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400")).start()
+        addresses = [["127.0.0.1", free_port()], ["127.0.0.1", other.getsockname()[1]]]
+        store = dist.HashStore()
+        monkeypatch.setattr(store, "get", lambda _: json.dumps(["token", addresses]), raising=False)
+        with pytest.warns(UserWarning, match="rank 1 cannot watch rank 0, .* 127.0.0.1:") as said:
+            assert heartbeat._start(store) is None
+    assert len(said) == 1
 
 
 @pytest.mark.long
