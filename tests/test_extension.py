@@ -157,38 +157,40 @@ def test_libraries_of_others_are_left_alone(
 def test_a_library_that_others_could_have_written_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process of its own, where a library that is loaded shows."""
     cache = tmp_path / "shared" / "cache"
     folder = cache / f"{extension.NAME}-1"
     folder.mkdir(parents=True)
     library = folder / extension.LIBRARY
     shutil.copy(require_library().path, library)
-    code = (
-        "import sys, torch; from pathlib import Path; from mixflow_fast import extension as e\n"
-        "e.HERE = Path('/nonexistent'); e.sources_folder = lambda: Path(sys.argv[1])\n"
-        "print(e.load().state, hasattr(torch.ops.mixflow_fast, 'adamw_ema_'), e.load().reason)"
-    )
+    monkeypatch.setattr(extension, "HERE", tmp_path)
+    monkeypatch.setattr(extension, "sources_folder", lambda: ROOT / "csrc")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
+    monkeypatch.delenv("MIXFLOW_BUILD", raising=False)
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(extension, "_registered", lambda: False)
+    load = extension.load.__wrapped__
 
-    def load(**env: str) -> str:
-        env |= {"TORCH_EXTENSIONS_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-        return run("-c", code, str(ROOT / "csrc"), cwd=tmp_path, **env)
-
-    assert load().startswith("jit True")
+    assert load().state == "jit" and loaded == [str(library)]
     for place, mode in ((folder, 0o777), (library, 0o666), (tmp_path / "shared", 0o777)):
         before = place.stat().st_mode
         place.chmod(mode)
-        text = load()
-        assert text.startswith("absent False") and "passed over: every user may write" in text
-        assert f" {place}, and" in text
+        status = load()
+        assert status.state == "absent" and len(loaded) == 1
+        assert f"passed over: every user may write {place}, and to load" in status.reason
+        if place.name == "shared":  # nor is one built there
+            monkeypatch.setenv("MIXFLOW_BUILD", "1")
+            assert "the build failed: every user may write" in load().reason
+            monkeypatch.delenv("MIXFLOW_BUILD")
         place.chmod(before)
     (tmp_path / "shared").chmod(0o1777)  # as /tmp
-    assert load().startswith("jit True")
-    (tmp_path / "shared").chmod(0o777)
-    assert "the build failed: every user may write" in load(MIXFLOW_BUILD="1")
-    (tmp_path / "shared").chmod(0o755)
-    if os.getuid() == 0:
+    assert load().state == "jit" and len(loaded) == 2
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    if library.stat().st_uid:
+        assert f"{library} belongs to user {library.stat().st_uid}" in load().reason
+    elif os.geteuid() == 0:
         os.chown(library, 12345, 0)
-        assert f"{library} belongs to user 12345" in load()
+        assert f"{library} belongs to user 12345" in load().reason
 
 
 def test_cuda_part_only_with_a_matching_nvcc(
