@@ -18,12 +18,14 @@ module imports without PyTorch, because `setup.py` runs it by its path.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -129,12 +131,21 @@ def _architecture_flags() -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system releases the lock of a process that is killed."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """One process at a time; the system releases the lock of a process that is killed.
+
+    Yields False on a file system without locks, where others may be in it, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "flock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
+            locked = False
+        yield locked
 
 
 @contextlib.contextmanager
@@ -194,17 +205,18 @@ def build(verbose: bool = False) -> Path:
     key = f"{torch.__version__}-{cuda or 'cpu'}-{sources_hash()}{asked and '-' + asked}"
     folder = cache_root() / f"{NAME}-{key}"
     library = folder / LIBRARY
-    with _locked(folder):
+    with _locked(folder) as locked:
         if who := _writable_by_others(folder):
             raise OSError(
                 f"{who}, and to load a library from there is to run it: set TORCH_EXTENSIONS_DIR "
                 "to a folder of your own"
             )
         if not library.is_file():
-            built = compile_library(folder / "build", verbose)
+            place = folder / ("build" if locked else f"build-{socket.gethostname()}-{os.getpid()}")
+            built = compile_library(place, verbose)
             # Renamed at the end, so that the name stands for a whole library only.
             os.replace(built, library)
-            shutil.rmtree(folder / "build", ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
     return library
 
 

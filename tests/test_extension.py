@@ -1,5 +1,6 @@
 """The library of `csrc/`: built, found, refused, and missing."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -117,6 +118,26 @@ def test_one_process_builds_and_the_others_wait(tmp_path: Path) -> None:
         assert child.poll() is None
     out, _ = child.communicate(timeout=60)
     assert out == b"in\n" and child.returncode == 0
+
+
+def test_without_locks_each_process_builds_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def compile_library(folder: Path, verbose: bool) -> Path:
+        places.append(folder)
+        folder.mkdir()
+        (folder / "x.so").write_bytes(b"x")
+        return folder / "x.so"
+
+    places: list[Path] = []
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(extension, "compile_library", compile_library)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert extension.build().read_bytes() == b"x"
+    assert places[0].name.endswith(f"-{os.getpid()}") and not places[0].exists()
 
 
 def library_for(folder: Path, change: tuple[str, str]) -> Path:

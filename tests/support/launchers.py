@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from tests.support.train_ranks import TINY
@@ -78,13 +79,20 @@ def ranks_of(body: str, ranks: int = 2) -> list[tuple[int, str]]:
     return run_ranks([[script]] * ranks, world_size=2)
 
 
-def watched_ranks(bodies: dict[int, str], only: int | None = None) -> list[tuple[int, str]]:
+def watched_ranks(
+    bodies: dict[int, str], only: int | None = None, ended: list[float] | None = None
+) -> list[tuple[int, str]]:
     """As `run_ranks`, of ranks that watch each other; `bodies`: rank -> its statement."""
-    return run_ranks([[WATCHED.format(body=bodies[rank])] for rank in sorted(bodies)], only=only)
+    return run_ranks(
+        [[WATCHED.format(body=bodies[rank])] for rank in sorted(bodies)], None, only, ended
+    )
 
 
 def run_ranks(
-    scripts: list[list[str]], world_size: int | None = None, only: int | None = None
+    scripts: list[list[str]],
+    world_size: int | None = None,
+    only: int | None = None,
+    ended: list[float] | None = None,
 ) -> list[tuple[int, str]]:
     """(exit code, output) of each rank, started without a launcher.
 
@@ -92,7 +100,9 @@ def run_ranks(
         scripts: each rank's text in Python, and its arguments.
         world_size: where not all of them come.
         only: the rank that is waited for; the others are killed then.
+        ended: takes the seconds that it took to end.
     """
+    started = time.monotonic()
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     meeting["WORLD_SIZE"] = str(world_size or len(scripts))
     processes = [
@@ -108,6 +118,7 @@ def run_ranks(
     try:
         if only is not None:
             processes[only].wait(timeout=60)
+            ended.append(time.monotonic() - started)
             for process in processes:
                 process.kill()
         outputs = [p.communicate(timeout=60)[0] for p in processes]
