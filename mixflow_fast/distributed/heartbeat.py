@@ -101,7 +101,8 @@ def watching() -> Iterator[None]:
     """While inside, this rank ends when another one dies or leaves by an error. All must enter it.
 
     A rank whose process lives is never called dead, whatever it does. Where the watchers cannot
-    reach rank 0's, a warning says so, and a dead rank is noticed as late as communication fails.
+    reach rank 0's, a warning says so, and a dead rank is noticed as late as communication fails; so
+    it is in a process group that the caller made, which has no store here.
     """
     global _watch
     common = store()

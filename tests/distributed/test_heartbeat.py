@@ -63,7 +63,11 @@ def test_a_rank_that_cannot_reach_the_others_says_so_once(monkeypatch: pytest.Mo
     monkeypatch.setattr(heartbeat, "rank", lambda: 1)
     monkeypatch.setattr(heartbeat, "world_size", lambda: 2)
     with socket.create_server(("127.0.0.1", 0)) as other:
-        threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400")).start()
+
+        def answer() -> None:
+            other.accept()[0].sendall(b"HTTP/1.1 400")
+
+        threading.Thread(target=answer, daemon=True).start()
         addresses = [["127.0.0.1", free_port()], ["127.0.0.1", other.getsockname()[1]]]
         store = dist.HashStore()
         monkeypatch.setattr(heartbeat, "_count", iter([7]))

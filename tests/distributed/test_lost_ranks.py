@@ -61,7 +61,7 @@ def as_slurm_tasks(out: Path, *overrides: str) -> list[subprocess.Popen]:
 
 def wait_for_checkpoint(out: Path, *processes: subprocess.Popen) -> None:
     deadline = time.monotonic() + 240
-    while not (out / "weights.pt").exists():
+    while run_folder.newest_checkpoint(out) is None:
         assert time.monotonic() < deadline, "no checkpoint in 240 s"
         ended = [p for p in processes if p.poll() is not None]
         assert not ended, [log.read_text()[-2000:] for log in out.parent.glob("*.log")]
