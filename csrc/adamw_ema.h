@@ -49,6 +49,9 @@ inline AdamW make_adamw(
   return s;
 }
 
+// Without math.h's classification, which nvcc and the CPU's compilers spell differently.
+MIXFLOW_INLINE bool is_finite(float x) { return x - x == 0.0f; }
+
 // From `a` towards `b`. Either form is exact at its own end of `weight`; as PyTorch's lerp.
 MIXFLOW_INLINE float lerp(float a, float b, float weight) {
   return weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);

@@ -3,7 +3,7 @@
 //
 // Nothing is copied to the device beside the arguments, so there is no host memory to keep alive
 // and a launch can be captured into a CUDA graph. What a graph replays are the table's numbers:
-// step, learning rate and decays of the capture. The factor is read from device memory.
+// step, learning rate and decays of the capture. Factor and norm are read from device memory.
 #pragma once
 
 #include "adamw_ema.h"
@@ -29,6 +29,9 @@ struct Table {
   AdamW adamw;
   // Of the gradients, in device memory; null for 1.
   const float* factor;
+  // Of the whole gradient, in device memory: nothing is written where it is infinite or NaN. Null
+  // for a step that is always made.
+  const float* norm;
   // Bit i: every pointer of row i allows access to four elements at once.
   uint64_t aligned;
   int32_t rows;
@@ -67,6 +70,8 @@ MIXFLOW_INLINE void store4(uint16_t* p, const Float4& x) {
 // where it is known when this is compiled, else -1.
 template <typename G, int K>
 MIXFLOW_INLINE void update_chunk(const Table& table, int32_t block, int thread, int threads) {
+  // The same number for every thread of the launch, so that a step is made whole or not at all.
+  if (table.norm != nullptr && !is_finite(*table.norm)) return;
   int row = 0;
   for (int stride = 32; stride > 0; stride /= 2) {
     if (row + stride < table.rows && table.first_block[row + stride] <= block) row += stride;
@@ -148,12 +153,13 @@ struct Tensors {
 // Calls `launch(table)` for as many tables as the tensors take.
 template <typename Launch>
 void for_each_table(const Tensors& tensors, const AdamW& adamw, const float* factor,
-                    const Launch& launch) {
+                    const float* norm, const Launch& launch) {
   const int width = kRoles + tensors.emas_each;
   const int most = kMaxPointers / width < kMaxRows ? kMaxPointers / width : kMaxRows;
   Table table = {};
   table.adamw = adamw;
   table.factor = factor;
+  table.norm = norm;
   table.emas = tensors.emas_each;
   for (int k = 0; k < tensors.emas_each; ++k) table.ema_weights[k] = tensors.ema_weights[k];
   int64_t blocks = 0;

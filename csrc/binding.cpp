@@ -38,6 +38,7 @@ constexpr int64_t kGrain = 32 * mixflow::kCpuBlock;
 struct Arguments {
   TensorList params, grads, exp_avgs, exp_avg_sqs, emas, copies;
   const std::optional<Tensor>& grad_scale;
+  const std::optional<Tensor>& grad_norm;
   std::vector<float> ema_weights;
   mixflow::AdamW adamw;
 
@@ -69,6 +70,15 @@ void check_number(const char* name, double value, double low, double high) {
                     high, "), got ", value);
 }
 
+// A number that is read where the parameters are.
+void check_scalar(const char* name, const std::optional<Tensor>& scalar, TensorList params) {
+  if (!scalar.has_value() || params.empty()) return;
+  TORCH_CHECK_VALUE(scalar->scalar_type() == at::kFloat && scalar->numel() == 1 &&
+                        scalar->device() == params[0].device(),
+                    "adamw_ema_: ", name, " must be one Float on ", params[0].device(), ", got ",
+                    scalar->numel(), " of ", scalar->scalar_type(), " on ", scalar->device());
+}
+
 // Two roles of one element in the same memory would be computed from each other.
 void check_apart(size_t index, const std::vector<const Tensor*>& roles) {
   if (roles[0]->numel() == 0 || roles[0]->is_meta()) return;
@@ -85,7 +95,8 @@ void check_apart(size_t index, const std::vector<const Tensor*>& roles) {
 Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
                 TensorList emas, TensorList copies, const std::optional<Tensor>& grad_scale,
                 int64_t step, double lr, double beta1, double beta2, double eps,
-                double weight_decay, at::ArrayRef<double> ema_decays) {
+                double weight_decay, at::ArrayRef<double> ema_decays,
+                const std::optional<Tensor>& grad_norm) {
   const double infinity = std::numeric_limits<double>::infinity();
   const size_t count = params.size();
   const size_t each = ema_decays.size();
@@ -129,14 +140,9 @@ Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
     }
     check_apart(i, roles);
   }
-  if (grad_scale.has_value() && count > 0) {
-    TORCH_CHECK_VALUE(grad_scale->scalar_type() == at::kFloat && grad_scale->numel() == 1 &&
-                          grad_scale->device() == params[0].device(),
-                      "adamw_ema_: grad_scale must be one Float on ", params[0].device(),
-                      ", got ", grad_scale->numel(), " of ", grad_scale->scalar_type(), " on ",
-                      grad_scale->device());
-  }
-  Arguments all{params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, {},
+  check_scalar("grad_scale", grad_scale, params);
+  check_scalar("grad_norm", grad_norm, params);
+  Arguments all{params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, grad_norm, {},
                 mixflow::make_adamw(lr, beta1, beta2, eps, weight_decay, step)};
   for (const double decay : ema_decays) {
     all.ema_weights.push_back(static_cast<float>(1.0 - decay));
@@ -152,9 +158,15 @@ void count_writes(const Arguments& all) {
   }
 }
 
+// Null where it is not given.
+const float* data_of(const std::optional<Tensor>& scalar) {
+  return scalar.has_value() ? scalar->const_data_ptr<float>() : nullptr;
+}
+
 void run_cpu(const Arguments& all) {
-  const float factor =
-      all.grad_scale.has_value() ? *all.grad_scale->const_data_ptr<float>() : 1.0f;
+  const float* const norm = data_of(all.grad_norm);
+  if (norm != nullptr && !mixflow::is_finite(*norm)) return;
+  const float factor = all.grad_scale.has_value() ? *data_of(all.grad_scale) : 1.0f;
   std::vector<float*> emas(all.ema_weights.size());
   for (int64_t i = 0; i < all.count(); ++i) {
     for (int k = 0; k < all.emas_each(); ++k) {
@@ -201,13 +213,13 @@ void run_cuda(const Arguments& all) {
                                  all.emas_each(),
                                  all.ema_weights.data(),
                                  all.bfloat16_gradients()};
-  const float* const factor =
-      all.grad_scale.has_value() ? all.grad_scale->const_data_ptr<float>() : nullptr;
-  mixflow::for_each_table(tensors, all.adamw, factor, [&](const mixflow::Table& table) {
+  const auto launch = [&](const mixflow::Table& table) {
     const char* const error =
         mixflow_adamw_ema_cuda(&table, all.bfloat16_gradients(), stream);
     TORCH_CHECK(error == nullptr, "adamw_ema_: the CUDA launch failed: ", error);
-  });
+  };
+  mixflow::for_each_table(tensors, all.adamw, data_of(all.grad_scale), data_of(all.grad_norm),
+                          launch);
 }
 #endif
 
@@ -217,9 +229,10 @@ template <void (*run)(const Arguments&)>
 void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
                 TensorList emas, TensorList copies, const std::optional<Tensor>& grad_scale,
                 int64_t step, double lr, double beta1, double beta2, double eps,
-                double weight_decay, at::ArrayRef<double> ema_decays) {
+                double weight_decay, at::ArrayRef<double> ema_decays,
+                const std::optional<Tensor>& grad_norm) {
   const Arguments all = check(params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, step,
-                              lr, beta1, beta2, eps, weight_decay, ema_decays);
+                              lr, beta1, beta2, eps, weight_decay, ema_decays, grad_norm);
   if (all.count() == 0) return;
   count_writes(all);
   run(all);
@@ -227,12 +240,13 @@ void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
 
 }  // namespace
 
+// Where `grad_norm`, one Float on the device, is given and infinite or NaN, nothing is written.
 TORCH_LIBRARY_FRAGMENT(mixflow_fast, library) {
   library.def(
       "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor? grad_scale, *, "
       "int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "float[] ema_decays) -> ()");
+      "float[] ema_decays, Tensor? grad_norm=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mixflow_fast, CPU, library) { library.impl("adamw_ema_", adamw_ema_<run_cpu>); }

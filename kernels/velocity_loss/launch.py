@@ -78,14 +78,19 @@ def launch(
     patch_size: int,
     loss: bool,
     gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) by the kernels, each of no elements where it is not asked for."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient, losses of the samples) by the kernels.
+
+    Each of no elements where it is not asked for; the last where the first has them.
+    """
     layout = get_layout(x1.shape[1:], patch_size)
     B, programs = len(x1), layout.programs
     out = pred.new_empty(loss_shape(x1, reduction) if loss else (0,), dtype=torch.float32)
     grad = pred.new_empty(pred.shape if gradient else (0,))
+    reduces = loss and reduction != "none"
+    samples = pred.new_empty(B if reduces else 0, dtype=torch.float32)
     if not x1.numel():
-        return out.zero_(), grad.zero_()
+        return out.zero_(), grad.zero_(), samples.zero_()
     # One sum a program, added up by a second kernel: atomics would add them in any order.
     partial = pred.new_empty(B * programs if loss else 0, dtype=torch.float32)
     pred, x1 = runtime.with_unit_rows(pred), runtime.with_unit_rows(x1)
@@ -117,20 +122,30 @@ def launch(
             **data_arguments(x1, std, x0, seed, ids, scale, layout, pred.element_size()),
         )
         if loss:
-            _launch_reduction(partial, out, B, programs, layout.numel, reduction)
-    return out, grad
+            _launch_reduction(partial, out, samples, B, programs, layout.numel, reduction)
+    return out, grad, samples
 
 
 def _launch_reduction(
-    partial: Tensor, out: Tensor, B: int, programs: int, numel: int, reduction: str
+    partial: Tensor,
+    out: Tensor,
+    samples: Tensor,
+    B: int,
+    programs: int,
+    numel: int,
+    reduction: str,
 ) -> None:
-    """out = the losses of the samples, or their sum or mean, from the programs' partial sums."""
+    """out = the losses of the samples, or their sum or mean, from the programs' partial sums.
+
+    With a sum or mean, `samples` gets the losses of the samples.
+    """
     block_p = min(triton.next_power_of_2(programs), 64)
     block_b = 2048 // block_p
     per_sample = reduction == "none"
     _reduce_kernel[(triton.cdiv(B, block_b) if per_sample else 1,)](
         partial,
         out,
+        samples,
         B,
         programs,
         float(numel),

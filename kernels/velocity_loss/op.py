@@ -29,7 +29,9 @@ from mixflow_fast.kernels.velocity_loss.launch import launch, launch_scale
 from mixflow_fast.kernels.velocity_loss.reference import (
     gradient_reference,
     loss_shape,
+    reduce,
     reference_inputs,
+    samples_shape,
     to_pred_layout,
     velocity_loss_reference,
 )
@@ -58,8 +60,10 @@ def _velocity_loss_op(
     patch_size: int,
     with_gradient: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, gradient for an upstream of 1), or (nothing, gradient) where `upstream` is given."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient for an upstream of 1, losses of the samples where they are reduced), or
+    (nothing, gradient, nothing) where `upstream` is given.
+    """
     if runtime.use_kernels(impl, pred.device, pred.dtype, x1.dtype):
         return launch(
             pred,
@@ -84,25 +88,30 @@ def _velocity_loss_op(
         )
     options = dict(clock=clock, path=path, prediction=prediction, weight=weight)
     options.update(reduction=reduction, loss_weight=None if loss_weight == "none" else loss_weight)
-    loss, gradient = _empty(pred, x1, upstream, reduction, with_gradient)
+    loss, gradient, samples = _empty(pred, x1, upstream, reduction, with_gradient)
     shaped_pred, x1, x0 = reference_inputs(
         pred, x1, std, scale, seed, ids, x0, learn_sigma, patch_size
     )
     if upstream is None:
-        loss = velocity_loss_reference(shaped_pred, x1, x0, times, **options)
+        each = velocity_loss_reference(
+            shaped_pred, x1, x0, times, **{**options, "reduction": "none"}
+        )
+        loss = reduce(each, reduction)
+        samples = samples if reduction == "none" else each
     if with_gradient:
         gradient = gradient_reference(shaped_pred, x1, x0, times, upstream, **options)
         gradient = to_pred_layout(gradient, learn_sigma, patch_size)
-    return loss, gradient
+    return loss, gradient, samples
 
 
 def _empty(
     pred: Tensor, x1: Tensor, upstream: Tensor | None, reduction: str, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) not yet written, each of no elements where it is not asked for."""
-    shape = loss_shape(x1, reduction) if upstream is None else (0,)
-    loss = pred.new_empty(shape, dtype=compute_dtype(x1))
-    return loss, pred.new_empty(pred.shape if with_gradient else (0,))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's results not yet written, each of no elements where it is not asked for."""
+    forward, dtype = upstream is None, compute_dtype(x1)
+    loss = pred.new_empty(loss_shape(x1, reduction) if forward else (0,), dtype=dtype)
+    samples = pred.new_empty(samples_shape(x1, reduction) if forward else (0,), dtype=dtype)
+    return loss, pred.new_empty(pred.shape if with_gradient else (0,)), samples
 
 
 @_velocity_loss_op.register_fake
@@ -146,8 +155,8 @@ _UPSTREAM, _WITH_GRADIENT = 9, 17
 
 def _setup_context(ctx, inputs, output) -> None:
     with_gradient = inputs[_WITH_GRADIENT]
-    _, gradient = output
-    ctx.mark_non_differentiable(gradient)
+    _, gradient, samples = output
+    ctx.mark_non_differentiable(gradient, samples)
     ctx.set_materialize_grads(False)  # no zeros for the gradient of the gradient
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.fused = with_gradient
@@ -155,7 +164,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*([gradient] if with_gradient else tensors))
 
 
-def _backward(ctx, upstream: Tensor | None, _) -> tuple[Tensor | None, ...]:
+def _backward(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(ctx.options)
     if upstream is None:
         return nothing
@@ -208,7 +217,7 @@ def velocity_loss(
     learn_sigma: bool = False,
     patch_size: int = 0,
     impl: str = "auto",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The operator `mixflow_fast::velocity_loss`.
 
     Arguments are those that `MixFlow.loss` has checked.
@@ -227,7 +236,9 @@ def velocity_loss(
         impl: "auto", "triton" or "reference".
 
     Returns:
-        float32 (the reference: float64 for float64 data).
+        (loss, samples), float32 (the reference: float64 for float64 data). `samples` are the (B,)
+        losses of the samples, without a gradient: the sums that a "sum" or "mean" was made of, bit
+        for bit what "none" gives; for "none" they are empty, as the loss has them.
 
     Raises:
         ValueError: impl="triton" where it cannot run; too large samples or batches.
@@ -238,7 +249,7 @@ def velocity_loss(
     if runtime.use_kernels(impl, data.device, pred.dtype, data.dtype):
         check_sample_size(data)
     with_gradient = pred.requires_grad and torch.is_grad_enabled() and pred.dtype != torch.float16
-    loss, _ = _velocity_loss_op(
+    loss, _, samples = _velocity_loss_op(
         pred,
         data,
         std,
@@ -259,4 +270,4 @@ def velocity_loss(
         with_gradient,
         impl,
     )
-    return loss
+    return loss, samples

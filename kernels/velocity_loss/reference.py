@@ -22,6 +22,11 @@ def loss_shape(x1: Tensor, reduction: str) -> tuple[int, ...]:
     return (x1.shape[0],) if reduction == "none" else ()
 
 
+def samples_shape(x1: Tensor, reduction: str) -> tuple[int, ...]:
+    """Losses of the samples beside a sum or mean of them."""
+    return (0,) if reduction == "none" else (x1.shape[0],)
+
+
 def gradient_scale(x1: Tensor, reduction: str) -> float:
     """1 / E of the formula, also over the number of samples for the mean over the batch."""
     count = x1.shape[1:].numel() * (len(x1) if reduction == "mean" else 1)
@@ -64,7 +69,8 @@ def _weights(
     return total
 
 
-def _reduce(losses: Tensor, reduction: str) -> Tensor:
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    """(B,) losses of the samples as they are, their sum or their mean."""
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.mean()
@@ -91,7 +97,7 @@ def velocity_loss_reference(
     pred, x1, x0 = pred.to(dtype), x1.to(dtype), x0.to(dtype)
     error, _ = _errors(pred, x1, x0, times, clock, path, prediction)
     error = _weights(weight, loss_weight, error, times, clock, path) * error**2
-    return _reduce(error.flatten(1).mean(dim=1), reduction)
+    return reduce(error.flatten(1).mean(dim=1), reduction)
 
 
 def gradient_reference(

@@ -172,6 +172,7 @@ def _reduce_rows(
 def _reduce_kernel(
     partial_ptr,
     out_ptr,
+    samples_ptr,
     B,
     programs,
     numel,
@@ -180,7 +181,9 @@ def _reduce_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Sums of partials in a fixed order: per sample, or of all samples in one program."""
+    """Sums of partials in a fixed order: per sample, or of all samples in one program, which
+    writes those per sample as well.
+    """
     rows = tl.arange(0, BLOCK_B)
     if PER_SAMPLE:
         row = tl.program_id(0) * BLOCK_B + rows
@@ -189,7 +192,10 @@ def _reduce_kernel(
     else:
         total = tl.zeros((BLOCK_B,), tl.float32)
         for first in range(0, B, BLOCK_B):
-            total += _reduce_rows(partial_ptr, first + rows, B, programs, numel, BLOCK_B, BLOCK_P)
+            row = first + rows
+            losses = _reduce_rows(partial_ptr, row, B, programs, numel, BLOCK_B, BLOCK_P)
+            tl.store(samples_ptr + row, losses, mask=row < B)
+            total += losses
         tl.store(out_ptr, tl.div_rn(tl.sum(total, axis=0), divisor))
 
 

@@ -33,7 +33,7 @@ from mixflow_fast.kernels.layout import from_tokens
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.runtime import compute_dtype
 from mixflow_fast.kernels.velocity_loss.op import REDUCTIONS, velocity_loss
-from mixflow_fast.kernels.velocity_loss.reference import velocity_loss_reference
+from mixflow_fast.kernels.velocity_loss.reference import reduce, velocity_loss_reference
 from mixflow_fast.objective.checks import (
     check_choice,
     check_data,
@@ -275,6 +275,24 @@ class MixFlow:
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, an empty batch with "mean".
         """
+        return self.loss_and_samples(pred, it, weight, reduction, learn_sigma)[0]
+
+    def loss_and_samples(
+        self,
+        pred: Tensor,
+        it: Interpolation,
+        weight: Tensor | float | None = None,
+        reduction: str = "mean",
+        learn_sigma: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`loss`, and the losses of the samples that it is made of, in the same pass.
+
+        Arguments and errors as `loss`.
+
+        Returns:
+            (loss, (B,) losses of the samples without a gradient), each with the bits that `loss`
+            gives.
+        """
         check_choice("reduction", reduction, REDUCTIONS)
         self._check_interpolation(it)
         like = it.data.mean if isinstance(it.data, Moments) else it.data
@@ -291,12 +309,11 @@ class MixFlow:
             prediction=self.prediction,
             loss_weight=self.loss_weight,
             weight=weight,
-            reduction=reduction,
         )
         # Where the reference made the input, its noise is stored, and the reference takes the loss.
         kernels = it._impl == "triton" and not _transformed()
         if kernels and runtime.use_kernels(self.impl, pred.device, pred.dtype):
-            return velocity_loss(
+            loss, samples = velocity_loss(
                 pred,
                 it.data,
                 times,
@@ -305,14 +322,17 @@ class MixFlow:
                 x0=it._x0,
                 learn_sigma=learn_sigma,
                 patch_size=patch_size,
+                reduction=reduction,
                 impl="triton",
                 **options,
             )
+            return loss, loss.detach() if reduction == "none" else samples
         if patch_size:
             pred = from_tokens(pred, like.shape, patch_size)
         if learn_sigma:
             pred = pred[:, : like.shape[1]]
-        return velocity_loss_reference(pred, it.x1, it.x0(), times, **options)
+        samples = velocity_loss_reference(pred, it.x1, it.x0(), times, reduction="none", **options)
+        return reduce(samples, reduction), samples.detach()
 
     def _check_interpolation(self, it: object) -> None:
         if not isinstance(it, Interpolation):

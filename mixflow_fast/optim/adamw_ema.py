@@ -94,10 +94,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: global gradient norm of the last step before clipping, a scalar on the device.
+        skips: whether steps whose norm is not finite change nothing; see `skip_nonfinite`.
 
     Raises:
         ValueError: a setting outside its range; impl="csrc" without its library.
     """
+
+    skips = False
 
     def __init__(
         self,
@@ -301,6 +304,7 @@ class AdamWEMA(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             ema_decays=list(decays.values()),
+            grad_norm=self.grad_norm if self.skips else None,
         )
 
     def _adamw(

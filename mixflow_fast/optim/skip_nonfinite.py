@@ -2,8 +2,9 @@
 
     weights, moments, EMAs = new if the global gradient norm is finite else old
 
-The choice is made on the device, so no step waits for it. Old values are kept for a bounded number
-of elements at a time, not for the whole network.
+The choice is made on the device, so no step waits for it. The operator of `csrc/` reads the norm and
+writes nothing where it is not finite: one pass, as without skipping. For parameters that go through
+foreach calls or apex, old values are kept for a bounded number of elements at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ class SkippingAdamWEMA(AdamWEMA):
     it is a number of the host, which does not know.
     """
 
+    skips = True
+
     def _update(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
+        kept = [p for p in params if not self._takes_csrc(p)]
+        super()._update(group, [p for p in params if self._takes_csrc(p)], scale)
+        if kept:
+            self._update_in_pieces(group, kept, scale)
+
+    def _update_in_pieces(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
+        """By calls that do not know of skipping, after which old values are put back."""
         good = torch.isfinite(self.grad_norm)
         for batch in _batches([(p, self._started(group, p)) for p in params]):
             for piece, state in batch:
@@ -40,9 +50,11 @@ class SkippingAdamWEMA(AdamWEMA):
                 torch.where(good, tensor, value, out=tensor)
             for piece, _ in batch:
                 del self.state[piece]
-        # The slices had the count as a copy of their own.
         for p in params:
+            # The slices had the count as a copy of their own, and are no keys of the copies.
             self.state[p]["step"] += 1
+            if p in self._copies:
+                self._copies[p].copy_(torch.where(good, p, self._copies[p].float()))
 
 
 class SkippingApexAdamWEMA(SkippingAdamWEMA, ApexAdamWEMA):

@@ -40,6 +40,7 @@ class Alignment:
         self.weight, self.teacher = section.alignment_weight, teacher
         self._mix, self._device = mix, device
         self._at_label = section.alignment_input == "label"
+        self._nothing = torch.zeros((), device=device)
 
     def move_teacher(self) -> None:
         """Take the teacher to the device, once it is sure that the run begins there."""
@@ -47,29 +48,29 @@ class Alignment:
             self.teacher.model.to(self._device)
 
     def __call__(
-        self, net: nn.Module, zs: list[Tensor] | None, batch: Batch, it: Interpolation, y: Tensor
+        self, net: nn.Module, zs: list[Tensor] | None, batch: Batch, it: Interpolation
     ) -> Tensor:
         """The term of a micro-batch, not yet weighted.
 
         Args:
             net: the network itself, not DeepSpeed's engine around it.
             zs: the projections of the training forward, (B, N, z_dim) each; None without any.
-            batch: with features, or with what the teacher looks at: its images, else x.
+            batch: as the training forward saw it; with features, or with what the teacher looks
+                at: its images, else x.
             it: what the training forward was fed.
-            y: (B,) labels as the training forward saw them.
 
         Returns:
             float32 scalar on the device, in [-1, 1].
         """
         if not self.weight:
             if zs is None:
-                return torch.zeros((), device=self._device)
+                return self._nothing
             # The projectors stay out of the loss; a zero keeps their gradients defined.
             return 0.0 * torch.stack([z.float().sum() for z in zs]).sum()
         if self._at_label:
             # The same ids draw the same noise.
             at_label = self._mix.prepare(batch.x, ids=batch.positions, t=it.t, slowed_t=it.t)
-            zs = net.projections(at_label.x, at_label.t, y)
+            zs = net.projections(at_label.x, at_label.t, batch.y)
         return repa_alignment_loss(zs, [self._features(batch)])
 
     def _features(self, batch: Batch) -> Tensor:

@@ -30,7 +30,6 @@ from mixflow_fast.data import Batch, BatchLoader, Dataset, sample_index
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import sync, write_text
 from mixflow_fast.messages import error_line
-from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.build import FirstNetwork
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.step_record import BadStep, StepOutput
@@ -138,7 +137,8 @@ class Examiner:
     Attributes:
         section: `train` of the configuration.
         out: run folder.
-        dataset, mix, engine: data, objective and engine that the run trains with.
+        dataset: what the run trains on, with its labels dropped as there.
+        engine: the engine that the run trains with.
         forward: what a training step does with a network and a micro-batch.
         host_group: exchange between the ranks.
         device: device of this rank.
@@ -148,7 +148,6 @@ class Examiner:
     section: TrainConfig
     out: Path
     dataset: Dataset
-    mix: MixFlow
     engine: Engine
     forward: Callable[[Network, Batch], StepOutput]
     host_group: HostGroup
@@ -223,8 +222,6 @@ class Examiner:
         part = int(order.argmax()) if order.any() else int(bad.losses.argmax())
         batch = self._micro_batch(bad, part)
         made, norms = self._run(batch)
-        with torch.no_grad():
-            recomputed = self.mix.loss(made.pred.detach(), made.it, reduction="none").cpu()
         tensors = {
             "positions": batch.positions,
             "indices": sample_index(batch.positions, len(self.dataset), self.section.seed),
@@ -232,7 +229,7 @@ class Examiner:
             "t": made.it.t.cpu(),
             "slowed_t": made.it.slowed_t.cpu(),
             "loss": bad.each[part],
-            "loss_recomputed": recomputed,
+            "loss_recomputed": made.samples.cpu(),
             "x1": batch.x,
         }
         suspects = wrong[part].nonzero()[:, 0].tolist()

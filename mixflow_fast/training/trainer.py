@@ -20,14 +20,14 @@ from mixflow_fast.checkpoints.run_folder import RunFolder, RunState, choose_chec
 from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.data import Batch, BatchLoader
+from mixflow_fast.data import Batch, BatchLoader, Dataset
+from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
 from mixflow_fast.files import user_path
-from mixflow_fast.kernels import philox, runtime
-from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models.flops import peak_tflops, train_flops
 from mixflow_fast.models.weights.metadata import Metadata
@@ -149,6 +149,11 @@ class Trainer:
             self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
+    def examples(self) -> Dataset:
+        """The dataset with the labels that the network is trained on, some of them dropped."""
+        return LabelDropout(self.dataset, self.config.train.label_dropout, self.model.null_class)
+
+    @property
     def images_seen(self) -> int:
         """Training images so far, over all ranks."""
         return self.step * self.config.train.global_batch_size
@@ -221,23 +226,20 @@ class Trainer:
             return torch.full((2,), torch.nan)
         end = self.images_seen + self.config.train.global_batch_size
         self.engine.set_lr(self._learning_rate(end))
-        totals = torch.zeros(2, device=self.device)
+        record = self.guard.record
         outputs: list[StepOutput] = []
         for _ in range(loader.microsteps):
             with self._throughput.waiting:
                 batch = next(loader)
             with self._throughput.working:
                 made = self.forward(self.engine, batch.to(self.device))
-            loss = self.guard.record.micro_batch(made.loss, self.mix, made.pred, made.it)
-            self.engine.backward(loss)
+            self.engine.backward(record.micro_batch(made))
             self.engine.step()
-            # On the device: to read a loss here would be to wait for it.
-            totals += torch.stack([made.loss, made.alignment]).detach()
             if self.on_step is not None:
                 outputs.append(made)
         self.step += 1
-        means = totals / loader.microsteps
-        self.guard.record.end_step(self.step, means, self.engine.grad_norm())
+        # On the device: to read a loss here would be to wait for it.
+        means = record.end_step(self.step, self.engine.grad_norm())
         if self.on_step is not None:
             self.on_step(self.step, outputs, means)
         return means
@@ -247,23 +249,16 @@ class Trainer:
 
         Args:
             net: the engine, or the network itself.
-            batch: M examples.
+            batch: M examples, of the loader: some labels are dropped already.
         """
-        y = self.drop_labels(batch.y, batch.positions)
         it = self.mix.prepare(batch.x, ids=batch.positions)
-        output = net(it.x, it.t, y)
+        output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
-        alignment = self.alignment(self.engine.module, zs, batch, it, y)
-        loss = self.mix.loss(pred, it) + self.alignment.weight * alignment
-        return StepOutput(it, y, pred, alignment, loss)
-
-    def drop_labels(self, y: Tensor, positions: Tensor) -> Tensor:
-        """(M,) labels with the null class in place of some, a function of (seed, position)."""
-        probability = self.config.train.label_dropout
-        if not probability:
-            return y
-        u = philox.uniform(self.config.train.seed, Stream.LABEL_DROPOUT, positions)[:, 0]
-        return torch.where(u < probability, self.model.null_class, y)
+        alignment = self.alignment(self.engine.module, zs, batch, it)
+        loss, samples = self.mix.loss_and_samples(pred, it)
+        if self.alignment.weight or zs is not None:
+            loss = loss + self.alignment.weight * alignment
+        return StepOutput(it, batch.y, pred, alignment, loss, samples)
 
     def save(self) -> Path:
         """Write a resumable checkpoint; complete or not there. Every rank must call it.
@@ -355,8 +350,7 @@ class Trainer:
             Examiner(
                 section=c,
                 out=self.out,
-                dataset=self.dataset,
-                mix=self.mix,
+                dataset=self.examples,
                 engine=self.engine,
                 forward=self.forward,
                 host_group=self.host_group,
@@ -371,7 +365,7 @@ class Trainer:
         """Micro-batches of this rank from this step on."""
         c = self.config.train
         return BatchLoader(
-            self.dataset,
+            self.examples,
             seed=c.seed,
             global_batch_size=c.global_batch_size,
             microbatch_size=self.microbatch,

@@ -72,6 +72,33 @@ def test_no_factor_is_a_factor_of_one() -> None:
     assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -math.inf, 3e38, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("walk", ["cpu", "gpu"])
+def test_a_norm_that_is_not_finite_writes_nothing(
+    emulator: ctypes.CDLL, walk: str, dtype: torch.dtype, norm: float
+) -> None:
+    """With a finite one: the bits of the step that does not look at it. Gradients say nothing."""
+    lists = make_tensors(SIZES, 3, dtype)
+    lists["grads"][-1][5] = math.nan
+    copies = [torch.full((n,), 0.5, dtype=torch.bfloat16) for n in SIZES]
+    before, expected = (copy_of({**lists, "copies": copies}) for _ in range(2))
+    if math.isfinite(norm):
+        call(expected, torch.tensor(0.25), expected["copies"])
+    if walk == "cpu":
+        call(lists, torch.tensor(0.25), copies, grad_norm=torch.tensor(norm))
+    else:
+        emulate(emulator, lists, copies, torch.tensor(0.25), torch.tensor(norm))
+    after = {**lists, "copies": copies}
+    for name, tensors in after.items():
+        for i, x in enumerate(tensors):
+            # As bits: NaN is not equal to itself.
+            bits = torch.int32 if x.dtype == torch.float32 else torch.int16
+            assert torch.equal(x.view(bits), expected[name][i].view(bits)), (name, i)
+    changed = not torch.equal(lists["params"][0], before["params"][0])
+    assert changed == math.isfinite(norm)
+
+
 def test_special_numbers() -> None:
     """NaN and infinity stay where they are and reach the copy; a decay of 0 is the weight."""
     lists = make_tensors((37,), 4)
@@ -184,6 +211,14 @@ REFUSED = {
     ),
     "factor": (wrong(scale=torch.ones(2)), r"grad_scale must be one Float on cpu, got 2 of Float"),
     "factor dtype": (wrong(scale=torch.ones(1).double()), r"got 1 of Double on cpu"),
+    "norm": (
+        wrong(options={"grad_norm": torch.ones(3)}),
+        r"grad_norm must be one Float on cpu, got 3 of Float on cpu",
+    ),
+    "norm device": (
+        wrong(options={"grad_norm": torch.ones((), device="meta")}),
+        r"grad_norm must be one Float on cpu, got 1 of Float on meta",
+    ),
     "step": (wrong(options={"step": 0}), r"step must be 1 or more, got 0"),
     "lr": (wrong(options={"lr": -1.0}), r"lr must be in \[0, inf\), got -1"),
     "lr nan": (wrong(options={"lr": math.nan}), r"lr must be in"),
@@ -228,7 +263,7 @@ def test_traces_without_data() -> None:
     torch.library.opcheck(
         torch.ops.mixflow_fast.adamw_ema_,
         (*g.values(), [], torch.tensor(0.5)),
-        {**SETTINGS, "step": 3, "ema_decays": [0.9, 0.5]},
+        {**SETTINGS, "step": 3, "ema_decays": [0.9, 0.5], "grad_norm": torch.tensor(1.0)},
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -261,13 +296,13 @@ extern "C" const char* mixflow_adamw_ema_cuda(const mixflow::Table* t, int bfloa
 
 extern "C" int run(int64_t count, const int64_t* sizes, void** w, void** g, void** m, void** v,
                    void** e, void** copies, int emas, const double* decays, int bfloat16,
-                   const double* s, int64_t step, const float* factor) {
+                   const double* s, int64_t step, const float* factor, const float* norm) {
   float weights[mixflow::kMaxEmas];
   for (int k = 0; k < emas; ++k) weights[k] = static_cast<float>(1.0 - decays[k]);
   const mixflow::Tensors tensors{count, sizes, w, g, m, v, e, copies, emas, weights, bfloat16 != 0};
   launches = 0;
   mixflow::for_each_table(
-      tensors, mixflow::make_adamw(s[0], s[1], s[2], s[3], s[4], step), factor,
+      tensors, mixflow::make_adamw(s[0], s[1], s[2], s[3], s[4], step), factor, norm,
       [&](const mixflow::Table& table) { mixflow_adamw_ema_cuda(&table, bfloat16, nullptr); });
   return launches;
 }
@@ -316,7 +351,13 @@ def pointers(tensors: list[torch.Tensor]) -> ctypes.Array:
     return (ctypes.c_void_p * max(len(tensors), 1))(*(x.data_ptr() for x in tensors))
 
 
-def emulate(library: ctypes.CDLL, lists: dict, copies: list, factor: torch.Tensor | None) -> int:
+def emulate(
+    library: ctypes.CDLL,
+    lists: dict,
+    copies: list,
+    factor: torch.Tensor | None,
+    norm: torch.Tensor | None = None,
+) -> int:
     """Runs the GPU's walk on the CPU; returns the number of launches."""
     sizes = [w.numel() for w in lists["params"]]
     emas = len(lists["emas"]) // len(sizes)
@@ -332,7 +373,7 @@ def emulate(library: ctypes.CDLL, lists: dict, copies: list, factor: torch.Tenso
         int(lists["grads"][0].dtype == torch.bfloat16),
         (ctypes.c_double * 5)(*settings),
         ctypes.c_int64(7),
-        None if factor is None else ctypes.c_void_p(factor.data_ptr()),
+        *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (factor, norm)),
     )
 
 

@@ -118,3 +118,21 @@ def test_gpu_runs_in_a_captured_graph() -> None:
         graph.replay()
         call(expected, scale)
     assert_same_bits(expected, lists)
+
+
+@needs_gpu
+def test_gpu_leaves_out_a_step_in_a_captured_graph() -> None:
+    """The norm is read from memory at each replay, and never on the host."""
+    if not require_library().cuda:
+        pytest.skip(f"the library has no CUDA part: {extension.cuda_toolkit()[1]}")
+    lists = {k: [x.cuda() for x in xs] for k, xs in make_tensors((1023, 65_537), 2).items()}
+    expected, norm = copy_of(lists), torch.tensor(1.0, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(lists, grad_norm=norm)
+    for value in (1.0, float("nan"), float("inf"), 2.0):
+        norm.fill_(value)
+        graph.replay()
+        if value < 3:
+            call(expected)
+        assert_same_bits(expected, lists)

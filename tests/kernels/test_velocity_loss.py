@@ -373,3 +373,25 @@ def test_tokens_of_every_patch_size_come_back() -> None:
         # SiT's unpatchify, as its paper's figure has it: rows of patches, patches, rows, columns.
         by_hand = torch.einsum("nhwpqc->nchpwq", tokens.view(2, h // p, w // p, p, p, c))
         assert torch.equal(by_hand.reshape(x.shape), x)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_losses_of_the_samples_in_the_same_pass(
+    impl: str, reduction: str, dtype: torch.dtype
+) -> None:
+    """Loss, gradient and samples have the bits that `loss` gives, one reduction at a time."""
+    batch = 70  # more rows than one program of the sum takes at once
+    mix = MixFlow(clock=DATA_AT_1, impl=impl, seed=3)
+    it = mix.prepare(data(batch, 4, 16, 16), torch.arange(batch, device=DEVICE))
+    found = []
+    for take in (mix.loss, mix.loss_and_samples):
+        pred = data(batch, 4, 16, 16, dtype=dtype, seed=1).requires_grad_()
+        loss = take(pred, it, weight=uniform(batch), reduction=reduction)
+        loss, samples = loss if isinstance(loss, tuple) else (loss, None)
+        loss.backward(torch.full_like(loss, 0.5))
+        found.append((loss.detach(), pred.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.equal(samples, mix.loss(pred, it, weight=uniform(batch), reduction="none"))
+    assert not samples.requires_grad and samples.dtype == torch.float32

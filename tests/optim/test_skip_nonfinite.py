@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.skip_nonfinite import PIECE, skipping
+from tests.support.csrc_library import require_library
 
 
 @pytest.mark.parametrize("impl", ["auto", "foreach"])
@@ -43,3 +45,55 @@ def test_skipping_in_pieces(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     for p, old, state in zip(params, before, kept, strict=True):
         assert torch.equal(p, old)
         assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def optimizer_of(kind: type[AdamWEMA], impl: str) -> tuple[AdamWEMA, list[torch.Tensor]]:
+    """With bfloat16 copies, after two steps."""
+    g = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(size, generator=g)) for size in (5, 3000, 77)]
+    optimizer = kind(params, ema_decay=(0.5, 0.9), grad_clip=1.0, weight_decay=0.1, impl=impl)
+    copies = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
+    optimizer.set_copies(dict(zip(params, copies, strict=True)))
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+    states = [v for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+    return optimizer, [*(p.detach() for p in params), *copies, *states]
+
+
+@pytest.mark.parametrize("impl", ["csrc", "foreach"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_step_writes_nothing(impl: str, bad: float) -> None:
+    """Weights, copies, moments and EMAs; before it the bits of the optimizer that never skips."""
+    if impl == "csrc":
+        require_library()
+    _, plain = optimizer_of(AdamWEMA, impl)
+    optimizer, found = optimizer_of(skipping(AdamWEMA), impl)
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    (params,) = (group["params"] for group in optimizer.param_groups)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[0].grad[3] = bad
+    with Operators() as operators:
+        optimizer.step()
+    assert not optimizer.grad_norm.isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    assert [optimizer.state[p]["step"] for p in params] == [3, 3, 3]
+    if impl == "csrc":  # in one pass, and nobody asked on the host
+        assert operators.names.count("mixflow_fast::adamw_ema_") == 1
+        assert not {"aten::clone", "aten::where", "aten::isfinite", "aten::_local_scalar_dense"} & {
+            *operators.names
+        }

@@ -78,11 +78,11 @@ def test_the_loss_is_flow_plus_half_the_alignment_and_goes_down(
     (flow,) = rows(tmp_path / "off")
     assert "alignment" not in flow
 
-    batch = trainer.dataset.get(*first_positions(trainer), seed=0)
+    batch = trainer.examples.get(*first_positions(trainer), seed=0)
     assert not torch.equal(batch.x, batch.x.flip(-1))
     model = build_model(config.model)
     it = trainer.mix.prepare(batch.x, ids=batch.positions)
-    z = model(it.x, it.t, trainer.drop_labels(batch.y, batch.positions))[1][0]
+    z = model(it.x, it.t, batch.y)[1][0]
     # What the crops become without going through the library's preprocessing.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     unit = ((batch.x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -175,8 +175,8 @@ def test_label_input_projects_x_at_the_label_with_the_same_noise(
         trainer = Trainer(config, quiet=True)
         trainer.run()
         found[stage] = rows(tmp_path / str(stage))
-    batch = trainer.dataset.get(*first_positions(trainer), seed=0)
-    y = trainer.drop_labels(batch.y, batch.positions)
+    batch = trainer.examples.get(*first_positions(trainer), seed=0)
+    y = batch.y
     it = trainer.mix.prepare(batch.x, ids=batch.positions)
     assert trainer.mix.clock == "noise_at_1" and (it.t != it.slowed_t).all()
     t = it.t.view(-1, 1, 1, 1)
@@ -214,7 +214,7 @@ def test_a_step_with_a_teacher_reads_nothing_from_the_device(
     # GPU only: the label range and the times are checked on the CPU.
     monkeypatch.setattr(SiT, "_check_inputs", lambda *_: None)
     trainer = Trainer(repa(tmp_path / "run", teacher), quiet=True)
-    loader = BatchLoader(trainer.dataset, seed=0, global_batch_size=8, microbatch_size=8)
+    loader = BatchLoader(trainer.examples, seed=0, global_batch_size=8, microbatch_size=8)
     ready = Prefetched(loader, 2)
     trainer.train_step(ready)
     with CountReads() as counter:

@@ -177,7 +177,7 @@ def test_a_step_reads_nothing_from_the_device(
     trainer = Trainer(tiny(tmp_path, *overrides), quiet=True)
     c = trainer.config.train
     loader = BatchLoader(
-        trainer.dataset, seed=0, global_batch_size=8, microbatch_size=c.microbatch_size
+        trainer.examples, seed=0, global_batch_size=8, microbatch_size=c.microbatch_size
     )
     ready = Prefetched(loader, 8)
     # The label range is checked on the CPU only.
@@ -231,10 +231,10 @@ def test_repa_with_alignment_loss_on_latents(tmp_path: Path) -> None:
         trainer.run()
         losses[weight] = read_metrics(out / "metrics.jsonl")[0]["loss"]
     # The first step's network and batch are the same: the difference is half the alignment loss.
-    batch = trainer.dataset.get(*first_positions(trainer), seed=0)
+    batch = trainer.examples.get(*first_positions(trainer), seed=0)
     model = build_model(config.model)
     it = MixFlow(0.0, "noise_at_1", timesteps="uniform").prepare(batch.x, ids=batch.positions)
-    y = trainer.drop_labels(batch.y, batch.positions)
+    y = batch.y
     z = model(it.x, it.t, y)[1][0].double()
     cosine = torch.nn.functional.cosine_similarity(z, batch.features.double(), dim=-1).mean()
     assert losses[0.5] - losses[0.0] == pytest.approx(-0.5 * cosine.item(), rel=1e-4)
