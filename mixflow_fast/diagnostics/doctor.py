@@ -237,6 +237,27 @@ def _attention() -> Iterator[Check]:
             yield Check(f"  {backend}", "warn" if wrong else "info", text, do)
 
 
+def _compiled_blocks() -> Iterator[Check]:
+    device = _device()
+    if device.type == "cuda":
+        yield from compiled_gradients(device)
+        return
+    found = "not checked: a network runs uncompiled on a CPU (model.mode=auto)"
+    yield Check("gradients", "info", found)
+
+
+def compiled_gradients(device: torch.device) -> Iterator[Check]:
+    """Gradients of a block as torch.compile makes it, against eager ones."""
+    from mixflow_fast.diagnostics.compiled_block import check_compiled_block
+    from mixflow_fast.models.inductor import block_options
+
+    off = ", mix-order reductions off: this PyTorch gets them wrong" if block_options() else ""
+    for finding in check_compiled_block(device):
+        do = "do not train compiled: model.mode=eager, or another PyTorch; please report"
+        status, do = ("ok", "") if finding.passed else ("fail", do)
+        yield Check(finding.check, status, _finding(finding) + off, do)
+
+
 def _optimizer() -> Iterator[Check]:
     try:
         from mixflow_fast import extension
@@ -367,6 +388,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "devices": _devices,
     "kernels against float64": _kernels,
     "attention backends": _attention,
+    "compiled blocks": _compiled_blocks,
     "optimizer library": _optimizer,
     "DeepSpeed": _deepspeed,
     "optional packages": _optional,

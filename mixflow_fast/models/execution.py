@@ -26,6 +26,7 @@ from torch.utils.checkpoint import (
 
 from mixflow_fast.kernels.attention.backends import BACKENDS, BackendName
 from mixflow_fast.kernels.runtime import IMPLS, Impl
+from mixflow_fast.models.inductor import block_options
 
 _NUMBERS = itertools.count()
 Mode = Literal["eager", "compile", "fused"]
@@ -126,7 +127,8 @@ class _Compiled(Generic[_Out]):
             len(args),
         )
         if way not in self._copies:
-            self._copies[way] = torch.compile(self._make(), fullgraph=True)
+            options = block_options()
+            self._copies[way] = torch.compile(self._make(), fullgraph=True, options=options)
         return self._copies[way](*args)
 
 

@@ -2,9 +2,9 @@
 
     weights, moments, EMAs = new if the global gradient norm is finite else old
 
-The choice is made on the device, so no step waits for it. The operator of `csrc/` reads the norm and
-writes nothing where it is not finite: one pass, as without skipping. For parameters that go through
-foreach calls or apex, old values are kept for a bounded number of elements at a time.
+The choice is made on the device, so no step waits for it. The operator of `csrc/` reads the norm
+and writes nothing where it is not finite: one pass, as without skipping. For parameters that go
+through foreach calls or apex, old values are kept for a bounded number of elements at a time.
 """
 
 from __future__ import annotations

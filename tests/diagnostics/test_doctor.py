@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from mixflow_fast import environment
 from mixflow_fast.cli.main import main
@@ -20,6 +22,7 @@ from mixflow_fast.diagnostics.block_cases import BLOCK_OPS
 from mixflow_fast.diagnostics.doctor import Check, Diagnosis, diagnose, stale_locks
 from mixflow_fast.kernels import runtime
 from mixflow_fast.training import engine
+from tests.support.compiling import compiler
 from tests.support.kernels import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,6 +165,41 @@ def test_warnings_leave_it_healthy(
     assert "is not NVIDIA's" in apex and "-> pip uninstall apex" in apex
     assert re.search(r"warn  shared memory  .*/dev/shm  -> .*--shm-size", out)
     assert "\nhealthy, 2 warnings (" in out
+
+
+def backward_that_leaves_out(rows: int) -> Callable[..., object]:
+    """A backend whose backward pass forgets a part of the modulation's gradient at that batch."""
+
+    def backward(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        def run(*arguments: torch.Tensor) -> object:
+            of_batch = any(
+                isinstance(x, torch.Tensor) and x.shape == (rows, 4, 32) for x in arguments
+            )
+            made = graph(*arguments)
+            for gradient in made:
+                # Six vectors, of which one stays as the memory was.
+                if of_batch and gradient is not None and gradient.shape == (6 * 32,):
+                    gradient[64:96] = 0.25
+            return made
+
+        return make_boxed_func(run)
+
+    return aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=backward)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_a_wrong_gradient_of_a_compiled_block_is_found(
+    monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    backend = backward_that_leaves_out(-1 if rows is None else rows)
+    monkeypatch.setattr(torch, "compile", compiler(backend))
+    found = list(doctor.compiled_gradients(torch.device("cpu")))
+    assert [check.name for check in found] == ["batch 1", "batch 2"]
+    assert [check.status for check in found] == ["fail" if n == rows else "ok" for n in (1, 2)]
+    for check in found:
+        assert ("model.mode=eager" in check.do) == (check.status == "fail")
+        if check.status == "fail":
+            assert "adaLN_modulation" in check.found
 
 
 def test_without_deepspeed_it_is_not_healthy(monkeypatch: pytest.MonkeyPatch, only) -> None:

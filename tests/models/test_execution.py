@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast.models import DiTDH, Execution, SiT, build
+from tests.support.compiling import compiler
 from tests.support.golden import load
 from tests.support.kernels import assert_as_exact_as_eager, relative_rms
 
@@ -31,7 +31,7 @@ def golden(name: str) -> tuple[SiT | DiTDH, dict[str, Tensor]]:
 @pytest.fixture
 def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile without its C++ compiler: it traces, differentiates and partitions."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", compiler("aot_eager"))
 
 
 def run(model: SiT | DiTDH, g: dict[str, Tensor], execution: dict[str, Any]) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
         seen.append(inputs)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", compiler(backend))
     return seen
 
 
@@ -251,7 +251,7 @@ def test_blocks_of_a_width_share_one_compilation() -> None:
 
     torch._dynamo.reset()
     original = torch.compile
-    torch.compile = lambda fn, **options: original(fn, backend=backend, **options)
+    torch.compile = compiler(backend)
     try:
         model = build("SiT-S/2", input_size=4, depth=5, hidden_size=32, num_heads=2)
         model.set_execution(mode="fused")

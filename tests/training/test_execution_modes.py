@@ -15,6 +15,7 @@ from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import DiTDH, load_model, load_weights
 from mixflow_fast.training.build import build_model
 from mixflow_fast.training.trainer import Trainer, train
+from tests.support.compiling import compiler
 from tests.support.runs import assert_same_bits, tiny
 
 DITDH = [
@@ -31,10 +32,7 @@ DITDH = [
 @pytest.fixture(autouse=True)
 def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile without its C++ compiler: seconds instead of a minute."""
-    compiler = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda fn, **options: compiler(fn, backend="aot_eager", **options)
-    )
+    monkeypatch.setattr(torch, "compile", compiler("aot_eager"))
 
 
 def configured(out: Path, network: list[str], *overrides: str) -> Config:
