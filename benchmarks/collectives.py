@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks.flops import on_meta
+from mixflow_fast.checkpoints.shards import alignment
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.config.schema import TrainConfig
 
@@ -124,7 +125,9 @@ def step_collectives(
     if train.zero_stage == 0:
         calls = buckets(sizes, FIXED_BUCKET, at_once=True)
         return [Collectives("backward", "allreduce", summed, total, calls), vote]
-    padded = _multiple(total, 2 * ranks)
+    # Between parameters, so that each begins at 16 bytes, and at the end.
+    unit = max(1, alignment(train.zero_stage, train.precision) // BYTES[own])
+    padded = _multiple(sum(_multiple(size, unit) for size in sizes), 2 * ranks)
     if train.zero_stage == 2:  # each micro-batch
         sums = microsteps * total, microsteps * in_buckets
     elif train.precision == "fp32":  # once a step, when all gradients are there

@@ -29,10 +29,21 @@ from tests.support.runs import tiny
 BETA1 = 0.9
 
 
-def small_network() -> SiT:
+class Odd(SiT):
+    """With a parameter of 13 elements before all others; ZeRO pads it to 16 bytes, or not."""
+
+    def __init__(self, **size: int) -> None:
+        super().__init__(**size)
+        self.odd = torch.nn.Parameter(torch.zeros(13))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, t, y) + self.odd.square().sum()
+
+
+def small_network(kind: type[SiT] = SiT) -> SiT:
     """Every parameter takes part: as it is built, SiT's last layer and gates are zero."""
     torch.manual_seed(0)
-    net = SiT(input_size=4, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    net = kind(input_size=4, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=10)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.requires_grad:
@@ -98,7 +109,7 @@ def broadcasts_of(precision: str, stage: int) -> int:
     Buffers are so small that parameters of one do not fit into the next, and some are larger.
     """
     gathering.plan.__defaults__ = (3000,)
-    engine = engine_of(small_network(), precision=precision, zero_stage=stage)
+    engine = engine_of(small_network(Odd), precision=precision, zero_stage=stage)
     engine.backward(loss_of(engine, dist.get_rank()))
     engine.step()
     recorder = Recorder()

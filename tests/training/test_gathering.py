@@ -42,8 +42,8 @@ def assert_same_bits_in_few_calls(file: Path, ranks: int, cases: list[tuple[str,
     on_ranks(ranks, "tests.support.communication_ranks", "gathered", str(file), json.dumps(cases))
     counts = json.loads(file.read_text())
     assert len(counts) == len(cases)
-    # 31 parameters of 51,168 elements in buffers of 3,000, or of one parameter.
-    assert all(15 < count < 31 for count in counts), counts
+    # 32 parameters of 51,181 elements in buffers of 3,000, or of one parameter.
+    assert all(15 < count < 32 for count in counts), counts
 
 
 def test_weights_and_moments_have_the_bits_that_deepspeed_finds(tmp_path: Path) -> None:
