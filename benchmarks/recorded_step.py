@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixflow_fast.cli.errors import quiet_without_reader
+
 # A width at which ZeRO 3 shards the matrices and keeps the vectors whole, as in the large networks.
 NETWORK = ("model.depth=2", "model.hidden_size=192", "model.num_heads=3")
 WARM_UP = 2
@@ -290,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet_without_reader(main))
