@@ -139,6 +139,8 @@ def _start(common: dist.Store) -> _Watch | None:
     watch, answer = _launch(token, addresses)
     if answer == "connected":
         return watch
+    if watch is not None:
+        watch.tell("left")  # where it only was slow, it must not take this rank's end for a death
     if common.add(f"{key}/unreachable", 1) == 1:
         tried = ", ".join(f"{host}:{port}" for host, port in addresses)
         warnings.warn(

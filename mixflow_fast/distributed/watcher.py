@@ -122,15 +122,18 @@ class Watcher:
 
     def connect(self) -> None:
         """The others' watchers: find rank 0's, and tell the rank whether it was found."""
+        hello = f"hello {self.token} {json.dumps([self.rank, self.hosts[self.rank]])}\n"
         for host, port in self.addresses:
             with contextlib.suppress(OSError):
                 found = socket.create_connection((host, port), timeout=3.0)
-                hello = json.dumps([self.token, self.rank, self.hosts[self.rank]])
-                found.sendall(f"hello {hello}\n".encode())
-                if found.recv(3) == b"hi\n":
-                    self.add_peer(found).rank = 0
-                    self.me.send("connected")
-                    return
+                found.sendall(hello.encode())
+                with contextlib.suppress(TimeoutError):
+                    if found.recv(3) == b"hi\n":
+                        self.add_peer(found).rank = 0
+                        self.me.send("connected")
+                        return
+                # A slow one reads it later, and must not take the end for that of the rank.
+                found.sendall(b"left\n")
                 found.close()
         self.me.send("unreachable")
         raise SystemExit(0)
@@ -175,17 +178,17 @@ class Watcher:
             self.lose(peer)
 
     def greet(self, peer: Line, kind: str, rest: str) -> None:
-        """Let a watcher in that knows the token."""
-        try:
-            token, rank, host = json.loads(rest) if kind == "hello" else ("", -1, "")
-        except ValueError:
-            token = ""
-        if token != self.token:
+        """Let a watcher in that knows the token; what else strangers say is not looked at."""
+        token, _, who = rest.partition(" ")
+        if (kind, token) != ("hello", self.token):
             self.forget(peer)
             return
+        rank, host = json.loads(who)
         peer.rank = rank
         self.hosts[rank] = host
         peer.send("hi")
+        if self.verdict is not None:
+            peer.send("verdict", json.dumps(self.verdict))
         if len(self.hosts) == self.ranks:
             self.send_all("hosts", json.dumps(self.hosts))
 
