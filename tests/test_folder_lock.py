@@ -131,3 +131,20 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no-such"):
         FolderLock(tmp_path / "no-such")
     assert not is_held(tmp_path)
+
+
+def test_an_owner_who_cannot_read_for_a_moment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server that does not answer well is no other run."""
+    no_flock(monkeypatch, errno.ENOSYS)
+    with pytest.warns(UserWarning, match="without locks"):
+        lock = FolderLock(tmp_path)
+    read = folder_lock._read
+    monkeypatch.setattr(folder_lock, "_read", lambda path: "")
+    time.sleep(3 * folder_lock.TOUCH_S)
+    monkeypatch.setattr(folder_lock, "_read", read)
+    before = (tmp_path / ".lock.owner").stat().st_mtime_ns
+    time.sleep(3 * folder_lock.TOUCH_S)
+    assert (tmp_path / ".lock.owner").stat().st_mtime_ns > before
+    lock.close()

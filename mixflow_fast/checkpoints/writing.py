@@ -74,12 +74,13 @@ class CheckpointWriter:
         """Errors of writing inside are kept for the commit."""
         try:
             yield
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             if self._error is None:
                 free = ""
                 with contextlib.suppress(OSError):
                     free = f" ({shutil.disk_usage(self._out).free / 2**20:.0f} MiB free)"
-                self._error = f"{_root(error)}{free}"
+                root = _root(error)
+                self._error = f"{str(root) or type(root).__name__}{free}"  # MemoryError has no text
 
     def write(self, state_dict: object, path: str | os.PathLike[str]) -> None:
         """Take a copy of a state, which the commit writes to this rank's own file.

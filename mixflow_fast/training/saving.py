@@ -121,7 +121,8 @@ class Checkpoints:
             text = f"{self._context.out}: waiting for the checkpoint of step {saving.step}"
             self._context.log.log(f"{text}, which is being written")
             path = saving.wait()
-        if path is not None:
+        # Others need not see the new name yet: network file systems remember what was there.
+        if path is not None and self._context.host_group.rank == 0:
             self._context.log.row(
                 "checkpoint",
                 saving.step,

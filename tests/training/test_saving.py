@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixflow_fast.checkpoints.run_folder import checkpoint_folders
-from mixflow_fast.checkpoints.writing import CheckpointWriter, SaveError
+from mixflow_fast.checkpoints.run_folder import RunState, checkpoint_folders
+from mixflow_fast.checkpoints.writing import CheckpointWriter, SaveError, SaveInProgress
+from mixflow_fast.config.schema import TrainConfig
+from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training import saving
+from mixflow_fast.training.duty import RunContext, Timetable
+from mixflow_fast.training.run_log import RunLog
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.runs import assert_same_bits, tiny
 
@@ -121,3 +125,26 @@ def test_a_rank_that_does_not_write_weights_copies_none(tmp_path: Path) -> None:
         for state in trainer.engine.full_states(stepped=False, keep=kept):
             assert {n for n in trained if state[n] is not None} == (trained if kept else set())
     trainer.close()
+
+
+def test_a_rank_that_does_not_see_the_new_name_goes_on(tmp_path: Path) -> None:
+    """As on a network file system, whose clients remember what was there: rank 0 alone looks."""
+    group = HostGroup.alone()
+    group.rank = 1
+    log = RunLog(tmp_path, 0, 1, section=TrainConfig(), config={}, writes=False, quiet=True)
+    context = RunContext(tmp_path, None, group, None, log)
+    checkpoints = saving.Checkpoints(context, Timetable(1, 1, 0), lambda: None, lambda: None)
+    checkpoints._saving = SaveInProgress(1, lambda: tmp_path / "not_seen")
+    checkpoints.finish()
+
+
+def test_a_rank_without_memory_is_heard_by_all(tmp_path: Path) -> None:
+    """At the commit, where the others would wait for it."""
+
+    def none_left() -> None:
+        raise MemoryError
+
+    writer = CheckpointWriter(tmp_path, 1, HostGroup.alone())
+    writer.later(none_left)
+    with pytest.raises(SaveError, match="step 1 could not be written.*MemoryError"):
+        writer.commit(RunState({}, 1, 8, 1), keep_last=1)
