@@ -263,6 +263,8 @@ class Trainer:
     def save(self) -> Path:
         """Write a resumable checkpoint; complete or not there. Every rank must call it.
 
+        Not from `on_step`: `run` may be writing one, and exchanges of two saves would mix.
+
         Raises:
             SaveError: a rank could not write (a full disk); on all. Older checkpoints stay.
         """
