@@ -100,7 +100,8 @@ def verdict(wait_s: float = 0.0) -> Verdict | None:
 def watching() -> Iterator[None]:
     """While inside, this rank ends when another one dies or leaves by an error. All must enter it.
 
-    A rank whose process lives is never called dead, whatever it does. Where the watchers cannot
+    A rank whose process lives is never called dead, whatever it does; but one whose watcher is
+    killed is, because nothing can be known of it any more. Where the watchers cannot
     reach rank 0's, a warning says so, and a dead rank is noticed as late as communication fails; so
     it is in a process group that the caller made, which has no store here.
     """

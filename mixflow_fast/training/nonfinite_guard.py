@@ -72,6 +72,7 @@ class NonFiniteGuard:
         record: as given.
         state: for state.json.
         log: prints a line.
+        settle: waits for the checkpoint that is being written, which may be the one to read.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class NonFiniteGuard:
         self._examiner, self._aligned = examiner, aligned
         self.state = state or GuardState()
         self.log: Callable[[str], None] = lambda _: None
+        self.settle: Callable[[], None] = lambda: None
         self._dumps = 0
         self._last_norm: float | None = None
 
@@ -175,6 +177,7 @@ class NonFiniteGuard:
 
     def _examine(self, bad: BadStep, now: int) -> Finding:
         """What was found of a bad step; the folder with the rest is written."""
+        self.settle()
         folder = None
         if self._dumps < MAX_DUMPS:
             self._dumps += 1

@@ -429,6 +429,7 @@ class Trainer:
             duties.append(EmaSnapshots(context, when, p.ema_sigma_rel, self._metadata, check))
         when = Timetable(c.save_every, total, step)
         checkpoints = Checkpoints(context, when, check, self.begin_save)
+        self.guard.settle = checkpoints.settle
         return [*duties, checkpoints], checkpoints
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 
 from mixflow_fast.checkpoints.run_folder import checkpoint_name
 from mixflow_fast.checkpoints.shards import full_states
+from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.data import sample_index
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.build import build_model
+from mixflow_fast.training.saving import Checkpoints
 from mixflow_fast.training.step_record import T_BUCKETS
 from mixflow_fast.training.trainer import Trainer, TrainingDiverged, train
 from tests.support.runs import assert_same_bits, run_ranks, settings
@@ -379,3 +382,35 @@ def test_an_examination_that_fails_does_not_end_the_run(
     message = rf"position {BATCH + 2}.*could not run it once more"
     with pytest.raises(TrainingDiverged, match=message):
         train(configured(tmp_path, "stop", 4), quiet=True)
+
+
+@pytest.mark.parametrize("mode", ["stop", "rollback"])
+def test_a_bad_step_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The search reads the newest checkpoint, and a run goes back to it."""
+    latents(tmp_path, (2,))
+    may_write, plain_settle, plain = threading.Event(), Checkpoints.settle, CheckpointWriter.commit
+
+    def commit(self: CheckpointWriter, *args: object, **kwargs: object) -> Path:
+        if self.step == 1:
+            assert may_write.wait(60)
+        return plain(self, *args, **kwargs)
+
+    def settle(self: Checkpoints) -> None:
+        if trainer.step == 2:
+            may_write.set()
+        plain_settle(self)
+
+    monkeypatch.setattr(CheckpointWriter, "commit", commit)
+    monkeypatch.setattr(Checkpoints, "settle", settle)
+    more = ["train.save_every=1", "train.keep_last=1", f"train.on_nonfinite={mode}"]
+    trainer = Trainer(configured(tmp_path, "run", 3, *more), quiet=True)
+    if mode == "stop":
+        with pytest.raises(TrainingDiverged, match="at step 2"):
+            trainer.run()
+    else:
+        assert trainer.run().finished
+        assert trainer.guard.state.left_out == [2]
+    report = tmp_path / "run" / "nonfinite" / checkpoint_name(2) / "report.json"
+    assert checkpoint_name(1) in report.read_text()
