@@ -72,17 +72,17 @@ def find_straggler(times: Sequence[RankTime], window_s: float) -> Straggler | No
 
 
 class StragglerWatch:
-    """Says that a rank is slow once, when it was in two windows one after the other."""
+    """Says of each rank once that it is slow, when it was in two windows one after the other."""
 
     def __init__(self) -> None:
         self._before: int | None = None
-        self._said: int | None = None
+        self._said: set[int] = set()
 
     def sentence(self, found: Straggler | None) -> str | None:
         """The sentence to say after a window, if there is one."""
         rank = None if found is None else found.rank
         again, self._before = rank == self._before, rank
-        if found is None or not again or rank == self._said:
+        if found is None or not again or found.rank in self._said:
             return None
-        self._said = rank
+        self._said.add(found.rank)
         return found.describe()

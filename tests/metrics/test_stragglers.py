@@ -40,6 +40,14 @@ def test_a_slow_rank_is_named_once() -> None:
     )
 
 
+def test_ranks_that_are_slow_in_turns_are_named_once_each() -> None:
+    """As on a machine that others use: the log would have a line for every two rows."""
+    watch = StragglerWatch()
+    first, second = (find_straggler(times(*own), 10.0) for own in ((9.0, 5.0), (5.0, 9.0)))
+    said = [watch.sentence(found) for found in (first, first, second, second) * 3]
+    assert [row for row, sentence in enumerate(said) if sentence] == [1, 3]
+
+
 TRAINING = f"""
 import sys, time
 from mixflow_fast.config.loading import load_config
