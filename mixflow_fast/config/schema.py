@@ -266,15 +266,16 @@ class TrainConfig(Section, name="train"):
     precision: Precision = "bf16"
     """Of the forward and backward pass; master weights and EMAs are float32."""
     zero_stage: ZeroStage = 2
-    """Of DeepSpeed; bf16 at 1 waits for the host once a step."""
+    """Of DeepSpeed: what each rank keeps a part of only. In bf16 at 1 the host waits for the GPU once
+    a step."""
     reduce_dtype: Precision = "fp32"
     """Of sums of gradients over the ranks; bf16 halves the bytes and rounds at each addition."""
     reduce_bucket_size: Positive = 50_000_000
     """Gradient elements that are summed at once; one buffer of them (two with train.overlap_comm)
     stays in memory. Not for ZeRO 0, nor 1 in bf16."""
     overlap_comm: bool = False
-    """Sum over the ranks beside the backward pass, for a wait of the host per micro-batch. Not for
-    ZeRO 0, nor 1 in bf16; ZeRO 3 always does."""
+    """Sum over the ranks while the backward pass goes on; then the host waits for the GPU once per
+    micro-batch. Not for ZeRO 0, nor 1 in bf16; ZeRO 3 always does."""
     seed: Seed = 0
     """Of the order of examples, flips, times and noise."""
     init: str | None = None
@@ -282,7 +283,7 @@ class TrainConfig(Section, name="train"):
     device: Device = "auto"
     """auto takes the GPU where there is one."""
     timeout_minutes: Annotated[float, at_least(0.1)] = 30.0
-    """A rank that hangs so long ends the run; saves must fit in."""
+    """A rank that hangs so long ends the run: longer than a save or a preview takes."""
     on_nonfinite: OnNonfinite = "stop"
     """What to do where loss or gradient is not finite."""
     max_skips: NotNegative = 10
@@ -298,8 +299,8 @@ class TrainConfig(Section, name="train"):
     keep_every: NotNegative = 0
     """Steps, a multiple of train.save_every: those checkpoints stay for good."""
     save_weights: SaveWeights = "end"
-    """Weights.pt in each checkpoint, in the last one, or in none (`mixflow-fast consolidate` makes
-    it from the shards)."""
+    """Which checkpoints have a weights.pt: all, the one at train.images, or none. `mixflow-fast
+    consolidate` makes it of any other."""
     loggers: tuple[LoggerName, ...] = ()
     """Copies of metrics.jsonl, as [tensorboard]; wandb is offline by default."""
     preview_every: NotNegative = 0

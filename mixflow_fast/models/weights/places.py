@@ -91,8 +91,8 @@ def _next_step(folder: Path) -> str:
     if any(any(folder.glob(mark)) for mark in ours):
         run = folder.parent if folder.name == "checkpoints" else folder
         return (
-            "it is of a run with train.save_weights=never or end: mixflow-fast consolidate "
-            f"{run} --out FILE.pt makes one"
+            "its run was stopped before its end, or has train.save_weights=never: mixflow-fast "
+            f"consolidate {run} --out FILE.pt makes one"
         )
     if any(folder.glob("*_optim_states.pt")) or any(folder.glob("global_step*")):
         states = next(iter(sorted(folder.rglob("mp_rank_00_model_states.pt"))), None)

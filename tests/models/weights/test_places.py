@@ -94,7 +94,8 @@ def test_a_folder_with_weights(inside: str, tmp_path: Path) -> None:
 
 SHARD = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
 FOLDERS = {
-    "state.json": "train.save_weights=never or end: mixflow-fast consolidate {} --out FILE.pt",
+    "state.json": "stopped before its end, or has train.save_weights=never: mixflow-fast consolidate "
+    "{} --out FILE.pt",
     "checkpoints/step_00000003/state.json": "mixflow-fast consolidate {} --out FILE.pt",
     f"global_step7/{SHARD}": "python zero_to_fp32.py . OUT. and give OUT",
     SHARD: "python zero_to_fp32.py . OUT. and give OUT",
