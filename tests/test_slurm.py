@@ -93,6 +93,17 @@ def test_the_signal_before_the_limit_reaches_every_rank(tmp_path: Path) -> None:
     assert "--cpus-per-task=8" in lines(tmp_path / "srun.options")
 
 
+def test_a_run_that_is_stopped_by_hand_is_not_queued_again(tmp_path: Path) -> None:
+    """`scancel --signal=USR1 JOB` signals the steps of a job, not its script."""
+    env = prepare(tmp_path, "train", torchrun=TORCHRUN)
+    job = start(tmp_path, env)
+    wait_for(job, tmp_path / "up.0", tmp_path / "up.1")
+    subprocess.run(["scancel", "--signal=USR1", "1"], cwd=tmp_path, env=env, check=True)
+    assert end(job, 20) == 0, lines(tmp_path / "log")
+    assert lines(tmp_path / "heard.0") == lines(tmp_path / "heard.1") == ["heard"]
+    assert lines(tmp_path / "requeued") == []
+
+
 def test_a_failing_run_is_queued_again_but_not_for_ever(tmp_path: Path) -> None:
     env = prepare(tmp_path, "train", torchrun=FAILING)
     for part in range(1, 6):

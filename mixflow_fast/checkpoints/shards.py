@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from mixflow_fast.models.weights.foreign import unsafe_name
 
-COPY_AGAIN = "copy the whole checkpoint again, or take an older one"
+COPY_AGAIN = (
+    "copy the whole checkpoint again, or take an older one (a run does if this one is moved away)"
+)
 # What the optimizer keeps for a parameter, by name: tensors of its shape, or one number for all of
 # its elements, such as "step". "weight" is the float32 master.
 ParameterState = dict[str, Tensor | int | float]

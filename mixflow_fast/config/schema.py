@@ -266,8 +266,8 @@ class TrainConfig(Section, name="train"):
     precision: Precision = "bf16"
     """Of the forward and backward pass; master weights and EMAs are float32."""
     zero_stage: ZeroStage = 2
-    """Of DeepSpeed: what each rank keeps a part of only. In bf16 at 1 the host waits for the GPU once
-    a step."""
+    """Of DeepSpeed: what the ranks share out. 1 in bf16 has the host wait for the GPU once a
+    step."""
     reduce_dtype: Precision = "fp32"
     """Of sums of gradients over the ranks; bf16 halves the bytes and rounds at each addition."""
     reduce_bucket_size: Positive = 50_000_000

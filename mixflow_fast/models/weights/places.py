@@ -87,13 +87,15 @@ def _in_folder(folder: Path) -> Path:
 
 def _next_step(folder: Path) -> str:
     """What a folder without weights is, and what to do."""
-    ours = ("state.json", "metrics.jsonl", "step_*/state.json", "checkpoints/step_*/state.json")
+    ours = ("state.json", "step_*/state.json", "checkpoints/step_*/state.json")
     if any(any(folder.glob(mark)) for mark in ours):
         run = folder.parent if folder.name == "checkpoints" else folder
         return (
             "its run was stopped before its end, or has train.save_weights=never: mixflow-fast "
             f"consolidate {run} --out FILE.pt makes one"
         )
+    if (folder / "metrics.jsonl").is_file():
+        return "its run has saved no checkpoint yet: the command that began it goes on"
     if any(folder.glob("*_optim_states.pt")) or any(folder.glob("global_step*")):
         states = next(iter(sorted(folder.rglob("mp_rank_00_model_states.pt"))), None)
         half = f"; its network in the precision of training is in {states}" if states else ""

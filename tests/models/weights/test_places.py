@@ -94,14 +94,14 @@ def test_a_folder_with_weights(inside: str, tmp_path: Path) -> None:
 
 SHARD = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
 FOLDERS = {
-    "state.json": "stopped before its end, or has train.save_weights=never: mixflow-fast consolidate "
-    "{} --out FILE.pt",
+    "state.json": "stopped before its end, or has train.save_weights=never: mixflow-fast "
+    "consolidate {} --out FILE.pt",
     "checkpoints/step_00000003/state.json": "mixflow-fast consolidate {} --out FILE.pt",
     f"global_step7/{SHARD}": "python zero_to_fp32.py . OUT. and give OUT",
     SHARD: "python zero_to_fp32.py . OUT. and give OUT",
     "global_step7/mp_rank_00_model_states.pt": "of training is in {}/global_step7/mp_rank_00_model",
     ".metadata": "format_utils dcp_to_torch {} FILE.pt",
-    "metrics.jsonl": "mixflow-fast consolidate {} --out FILE.pt",
+    "metrics.jsonl": "its run has saved no checkpoint yet",
     "0400000.pt": "give one of the files in it: 0400000.pt",
     "checkpoints/0400000.pt": "give one of the files in it: checkpoints/0400000.pt",
     "readme.md": "give a run folder, a checkpoint folder or a weights file",
