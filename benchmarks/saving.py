@@ -37,11 +37,16 @@ State = dict[str, Tensor]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
+        epilog="Ways: beside copies the state and writes it beside training, as runs do; waiting "
+        "writes it while training waits, as former releases did. Medians come last, in seconds and "
+        "seconds of processor time per GB.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--mib", type=int, default=1024, help="size of the state")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="disk to write to")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where to write: on the disk of out="
+    )
     options = parser.parse_args(argv)
     state = {name: torch.randn(options.mib * 2**18 // len(STATE)) for name in STATE}
     gigabytes = sum(tensor.nbytes for tensor in state.values()) / 1e9
