@@ -350,8 +350,8 @@ LARGE_STEPS = ("train.global_batch_size=520", "train.microbatch_size=520")
 
 
 def content(out: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change and bytes of every file of a run."""
-    files = [path for path in out.rglob("*") if path.is_file()]
+    """Time of change and bytes of every file of a run; `.lock` says who holds the folder."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
     return {
         str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files
     }
