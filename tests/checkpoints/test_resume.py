@@ -152,7 +152,7 @@ def test_one_rank_of_a_machine_reads_for_all(tmp_path: Path) -> None:
     other.write_bytes(shard.read_bytes()[:5000])
     cases = [(None, weights, ""), (str(checkpoint), None, "1 rank, ZeRO 1")]
     cases.append((str(damaged), None, ""))
-    outputs = ranks_of(FILLS.format(out=str(out), cases=cases))
+    outputs = ranks_of(FILLS.format(out=str(out), cases=cases), timeout_s=60)
     assert [code for code, _ in outputs] == [0, 0], outputs
     counts = [[int(n) for n in re.findall(r"OPENED (\d+)", text)] for _, text in outputs]
     assert counts[0][0] > 0 and counts[0][1] > 0 and counts[1][:2] == [0, 0]
@@ -292,7 +292,7 @@ def test_all_ranks_refuse_other_data(tmp_path: Path) -> None:
     train(on_folder(out, folder), quiet=True)
     write_classes(folder, 16, dog=1)
     (tmp_path / "run.yaml").write_text(on_folder(out, folder, 24).to_yaml())
-    for code, output in ranks_of(REFUSES.format(recipe=str(tmp_path / "run.yaml"))):
+    for code, output in ranks_of(REFUSES.format(recipe=str(tmp_path / "run.yaml")), timeout_s=60):
         assert code == 0 and "REFUSED" in output, output
         assert "2 examples of 1 class -> 3 examples of 2 classes; classes added: dog" in output
 

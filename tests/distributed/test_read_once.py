@@ -25,7 +25,7 @@ dist.barrier()
 
 
 def test_one_rank_reads_and_all_have_it() -> None:
-    outputs = ranks_of(READS)
+    outputs = ranks_of(READS, timeout_s=60)
     assert [code for code, _ in outputs] == [0, 0], outputs
     assert ["READ" in output for _, output in outputs] == [True, False]
     assert all("REFUSED weights.pt is damaged" in output for _, output in outputs)
@@ -34,6 +34,6 @@ def test_one_rank_reads_and_all_have_it() -> None:
 def test_every_machine_has_its_reader() -> None:
     """Two names on one machine stand for two machines."""
     name = "import socket\nsocket.gethostname = lambda: f\"node{os.environ['RANK']}\"\n"
-    outputs = ranks_of(name + READS)
+    outputs = ranks_of(name + READS, timeout_s=60)
     assert [code for code, _ in outputs] == [0, 0], outputs
     assert all("READ" in output and "REFUSED" in output for _, output in outputs)

@@ -382,12 +382,13 @@ def test_losses_of_the_samples_in_the_same_pass(
     impl: str, reduction: str, dtype: torch.dtype
 ) -> None:
     """Loss, gradient and samples have the bits that `loss` gives, one reduction at a time."""
-    batch = 70  # more rows than one program of the sum takes at once
+    # Once more rows than one program of the sum takes at once: each costs the interpreter time.
+    batch = 70 if (reduction, dtype) == ("mean", torch.float32) else 3
     mix = MixFlow(clock=DATA_AT_1, impl=impl, seed=3)
-    it = mix.prepare(data(batch, 4, 16, 16), torch.arange(batch, device=DEVICE))
+    it = mix.prepare(data(batch, 4, 4, 4), torch.arange(batch, device=DEVICE))
     found = []
     for take in (mix.loss, mix.loss_and_samples):
-        pred = data(batch, 4, 16, 16, dtype=dtype, seed=1).requires_grad_()
+        pred = data(batch, 4, 4, 4, dtype=dtype, seed=1).requires_grad_()
         loss = take(pred, it, weight=uniform(batch), reduction=reduction)
         loss, samples = loss if isinstance(loss, tuple) else (loss, None)
         loss.backward(torch.full_like(loss, 0.5))

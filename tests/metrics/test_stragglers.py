@@ -72,6 +72,7 @@ if rank() == 0:
 """
 
 
+@pytest.mark.long
 def test_a_run_names_its_slow_rank(tmp_path: object) -> None:
     """Though the steps of both take the same time."""
     (code, text), (other, _) = run_ranks([[TRAINING, str(tmp_path)]] * 2)

@@ -47,7 +47,7 @@ import torch.distributed as dist
 from mixflow_fast.distributed.lost_ranks import RankLost, roll_call
 from mixflow_fast.distributed.process_group import init_process_group, same_timeout
 
-init_process_group("cpu", timeout_s=3)
+init_process_group("cpu", timeout_s={timeout_s})
 other = dist.new_group()  # as DeepSpeed makes them: with PyTorch's 30 minutes
 same_timeout()
 try:
@@ -73,9 +73,10 @@ os._exit(0)
 """
 
 
-def ranks_of(body: str, ranks: int = 2) -> list[tuple[int, str]]:
-    """(exit code, output) of processes that run `body` with a group of 3 s."""
-    script = GROUP.format(body=textwrap.indent(textwrap.dedent(body), " " * 8).lstrip())
+def ranks_of(body: str, ranks: int = 2, timeout_s: float = 3.0) -> list[tuple[int, str]]:
+    """(exit code, output) of processes that run `body` with a group of this timeout."""
+    body = textwrap.indent(textwrap.dedent(body), " " * 8).lstrip()
+    script = GROUP.format(body=body, timeout_s=timeout_s)
     return run_ranks([[script]] * ranks, world_size=2)
 
 

@@ -85,7 +85,8 @@ def test_ranks_that_see_other_data_refuse_together(tmp_path: Path) -> None:
     """Copies on the disks of two machines; one that is the same in another place is none."""
     for number, images in enumerate((3, 3, 2)):
         write_classes(tmp_path / str(number), cat=1, dog=images)
-    for rank, (code, output) in enumerate(ranks_of(SAME.replace("{folder}", str(tmp_path)))):
+    outputs = ranks_of(SAME.replace("{folder}", str(tmp_path)), timeout_s=60)
+    for rank, (code, output) in enumerate(outputs):
         assert code == 0, output
         assert f"{rank} 4 images, 2 classes, 3 x 8 x 8" in output
         refusal = "rank 1 has other data than rank 0 (4 examples of 2 classes -> 3 examples of 2"
