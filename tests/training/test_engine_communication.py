@@ -80,6 +80,7 @@ def assert_float32_sums_are_the_mean(file: Path, ranks: int, stages: list[int]) 
             assert 1e-3 < error < 2**-9 * (ranks - 1), case
 
 
+@pytest.mark.long
 def test_gradients_summed_in_float32_are_the_mean_of_two_ranks(tmp_path: Path) -> None:
     assert_float32_sums_are_the_mean(tmp_path / "errors.json", 2, [2])
 

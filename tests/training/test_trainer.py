@@ -147,6 +147,7 @@ def test_ranks_and_microbatches_train_on_the_same_stream(tmp_path: Path) -> None
             torch.testing.assert_close(ema[key], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_two_ranks_resume_bit_identically(tmp_path: Path) -> None:
     common = ["train.microbatch_size=4", "train.zero_stage=1", "train.keep_last=1"]
     run_ranks(2, tmp_path / "d0", tmp_path / "whole", *common, "train.images=32")
