@@ -7,6 +7,7 @@ PyTorch's message into one that names the missing ranks.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import socket
@@ -91,6 +92,11 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
                 timeout=_timeout,
                 device_id=chosen if backend == "nccl" else None,
             )
+            if backend == "gloo":
+                # A gloo group that is still there when the interpreter ends can abort the process.
+                # NCCL's is left to the command: to end it would be to wait for a rank that is lost.
+                atexit.unregister(leave)  # of an earlier group
+                atexit.register(leave)
             if backend == "nccl":  # which else connects at the first collective, far from here
                 dist.all_reduce(torch.ones(1, device=chosen))
                 torch.cuda.synchronize(chosen)

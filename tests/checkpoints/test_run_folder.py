@@ -393,4 +393,4 @@ def test_one_folder_by_two_paths(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     found = run_ranks([[SEPARATE, str(tmp_path / "a" / "run"), str(tmp_path / "link" / "run")]] * 2)
-    assert [text for _, text in found] == ["made\n", "made\n"]
+    assert found == [(0, "made\n"), (0, "made\n")]
