@@ -1,0 +1,1 @@
+"""Reading sets of other programs, to make sets of ours of them."""
