@@ -30,7 +30,11 @@ _TO_NPY = (
     "integers, and give set.npy with data.kind=latents"
 )
 _TO_FOLDERS = "into class folders, PATH/<class>/<image>, and give PATH with data.kind=folder"
-_PARQUET = f"write the images of its rows {_TO_FOLDERS} (datasets.load_dataset reads them)"
+_IMPORT = "`mixflow-fast data import PATH --out DIR` makes a set of it"
+_PARQUET = (
+    "`mixflow-fast data import PATH --size S --out DIR` makes a set of the images of .parquet"
+)
+_ARROW = f"write them as .parquet (`Dataset.to_parquet`): {_PARQUET}"
 
 
 def is_split(name: str) -> bool:
@@ -125,7 +129,7 @@ def _safetensors(look: _Look, kind: Kind) -> str:
     keys = _safetensors_keys(file)
     if "latents" in keys:
         return f"it holds LightningDiT's latents ({file.name} with {', '.join(sorted(keys))}): " + (
-            f"join `latents` and `labels` of the shards and {_TO_NPY}"
+            f"{_IMPORT}"
         )
     return "it holds .safetensors, which are read as weights (train.init), not as data"
 
@@ -143,10 +147,20 @@ def _safetensors_keys(file: Path) -> list[str]:
 
 def _packed(look: _Look, kind: Kind) -> str:
     for words, suffixes, step in (
-        (".tar shards (webdataset)", (".tar", ".tgz", ".tar.gz"), f"unpack images {_TO_FOLDERS}"),
-        ("a zip archive", (".zip",), f"unpack images {_TO_FOLDERS}"),
+        (
+            ".tar shards (webdataset)",
+            (".tar", ".tgz", ".tar.gz"),
+            f"those of images are read with data.kind=webdataset data.size=S, or unpack them "
+            f"{_TO_FOLDERS}",
+        ),
+        (
+            "a zip archive",
+            (".zip",),
+            f"if it is REPA's or EDM2's (with dataset.json), {_IMPORT}; else unpack {_TO_FOLDERS}",
+        ),
         ("TFRecords", (".tfrecord", ".tfrecords", ".tfrec"), f"write images {_TO_FOLDERS}"),
-        ("tables (parquet, arrow; Hugging Face datasets)", (".parquet", ".arrow"), _PARQUET),
+        ("tables (parquet; Hugging Face datasets)", (".parquet",), _PARQUET),
+        ("tables (arrow; Hugging Face datasets)", (".arrow",), _ARROW),
         ("an LMDB", (".mdb", ".lmdb"), f"write images {_TO_FOLDERS}, or latents: {_TO_NPY}"),
         ("torch tensors (.pt)", (".pt", ".pth"), _TO_NPY),
         ("pickles", (".pkl", ".pickle"), _TO_NPY),
@@ -157,7 +171,7 @@ def _packed(look: _Look, kind: Kind) -> str:
     if any(re.search(r"-\d{5}-of-\d{5}$", name) for name in look.files):
         return f"it holds TFRecords: write images {_TO_FOLDERS}"
     if {"dataset_dict.json", "dataset_info.json"} & set(look.files):
-        return f"it is a folder of Hugging Face datasets: {_PARQUET}"
+        return f"it is a folder of Hugging Face datasets: {_ARROW}"
     return ""
 
 

@@ -46,11 +46,17 @@ def network(root: Path) -> None:
 
 # What lies in the folder, and what either kind of dataset says of it.
 BOTH = {
-    "webdataset": (empty("0.tar", "1.tar"), r"holds .tar shards \(webdataset\): unpack"),
-    "zip": (empty("imagenet.zip"), "holds a zip archive: unpack"),
+    "webdataset": (
+        empty("0.tar", "1.tar"),
+        r"holds .tar shards \(webdataset\): .*data.kind=webdataset",
+    ),
+    "zip": (empty("imagenet.zip"), "holds a zip archive: .*data import PATH"),
     "TFRecord": (empty("train-00000-of-01024"), "holds TFRecords: write images"),
     "tfrecord suffix": (empty("a.tfrecord"), "holds TFRecords: write images"),
-    "parquet": (empty("data/train-0.parquet"), "Hugging Face datasets.: write the images"),
+    "parquet": (
+        empty("data/train-0.parquet"),
+        "Hugging Face datasets.: .*data import PATH --size S",
+    ),
     "arrow": (empty("train/data-00000-of-00001.arrow", "train/state.json"), "Hugging Face"),
     "hugging face": (empty("dataset_dict.json"), "a folder of Hugging Face datasets: write"),
     "lmdb": (empty("data.mdb", "lock.mdb"), "holds an LMDB: write images"),
@@ -58,7 +64,7 @@ BOTH = {
     "hdf5": (empty("x.h5"), "holds HDF5: write them as set.npy"),
     "LightningDiT": (
         lightning,
-        "LightningDiT's latents .*labels, latents, latents_flip.*: join .* write them as set.npy",
+        "LightningDiT's latents .*labels, latents, latents_flip.*: `mixflow-fast data import",
     ),
     "weights": (network, r"which are read as weights \(train.init\)"),
     "diffusers": (empty("model_index.json", "vae/config.json"), "weights go to train.init"),

@@ -28,6 +28,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_source(command)
     command.add_argument("--size", type=int, required=True, help="side of the crops in pixels")
     command.add_argument("--out", type=user_path, required=True, help="folder of the set")
+    add_options(command)
+    command.set_defaults(data_command=run)
+
+
+def add_options(command: argparse._ActionsContainer) -> None:
+    """The arguments that say how a set is made."""
     command.add_argument(
         "--format",
         choices=("webp", "raw", "jpeg"),
@@ -63,20 +69,29 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="images a shard (default %(default)s)",
     )
-    command.set_defaults(data_command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    from mixflow_fast.data.preparation.source import list_source
+
+    return make_set(options, list_source(options.images, options.classes))
+
+
+def make_set(options: argparse.Namespace, source: Source) -> int:
+    """Make a set of some images; returns the exit code.
+
+    Args:
+        options: as `add` makes them, `images` apart.
+        source: the images.
+    """
     _check_numbers(options)
     check_folder_writable(options.out)
     from mixflow_fast.data.preparation.prepare import Settings
     from mixflow_fast.data.preparation.shard_work import ranks_of_environment
-    from mixflow_fast.data.preparation.source import list_source
 
     rank, world = ranks_of_environment()
     image_format = options.format or ("png" if options.layout == "repa" else "webp")
     settings = Settings(options.size, image_format, options.layout, options.shard_images)
-    source = list_source(options.images, options.classes)
     if options.dry_run:
         if rank:
             return 0

@@ -154,3 +154,34 @@ def read_index(archive: Archive) -> dict[str, int] | None:
         )
     check_inside(labels, archive.path / INDEX)
     return labels
+
+
+def list_files(archive: Archive, no_labels: bool, suffix: str = "") -> dict[str, int]:
+    """{file name: label} of an archive's dataset.json, all of which are there; not empty.
+
+    Args:
+        archive: the files.
+        no_labels: take files without classes (`labels` is null) as one class.
+        suffix: of the names of such files.
+
+    Raises:
+        ValueError: as `read_index`; no labels; files that are not there.
+    """
+    where = f"{INDEX} of {str(archive.path)!r}"
+    labels, there = read_index(archive), archive.names()
+    if labels is None:
+        if not no_labels:
+            raise ValueError(
+                f"{where} has no labels (null): the images were prepared without classes. Give "
+                "--no-labels to take them as one class"
+            )
+        labels = {name: 0 for name in there if name != INDEX and name.endswith(suffix)}
+    missing = sorted(labels.keys() - set(there))
+    if missing:
+        raise ValueError(
+            f"{where} lists {len(labels):,} files, of which {len(missing):,} are not there, such "
+            f"as {missing[0]!r}: copy what is missing"
+        )
+    if not labels:
+        raise ValueError(f"{str(archive.path)!r} holds no file{suffix and f' *{suffix}'}")
+    return labels

@@ -68,7 +68,7 @@ class ArrayLatents:
         """As `ForeignLatents.name_of`."""
         return f"row {sample} of {str(self._root)!r}"
 
-    def places(self, out: Path) -> list[Place]:
+    def places(self) -> list[Place]:
         """As `ForeignLatents.places`."""
         file = getattr(self._x, "filename", None)
         if file is None or not self._x.flags.c_contiguous:

@@ -12,19 +12,17 @@ from __future__ import annotations
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.imports.archive import INDEX, Archive, StoredZip, read_index
+from mixflow_fast.data.imports.archive import INDEX, Archive, StoredZip, list_files, read_index
 from mixflow_fast.data.imports.foreign_latents import SD_VAE_SCALE, Place
 from mixflow_fast.data.latents_store import LatentsInfo
 from mixflow_fast.data.paired_images import numbered
 
 _THREADS = 8  # they wait for the disk
-_OFFSETS = "offsets.npy"
 
 
 class DatasetJsonLatents:
@@ -43,23 +41,7 @@ class DatasetJsonLatents:
         self, archive: Archive, input_range: tuple[float, float], no_labels: bool = False
     ) -> None:
         where = f"{INDEX} of {str(archive.path)!r}"
-        labels = read_index(archive)
-        there = archive.names()
-        if labels is None:
-            if not no_labels:
-                raise ValueError(
-                    f"{where} has no labels (null): the images were prepared without classes. "
-                    "Give --no-labels to take them as one class"
-                )
-            labels = {name: 0 for name in there if name.endswith(".npy")}
-        missing = sorted(labels.keys() - set(there))
-        if missing:
-            raise ValueError(
-                f"{where} lists {len(labels):,} files, of which {len(missing):,} are not there, "
-                f"such as {missing[0]!r}: copy what is missing"
-            )
-        if not labels:
-            raise ValueError(f"{str(archive.path)!r} holds no .npy")
+        labels = list_files(archive, no_labels, ".npy")
         # By number: the order of two lists, which REPA pairs by, need not be the same.
         by_number = dict(sorted(numbered(labels, where).items()))
         self._archive, self._names = archive, list(by_number.values())
@@ -98,7 +80,7 @@ class DatasetJsonLatents:
         """As `ForeignLatents.name_of`."""
         return self._names[sample]
 
-    def places(self, out: Path) -> list[Place]:
+    def places(self) -> list[Place]:
         """As `ForeignLatents.places`."""
         if not isinstance(self._archive, StoredZip):
             raise ValueError(
@@ -109,8 +91,7 @@ class DatasetJsonLatents:
         for place, name in enumerate(self._names):
             self._checked(name)
             offsets[place] = self._archive.offset(name) + _header_bytes(self._archive.read(name))
-        np.save(out / _OFFSETS, offsets)
-        return [Place(self._archive.path, len(self._names), _OFFSETS)]
+        return [Place(self._archive.path, len(self._names), offsets)]
 
     def _checked(self, name: str) -> np.ndarray:
         array = self._load(name)

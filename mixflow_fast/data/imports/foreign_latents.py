@@ -57,8 +57,8 @@ class ForeignLatents(Protocol):
         """What a sample is called, for errors."""
         ...
 
-    def places(self, out: Path) -> list[Place]:
-        """The files in which rows lie as they are needed; may write tables of offsets into `out`.
+    def places(self) -> list[Place]:
+        """The files in which rows lie as they are needed.
 
         Raises:
             ValueError: rows do not lie in files as they are, and what to do.
@@ -73,12 +73,13 @@ class Place:
     Attributes:
         path: of the file.
         rows: mirrors * samples.
-        offsets: as of `latents_store.Shard`.
+        offsets: the byte at which the first row of each mirror lies, the others behind it; or
+            (rows,) int64, the byte of every row.
     """
 
     path: Path
     rows: int
-    offsets: tuple[int, ...] | str
+    offsets: tuple[int, ...] | np.ndarray
 
 
 def copy_latents(
@@ -138,33 +139,43 @@ def copy_latents(
         )
 
 
-def map_latents(latents: ForeignLatents, out: Path, progress: Progress) -> None:
+def map_latents(
+    latents: ForeignLatents, places: Sequence[Place], out: Path, progress: Progress
+) -> None:
     """Write a manifest only: the rows stay where they are, by links from `out/files`.
 
     Args:
         latents: the samples.
+        places: theirs.
         out: folder of the set; new or empty.
         progress: called with the bytes that were hashed since its last call.
 
     Raises:
-        ValueError: as `ForeignLatents.places`; `out` holds something.
+        ValueError: values that no run could use, or `out` holds something.
     """
+    import numpy as np
+
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or delete it")
     for number in sample_rows(latents.info.count, _LOOKED_INTO):  # before anything is written
         _stored(latents, range(number, number + 1))
+    hashes = [sha256_of(place.path, progress) for place in places]
     links = out / "files"
     links.mkdir(parents=True, exist_ok=True)
     records = []
-    for place in latents.places(out):
-        link = links / place.path.name
+    for number, (place, digest) in enumerate(zip(places, hashes, strict=True)):
+        link, offsets = links / place.path.name, place.offsets
         link.symlink_to(place.path.resolve())
+        if isinstance(offsets, np.ndarray):
+            table = f"offsets-{number:05d}.npy"
+            np.save(out / table, offsets)
+            offsets = table
         shard = Shard(
             file=link.relative_to(out).as_posix(),
             rows=place.rows,
             bytes=place.path.stat().st_size,
-            sha256=sha256_of(place.path, progress),
-            offsets=place.offsets,
+            sha256=digest,
+            offsets=offsets,
         )
         records.append(shard.to_record())
     finish_store(out, latents.info, records, latents.labels, latents.source)
@@ -205,9 +216,7 @@ def _digest(latents: ForeignLatents) -> str:
     rows = [latents.read(range(n, n + 1)) for n in sample_rows(latents.info.count, 8)]
     content = torch.cat(rows).numpy().tobytes()
     shape = repr((latents.info.count, latents.info.mirrors, latents.info.shape))
-    return digest_of(
-        [shape.encode(), latents.labels.tobytes(), latents.source.tobytes(), content]
-    )
+    return digest_of([shape.encode(), latents.labels.tobytes(), latents.source.tobytes(), content])
 
 
 def _check_space(out: Path, info: LatentsInfo, samples: int) -> None:

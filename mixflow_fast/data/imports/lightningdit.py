@@ -117,7 +117,7 @@ class LightningDiTLatents:
         number = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return f"row {sample - self._starts[number]} of {str(self._files[number].path)!r}"
 
-    def places(self, out: Path) -> list[Place]:
+    def places(self) -> list[Place]:
         """As `ForeignLatents.places`."""
         mirrors = self.info.mirrors
         return [Place(file.path, mirrors * file.samples, file.offsets) for file in self._files]
@@ -182,8 +182,8 @@ def _statistics(root: Path, channels: int, multiplier: float) -> Normalisation:
     path = root / STATISTICS
     if not path.is_file():
         raise ValueError(
-            f"{str(root)!r} holds no {STATISTICS}, by which LightningDiT normalises: copy it there, "
-            "or give --scale X to multiply the latents by X instead"
+            f"{str(root)!r} holds no {STATISTICS}, by which LightningDiT normalises: copy it "
+            "there, or give --scale X to multiply the latents by X instead"
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)

@@ -250,7 +250,7 @@ class _Maker:
     def _crop(self, number: int) -> _Crop | BadImage:
         name = self.source.files[number]
         try:
-            pixels = read_crop(self.source.root / name, self.settings.size)
+            pixels = read_crop(self.source.read(number), self.settings.size)
         except ValueError as error:
             return BadImage(number, name, str(error))
         return _Crop(encode(pixels, self.settings.image_format), _sums(pixels))

@@ -134,9 +134,9 @@ def _scan_part(source: Source, numbers: Sequence[int], size: int | None) -> Scan
     part = Scan()
     for number in numbers:
         name = source.files[number]
-        file = source.root / name
         try:
-            part.bytes += os.path.getsize(file)
+            length, file = source.look(number)
+            part.bytes += length
             header = read_header(file)
         except ValueError as error:
             part.bad.append(BadImage(number, name, str(error)))
@@ -192,18 +192,18 @@ def estimate(
         threads: 0: one a core.
         most: images in the sample.
     """
-    names = [source.files[number] for number in sample_rows(len(source), most)]
+    numbers = sample_rows(len(source), most)
 
-    def length(name: str) -> int:
+    def length(number: int) -> int:
         try:
-            return len(encode(read_crop(source.root / name, size), image_format))
+            return len(encode(read_crop(source.read(number), size), image_format))
         except (ValueError, OSError):
             return 0
 
     started = time.monotonic()
     with quiet_pillow(), ThreadPoolExecutor(threads or core_count()) as pool:
-        lengths = [n for n in pool.map(length, names) if n]
-    seconds = (time.monotonic() - started) / max(1, len(names)) * len(source)
+        lengths = [n for n in pool.map(length, numbers) if n]
+    seconds = (time.monotonic() - started) / max(1, len(numbers)) * len(source)
     # With the headers of a tar's two members, and half a block of padding each.
     overhead = 0 if image_format in ("raw", "png") else 4 * 512
     mean = float(np.mean(lengths)) + overhead if lengths else 0.0

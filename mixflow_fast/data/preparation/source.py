@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -25,17 +26,18 @@ _ORIENTATION = 0x0112  # EXIF's tag
 
 @dataclass(frozen=True)
 class Source:
-    """Images in class folders, in the order of (class folder, file name).
+    """Images with classes: in class folders, in the order of (class folder, file name), or packed.
 
     A number of an image is its place in this list, whatever is skipped later.
 
     Attributes:
-        root: folder of the class folders.
+        root: folder of the class folders; of packed images the file or the folder of the files.
         scheme: "imagenet": the classes are the 1000 synsets; "folder": any.
         classes: names in the order of the labels.
         files: relative to `root`.
         labels: (N,) int64.
         notes, warnings: lines on what was passed over, and on what is probably a mistake.
+        content: of packed images, an image's file by its number; called from several threads.
     """
 
     root: Path
@@ -45,13 +47,29 @@ class Source:
     labels: np.ndarray
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    content: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def digest(self) -> str:
-        """SHA-256 of the names, which decide about numbers and labels."""
-        return hashlib.sha256(os.fsencode("\0".join(self.files))).hexdigest()
+        """SHA-256 of the names and labels, in the order of the numbers."""
+        names = os.fsencode("\0".join(self.files))
+        return hashlib.sha256(names + b"\0\0" + self.labels.tobytes()).hexdigest()
+
+    def read(self, number: int) -> bytes:
+        """An image's file; OSError where it cannot be read, which says nothing about the image."""
+        if self.content is not None:
+            return self.content(number)
+        return (self.root / self.files[number]).read_bytes()
+
+    def look(self, number: int) -> tuple[int, Path | io.BytesIO]:
+        """(bytes of an image's file, what to read its header from)."""
+        if self.content is not None:
+            content = self.content(number)
+            return len(content), io.BytesIO(content)
+        file = self.root / self.files[number]
+        return os.path.getsize(file), file
 
 
 def list_source(path: Path, scheme: Scheme | None = None) -> Source:
@@ -101,7 +119,7 @@ class Header:
     orientation: int
 
 
-def read_header(file: str | os.PathLike[str]) -> Header:
+def read_header(file: str | os.PathLike[str] | BinaryIO) -> Header:
     """The header of an image that a set can be made of.
 
     Raises:
@@ -119,15 +137,13 @@ def read_header(file: str | os.PathLike[str]) -> Header:
         )
 
 
-def read_crop(file: str | os.PathLike[str], size: int) -> np.ndarray:
+def read_crop(content: bytes, size: int) -> np.ndarray:
     """ADM's centre crop of an image file, (size, size, 3) uint8, by the rule of `data/decoding.py`.
 
     Raises:
         ValueError: the image cannot be used; the reason, without the file's name.
-        OSError: the file cannot be read at all: that says nothing about the image.
     """
-    content = io.BytesIO(Path(file).read_bytes())
-    return np.asarray(adm_center_crop(read_rgb(content, check_usable), size))
+    return np.asarray(adm_center_crop(read_rgb(io.BytesIO(content), check_usable), size))
 
 
 def check_usable(image: Image.Image) -> None:

@@ -72,7 +72,8 @@ def copied(path: Path, out: Path, shard_samples: int = 4, **options: object) -> 
 
 
 def mapped(path: Path, out: Path, **options: object) -> LatentsStore:
-    map_latents(open_foreign_latents(path, ImportOptions(**options)), out, lambda n: None)
+    latents = open_foreign_latents(path, ImportOptions(**options))
+    map_latents(latents, latents.places(), out, lambda n: None)
     assert verify(out) == []
     return LatentsStore(out)
 
