@@ -21,8 +21,8 @@ from mixflow_fast.flow.schedule import Interval, TargetAt
 from mixflow_fast.kernels.attention.backends import BackendName
 from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
+from mixflow_fast.models.dinov2 import Positions, Precision
 from mixflow_fast.models.execution import Checkpointing, Mode
-from mixflow_fast.models.teacher import Positions, Precision
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
 from mixflow_fast.optim.lr_schedule import LrSchedule

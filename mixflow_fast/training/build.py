@@ -26,7 +26,8 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
 from mixflow_fast.models import Execution, Transformer, build
-from mixflow_fast.models.teacher import Teacher, TeacherFiles
+from mixflow_fast.models.dinov2 import Dinov2Files
+from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
 
@@ -264,8 +265,8 @@ def _check_features(dataset: Dataset, model: ModelConfig, side: int) -> None:
 
 def _check_teacher(section: TeacherConfig, model: ModelConfig, side: int) -> None:
     """What the teacher's config.json can tell."""
-    files, (width,) = TeacherFiles.read(section.path), model.z_dims
-    files.resolution(side, section.resolution)
+    files, (width,) = Dinov2Files.read(section.path, TEACHER), model.z_dims
+    teacher_resolution(files, side, section.resolution)
     if files.hidden_size != width:
         raise ValueError(
             f"the teacher {section.path} has {files.hidden_size} channels, the model's "
