@@ -29,12 +29,16 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "train.zero_stage", "train.device",
         "train.reduce_dtype", "train.reduce_bucket_size", "train.overlap_comm",
         "train.on_nonfinite", "train.max_skips", "train.max_rollbacks",
-        "train.timeout_minutes", "train.microbatch_size", "data.workers", "objective.impl",
+        "train.timeout_minutes", "train.microbatch_size", "objective.impl", "data.workers",
+        "data.depth", "data.resident", "data.loader",
         "model.mode", "model.attention", "model.checkpointing", "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.validate_every", "train.validate_examples"}  # fmt: skip
 # Where the data lie. Free where the fingerprint of the data is compared, or may be another one.
 DATA_PATHS = {"data.path", "data.images", "data.features"}
+
+# What null stands for now, where the data do not say otherwise.
+_FORMER_DEFAULTS = {"data.moments": False, "data.scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,9 @@ def _check_same_run(new: Mapping[str, object], out: Path, free: set[str]) -> Non
         free: names whose values may change between the parts of a run.
     """
     old = flatten(load_config(str(out / "config.yaml")).to_dict())
+    for name, value in _FORMER_DEFAULTS.items():
+        if new.get(name) is None and old.get(name) == value:
+            old[name] = None
     changed = sorted(k for k in new.keys() | old.keys() if old.get(k) != new.get(k))
     changed = [key for key in changed if key not in free]
     if changed:

@@ -12,8 +12,9 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mixflow_fast.config.data_sections import DATA_FIELDS
 from mixflow_fast.config.loading import REQUIRED, flatten, parse_yaml
-from mixflow_fast.config.schema import DATA_FIELDS, SECTIONS, Config, check_key
+from mixflow_fast.config.schema import SECTIONS, Config, check_key
 from mixflow_fast.config.section import Section, describe_hint, hints_of, rule_of
 from mixflow_fast.recipes import FOLDER, recipe_names
 
@@ -90,8 +91,8 @@ def settings_markdown() -> str:
     lines = [
         "# Settings",
         "",
-        "Made by `mixflow-fast settings --markdown` from `mixflow_fast/config/schema.py`; do not "
-        "edit it.",
+        "Made by `mixflow-fast settings --markdown` from the sections in `mixflow_fast/config/`; "
+        "do not edit it.",
         "",
         "A setting is written as `section.field=value` after the recipe: `mixflow-fast train "
         "photos optim.lr=3e-4 out=runs/one`. A recipe is a YAML file with the same sections and "
@@ -101,7 +102,7 @@ def settings_markdown() -> str:
     for name, cls in {"": Config, **SECTIONS}.items():
         lines += ["", f"## {name or 'The run'}", "", *(inspect.getdoc(cls) or "").splitlines()]
         if name == "data":
-            lines += ["", f"What a kind takes: {kinds}; and `workers`."]
+            lines += ["", f"What a kind takes: {kinds}; and `workers`, `depth`."]
         lines += ["", "| setting | default | takes | meaning |", "|---|---|---|---|"]
         for s in _fields(cls):
             cells = (f"`{s.name}`", f"`{s.default}`", s.takes, s.text)

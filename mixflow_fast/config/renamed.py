@@ -7,6 +7,7 @@ _FORMER = {
     "optim.ema_more_decays": "the rest of the list optim.ema_decays: "
     "optim.ema_decays=[0.9999,0.999]",
     "train.keep": "train.keep_last",
+    "data.threads": "data.workers={value}",
     "train.mirrors": "train.loggers",
 }
 _FORMER_VALUES = {"model.checkpointing": {"activation": "elementwise", "blocks": "full"}}
@@ -45,6 +46,8 @@ _ELSEWHERE = {
         ("data_dir", "data_path", "feature_path", "dataset", "image_folder"), "data.path={value}"
     ),
     **dict.fromkeys(("num_workers",), "data.workers={value}"),
+    **dict.fromkeys(("prefetch", "prefetch_factor", "prefetch_depth"), "data.depth={value}"),
+    **dict.fromkeys(("vae", "vae_path"), "encoder.kind=sdvae encoder.path=FOLDER"),
     **dict.fromkeys(
         ("mixed_precision", "dtype", "bf16", "fp16", "amp"),
         "train.precision=bf16 or train.precision=fp32",

@@ -13,15 +13,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mixflow_fast.config.data_sections import DataConfig, EncoderConfig, TeacherConfig
 from mixflow_fast.config.renamed import name_elsewhere, refuse_former_key
-from mixflow_fast.config.section import Rule, Section, at_least, hints_of
+from mixflow_fast.config.section import (
+    Fraction,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Rule,
+    Section,
+    at_least,
+    hints_of,
+)
 from mixflow_fast.environment import LoggerName
 from mixflow_fast.flow.path import LossWeight, PathName, Prediction
 from mixflow_fast.flow.schedule import Interval, TargetAt
 from mixflow_fast.kernels.attention.backends import BackendName
 from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
-from mixflow_fast.models.dinov2 import Positions, Precision
+from mixflow_fast.models.dinov2 import Precision
 from mixflow_fast.models.execution import Checkpointing, Mode
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
@@ -29,17 +40,11 @@ from mixflow_fast.optim.lr_schedule import LrSchedule
 from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
 
 AlignmentInput = Literal["slowed", "label"]
-DataKind = Literal["photos", "digits", "folder", "latents"]
 Device = Literal["auto", "cpu", "cuda"]
 OnNonfinite = Literal["stop", "skip", "rollback"]
 SaveWeights = Literal["always", "end", "never"]
 ZeroStage = Literal[0, 1, 2, 3]
 
-Positive = Annotated[int, at_least(1)]
-NotNegative = Annotated[int, at_least(0)]
-NotNegativeFloat = Annotated[float, at_least(0)]
-PositiveFloat = Annotated[float, Rule("> 0", lambda value: value > 0)]
-Fraction = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
 Seed = Annotated[int, Rule("in [0, 2**63)", lambda value: 0 <= value < 1 << 63)]
 SigmaRel = Annotated[
     float,
@@ -48,14 +53,6 @@ SigmaRel = Annotated[
         lambda value: 0 < value <= LARGEST_SIGMA_REL,
     ),
 ]
-
-# What each kind of data takes from the section `data`; anything else that is set is refused.
-DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
-    "photos": ("size", "flip"),
-    "digits": ("size",),
-    "folder": ("path", "size", "flip"),
-    "latents": ("path", "scale", "moments"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,44 +153,6 @@ class ObjectiveConfig(Section, name="objective"):
     alignment_input: AlignmentInput = "slowed"
     """slowed: projections of the training forward; label: of x_t, by a second pass through the
     first blocks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Section, name="data"):
-    """Where the examples come from."""
-
-    kind: DataKind = "latents"
-    """Where the examples come from."""
-    path: str | None = None
-    """Folder of class folders, or latents: .npz, .npy or a folder."""
-    size: Positive | None = None
-    """Side of the images in pixels, of photos, digits and folder; null: model.input_size."""
-    flip: bool = False
-    """Random horizontal flips, of photos and folder."""
-    moments: bool = False
-    """Latents hold VAE mean | std: the posterior is sampled every step."""
-    scale: float = 1.0
-    """Latents are multiplied by this (SD-VAE: 0.18215)."""
-    features: str | None = None
-    """.npy of a teacher's features (N, T, z), for REPA."""
-    images: str | None = None
-    """Uint8 images of the latents for REPA's teacher: a folder, .npy or .npz."""
-    workers: NotNegative = 0
-    """Threads that prepare examples; 0 prepares them in the training loop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig(Section, name="teacher"):
-    """REPA's frozen DINOv2, run during training instead of reading `data.features`."""
-
-    path: str | None = None
-    """Local folder with config.json and model.safetensors of a DINOv2."""
-    resolution: Positive | None = None
-    """Pixels that the teacher sees; null is REPA's: 224 for 256 px, 448 for 512 px."""
-    precision: Precision | None = None
-    """null is that of train.precision."""
-    positions: Positions = "repa"
-    """repa resamples the position table once as REPA does, model as transformers does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +296,7 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -388,6 +348,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelConfig,
     "objective": ObjectiveConfig,
     "data": DataConfig,
+    "encoder": EncoderConfig,
     "teacher": TeacherConfig,
     "optim": OptimConfig,
     "train": TrainConfig,

@@ -38,6 +38,13 @@ def at_least(low: float) -> Rule:
     return Rule(f">= {low}", lambda value: value >= low)
 
 
+Positive = Annotated[int, at_least(1)]
+NotNegative = Annotated[int, at_least(0)]
+NotNegativeFloat = Annotated[float, at_least(0)]
+PositiveFloat = Annotated[float, Rule("> 0", lambda value: value > 0)]
+Fraction = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """Base of the sections, which are frozen dataclasses with keyword-only fields.

@@ -7,14 +7,12 @@ import dataclasses
 import torch
 
 from mixflow_fast import extension
+from mixflow_fast.config.data_sections import ANY_KIND, DATA_FIELDS, DataConfig, TeacherConfig
 from mixflow_fast.config.schema import (
-    DATA_FIELDS,
     Config,
-    DataConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
-    TeacherConfig,
     TrainConfig,
 )
 from mixflow_fast.config.section import Section
@@ -185,7 +183,7 @@ def _check_data(d: DataConfig, aligned: bool, taught: bool) -> None:
     if "path" in taken and d.path is None:
         raise ValueError(f"data.path must be given for data.kind={d.kind}: add data.path=PATH")
     for f in _changed(d):
-        if f.name not in (*taken, "kind", "workers"):
+        if f.name not in (*taken, *ANY_KIND):
             why = ""
             if f.name == "features":
                 why = " without objective.alignment_weight"

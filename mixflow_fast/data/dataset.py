@@ -7,6 +7,7 @@ samples), of the positions (which random numbers) and of the seed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.data.summary import DataSummary
+from mixflow_fast.kernels.interpolate import Moments
 from mixflow_fast.kernels.philox import Stream, uniform
 
 
@@ -22,30 +24,73 @@ class Batch:
     """One micro-batch; on the CPU when it comes from a dataset.
 
     Attributes:
-        x: (B, C, H, W) float32 data x1 as the network sees it; images in [-1, 1].
+        x: what the network trains on: (B, C, H, W) data x1 as it sees them, or the `Moments` of
+            such, (B, C, H, W) each, float32 or float16. None: it is made of `images` on the
+            device, as they are or by an encoder.
         y: (B,) int64 class labels.
         positions: (B,) int64 global sample positions, the `ids` of every random draw.
-        features: (B, T, z) float32 features of a frozen encoder, or None.
-        images: (B, 3, H, H) uint8 images of the latents, or None.
+        features: (B, T, z) features of a frozen encoder, or None.
+        images: (B, 3, H, H) uint8 images, mirrored where the example is, or None: the data
+            themselves where x is None, else the images of the latents.
     """
 
-    x: Tensor
+    x: Tensor | Moments | None
     y: Tensor
     positions: Tensor
     features: Tensor | None = None
     images: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on a device."""
+        """A copy on a device; views of one buffer stay that."""
+        return self.map(lambda value: _moved(value, device))
 
-        def move(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            # A copy from memory that is not pinned makes the host wait for the device.
-            value = value.pin_memory() if device.type == "cuda" else value
-            return value.to(device, non_blocking=True)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch of changed tensors.
 
-        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
+        Args:
+            change: gets a tensor of B rows and returns one of B rows. It gets the buffer of mean
+                and std whole, (B, 2 C, H, W), where they are its halves.
+        """
+
+        def changed(value: Tensor | Moments | None) -> Tensor | Moments | None:
+            if isinstance(value, Moments):
+                whole = joined(value)
+                if whole is None:
+                    return Moments(change(value.mean), change(value.std), value.scale)
+                return split(change(whole), value.scale)
+            return None if value is None else change(value)
+
+        return Batch(*(changed(getattr(self, f.name)) for f in fields(self)))
+
+
+def split(rows: Tensor, scale: float) -> Moments:
+    """(B, 2 C, H, W) mean | std as `Moments`, views of it."""
+    mean, std = rows.chunk(2, dim=1)
+    return Moments(mean, std, scale)
+
+
+def joined(moments: Moments) -> Tensor | None:
+    """The (B, 2 C, ...) buffer that mean and std are the halves of, as `split` makes them."""
+    mean, std, _ = moments
+    size = mean[0].numel() if len(mean) else 0
+    halves = (
+        mean.dim() > 1
+        and mean.untyped_storage().data_ptr() == std.untyped_storage().data_ptr()
+        and mean.stride() == std.stride()
+        and std.storage_offset() - mean.storage_offset() == size
+        and mean[0].is_contiguous()
+    )
+    if not halves or mean.stride(0) < 2 * size:
+        return None
+    shape = (len(mean), 2 * mean.shape[1], *mean.shape[2:])
+    return mean.as_strided(shape, mean.stride(), mean.storage_offset())
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    # A copy from memory that is not pinned makes the host wait for the device.
+    if device.type == "cuda" and not value.is_cuda:
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 class Dataset(Protocol):
@@ -53,7 +98,7 @@ class Dataset(Protocol):
 
     Attributes:
         num_classes: labels lie in [0, num_classes).
-        shape: (C, H, W) of x1.
+        shape: (C, H, W) of x1, or of the images where x is None.
         name: short, and safe in file names.
     """
 
@@ -69,6 +114,34 @@ class Dataset(Protocol):
 
     def summary(self) -> DataSummary:
         """What the data are; cheap, and the same wherever they are mounted."""
+        ...
+
+
+class ImageDataset(Dataset, Protocol):
+    """A dataset of images, which gives them as uint8: its batches have x None.
+
+    Attributes:
+        size: side of the images in pixels.
+        flip: whether an example is mirrored where `mirrored` says so.
+        encoded: whether there are encoded files to decode; False for raw pixels.
+        crops: whether ADM's crop is still to be done after decoding.
+    """
+
+    size: int
+    flip: bool
+    encoded: bool
+    crops: bool
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """(B,) int64 class labels."""
+        ...
+
+    def payload(self, index: int) -> bytes:
+        """The encoded file of a sample; ValueError for raw pixels."""
+        ...
+
+    def name_of(self, index: int) -> str:
+        """What a sample's file is called, for errors."""
         ...
 
 
@@ -99,7 +172,13 @@ def without_flips(dataset: Dataset) -> Dataset:
     return plain
 
 
+def mirrored(positions: Tensor, seed: int) -> Tensor:
+    """(B,) whether the example at a position is the mirrored one, a function of (seed, position)
+    alone, with probability 1/2.
+    """
+    return uniform(seed, Stream.FLIP, positions)[:, 0] < 0.5
+
+
 def random_flip(x: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """Mirrors each image left-right with probability 1/2, a function of (seed, position) alone."""
-    mirrored = uniform(seed, Stream.FLIP, positions)[:, 0] < 0.5
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    """Mirrors the images left-right that `mirrored` names; (B, C, H, W)."""
+    return torch.where(mirrored(positions, seed)[:, None, None, None], x.flip(-1), x)

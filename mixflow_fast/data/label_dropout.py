@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, Dataset
+from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset
 from mixflow_fast.data.summary import DataSummary
 from mixflow_fast.kernels.philox import Stream, uniform
 
@@ -47,29 +47,64 @@ class LabelDropout:
         num_classes, shape, name: of the dataset. A dropped label is `null_class`, which may lie
             outside of [0, num_classes).
         files: of the dataset where it has one a sample, else empty.
+        dataset: the examples themselves; where they are an `ImageDataset`, what that has is here
+            too.
     """
 
-    def __init__(self, dataset: Dataset, probability: float, null_class: int | None) -> None:
+    def __init__(
+        self, dataset: Dataset | ImageDataset, probability: float, null_class: int | None
+    ) -> None:
         if probability and null_class is None:
             raise ValueError(
                 f"label dropout of {probability} needs a null class, got a network without one: "
                 "set model.class_dropout_prob > 0, or train.label_dropout=0"
             )
-        self._dataset, self._probability, self._null_class = dataset, probability, null_class
+        self.dataset, self._probability, self._null_class = dataset, probability, null_class
         self.num_classes, self.shape, self.name = dataset.num_classes, dataset.shape, dataset.name
         self.files: Sequence[object] = getattr(dataset, "files", ())
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
         """As the dataset's, with some labels dropped."""
-        batch = self._dataset.get(indices, positions, seed)
+        batch = self.dataset.get(indices, positions, seed)
+        return dataclasses.replace(batch, y=self._dropped(batch.y, positions, seed))
+
+    def labels(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
+        """(B,) int64 labels as in `get`, of a dataset that gives labels without the images."""
+        return self._dropped(self.dataset.labels(indices), positions, seed)
+
+    def _dropped(self, y: Tensor, positions: Tensor, seed: int) -> Tensor:
         if not self._probability:
-            return batch
-        y = drop_labels(batch.y, positions, seed, self._probability, self._null_class)
-        return dataclasses.replace(batch, y=y)
+            return y
+        return drop_labels(y, positions, seed, self._probability, self._null_class)
+
+    @property
+    def size(self) -> int:
+        """As `ImageDataset`, like those below."""
+        return self.dataset.size
+
+    @property
+    def flip(self) -> bool:
+        return self.dataset.flip
+
+    @property
+    def encoded(self) -> bool:
+        return self.dataset.encoded
+
+    @property
+    def crops(self) -> bool:
+        return self.dataset.crops
+
+    def payload(self, index: int) -> bytes:
+        """As `ImageDataset`."""
+        return self.dataset.payload(index)
+
+    def name_of(self, index: int) -> str:
+        """As `ImageDataset`."""
+        return self.dataset.name_of(index)
 
     def summary(self) -> DataSummary:
         """Of the dataset: dropping labels does not make it another one."""
-        return self._dataset.summary()
+        return self.dataset.summary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch import Tensor
 from mixflow_fast.data import Batch, Dataset
 from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.interpolate import Moments, sample_moments
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.objective.mixflow import MixFlow
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+Inputs = Callable[[Batch], Tensor | Moments]
 Part = tuple[int, int, float]  # chunk, point, sum of its losses
 # Of noise, posterior samples and labels: the same for every run, so that runs can be compared.
 SEED = 0
@@ -55,6 +58,15 @@ class ValidationData:
     description: str
 
 
+class _Chunk(NamedTuple):
+    """Some of the examples on the device."""
+
+    x1: Tensor
+    y: Tensor
+    positions: Tensor
+    noise: Tensor
+
+
 class ValidationLoss:
     """Losses of a network at fixed times, on fixed examples with fixed noise.
 
@@ -71,6 +83,7 @@ class ValidationLoss:
         data: the examples.
         mix: the objective.
         device: where the network is.
+        inputs: what the network trains on, from a batch on the device.
         examples: K, at most.
         batch_size: examples in one forward pass, at most.
         rank, ranks: the ranks share the work. The numbers do not depend on their number but for
@@ -87,6 +100,7 @@ class ValidationLoss:
         data: ValidationData,
         mix: MixFlow,
         device: torch.device,
+        inputs: Inputs = lambda batch: batch.x,
         *,
         examples: int,
         batch_size: int,
@@ -94,7 +108,13 @@ class ValidationLoss:
         ranks: int = 1,
         all_gather: Callable[[list[Part]], list[list[Part]]] = lambda mine: [mine],
     ) -> None:
-        self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
+        self._mix, self._device, self._inputs, self._rank, self._ranks = (
+            mix,
+            device,
+            inputs,
+            rank,
+            ranks,
+        )
         self._all_gather, self.description = all_gather, data.description
         dataset = data.dataset
         self.examples = min(examples, len(dataset))
@@ -102,7 +122,7 @@ class ValidationLoss:
         size = min(self.examples, batch_size)
         positions = torch.arange(self.examples)
         self._chunks = [dataset.get(index[place], place, SEED) for place in positions.split(size)]
-        self._held: tuple[int, Batch, Tensor] | None = None
+        self._held: tuple[int, _Chunk] | None = None
         full = mix.schedule.interval == "full"
         self._grid = [
             (row, column) for row in range(GRID) for column in range(GRID) if full or row <= column
@@ -134,25 +154,29 @@ class ValidationLoss:
 
     def _losses(self, net: Network, chunk: int, point: int) -> Tensor:
         """Sum of a chunk's losses at one pair of times, float64 on the device."""
-        batch, noise = self._on_device(chunk)
+        held = self._on_device(chunk)
         t, m = (
-            torch.full((len(noise),), value, device=self._device)
+            torch.full((len(held.y),), value, device=self._device)
             for value in (self._own(time) for time in self._points[point])
         )
-        it = self._mix.prepare(batch.x, ids=batch.positions, x0=noise, t=t, slowed_t=m)
-        output = net(it.x, it.t, batch.y)
+        it = self._mix.prepare(held.x1, ids=held.positions, x0=held.noise, t=t, slowed_t=m)
+        output = net(it.x, it.t, held.y)
         prediction = output[0] if isinstance(output, tuple) else output
         return self._mix.loss(prediction, it, reduction="none").double().sum()
 
-    def _on_device(self, chunk: int) -> tuple[Batch, Tensor]:
+    def _on_device(self, chunk: int) -> _Chunk:
         """A chunk and its noise; kept until another chunk is asked for."""
         if self._held is None or self._held[0] != chunk:
             batch = self._chunks[chunk].to(self._device)
-            numel = batch.x[0].numel()
+            x1 = self._inputs(batch)
+            if isinstance(x1, Moments):
+                # Drawn here: the objective would draw another sample with every run's seed.
+                x1 = sample_moments(x1, SEED, batch.positions, self._mix.impl)
             # A stream of its own: the same noise in runs of any seed.
-            noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, numel)
-            self._held = chunk, batch, noise.view(batch.x.shape).to(batch.x.dtype)
-        return self._held[1:]
+            noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, x1[0].numel())
+            noise = noise.view(x1.shape).to(x1.dtype)
+            self._held = chunk, _Chunk(x1, batch.y, batch.positions, noise)
+        return self._held[1]
 
     def _own(self, time: float) -> float:
         return time if self._mix.clock == DATA_AT_1 else 1.0 - time

@@ -56,7 +56,7 @@ class Alignment:
             net: the network itself, not DeepSpeed's engine around it.
             zs: the projections of the training forward, (B, N, z_dim) each; None without any.
             batch: as the training forward saw it; with features, or with what the teacher looks
-                at: its images, else x.
+                at: its images, else the data themselves.
             it: what the training forward was fed.
 
         Returns:
@@ -69,12 +69,12 @@ class Alignment:
             return 0.0 * torch.stack([z.float().sum() for z in zs]).sum()
         if self._at_label:
             # The same ids draw the same noise.
-            at_label = self._mix.prepare(batch.x, ids=batch.positions, t=it.t, slowed_t=it.t)
+            at_label = self._mix.prepare(it.data, ids=batch.positions, t=it.t, slowed_t=it.t)
             zs = net.projections(at_label.x, at_label.t, batch.y)
-        return repa_alignment_loss(zs, [self._features(batch)])
+        return repa_alignment_loss(zs, [self._features(batch, it)])
 
-    def _features(self, batch: Batch) -> Tensor:
+    def _features(self, batch: Batch, it: Interpolation) -> Tensor:
         if self.teacher is None:
             return batch.features
         # A model of pixels trains on what the teacher has to see, flips and all.
-        return self.teacher(batch.x if batch.images is None else batch.images)
+        return self.teacher(it.x1 if batch.images is None else batch.images)

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from mixflow_fast.checkpoints.resume import ResumePoint
-from mixflow_fast.config.schema import (
-    DATA_FIELDS,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    TeacherConfig,
-)
+from mixflow_fast.config.data_sections import DATA_FIELDS, DataConfig, TeacherConfig
+from mixflow_fast.config.schema import Config, ModelConfig, ObjectiveConfig
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.data.dataset import without_flips
@@ -30,9 +24,12 @@ from mixflow_fast.models.dinov2 import Dinov2Files
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
+from mixflow_fast.training.inputs import Inputs
 
 # Fields of the section `model` that are not arguments of the class.
 _NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
+# Fields of a data kind that are no arguments of its class.
+_HOW_IT_COMES = ("loader", "resident")
 # Data kinds with a held-out set of their own.
 _HELD_OUT = ("photos", "digits")
 
@@ -47,6 +44,7 @@ class RunParts:
         mix: the objective, in the model's clock.
         alignment: REPA's term; zero where the configuration has none.
         dataset: training examples.
+        inputs: what the network trains on, from a batch on the device.
         validation: examples to validate on; None where the run does not validate.
     """
 
@@ -55,6 +53,7 @@ class RunParts:
     mix: MixFlow
     alignment: Alignment
     dataset: Dataset
+    inputs: Inputs
     validation: ValidationData | None
 
 
@@ -84,6 +83,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         mix=mix,
         alignment=Alignment(c.objective, teacher, mix, device),
         dataset=dataset,
+        inputs=Inputs(),
         validation=build_validation(c.data, c.model, dataset) if c.train.validate_every else None,
     )
 
@@ -161,6 +161,11 @@ def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
     for name, path in given.items():  # before a word about formats
         existing_path(path, name)
     options = {name: getattr(section, name) for name in DATA_FIELDS[section.kind]}
+    for name in _HOW_IT_COMES:
+        options.pop(name, None)
+    for name in ("moments", "scale", "mirrors"):  # null: the data say
+        if name in options and options[name] is None:
+            options.pop(name)
     if section.kind == "latents":
         options["features"] = section.features or False
         options["images"] = section.images
@@ -171,7 +176,7 @@ def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
     except ValueError as error:
         settings = ", ".join(f"{name}={path}" for name, path in given.items())
         raise ValueError(f"{error} ({settings})" if settings else str(error)) from error
-    _check_shape(dataset.shape, section, model)
+    _check_shape(dataset, section, model)
     if dataset.num_classes > model.num_classes:
         raise ValueError(
             f"data has {dataset.num_classes} classes, the model only {model.num_classes}: set "
@@ -180,7 +185,8 @@ def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
     return dataset
 
 
-def _check_shape(shape: tuple[int, int, int], section: DataConfig, model: ModelConfig) -> None:
+def _check_shape(dataset: Dataset, section: DataConfig, model: ModelConfig) -> None:
+    shape = dataset.shape
     expected = (model.in_channels, model.input_size, model.input_size)
     if tuple(shape) == expected:
         return
@@ -189,11 +195,12 @@ def _check_shape(shape: tuple[int, int, int], section: DataConfig, model: ModelC
     way_out += "" if same_width else f" model.in_channels={shape[0]}"
     if section.kind != "latents":
         way_out += f", or data.size={model.input_size}" if same_width else ""
-    doubled = (2 * shape[0], *shape[1:]) if section.moments else (shape[0] / 2, *shape[1:])
+    moments = getattr(dataset, "moments", False)
+    doubled = (2 * shape[0], *shape[1:]) if moments else (shape[0] / 2, *shape[1:])
     if section.kind == "latents" and doubled == expected:
         way_out = (
             "they are plain latents, not mean | std: set data.moments=false"
-            if section.moments
+            if moments
             else "they are mean | std of a posterior: set data.moments=true"
         )
     raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixflow_fast.config.schema import DataConfig, ModelConfig
+from mixflow_fast.config.data_sections import DataConfig
+from mixflow_fast.config.schema import ModelConfig
 from mixflow_fast.data import Dataset, DataSummary, Latents
 from mixflow_fast.data.summary import count_classes
 from mixflow_fast.distributed.host_group import HostGroup

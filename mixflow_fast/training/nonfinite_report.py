@@ -230,7 +230,7 @@ class Examiner:
             "slowed_t": made.it.slowed_t.cpu(),
             "loss": bad.each[part],
             "loss_recomputed": made.samples.cpu(),
-            "x1": batch.x,
+            "x1": made.it.x1.cpu(),
         }
         suspects = wrong[part].nonzero()[:, 0].tolist()
         suspects = suspects or bad.each[part].argsort(descending=True).tolist()

@@ -30,6 +30,7 @@ from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
 from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.nonfinite_guard import NonFiniteGuard
 
 
@@ -37,6 +38,7 @@ def validation_loss(
     data: ValidationData | None,
     mix: MixFlow,
     device: torch.device,
+    inputs: Inputs,
     section: TrainConfig,
     host_group: HostGroup,
 ) -> ValidationLoss | None:
@@ -47,6 +49,7 @@ def validation_loss(
         data,
         mix,
         device,
+        inputs,
         examples=section.validate_examples,
         batch_size=section.microbatch_size,
         rank=host_group.rank,

@@ -24,6 +24,7 @@ from mixflow_fast.models.flops import train_flops
 from mixflow_fast.training.build import FirstNetwork, build_run
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.engine import import_deepspeed
+from mixflow_fast.training.loading import loader_workers
 
 # Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
 # batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
@@ -62,13 +63,14 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
-    rate = _reading_rate(parts.dataset, microbatch, config.data.workers)
+    workers = loader_workers(config.data)
+    rate = _reading_rate(parts.dataset, microbatch, workers)
     return [
         *data.lines,
         f"model: {_describe_model(config.model, parts.model)}",
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
-        f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers="
-        f"{config.data.workers}, as measured here for a second",
+        f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
+        "measured here for a second",
         *start.describe(folder.out, config.steps, c.init),
         *_describe_disk(c, config.optim, folder.out, parts.model, (ranks, config.steps)),
         _describe_memory(c, config.optim, parts.model, parts.execution, (ranks, microbatch)),

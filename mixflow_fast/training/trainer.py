@@ -39,6 +39,7 @@ from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.loading import LoaderOrder, build_loader
 from mixflow_fast.training.nonfinite_guard import (
     GuardState,
     NonFiniteGuard,
@@ -91,6 +92,7 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         model, mix, dataset, alignment: network, objective, examples and REPA's term.
+        inputs: what the network trains on, from a batch on the device.
         engine: DeepSpeed around the network.
         guard: what to do with steps that are not finite.
         objective: description of the implementation that runs.
@@ -122,6 +124,7 @@ class Trainer:
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
+        self.inputs = parts.inputs
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = group = HostGroup(process_group.timeout())
@@ -251,7 +254,7 @@ class Trainer:
             net: the engine, or the network itself.
             batch: M examples, of the loader: some labels are dropped already.
         """
-        it = self.mix.prepare(batch.x, ids=batch.positions)
+        it = self.mix.prepare(self.inputs(batch), ids=batch.positions)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)
@@ -339,7 +342,9 @@ class Trainer:
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
-        self._validation = validation_loss(parts.validation, self.mix, self.device, c, group)
+        self._validation = validation_loss(
+            parts.validation, self.mix, self.device, self.inputs, c, group
+        )
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
@@ -365,17 +370,9 @@ class Trainer:
 
     def loader(self) -> BatchLoader:
         """Micro-batches of this rank from this step on."""
-        c = self.config.train
-        return BatchLoader(
-            self.examples,
-            seed=c.seed,
-            global_batch_size=c.global_batch_size,
-            microbatch_size=self.microbatch,
-            rank=self.host_group.rank,
-            world_size=self.host_group.ranks,
-            start_position=self.images_seen,
-            num_workers=self.config.data.workers,
-        )
+        c = self.config
+        order = LoaderOrder.of(c.train, self.microbatch, self.host_group, self.images_seen)
+        return build_loader(c.data, self.examples, order, self.device)
 
     def _open_log(self, messages: list[str]) -> RunLog:
         """Begin the record of this part of the run, and tell people what runs."""

@@ -6,12 +6,11 @@ from collections.abc import Callable
 import pytest
 import yaml
 
+from mixflow_fast.config.data_sections import DATA_FIELDS, DataKind
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import (
-    DATA_FIELDS,
     SECTIONS,
     Config,
-    DataKind,
     ModelConfig,
     OptimConfig,
     TrainConfig,

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixflow_fast.config.schema import DataConfig, ModelConfig
+from mixflow_fast.config.data_sections import DataConfig
+from mixflow_fast.config.schema import ModelConfig
 from mixflow_fast.data import Latents, Photos
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.build import build_data
@@ -64,7 +65,8 @@ def test_log_variances_are_refused_before_anything_is_written(tmp_path: Path) ->
 
 SAME = """
 from mixflow_fast.cli.errors import leave_at_once
-from mixflow_fast.config.schema import DataConfig, ModelConfig
+from mixflow_fast.config.data_sections import DataConfig
+from mixflow_fast.config.schema import ModelConfig
 from mixflow_fast.data import ImageFolder
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.training.data_report import agree_on_data
