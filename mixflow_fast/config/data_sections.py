@@ -25,6 +25,12 @@ DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
     "latents": ("path", "scale", "moments", "mirrors", "resident"),
 }
 ANY_KIND = ("kind", "workers", "depth")
+# The same for the section `encoder`, but for its kind.
+ENCODER_FIELDS: Mapping[EncoderKind, tuple[str, ...]] = {
+    "none": (),
+    "sdvae": ("path", "precision"),
+    "rae": ("path", "stats", "precision"),
+}
 # Images as uint8, from files: the network trains on x / 127.5 - 1, or on what an encoder makes.
 IMAGE_KINDS: tuple[DataKind, ...] = ("folder", "images", "webdataset")
 

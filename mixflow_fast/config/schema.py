@@ -339,6 +339,11 @@ class Config(Section):
         return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
 
     @property
+    def latent(self) -> bool:
+        """Whether the network makes latents: those of the data, or an encoder's."""
+        return self.data.kind == "latents" or self.encoder.kind != "none"
+
+    @property
     def steps(self) -> int:
         """Optimizer steps in the run."""
         return -(-self.train.images // self.train.global_batch_size)
