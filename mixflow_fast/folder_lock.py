@@ -33,6 +33,7 @@ class FolderLock:
     Args:
         folder: exists and can be written.
         wait_s: how long to wait for another process that holds it; None: `WAIT_S`.
+        way_out: what else can be done, for the error.
 
     Attributes:
         token: random text, which others can read in the folder's `.lock`.
@@ -42,8 +43,13 @@ class FolderLock:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, wait_s: float | None = None) -> None:
-        self.folder, self.token = folder, secrets.token_hex(16)
+    def __init__(
+        self,
+        folder: Path,
+        wait_s: float | None = None,
+        way_out: str = "choose another out=",
+    ) -> None:
+        self.folder, self.token, self._way_out = folder, secrets.token_hex(16), way_out
         self._wait_s = WAIT_S if wait_s is None else wait_s
         self._owner: Path | None = None
         self._closed = threading.Event()
@@ -76,7 +82,7 @@ class FolderLock:
 
     def _flock(self) -> bool:
         """Take the kernel's lock; False where the file system has none."""
-        waiting = _Waiting(self.folder, self._wait_s)
+        waiting = _Waiting(self.folder, self._wait_s, self._way_out)
         while True:
             try:
                 _flock(self._file, exclusive=True)
@@ -93,7 +99,7 @@ class FolderLock:
 
     def _own(self) -> None:
         """Make the owner's file, or take over that of an owner who does not touch it any more."""
-        path, waiting = self.folder / _OWNER, _Waiting(self.folder, self._wait_s)
+        path, waiting = self.folder / _OWNER, _Waiting(self.folder, self._wait_s, self._way_out)
         seen, since = None, time.monotonic()
         while True:
             with contextlib.suppress(FileExistsError), path.open("x") as file:
@@ -128,8 +134,8 @@ class FolderLock:
 class _Waiting:
     """The wait for a lock of another process, which is said once."""
 
-    def __init__(self, folder: Path, wait_s: float) -> None:
-        self._folder, self._wait_s = folder, wait_s
+    def __init__(self, folder: Path, wait_s: float, way_out: str) -> None:
+        self._folder, self._wait_s, self._way_out = folder, wait_s, way_out
         self._until = time.monotonic() + wait_s
         self._said = False
 
@@ -139,9 +145,7 @@ class _Waiting:
         pid, _, started = rest.rpartition(" ")[0].partition(" ")
         who = f"another run (process {pid} on {host} since {started})" if pid else "another run"
         if time.monotonic() >= self._until:
-            raise ValueError(
-                f"{self._folder} is in use by {who}: wait for it or choose another out="
-            )
+            raise ValueError(f"{self._folder} is in use by {who}: wait for it or {self._way_out}")
         if not self._said:
             self._said = True
             warnings.warn(
