@@ -29,8 +29,8 @@ from mixflow_fast.environment import current_environment
 from mixflow_fast.files import user_path
 from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.throughput import Throughput
+from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops, train_flops
-from mixflow_fast.models.teacher import PRECISIONS
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
