@@ -9,6 +9,7 @@ from mixflow_fast.config.data_sections import EncoderConfig
 from mixflow_fast.config.schema import ModelConfig
 from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.autoencoders.rae import PIXELS_PER_TOKEN, RAEEncoder, rae_files
+from mixflow_fast.models.autoencoders.sdvae import SDVAE, SDVAEFiles
 
 
 def image_size(section: EncoderConfig, model: ModelConfig) -> int:
@@ -21,9 +22,11 @@ def image_size(section: EncoderConfig, model: ModelConfig) -> int:
     Raises:
         ValueError: as `check_encoder`.
     """
+    if section.kind == "none":
+        return model.input_size
     if section.kind == "rae":
         return PIXELS_PER_TOKEN * model.input_size
-    return model.input_size
+    return SDVAEFiles.read(section.path).downsampling * model.input_size
 
 
 def check_encoder(section: EncoderConfig, model: ModelConfig) -> None:
@@ -34,9 +37,12 @@ def check_encoder(section: EncoderConfig, model: ModelConfig) -> None:
     """
     if section.kind == "none":
         return
-    files = rae_files(section.path)
+    if section.kind == "rae":
+        channels = rae_files(section.path).hidden_size
+    else:
+        channels = SDVAEFiles.read(section.path).latent_channels
     side = model.input_size
-    made, taken = (files.hidden_size, side, side), (model.in_channels, side, side)
+    made, taken = (channels, side, side), (model.in_channels, side, side)
     if made != taken:
         raise ValueError(
             f"encoder.kind={section.kind} ({section.path}) makes latents of {made}, the model "
@@ -57,9 +63,10 @@ def build_encoder(section: EncoderConfig, model: ModelConfig) -> Encoder | None:
     if section.kind == "none":
         return None
     check_encoder(section, model)
-    return RAEEncoder(
-        section.path, model.input_size, stats=section.stats, precision=section.precision
-    )
+    if section.kind == "rae":
+        side, precision = model.input_size, section.precision
+        return RAEEncoder(section.path, side, stats=section.stats, precision=precision)
+    return SDVAE(section.path, image_size(section, model), precision=section.precision)
 
 
 def describe_encoder(section: EncoderConfig, encoder: Encoder) -> str:

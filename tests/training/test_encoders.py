@@ -6,19 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from mixflow_fast.config.data_sections import EncoderConfig
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data.dataset import mirrored
+from mixflow_fast.data.dataset import mirrored, without_flips
+from mixflow_fast.kernels.interpolate import Moments, sample_moments
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models.autoencoders.rae import RAEEncoder
+from mixflow_fast.models.autoencoders.sdvae import SDVAE
+from mixflow_fast.models.teacher import Teacher
+from mixflow_fast.objective import MixFlow
 from mixflow_fast.training.build import build_data, build_model, check
 from mixflow_fast.training.encoders import build_encoder, image_size
 from mixflow_fast.training.nonfinite_guard import TrainingDiverged
 from mixflow_fast.training.rehearsal import rehearse
 from mixflow_fast.training.trainer import Trainer, train
+from tests.support.autoencoder import write_autoencoder
 from tests.support.runs import assert_same_bits, checkpoint_leaves, first_positions
 from tests.support.teacher import WIDTH, save_teacher
 from tests.support.train_ranks import TINY
@@ -112,6 +118,75 @@ def test_it_trains_on_latents_of_the_images_mirrored_as_they_are(
     assert not torch.allclose(seen[0].it.x1, encoder(pixels.flip(-1)), atol=0.1)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert f"rae {files / 'encoder'}, " in text and "latents 32 x 2 x 2, normalised by" in text
+
+
+def test_a_run_is_that_on_latents_which_were_encoded_before(tmp_path: Path, files: Path) -> None:
+    """Also what it validates on, which is not mirrored."""
+    how = ["data.flip=false", "train.validate_every=3", "train.validate_examples=4"]
+    train(rae(tmp_path / "images", files, *how), quiet=True)
+    config = rae(tmp_path / "latents", files, *how[1:])
+    dataset = build_data(config.data, config.model, config.encoder)
+    every = torch.arange(len(dataset))
+    batch = without_flips(dataset).get(every, every, 0)
+    encoder = RAEEncoder(files / "encoder", SIDE, stats=files / "stat.pt")
+    np.savez(tmp_path / "set.npz", latents=encoder(batch.images), labels=batch.y)
+    data = f"data={{kind: latents, path: {tmp_path / 'set.npz'}}}"
+    tiny = [setting for setting in TINY if not setting.startswith(("model.", "data."))]
+    given = [*tiny, MODEL, data, *how[1:], "train.images=24", f"out={tmp_path / 'latents'}"]
+    train(load_config("photos", given), quiet=True)
+    both = [tmp_path / name / "metrics.jsonl" for name in ("images", "latents")]
+    losses = [[row["loss"] for row in read_metrics(path)] for path in both]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    seen = [read_metrics(path, "validation") for path in both]
+    losses = [[row["model"]["loss_by_t"] for row in rows] for rows in seen]
+    assert np.shape(losses) == (2, 2, 16)
+    assert np.allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def sdvae(out: Path, files: Path, *overrides: str) -> Config:
+    """A tiny REPA SiT on latents of 16 x 16 places, whose teacher sees the same images."""
+    own = [
+        f"model={{name: SiT-S/4, input_size: {SIZE // 2}, in_channels: 4, num_classes: 2, "
+        "depth: 2, hidden_size: 32, num_heads: 2, encoder_depth: 1, projector_dim: 16, "
+        f"z_dims: [{WIDTH}]}}",
+        f"encoder={{kind: sdvae, path: {files / 'vae'}}}",
+        f"teacher.path={files / 'encoder'}",
+        "objective.alignment_weight=0.5",
+    ]
+    return rae(out, files, *own, *overrides)
+
+
+def test_the_sdvaes_posterior_is_drawn_by_position_and_a_teacher_sees_the_same_images(
+    tmp_path: Path, files: Path
+) -> None:
+    write_autoencoder(files / "vae")
+    config = sdvae(tmp_path / "run", files)
+    trainer = Trainer(config, quiet=True)
+    seen = []
+    trainer.on_step = lambda step, made, means: seen.extend(made)
+    trainer.run()
+    indices, positions = first_positions(trainer)
+    batch = trainer.dataset.get(indices, positions, config.train.seed)
+    moments = SDVAE(files / "vae", SIZE)(batch.images)
+    x1 = sample_moments(moments, config.train.seed, positions)
+    assert isinstance(moments, Moments) and x1.shape == (8, 4, SIZE // 2, SIZE // 2)
+    it = MixFlow(gamma=0.5, clock=trainer.model.clock).prepare(x1, ids=positions)
+    assert torch.allclose(seen[0].it.x, it.x, atol=1e-5)
+    features = Teacher(files / "encoder", 4, precision=config.train.precision)(batch.images)
+    (z,) = build_model(config.model)(seen[0].it.x, seen[0].it.t, seen[0].y)[1]
+    expected = -F.cosine_similarity(z.double(), features.double(), dim=-1).mean().item()
+    assert seen[0].alignment.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_latents_of_an_sdvae_that_do_not_fit(tmp_path: Path, files: Path) -> None:
+    write_autoencoder(files / "vae")
+    config = sdvae(tmp_path, files, "data.size=64")
+    with pytest.raises(ValueError, match=r"\(3, 64, 64\), encoder.kind=sdvae needs \(3, 32, 32\)"):
+        rehearse(config)
+    with pytest.raises(
+        ValueError, match=r"latents of \(4, 16, 16\), the model takes \(8, 16, 16\)"
+    ):
+        check(sdvae(tmp_path, files, "model.in_channels=8"))
 
 
 def test_a_rehearsal_names_the_encoder_and_its_memory(tmp_path: Path, files: Path) -> None:
