@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from mixflow_fast.files import existing_path
 from mixflow_fast.kernels.interpolate import Moments
 from mixflow_fast.messages import error_line
+from mixflow_fast.models.dinov2 import PRECISIONS, Precision
 from mixflow_fast.models.execution import Execution, runner
-from mixflow_fast.models.teacher import PRECISIONS, Precision
 from mixflow_fast.models.weights.damage import refuse_not_finite
 
 CLASS = "AutoencoderKL"
