@@ -76,9 +76,7 @@ def test_moments_of_a_set_fit_the_model_or_say_what_they_are(tmp_path: Path) -> 
     path = str(write_store(tmp_path / "set", rows))
     model = ModelConfig(input_size=2, in_channels=4)
     build(model, kind="latents", path=path)
-    with pytest.raises(
-        ValueError, match=r"\(4, 2, 2\), the model takes \(4, 4, 4\): set"
-    ):
+    with pytest.raises(ValueError, match=r"\(4, 2, 2\), the model takes \(4, 4, 4\): set"):
         build(ModelConfig(input_size=4, in_channels=4), kind="latents", path=path)
     with pytest.raises(ValueError, match="data.scale=0.18215, but the manifest of .* says 0.5"):
         build(model, kind="latents", path=path, scale=0.18215)
