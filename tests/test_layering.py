@@ -35,7 +35,7 @@ OWNED = {"deepspeed": "training.engine", "triton": "kernels.runtime"}
 # ImportError is caught.
 OPTIONAL = {
     *("triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"),
-    *("transformers", "apex", "tensorboard", "wandb", "shtab"),
+    *("transformers", "diffusers", "apex", "tensorboard", "wandb", "shtab"),
 }
 
 

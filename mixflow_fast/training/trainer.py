@@ -31,8 +31,8 @@ from mixflow_fast.files import user_path
 from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.throughput import Throughput
+from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops, train_flops
-from mixflow_fast.models.teacher import PRECISIONS
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
@@ -41,6 +41,7 @@ from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
+from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import Engine
 from mixflow_fast.training.loading import Loader, LoaderOrder, build_loader, ways_out
 from mixflow_fast.training.nonfinite_guard import (
@@ -140,6 +141,7 @@ class Trainer:
             self._first_network = FirstNetwork(config.model, config.train.init, self._start)
             self.model = self._first_network(group)
             self.alignment.move_teacher()
+            self.inputs.move_encoder(self.device)
             self.model.set_execution(parts.execution)
             self._used_before = self._start.attention if config.model.attention == "auto" else None
             shape = self.microbatch, config.train.precision, self.device
@@ -342,7 +344,7 @@ class Trainer:
         self.objective = "Triton kernels" if fused else "PyTorch reference"
         on_gpu = self.device.type == "cuda" and c.precision == "bf16"
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None
-        shift, latents = self.config.objective.shift, self.config.data.kind == "latents"
+        shift, latents = self.config.objective.shift, self.config.latent
         self._previews = PreviewOptions.of(c, self.config.model, shift, latents)
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
@@ -397,6 +399,8 @@ class Trainer:
             "averages": describe_averages(self.config.optim, self.config.steps),
             "data": self._data.what,
         }
+        if self.inputs.encoder is not None:
+            facts["encoder"] = describe_encoder(self.config.encoder, self.inputs.encoder)
         log.start(
             self.step,
             facts,
