@@ -19,7 +19,9 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +32,8 @@ OTHER_IMAGE_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jp
                         ".pgm", ".tga", ".ico", ".jfif", ".jpe", ".svg", ".psd", ".exr", ".apng",
                         ".raw", ".dng")  # fmt: skip
 _LONGEST = 100
+_EMPTY = "it is empty (0 bytes)"
+_NO_IMAGE = "its content is no image of a format that is known"
 # A photo of a phone: the picture, and beside it a preview or a map of brightness.
 _STILL_WITH_EXTRAS = "MPO"
 # What Pillow's readers raise on a damaged file, beside what they mean to.
@@ -43,19 +47,53 @@ def decode_rgb(file: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ValueError: names the file, and what it is where it is refused.
     """
+    try:
+        return read_rgb(file)
+    except ValueError as error:
+        raise ValueError(f"cannot read the image {str(file)!r}: {error}") from error
+
+
+def read_rgb(
+    source: str | os.PathLike[str] | BinaryIO,
+    check: Callable[[Image.Image], None] | None = None,
+) -> Image.Image:
+    """As `decode_rgb`, from a file or from its content; the error holds the reason alone.
+
+    Args:
+        source: a path, or a binary stream at its start.
+        check: raises ValueError where an image that was opened, and not yet decoded, is refused
+            by a further rule.
+    """
+    with opened(source) as image:
+        if check is not None:
+            check(image)
+        return _to_rgb(image)
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
+    """An image of which only the header was read, if it is one that the table above takes.
+
+    Raises:
+        ValueError: the reason, without a name; also for what fails while it is decoded inside.
+    """
     from PIL import Image as pil
 
     try:
-        with pil.open(file) as image:
+        with pil.open(source) as image:
             _refuse(image)
-            return _to_rgb(image)
+            yield image
+    except pil.UnidentifiedImageError as error:
+        # Pillow's words name the file, or the address of a stream.
+        raise ValueError(_EMPTY if _is_empty(source) else _NO_IMAGE) from error
     except (*_DAMAGE, pil.DecompressionBombError) as error:
-        reason = "it is empty (0 bytes)" if _is_empty(file) else error
-        raise ValueError(f"cannot read the image {str(file)!r}: {reason}") from error
+        raise ValueError(str(error)) from error
 
 
-def _is_empty(file: str | os.PathLike[str]) -> bool:
-    return os.path.isfile(file) and not os.path.getsize(file)
+def _is_empty(source: str | os.PathLike[str] | BinaryIO) -> bool:
+    if isinstance(source, str | os.PathLike):
+        return os.path.isfile(source) and not os.path.getsize(source)
+    return not source.seek(0, os.SEEK_END)
 
 
 def _refuse(image: Image.Image) -> None:

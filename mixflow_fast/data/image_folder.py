@@ -44,8 +44,8 @@ def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
 class ImageFolder:
     """Images in class folders, `path/<class>/**/<image>`, classes in alphabetical order.
 
-    Each image becomes RGB by the rule of `data/decoding.py`, ADM's centre crop of side `size`,
-    x / 127.5 - 1. EXIF's orientation is not applied, on purpose: ADM, SiT, REPA and RAE do not.
+    Each image becomes RGB by the rule of `data/decoding.py`, ADM's centre crop of side `size`.
+    EXIF's orientation is not applied, on purpose: ADM, SiT, REPA and RAE do not.
 
     Files are listed once, sorted; those are images whose names end as `IMAGE_SUFFIXES`, in upper
     or lower case. Hidden files and folders are skipped, other files counted. Symbolic links are
@@ -60,6 +60,7 @@ class ImageFolder:
     Attributes:
         classes: their names, in the order of the labels.
         files: image files, in the order of the indices.
+        size, flip, encoded, crops: as `ImageDataset`.
 
     Raises:
         ValueError: missing path, no class, a class without images, train/ and val/ as classes, a
@@ -94,7 +95,8 @@ class ImageFolder:
             labels += [label] * len(found)
         self._y = torch.tensor(labels, dtype=torch.int64)
         self._root, self._scan = root, scan
-        self._size, self.flip = size, flip
+        self.size, self.flip = size, flip
+        self.encoded = self.crops = True
         self.num_classes = len(self.classes)
         self.shape = (3, size, size)
         self.name = f"folder-{root.resolve().name}-{size}"
@@ -103,15 +105,27 @@ class ImageFolder:
         return len(self.files)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Dataset.get`: x (B, 3, size, size)."""
+        """As `Dataset.get`: images (B, 3, size, size), and no x."""
         check_indices(indices, positions, len(self))
-        pixels = torch.empty(len(indices), self._size, self._size, 3, dtype=torch.uint8)
+        pixels = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
         for row, index in enumerate(indices.tolist()):
-            pixels[row] = _decode(self.files[index], self._size)
-        x = (pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0).contiguous()
+            pixels[row] = _decode(self.files[index], self.size)
+        images = pixels.permute(0, 3, 1, 2).contiguous()
         if self.flip:
-            x = random_flip(x, positions, seed)
-        return Batch(x, self._y[indices], positions)
+            images = random_flip(images, positions, seed)
+        return Batch(None, self._y[indices], positions, images=images)
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """As `ImageDataset.labels`."""
+        return self._y[indices]
+
+    def payload(self, index: int) -> bytes:
+        """As `ImageDataset.payload`."""
+        return Path(self.files[index]).read_bytes()
+
+    def name_of(self, index: int) -> str:
+        """As `ImageDataset.name_of`."""
+        return self.files[index]
 
     def summary(self) -> DataSummary:
         """As `Dataset.summary`; the digest is of the names, and of the sizes of some files."""

@@ -1,4 +1,7 @@
-"""Readers of .npy, .npz and REPA's dataset.json: without pickle, with errors that name the file."""
+"""Readers of .npy, .npz and REPA's dataset.json: without pickle, with errors that name the file.
+
+And the header of a .npy whose rows begin at a page of memory, which numpy itself does not write.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,22 @@ from mixflow_fast.files import check_inside
 if TYPE_CHECKING:
     import numpy as np
     from numpy.lib.npyio import NpzFile
+
+HEADER_BYTES = 4096
+
+
+def padded_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The first HEADER_BYTES of a .npy of version 1.0, padded with blanks.
+
+    Args:
+        shape: of the array, in C order.
+        dtype: "uint8", "float16", ...
+    """
+    import numpy as np
+
+    fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
+    return start + repr(fields).encode("latin1").ljust(HEADER_BYTES - 11) + b"\n"
 
 
 def open_npz(path: Path) -> NpzFile:

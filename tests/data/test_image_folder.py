@@ -63,8 +63,8 @@ def test_folder_reads_classes_in_order_and_pixels_exactly(image_folder):
     batch = get(dataset, *range(6))
     assert batch.y.tolist() == [0, 0, 0, 1, 1, 1]
     file = image_folder / "b_china" / "sub" / "2.png"
-    pixels = np.asarray(Image.open(file))[:, 1:19].astype(np.float64)
-    np.testing.assert_allclose(batch.x[5].numpy(), pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    pixels = np.asarray(Image.open(file))[:, 1:19]
+    np.testing.assert_array_equal(batch.images[5].numpy(), pixels.transpose(2, 0, 1))
 
 
 def test_flips_follow_the_position_alone(image_folder):
@@ -72,11 +72,11 @@ def test_flips_follow_the_position_alone(image_folder):
     indices, positions = torch.tensor([0, 1, 2, 3, 4, 5] * 8), torch.arange(100, 148)
     mirrored = uniform(5, Stream.FLIP, positions)[:, 0] < 0.5
     assert 8 < int(mirrored.sum()) < 40  # 24 +- 4.6 standard deviations
-    x, y = plain.get(indices, positions, 5).x, flipped.get(indices, positions, 5).x
+    x, y = plain.get(indices, positions, 5).images, flipped.get(indices, positions, 5).images
     assert torch.equal(y[~mirrored], x[~mirrored]) and torch.equal(y[mirrored], x[mirrored].flip(3))
-    alone = flipped.get(indices[7:9], positions[7:9], 5).x
+    alone = flipped.get(indices[7:9], positions[7:9], 5).images
     assert torch.equal(alone, y[7:9])
-    assert not torch.equal(flipped.get(indices, positions, 6).x, y)
+    assert not torch.equal(flipped.get(indices, positions, 6).images, y)
 
 
 def test_bad_folders_and_images_are_named(image_folder, tmp_path_factory):
