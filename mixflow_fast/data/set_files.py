@@ -172,10 +172,16 @@ def total_bytes(manifest: Mapping[str, object]) -> int:
     return sum(int(str(record["bytes"])) for record in listed_files(manifest))
 
 
-def sha256_of(file: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's content as 64 hexadecimal digits, read in blocks."""
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's content as 64 hexadecimal digits, read in blocks.
+
+    Of a folder it is that of the lines "digest  name" of its files, as `sha256sum` prints them.
+    """
+    if path.is_dir():
+        lines = [f"{sha256_of(f, progress)}  {f.relative_to(path).as_posix()}\n" for f in _in(path)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with open(file, "rb", buffering=0) as stream:
+    with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
             digest.update(block[:count])
             if progress is not None:
@@ -183,16 +189,25 @@ def sha256_of(file: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(map(os.path.getsize, _in(path))) if path.is_dir() else os.path.getsize(path)
+
+
+def _in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def file_record(root: Path, name: str) -> dict[str, object]:
-    """The record {file, bytes, sha256} of a file of a set."""
+    """The record {file, bytes, sha256} of a file of a set, or of a folder of such."""
     path = root / name
-    return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"file": name, "bytes": size_of(path), "sha256": sha256_of(path)}
 
 
 def _size_fault(root: Path, record: Mapping[str, object]) -> str:
     """What is wrong with a file at first sight; "" where nothing is."""
     try:
-        size = os.path.getsize(root / str(record["file"]))
+        size = size_of(root / str(record["file"]))
     except OSError as error:
         return f"{record['file']} cannot be read ({error.strerror})"
     if size != record["bytes"]:

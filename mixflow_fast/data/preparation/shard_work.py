@@ -9,7 +9,6 @@ their numbers and without a word between them. Whoever finds all shards done wri
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from mixflow_fast.data.set_files import DONE, MANIFEST, WORK, sha256_of
+from mixflow_fast.data.set_files import DONE, MANIFEST, WORK, sha256_of, size_of
 from mixflow_fast.files import sync
 from mixflow_fast.folder_lock import FolderLock
 
@@ -161,6 +160,14 @@ class ShardWork:
         os.replace(note, self._done_file(number))
         _sync(self.out / DONE)
 
+    def discard(self, number: int) -> None:
+        """Delete what was written at `temporary(number)`."""
+        _remove(self.temporary(number))
+
+    def finished(self) -> list[dict[str, object]]:
+        """What the done files hold of the shards that are done, in order, whoever made them."""
+        return [self._record(number) for number in sorted(self._done())]
+
     def records(self) -> list[dict[str, object]] | None:
         """What the shards' done files hold, in the order of the shards: rows, bytes, sha256, extra.
 
@@ -192,6 +199,8 @@ class ShardWork:
             with FolderLock(lock, way_out="run the command once more"):
                 if not (self.out / MANIFEST).is_file():
                     self._clear(_TEMPORARY)  # of ranks that died: nothing is left to make
+                    for partial in self.out.glob(".*.tmp"):  # of a manifest's writer that died
+                        _remove(partial)
                     write(records)
         except FileNotFoundError:  # another process has finished the set and its locks
             if not (self.out / MANIFEST).is_file():
@@ -219,7 +228,7 @@ class ShardWork:
     def _holds(self, number: int, record: Mapping[str, object]) -> bool:
         """Whether the shard's file is there, with the size that was noted."""
         try:
-            return _size(self.path(number)) == record.get("bytes")
+            return size_of(self.path(number)) == record.get("bytes")
         except OSError:
             return False
 
@@ -282,29 +291,11 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
         os.fsync(stream.fileno())
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of a shard: itself, or all below it, sorted."""
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def _size(path: Path) -> int:
-    return sum(os.path.getsize(file) for file in _files(path))
-
-
 def _measure(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a shard that was written, flushed to the disk.
-
-    Of a folder it is the SHA-256 of the lines of `sha256sum`, name by name.
-    """
-    lines = []
-    for file in _files(path):
-        _sync(file)
-        lines.append((sha256_of(file), file))
-    if path.is_dir():
-        _sync(path)
-        text = "".join(f"{digest}  {file.relative_to(path).as_posix()}\n" for digest, file in lines)
-        return _size(path), hashlib.sha256(text.encode()).hexdigest()
-    return _size(path), lines[0][0]
+    """Size and SHA-256 of a shard that was written, flushed to the disk."""
+    for written in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        _sync(written)
+    return size_of(path), sha256_of(path)
 
 
 def _sync(path: Path) -> None:
