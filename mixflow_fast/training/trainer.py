@@ -30,6 +30,7 @@ from mixflow_fast.files import user_path
 from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models.flops import peak_tflops, train_flops
+from mixflow_fast.models.teacher import PRECISIONS
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
@@ -124,7 +125,7 @@ class Trainer:
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
-        self.inputs = parts.inputs
+        self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = group = HostGroup(process_group.timeout())
@@ -254,7 +255,7 @@ class Trainer:
             net: the engine, or the network itself.
             batch: M examples, of the loader: some labels are dropped already.
         """
-        it = self.mix.prepare(self.inputs(batch), ids=batch.positions)
+        it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)

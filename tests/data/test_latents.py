@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from mixflow_fast.data import Latents
+from mixflow_fast.data.dataset import joined
+from mixflow_fast.kernels.interpolate import sample_moments
 from mixflow_fast.kernels.philox import Stream, normal
+from mixflow_fast.objective import MixFlow
 from tests.support.datasets import (
     FEATURES,
     LABELS,
@@ -40,23 +43,31 @@ def test_latents_come_back_exactly_in_float32(tmp_path, write, dtype):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_moments_draw_the_posterior_by_position(tmp_path, write):
-    dataset = Latents(write(tmp_path, MOMENTS), scale=0.18215, moments=True)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_moments_are_given_out_as_they_are_stored(tmp_path, write, dtype):
+    """The posterior is drawn by `MixFlow.prepare`, with the position's noise."""
+    stored = MOMENTS.astype(dtype)
+    dataset = Latents(write(tmp_path, stored), scale=0.18215, moments=True)
     assert dataset.shape == (2, 2, 3)
-    mean, std = np.split(MOMENTS.astype(np.float64)[[4, 1]], 2, axis=1)
-    noise = normal(11, Stream.POSTERIOR, torch.tensor([50, 51]), 12).view(2, 2, 2, 3)
-    expected = (mean + std * noise.double().numpy()) * 0.18215
     batch = get(dataset, 4, 1, seed=11, first=50)
-    np.testing.assert_allclose(batch.x.numpy(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(get(dataset, 1, seed=11, first=51).x, batch.x[1:])
-    assert not torch.equal(get(dataset, 1, seed=11, first=52).x, batch.x[1:])
+    mean, std = np.split(stored[[4, 1]], 2, axis=1)
+    np.testing.assert_array_equal(batch.x.mean.numpy(), mean)
+    np.testing.assert_array_equal(batch.x.std.numpy(), std)
+    assert batch.x.scale == 0.18215 and joined(batch.x) is not None  # halves of one buffer
+    noise = normal(11, Stream.POSTERIOR, batch.positions, 12).view(2, 2, 2, 3)
+    expected = (mean.astype(np.float64) + std * noise.double().numpy()) * 0.18215
+    mix = MixFlow(gamma=0, clock="noise_at_1", seed=11)
+    x = mix.prepare(
+        batch.x, ids=batch.positions, t=torch.zeros(2), slowed_t=torch.zeros(2), dtype=torch.float32
+    ).x
+    np.testing.assert_allclose(x.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_posterior_samples_have_the_stored_mean_and_std(tmp_path):
     dataset = Latents(write_npz(tmp_path, MOMENTS), moments=True)
     count = 4000
-    indices = torch.full((count,), 2)
-    x = dataset.get(indices, torch.arange(count), 0).x.double()
+    batch = dataset.get(torch.full((count,), 2), torch.arange(count), 0)
+    x = sample_moments(batch.x, 0, batch.positions).double()
     mean, std = (torch.from_numpy(part).double() for part in np.split(MOMENTS[2], 2))
     assert ((x.mean(0) - mean).abs() < 5 * std / count**0.5).all()
     assert ((x.std(0) - std).abs() < 5 * std / (2 * count) ** 0.5).all()
@@ -84,9 +95,11 @@ def test_features_travel_with_their_latents(tmp_path):
 def test_npy_is_memory_mapped_and_never_written(tmp_path):
     path = write_npy(tmp_path, LATENTS)
     dataset = Latents(path)
-    assert isinstance(dataset._x, np.memmap)
+    assert isinstance(dataset._files.x, np.memmap)
     get(dataset, 0).x.fill_(9.0)
     np.testing.assert_array_equal(np.load(path), LATENTS)
+    get(Latents(write_npy(tmp_path, MOMENTS), moments=True), 0).x.mean.fill_(9.0)
+    np.testing.assert_array_equal(np.load(path), MOMENTS)
 
 
 @pytest.mark.parametrize("write", WRITERS)
