@@ -27,6 +27,7 @@ from mixflow_fast.data.dali_feed import Feed, check_by_pillow, make_feed
 from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.data.microbatch_order import MicrobatchOrder
+from mixflow_fast.data.order import sample_index
 from mixflow_fast.messages import error_line
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class DaliLoader:
 
     Attributes:
         microsteps: micro-batches of one optimizer step on this rank.
+        ahead: micro-batches that may be read or decoded before they are asked for.
 
     Raises:
         ValueError: DALI cannot be used, or as `MicrobatchOrder`; in `next`, a bad image.
@@ -204,12 +206,13 @@ class DaliLoader:
             world_size=world_size,
             shuffle=shuffle,
         )
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed, self._shuffle = dataset, seed, shuffle
         self.device, self._zero_copy = torch.device(device), zero_copy
         self.microsteps = self._order.microsteps
         self._microstep = self._order.microstep_at(start_position)  # next to return
         self._submitted = self._microstep  # next to read
         self._lookahead = 2 * max(1, num_workers)
+        self.ahead = self._lookahead + _QUEUE
         # In order: what was submitted and not returned, what is being read, what DALI has.
         self._expected: deque[tuple[Tensor, Tensor]] = deque()
         self._reading: deque[Future[Feed]] = deque()
@@ -233,6 +236,10 @@ class DaliLoader:
     def position(self) -> int:
         """First global position of the optimizer step that the next micro-batch belongs to."""
         return self._order.step_position(self._microstep)
+
+    def indices(self, positions: Tensor) -> Tensor:
+        """(B,) int64, on the CPU: which samples of the dataset stand at global positions."""
+        return sample_index(positions.cpu(), len(self.dataset), self.seed, self._shuffle)
 
     def __iter__(self) -> DaliLoader:
         return self
@@ -268,8 +275,8 @@ class DaliLoader:
         on_gpu = self.device.type == "cuda"
         try:
             # With the stream that uses the images, DALI lets that wait and not the host.
-            stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else None
-            images, numbers = pipeline.run(stream) if on_gpu else pipeline.run()
+            stream = torch.cuda.current_stream(self.device) if on_gpu else None
+            images, numbers = pipeline.run(stream)
         except Exception as error:
             raise self._explained(error) from error
         indices, positions = self._expected.popleft()

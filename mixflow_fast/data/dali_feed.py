@@ -111,7 +111,7 @@ def check_by_pillow(dataset: LabelDropout, feed: Feed) -> None:
 def _prepared(content: bytes, size: int) -> tuple[bytes, np.ndarray]:
     """A file that DALI decodes as Pillow does, and the plan of its crop."""
     with opened(io.BytesIO(content)) as image:
-        plan = crop_plan(image.width, image.height, size) if _is_ordinary(image) else None
+        plan = crop_plan(image.width, image.height, size) if is_ordinary(image) else None
     if plan is not None:
         return content, plan
     image = adm_center_crop(read_rgb(io.BytesIO(content)), size)
@@ -122,7 +122,7 @@ def _prepared(content: bytes, size: int) -> tuple[bytes, np.ndarray]:
     return lossless.getvalue(), plan
 
 
-def _is_ordinary(image: Image.Image) -> bool:
+def is_ordinary(image: Image.Image) -> bool:
     """Whether DALI may decode an opened image: 8 bits, grey or YCbCr or RGB, no transparency."""
     # Pillow's decoder of a PNG is told of 16 bits in its last argument: "RGB;16B".
     wide = image.format == "PNG" and any("16" in str(tile[3]) for tile in image.tile)
