@@ -1,4 +1,4 @@
-"""Parts of messages: the nearest valid name, one line of an exception, a shortened list, times."""
+"""Parts of messages: the nearest valid name, one line of an exception, lists, times, sizes."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def duration(seconds: float) -> str:
         size, unit = 24 * 3600, "days"
     count = seconds / size
     return f"{count:.1f} {unit}" if count < 10 else f"{count:.0f} {unit}"
+
+
+def size_text(count: float) -> str:
+    """Bytes with a decimal unit, such as 2.70 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from mixflow_fast.cli.inspect import size_text
 from mixflow_fast.files import user_path
+from mixflow_fast.messages import size_text
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

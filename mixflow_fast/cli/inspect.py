@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from mixflow_fast.files import user_path
+from mixflow_fast.messages import size_text
 
 if TYPE_CHECKING:
     from mixflow_fast.checkpoints.inspect import Inspection
@@ -111,15 +112,6 @@ def _line(label: str, text: str, indent: int = 12) -> str:
         text, _WIDTH - indent, break_long_words=False, break_on_hyphens=False
     ) or [""]
     return f"{label:<{indent}}" + f"\n{' ' * indent}".join(lines)
-
-
-def size_text(count: float) -> str:
-    """Bytes with a decimal unit, such as 2.70 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _table(found: Inspection) -> list[str]:

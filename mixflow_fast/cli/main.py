@@ -1,7 +1,8 @@
 """The command `mixflow-fast`: the parser of all commands, and the dispatch to one of them.
 
 Each command is a file of this folder with `add(commands)`, its arguments, and `run(options)`, what
-it does, which returns the exit code. Heavy imports stand inside `run`.
+it does, which returns the exit code; `data/` is a command with a file for each of its own. Heavy
+imports stand inside `run`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from mixflow_fast import __version__
 from mixflow_fast.cli import (
     consolidate,
+    data,
     demo,
     doctor,
     ema,
@@ -41,10 +43,19 @@ from mixflow_fast.recipes import recipe_names
 # As every version of argparse says it, with quotes around the choices or without.
 _NO_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
 # What the parser returns and no user gives with dashes.
-_NO_OPTIONS = {"run", "local_rank", "recipe", "overrides", "checkpoint", "part"}
+_NO_OPTIONS = {
+    "run",
+    "data_command",
+    "set",
+    "local_rank",
+    "recipe",
+    "overrides",
+    "checkpoint",
+    "part",
+}
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, sample, demo, inspect, export, doctor, report, verify_resume,
+    train, recipes, settings, data, sample, demo, inspect, export, doctor, report, verify_resume,
     consolidate, ema,
 )  # fmt: skip
 
@@ -57,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit code: 0 done, or stopped by a signal with a checkpoint; 1 training diverged
-        (inspect: the weights do not fit; doctor: something failed; verify-resume: bits differ); 2
-        refused input, or a full disk; 130 interrupted; 141 nobody reads the output any more. A
-        second signal to a training run ends it with 128 + its number (130, 143).
+        (inspect: the weights do not fit; doctor: something failed; verify-resume: bits differ; data
+        scan: images that cannot be used; data verify: damage); 2 refused input, or a full disk; 130
+        interrupted; 141 nobody reads the output any more. A second signal to a training run ends it
+        with 128 + its number (130, 143), and so does the first one to `data prepare`.
     """
     return exit_code(lambda: _run(argv))
 
@@ -105,14 +117,22 @@ class PrintCompletion(argparse.Action):
         except ImportError:
             way = 'pip install "mixflow_fast[completion]"'
             raise ImportError(f"completion needs shtab, which is not installed: {way}") from None
-        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        for action in (a for command in commands.choices.values() for a in command._actions):
+        for action in _actions(parser):
             if action.dest == "recipe":
                 action.choices = recipe_names()
             elif action.type is user_path:
                 action.complete = shtab.FILE
         print(shtab.complete(parser, shell=str(values)))
         parser.exit()
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Of all commands, and the commands of commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)
 
 
 def parser() -> Parser:

@@ -14,7 +14,7 @@ _KINDS = {
     "digits": ("embedded", "Digits"),
     "folder": ("image_folder", "ImageFolder"),
     "images": ("prepared_images", "PreparedImages"),
-    "webdataset": ("prepared_images", "WebDataset"),
+    "webdataset": ("webdataset", "WebDataset"),
     "latents": ("latents", "Latents"),
 }
 

@@ -37,11 +37,11 @@ from mixflow_fast.data.preparation.formats import (
 from mixflow_fast.data.preparation.scan import BadImage, core_count, quiet_pillow
 from mixflow_fast.data.preparation.shard_work import ShardWork, named_errors
 from mixflow_fast.data.preparation.source import Source, read_crop
+from mixflow_fast.data.prepared_images import IMAGES_FORMAT
 from mixflow_fast.data.set_files import file_record, write_manifest
 from mixflow_fast.files import write_bytes
 from mixflow_fast.metrics.progress import Progress
 
-IMAGES_FORMAT = "mixflow-images/1"
 SHARD_ROWS, MAX_BAD = 4096, 100
 _REPA_FORMAT, _REPA_ROWS = "repa-images/1", 1000  # images/{number:08d}[:5]/
 _AHEAD = 4  # images in work or waiting, for each thread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
@@ -24,7 +23,7 @@ from mixflow_fast.data.preparation.imagenet import (
 )
 from mixflow_fast.data.preparation.source import Header, Source, read_crop, read_header
 from mixflow_fast.data.summary import sample_rows
-from mixflow_fast.messages import duration, shorten
+from mixflow_fast.messages import duration, shorten, size_text
 
 SAMPLED = 200
 _CHUNK = 64
@@ -276,15 +275,6 @@ def free_bytes(path: Path) -> tuple[int, Path]:
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     status = os.statvfs(there)
     return status.f_bavail * status.f_frsize, there
-
-
-def size_text(count: float) -> str:
-    """Bytes with a decimal unit, such as 120 GB."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, int(math.log10(count) // 3)) if count >= 1 else 0
-    value = count / 1000**power
-    digits = 0 if power == 0 or value >= 100 else 1
-    return f"{value:.{digits}f} {units[power]}"
 
 
 def _counted(counter: Counter[str]) -> str:

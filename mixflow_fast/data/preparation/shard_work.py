@@ -69,7 +69,7 @@ class ShardWork:
         self._rank, self._world = rank, world
         _check_folder(out)
         # Some values are written otherwise than they are (tuples as lists).
-        wanted = json.loads(json.dumps({"shards": shards, **settings}, allow_nan=False))
+        wanted = json.loads(json.dumps({**settings, "shards": shards}, allow_nan=False))
         _compare(out, wanted)
         for made in (self._folder, out / DONE, out / _LOCKS / str(rank)):
             made.mkdir(parents=True, exist_ok=True)
