@@ -138,7 +138,7 @@ def _decoder(state: dict[str, Tensor], config: Mapping[str, object], path: Path)
         from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder as Network
     except ImportError as error:
         raise ValueError(
-            f"RAE's decoder needs diffusers ({error}): pip install \"mixflow_fast[vae]\""
+            f'RAE\'s decoder needs diffusers ({error}): pip install "mixflow_fast[vae]"'
         ) from None
     try:
         embed, out, table = (
