@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, check_indices, mirrored, split
+from mixflow_fast.data.dataset import Batch, check_indices, copy_batch, joined, mirrored, split
 from mixflow_fast.data.latent_files import FilePerSample, StoredLatents, open_latents
 from mixflow_fast.data.latent_statistics import Statistics
 from mixflow_fast.data.latents_store import FORMAT, LatentsInfo, LatentsStore
 from mixflow_fast.data.npy_files import load_npy
 from mixflow_fast.data.paired_images import PairedImages
-from mixflow_fast.data.set_files import set_format
+from mixflow_fast.data.set_files import how_far, set_format
 from mixflow_fast.data.summary import DataSummary, digest_of, sample_rows
 from mixflow_fast.files import existing_path
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
@@ -58,6 +59,7 @@ class Latents:
             files.
 
     Attributes:
+        info: what a set's manifest says; None for plain files.
         moments, scale, mirrors: as they are used.
         flip: whether both mirrors are used; see `without_flips`.
 
@@ -83,10 +85,13 @@ class Latents:
             raise ValueError("features must be None, False or the path of a .npy, got True")
         root = existing_path(path)
         self._root = root
-        self._store = LatentsStore(root) if root.is_dir() and set_format(root) == FORMAT else None
+        # A set that is not whole, or not of latents, says so itself.
+        is_set = root.is_dir() and (set_format(root) or how_far(root))
+        self._store = LatentsStore(root) if is_set else None
+        self.info = None if self._store is None else self._store.info
         if self._store is not None:
-            _check_agrees(self._store.info, str(path), scale, moments, mirrors)
             info = self._store.info
+            _check_agrees(info, str(path), scale, moments, mirrors)
             self.scale = 1.0 if info.normalisation is not None else info.scale
             self.moments = info.kind == "moments"
             self.mirrors = mirrors or info.mirrors
@@ -154,6 +159,12 @@ class Latents:
         """
         check_indices(indices, positions, len(self))
         flipped = mirrored(positions, seed) if self.flip else None
+        batch = self._without_x(indices, positions, seed)
+        return dataclasses.replace(batch, x=self._take(indices, flipped))
+
+    def _without_x(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """What `get` gives beside x."""
+        flipped = mirrored(positions, seed) if self.flip else None
         features = images = None
         if isinstance(self._features, _PairedFeatures):
             features = self._features.take(indices, flipped).float()
@@ -163,13 +174,32 @@ class Latents:
             images = self._images.get(indices.tolist())
             if flipped is not None:
                 images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return Batch(self._take(indices, flipped), self._y[indices], positions, features, images)
+        return Batch(None, self._y[indices], positions, features, images)
+
+    def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """As `get`, into given memory; moments of a set go there straight from its files."""
+        rows = joined(out.x) if self.table is not None and isinstance(out.x, Moments) else None
+        if rows is None and out.x is not None:
+            copy_batch(out, self.get(indices, positions, seed))
+            return
+        if rows is not None:
+            self.table.fill(rows, self.rows_of(indices, positions, seed))
+            self._refuse_negative(out.x.std, indices)
+        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, seed))
+
+    @property
+    def table(self) -> LatentsStore | None:
+        """The set whose rows are the moments that are given out; None where x is made of them."""
+        return self._store if self.moments else None
+
+    def rows_of(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
+        """(B,) int64 rows of `table` that `get` gives."""
+        return self._rows(indices, mirrored(positions, seed) if self.flip else None)
 
     def willneed(self, indices: Tensor, positions: Tensor, seed: int) -> None:
         """Have a set's rows of a coming batch read ahead, without waiting for them."""
         if self._store is not None:
-            flipped = mirrored(positions, seed) if self.flip else None
-            self._store.willneed(self._rows(indices, flipped))
+            self._store.willneed(self.rows_of(indices, positions, seed))
 
     def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
         """The stored rows of some samples."""
@@ -189,7 +219,8 @@ class Latents:
         normalisation = self._store.info.normalisation if self._store is not None else None
         if normalisation is None:
             return stored.float() * self.scale
-        mean, std = (torch.tensor(n)[:, None, None] for n in normalisation[:2])
+        channels = normalisation.mean, normalisation.std
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in channels)
         return (stored.float() - mean) / std * normalisation.multiplier
 
     def _refuse_negative(self, std: Tensor, indices: Tensor) -> None:
@@ -312,7 +343,8 @@ def _describe(info: LatentsInfo, mirrors: int) -> str:
         encoder += f" (weights {str(weights)[:12]})"
     precision = f" in {info.precision['dtype']}" if "dtype" in info.precision else ""
     both = "with their mirror images" if mirrors == 2 else "without mirror images"
-    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}"
+    pixels = f" (pixels: {info.preprocessing})" if info.preprocessing else ""
+    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}{pixels}"
 
 
 def _copy_of(array: np.ndarray | FilePerSample, indices: Tensor) -> Tensor:
