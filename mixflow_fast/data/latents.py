@@ -16,7 +16,7 @@ from mixflow_fast.data.latent_statistics import Statistics
 from mixflow_fast.data.latents_store import FORMAT, LatentsInfo, LatentsStore
 from mixflow_fast.data.npy_files import load_npy
 from mixflow_fast.data.paired_images import PairedImages
-from mixflow_fast.data.set_files import set_format
+from mixflow_fast.data.set_files import how_far, set_format
 from mixflow_fast.data.summary import DataSummary, digest_of, sample_rows
 from mixflow_fast.files import existing_path
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
@@ -83,7 +83,9 @@ class Latents:
             raise ValueError("features must be None, False or the path of a .npy, got True")
         root = existing_path(path)
         self._root = root
-        self._store = LatentsStore(root) if root.is_dir() and set_format(root) == FORMAT else None
+        # A set that is not whole, or not of latents, says so itself.
+        is_set = root.is_dir() and (set_format(root) or how_far(root))
+        self._store = LatentsStore(root) if is_set else None
         if self._store is not None:
             _check_agrees(self._store.info, str(path), scale, moments, mirrors)
             info = self._store.info
@@ -189,7 +191,8 @@ class Latents:
         normalisation = self._store.info.normalisation if self._store is not None else None
         if normalisation is None:
             return stored.float() * self.scale
-        mean, std = (torch.tensor(n)[:, None, None] for n in normalisation[:2])
+        channels = normalisation.mean, normalisation.std
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in channels)
         return (stored.float() - mean) / std * normalisation.multiplier
 
     def _refuse_negative(self, std: Tensor, indices: Tensor) -> None:

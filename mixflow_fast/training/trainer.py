@@ -20,7 +20,8 @@ from mixflow_fast.checkpoints.run_folder import RunFolder, RunState, choose_chec
 from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.data import Batch, BatchLoader, Dataset
+from mixflow_fast.data import Batch, Dataset
+from mixflow_fast.data.device_loader import DeviceLoader
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
@@ -28,6 +29,7 @@ from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
 from mixflow_fast.files import user_path
 from mixflow_fast.kernels import runtime
+from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops, train_flops
@@ -41,7 +43,7 @@ from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.loading import LoaderOrder, build_loader
+from mixflow_fast.training.loading import Loader, LoaderOrder, build_loader, ways_out
 from mixflow_fast.training.nonfinite_guard import (
     GuardState,
     NonFiniteGuard,
@@ -192,6 +194,7 @@ class Trainer:
         """Train from this step on; False where a step was bad and the run is to go back."""
         with self._open_log(messages) as log, self.loader() as loader:
             duties, checkpoints = self._duties(log)
+            self._throughput.waited = loader.wait
             self._throughput.restart()
             try:
                 with checkpoints.kept():
@@ -217,7 +220,7 @@ class Trainer:
                 log.log(f"{self.out}: stopped after step {self.step}; {self._again} resumes")
         return True
 
-    def train_step(self, loader: BatchLoader) -> Tensor:
+    def train_step(self, loader: Loader) -> Tensor:
         """One optimizer step over the next micro-batches of a loader. Every rank must call it.
 
         Returns:
@@ -235,8 +238,9 @@ class Trainer:
         record = self.guard.record
         outputs: list[StepOutput] = []
         for _ in range(loader.microsteps):
-            with self._throughput.waiting:
-                batch = next(loader)
+            batch = next(loader)
+            if self.on_step is not None:  # who may keep it
+                batch = batch.map(torch.clone)
             with self._throughput.working:
                 made = self.forward(self.engine, batch.to(self.device))
             self.engine.backward(record.micro_batch(made))
@@ -371,7 +375,7 @@ class Trainer:
             state=None if state is None else GuardState.from_record(state.safety),
         )
 
-    def loader(self) -> BatchLoader:
+    def loader(self) -> DeviceLoader:
         """Micro-batches of this rank from this step on."""
         c = self.config
         order = LoaderOrder.of(c.train, self.microbatch, self.host_group, self.images_seen)
@@ -419,7 +423,9 @@ class Trainer:
         context = RunContext(self.out, self.engine, self.host_group, self._throughput, log)
         check, batch = self.guard.check, c.global_batch_size
         rows = Timetable(c.log_every, total, step)
-        duties: list[Duty] = [Logging(context, rows, self.guard, self._learning_rate, batch)]
+        data_wait = DataWaitWatch(ways_out(self.config.data), step)
+        rate = self._learning_rate
+        duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait)]
         if c.preview_every:
             when, options = Timetable(c.preview_every, total, beginning), self._previews
             duties.append(Previews(context, when, options, self.watched))

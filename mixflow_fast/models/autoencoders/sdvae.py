@@ -216,7 +216,7 @@ def _load(files: SDVAEFiles) -> nn.Module:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError(
-            f'the autoencoder needs diffusers ({error}): pip install "mixflow_fast[vae]"'
+            f"Stable Diffusion's autoencoder needs diffusers ({error}): pip install diffusers"
         ) from None
     try:
         with _quiet():
