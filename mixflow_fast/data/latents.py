@@ -58,6 +58,7 @@ class Latents:
             files.
 
     Attributes:
+        info: what a set's manifest says; None for plain files.
         moments, scale, mirrors: as they are used.
         flip: whether both mirrors are used; see `without_flips`.
 
@@ -86,9 +87,10 @@ class Latents:
         # A set that is not whole, or not of latents, says so itself.
         is_set = root.is_dir() and (set_format(root) or how_far(root))
         self._store = LatentsStore(root) if is_set else None
+        self.info = None if self._store is None else self._store.info
         if self._store is not None:
-            _check_agrees(self._store.info, str(path), scale, moments, mirrors)
             info = self._store.info
+            _check_agrees(info, str(path), scale, moments, mirrors)
             self.scale = 1.0 if info.normalisation is not None else info.scale
             self.moments = info.kind == "moments"
             self.mirrors = mirrors or info.mirrors
@@ -315,7 +317,8 @@ def _describe(info: LatentsInfo, mirrors: int) -> str:
         encoder += f" (weights {str(weights)[:12]})"
     precision = f" in {info.precision['dtype']}" if "dtype" in info.precision else ""
     both = "with their mirror images" if mirrors == 2 else "without mirror images"
-    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}"
+    pixels = f" (pixels: {info.preprocessing})" if info.preprocessing else ""
+    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}{pixels}"
 
 
 def _copy_of(array: np.ndarray | FilePerSample, indices: Tensor) -> Tensor:
