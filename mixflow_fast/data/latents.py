@@ -159,12 +159,11 @@ class Latents:
         """
         check_indices(indices, positions, len(self))
         flipped = mirrored(positions, seed) if self.flip else None
-        batch = self._without_x(indices, positions, seed)
+        batch = self._without_x(indices, positions, flipped)
         return dataclasses.replace(batch, x=self._take(indices, flipped))
 
-    def _without_x(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+    def _without_x(self, indices: Tensor, positions: Tensor, flipped: Tensor | None) -> Batch:
         """What `get` gives beside x."""
-        flipped = mirrored(positions, seed) if self.flip else None
         features = images = None
         if isinstance(self._features, _PairedFeatures):
             features = self._features.take(indices, flipped).float()
@@ -182,10 +181,12 @@ class Latents:
         if rows is None and out.x is not None:
             copy_batch(out, self.get(indices, positions, seed))
             return
+        check_indices(indices, positions, len(self))
+        flipped = mirrored(positions, seed) if self.flip else None
         if rows is not None:
-            self.table.fill(rows, self.rows_of(indices, positions, seed))
+            self.table.fill(rows, self._rows(indices, flipped))
             self._refuse_negative(out.x.std, indices)
-        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, seed))
+        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, flipped))
 
     @property
     def table(self) -> LatentsStore | None:
