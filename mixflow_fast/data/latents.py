@@ -16,7 +16,7 @@ from mixflow_fast.data.latent_statistics import Statistics
 from mixflow_fast.data.latents_store import FORMAT, LatentsInfo, LatentsStore
 from mixflow_fast.data.npy_files import load_npy
 from mixflow_fast.data.paired_images import PairedImages
-from mixflow_fast.data.set_files import set_format
+from mixflow_fast.data.set_files import how_far, set_format
 from mixflow_fast.data.summary import DataSummary, digest_of, sample_rows
 from mixflow_fast.files import existing_path
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
@@ -58,6 +58,7 @@ class Latents:
             files.
 
     Attributes:
+        info: what a set's manifest says; None for plain files.
         moments, scale, mirrors: as they are used.
         flip: whether both mirrors are used; see `without_flips`.
 
@@ -83,10 +84,13 @@ class Latents:
             raise ValueError("features must be None, False or the path of a .npy, got True")
         root = existing_path(path)
         self._root = root
-        self._store = LatentsStore(root) if root.is_dir() and set_format(root) == FORMAT else None
+        # A set that is not whole, or not of latents, says so itself.
+        is_set = root.is_dir() and (set_format(root) or how_far(root))
+        self._store = LatentsStore(root) if is_set else None
+        self.info = None if self._store is None else self._store.info
         if self._store is not None:
-            _check_agrees(self._store.info, str(path), scale, moments, mirrors)
             info = self._store.info
+            _check_agrees(info, str(path), scale, moments, mirrors)
             self.scale = 1.0 if info.normalisation is not None else info.scale
             self.moments = info.kind == "moments"
             self.mirrors = mirrors or info.mirrors
@@ -189,7 +193,8 @@ class Latents:
         normalisation = self._store.info.normalisation if self._store is not None else None
         if normalisation is None:
             return stored.float() * self.scale
-        mean, std = (torch.tensor(n)[:, None, None] for n in normalisation[:2])
+        channels = normalisation.mean, normalisation.std
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in channels)
         return (stored.float() - mean) / std * normalisation.multiplier
 
     def _refuse_negative(self, std: Tensor, indices: Tensor) -> None:
@@ -312,7 +317,8 @@ def _describe(info: LatentsInfo, mirrors: int) -> str:
         encoder += f" (weights {str(weights)[:12]})"
     precision = f" in {info.precision['dtype']}" if "dtype" in info.precision else ""
     both = "with their mirror images" if mirrors == 2 else "without mirror images"
-    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}"
+    pixels = f" (pixels: {info.preprocessing})" if info.preprocessing else ""
+    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}{pixels}"
 
 
 def _copy_of(array: np.ndarray | FilePerSample, indices: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from mixflow_fast import __version__
 from mixflow_fast.data.npy_files import load_npy
 from mixflow_fast.data.set_files import check_sizes, read_manifest
 from mixflow_fast.data.summary import sample_rows
@@ -130,7 +131,7 @@ class LatentsInfo:
     def to_record(self) -> dict[str, object]:
         """The manifest but for its `files`."""
         record = asdict(self) | {"shards": [shard.to_record() for shard in self.shards]}
-        return {"format": FORMAT, "version": 1} | record
+        return {"format": FORMAT, "version": __version__} | record
 
     @classmethod
     def read(cls, root: Path) -> LatentsInfo:

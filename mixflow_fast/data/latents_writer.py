@@ -8,6 +8,7 @@ whatever interruption, writes the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.data.latents_store import LABELS, SOURCE, LatentsInfo, Shard
+from mixflow_fast.data.npy_files import padded_header
 from mixflow_fast.data.preparation.shard_work import named_errors
 from mixflow_fast.data.set_files import file_record, write_manifest
 from mixflow_fast.files import replacing
@@ -26,15 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 SHARD_SAMPLES = 8192  # 256 MiB at 256 pixels with both mirrors, 1 GiB at 512
-HEADER_BYTES = 4096  # so that rows begin at pages
-
-
-def npy_header(shape: Sequence[int], dtype: str) -> bytes:
-    """The first 4096 bytes of a .npy, which numpy pads to a multiple of 64 only."""
-    descriptor = {"float16": "<f2", "float32": "<f4", "uint8": "|u1"}[dtype]
-    text = repr({"descr": descriptor, "fortran_order": False, "shape": tuple(shape)})
-    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
-    return start + text.encode().ljust(HEADER_BYTES - 11) + b"\n"
 
 
 def to_float16(rows: Tensor, kind: str, name_of: Callable[[int], str]) -> Tensor:
@@ -70,6 +63,11 @@ def to_float16(rows: Tensor, kind: str, name_of: Callable[[int], str]) -> Tensor
     return stored
 
 
+def classes_digest(names: Sequence[str]) -> str:
+    """What stands for the classes in a manifest: SHA-256 of their sorted names, one a line."""
+    return hashlib.sha256("".join(f"{name}\n" for name in sorted(names)).encode()).hexdigest()
+
+
 class ShardWriter:
     """Writes the rows of one shard, in their order. Use it as a context manager.
 
@@ -91,7 +89,7 @@ class ShardWriter:
         self._sums, self._squares = np.zeros(channels), np.zeros(channels)
         with named_errors(path):
             self._file = open(path, "wb")
-            self._file.write(npy_header((rows, *self._shape), dtype))
+            self._file.write(padded_header((rows, *self._shape), dtype))
 
     def write(self, block: Tensor) -> None:
         """Append rows, (n, ...) in the shard's dtype, all finite; ValueError for others."""

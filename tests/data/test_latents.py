@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from mixflow_fast.data import Latents
-from mixflow_fast.data.dataset import joined
+from mixflow_fast.data.dataset import joined, without_flips
+from mixflow_fast.data.latents_store import Normalisation
 from mixflow_fast.kernels.interpolate import sample_moments
-from mixflow_fast.kernels.philox import Stream, normal
+from mixflow_fast.kernels.philox import Stream, normal, uniform
 from mixflow_fast.objective import MixFlow
 from tests.support.datasets import (
     FEATURES,
@@ -22,12 +23,16 @@ from tests.support.datasets import (
     LATENTS,
     MOMENTS,
     WRITERS,
+    content,
     get,
     write_folder,
     write_npy,
     write_npz,
     write_repa,
 )
+from tests.support.latents import LABELS as STORE_LABELS
+from tests.support.latents import ROWS, write_store
+from tests.support.latents import SOURCE as STORE_SOURCE
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -273,3 +278,131 @@ def test_the_digest_is_of_the_data_not_of_where_they_are(tmp_path, write, monkey
         summary(LATENTS, features=tmp_path / "features.npy"),
     ]
     assert len({first.digest, *(other.digest for other in others)}) == 6
+
+
+def test_a_set_says_itself_what_it_holds(tmp_path):
+    dataset = Latents(write_store(tmp_path / "set"))
+    assert (dataset.moments, dataset.scale, dataset.mirrors, dataset.flip) == (True, 0.5, 2, True)
+    assert dataset.shape == (2, 3, 2) and len(dataset) == 5 and dataset.num_classes == 3
+    assert Latents(tmp_path / "set", scale=0.5, moments=True, mirrors=2).scale == 0.5
+    summary = dataset.summary()
+    assert summary.describe() == "5 latents, 3 classes, 2 x 3 x 2"
+    assert summary.notes == (
+        "moments of AutoencoderKL (weights 555555555555) in fp32, stored as float16, with their "
+        "mirror images",
+    )
+    unmirrored = Latents(tmp_path / "set", mirrors=1)
+    assert not unmirrored.flip and unmirrored.summary().digest != summary.digest
+    (tmp_path / "set").rename(tmp_path / "elsewhere")
+    assert Latents(tmp_path / "elsewhere").summary() == summary
+
+
+def test_a_position_picks_the_image_or_its_mirror(tmp_path):
+    dataset = Latents(write_store(tmp_path / "set"))
+    indices, positions = torch.arange(40) % 5, torch.arange(100, 140)
+    flipped = uniform(7, Stream.FLIP, positions)[:, 0] < 0.5
+    assert 10 < flipped.sum() < 30
+    dataset.willneed(indices, positions, 7)
+    batch = dataset.get(indices, positions, 7)
+    assert torch.equal(content(batch), ROWS.half()[2 * indices + flipped])
+    assert batch.x.mean.dtype == torch.float16 and joined(batch.x) is not None
+    assert batch.y.tolist() == STORE_LABELS[indices].tolist()
+    for plain in (Latents(tmp_path / "set", mirrors=1), without_flips(dataset)):
+        batch = plain.get(indices, positions, 7)
+        assert torch.equal(content(batch), ROWS.half()[2 * indices])
+
+
+@pytest.mark.parametrize(
+    ("info", "given", "message"),
+    [
+        ({}, {"scale": 0.18215}, "data.scale=0.18215, but the manifest of .*set' says 0.5: leave"),
+        ({}, {"moments": False}, r"data.moments=false, but .* holds moments \(mean \| std\)"),
+        ({"kind": "sample"}, {"moments": True}, "data.moments=true, but .* latents, one sample"),
+        ({"mirrors": 1}, {"mirrors": 2}, "data.mirrors=2, but .* says 1: .*encode --mirrors 2"),
+        ({}, {"num_classes": 2}, r"labels must lie in \[0, 2\), got 0 to 2"),
+        (
+            {},
+            {"features": "features.npy"},
+            "features are of the images as .*data.mirrors=1",
+        ),
+        (
+            {"kind": "sample", "normalisation": Normalisation((0.0,) * 4, (1.0,) * 4)},
+            {"scale": 0.5},
+            "data.scale=0.5, but .* says 1: leave",
+        ),
+    ],
+)
+def test_what_contradicts_a_set_is_refused_with_both_values(tmp_path, info, given, message):
+    mirrors = info.get("mirrors", 2)
+    write_store(tmp_path / "set", ROWS[:: 3 - mirrors], **info)
+    np.save(tmp_path / "features.npy", FEATURES[:5])
+    if "features" in given:
+        given = {"features": tmp_path / given["features"]}
+    with pytest.raises(ValueError, match=message):
+        Latents(tmp_path / "set", **given)
+
+
+def test_samples_are_normalised_by_channel_where_the_set_says_so(tmp_path):
+    mean, std = (0.5, -1.0, 2.0, 3.0), (2.0, 0.5, 1.5, 4.0)
+    write_store(tmp_path / "set", kind="sample", normalisation=Normalisation(mean, std, 0.7))
+    dataset = Latents(tmp_path / "set", mirrors=1)
+    assert dataset.shape == (4, 3, 2) and not dataset.moments
+    x = get(dataset, 3, 1).x
+    plain = ROWS[[6, 2]].double()
+    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None] * 0.7
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.double(), expected, rtol=1e-6, atol=1e-6)
+    write_store(tmp_path / "plain", kind="sample")
+    assert torch.equal(get(Latents(tmp_path / "plain", mirrors=1), 3, 1).x, ROWS[[6, 2]] * 0.5)
+
+
+def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
+    pixels = np.random.RandomState(5).randint(0, 256, (21, 3, 8, 8), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    dataset = Latents(write_store(tmp_path / "set"), images=tmp_path / "images.npy")
+    indices, positions = torch.arange(20) % 5, torch.arange(20)
+    batch = dataset.get(indices, positions, 3)
+    flipped = (uniform(3, Stream.FLIP, positions)[:, 0] < 0.5).numpy()
+    assert 0 < flipped.sum() < 20
+    for image, index, flip in zip(batch.images.numpy(), indices.tolist(), flipped, strict=True):
+        expected = pixels[STORE_SOURCE[index]]
+        np.testing.assert_array_equal(image, expected[..., ::-1] if flip else expected)
+
+
+def test_features_of_a_set_are_paired_by_number_and_mirror(tmp_path):
+    rows = torch.arange(2 * 6 * 4 * 3).view(12, 4, 3) / 8
+    numbers = np.array([20, 8, 3, 7, 4, 5])
+    features = {"kind": "features", "labels": np.zeros(6, int), "source": numbers}
+    write_store(tmp_path / "features", rows, **features)
+    dataset = Latents(write_store(tmp_path / "set"), features=tmp_path / "features")
+    indices, positions = torch.arange(20) % 5, torch.arange(20)
+    flipped = uniform(0, Stream.FLIP, positions)[:, 0] < 0.5
+    place = torch.tensor([numbers.tolist().index(STORE_SOURCE[i]) for i in indices.tolist()])
+    batch = dataset.get(indices, positions, 0)
+    assert batch.features.dtype == torch.float32
+    assert torch.equal(batch.features, rows[2 * place + flipped])
+    write_store(tmp_path / "one", rows[::2], **features | {"mirrors": 1})
+    with pytest.raises(ValueError, match="latents have 2 mirrors, the features .* 1: .*mirrors=1"):
+        Latents(tmp_path / "set", features=tmp_path / "one")
+    assert Latents(tmp_path / "set", features=tmp_path / "one", mirrors=1).mirrors == 1
+    lacking = {**features, "labels": np.zeros(5, int), "source": numbers[1:]}
+    write_store(tmp_path / "few", rows[2:], **lacking)
+    with pytest.raises(ValueError, match="1 of 5 latents have no features in .* number 20"):
+        Latents(tmp_path / "set", features=tmp_path / "few")
+    with pytest.raises(ValueError, match="holds features: give it as data.features"):
+        Latents(tmp_path / "features")
+    with pytest.raises(ValueError, match="must be a set of features"):
+        Latents(tmp_path / "set", features=tmp_path / "set")
+
+
+def test_plain_files_hold_no_mirrors(tmp_path):
+    with pytest.raises(ValueError, match="mirrors=2 needs latents of the mirrored images"):
+        Latents(write_npz(tmp_path, MOMENTS), moments=True, mirrors=2)
+    assert not Latents(tmp_path / "set.npz", moments=True, mirrors=1).flip
+
+
+def test_a_set_that_is_not_whole_says_how_it_is_finished(tmp_path):
+    write_store(tmp_path / "set")
+    (tmp_path / "set/manifest.json").unlink()
+    with pytest.raises(ValueError, match="3 of 3 shards are done; run the command"):
+        Latents(tmp_path / "set")

@@ -12,12 +12,11 @@ from safetensors.torch import save_file
 
 from mixflow_fast.data.latents_store import LatentsInfo, LatentsStore
 from mixflow_fast.data.latents_writer import (
-    HEADER_BYTES,
     ShardWriter,
     finish_store,
-    npy_header,
     to_float16,
 )
+from mixflow_fast.data.npy_files import padded_header
 from mixflow_fast.data.set_files import file_record, read_manifest, write_manifest
 from mixflow_fast.data.summary import digest_of
 from tests.support.latents import INFO, LABELS, ROWS, SOURCE, write_store
@@ -54,17 +53,6 @@ def test_any_reader_of_npy_reads_the_shards(tmp_path):
     np.testing.assert_array_equal(np.concatenate(arrays), ROWS.half().numpy())
     assert np.load(tmp_path / "labels.npy").dtype == np.int32
     assert np.load(tmp_path / "source.npy").dtype == np.int64
-
-
-@pytest.mark.parametrize("shape", [(16384, 8, 32, 32), (1, 8, 64, 64), (3, 257, 768)])
-def test_a_header_is_a_page_that_numpy_understands(tmp_path, shape):
-    header = npy_header(shape, "float16")
-    assert len(header) == HEADER_BYTES == 4096
-    (tmp_path / "x.npy").write_bytes(header)
-    with open(tmp_path / "x.npy", "rb") as file:
-        assert np.lib.format.read_magic(file) == (1, 0)
-        found = np.lib.format.read_array_header_1_0(file)
-        assert found == (shape, False, np.dtype("float16")) and file.tell() == 4096
 
 
 def test_statistics_are_those_of_all_rows(tmp_path):
@@ -180,7 +168,7 @@ def test_files_that_are_cut_off_or_gone_are_named(tmp_path):
     with pytest.raises(ValueError, match="00001.npy cannot be read"):
         LatentsStore(tmp_path)
     # Sizes that agree with a manifest that is wrong: reading on would kill the process.
-    file.write_bytes(npy_header((4, 4, 3, 2), "float16") + content[4096:-100])
+    file.write_bytes(padded_header((4, 4, 3, 2), "float16") + content[4096:-100])
     shards = read_manifest(tmp_path, "mixflow-latents/1")["shards"]
     shards[1]["bytes"] = file.stat().st_size
     change(tmp_path, shards=shards)

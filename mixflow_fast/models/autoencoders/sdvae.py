@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from mixflow_fast.files import existing_path
 from mixflow_fast.kernels.interpolate import Moments
 from mixflow_fast.messages import error_line
+from mixflow_fast.models.dinov2 import PRECISIONS, Precision
 from mixflow_fast.models.execution import Execution, runner
-from mixflow_fast.models.teacher import PRECISIONS, Precision
 from mixflow_fast.models.weights.damage import refuse_not_finite
 
 CLASS = "AutoencoderKL"
@@ -216,7 +216,7 @@ def _load(files: SDVAEFiles) -> nn.Module:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError(
-            f'the autoencoder needs diffusers ({error}): pip install "mixflow_fast[vae]"'
+            f"Stable Diffusion's autoencoder needs diffusers ({error}): pip install diffusers"
         ) from None
     try:
         with _quiet():
