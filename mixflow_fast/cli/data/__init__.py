@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from mixflow_fast.cli.data import encode, import_, info, prepare, scan, verify
+from mixflow_fast.cli.data import (
+    bench,
+    compare,
+    encode,
+    import_,
+    info,
+    prepare,
+    scan,
+    verify,
+)
 
 # In the order of the help page.
-PARTS = (scan, prepare, encode, import_, verify, info)
+PARTS = (scan, prepare, encode, import_, verify, info, compare, bench)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
