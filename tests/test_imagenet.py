@@ -10,7 +10,7 @@ import torch
 
 from mixflow_fast.data.set_files import set_format
 from mixflow_fast.metrics.metrics_file import read_metrics
-from tests.support.autoencoder import SMALL
+from tests.support.autoencoder import EIGHT_TIMES, write_autoencoder
 from tests.support.command_line import run
 from tests.support.image_folders import write_folder
 from tests.support.teacher import WIDTH, save_teacher
@@ -26,18 +26,9 @@ SHORT += ["train.precision=fp32", "train.zero_stage=0", "train.init=null", "trai
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of JPEGs, an autoencoder, a teacher, and RAE's encoder with its statistics."""
-    import diffusers
-
     root = tmp_path_factory.mktemp("imagenet")
     write_folder(root / "train", ("n01440764", "n01443537"), each=3)
-    four = {
-        "block_out_channels": [8] * 4,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        diffusers.AutoencoderKL(**SMALL | four).save_pretrained(root / "vae")
+    write_autoencoder(root / "vae", **EIGHT_TIMES)
     save_teacher(root / "dinov2", "dinov2")
     save_teacher(root / "dinov2-registers", "dinov2_with_registers")
     return root

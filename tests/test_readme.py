@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from mixflow_fast.cli.main import main
 from mixflow_fast.models import build
-from tests.support.datasets import write_repa
+from tests.support.autoencoder import EIGHT_TIMES, write_autoencoder
+from tests.support.image_folders import write_folder
 from tests.support.launchers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,8 @@ def commands() -> list[list[str]]:
 
 
 def at_toy_size(command: list[str]) -> list[str]:
-    replaced = {"50000": "4", "50": "2"}  # of `sample --num --steps`
+    # Of `sample --num --steps`, and of `data prepare --size`.
+    replaced = {"50000": "4", "50": "2", "256": "64"}
     command = [replaced.get(argument, argument) for argument in command]
     if {"train", "verify-resume"} & set(command):
         command += TOY
@@ -47,9 +48,8 @@ def test_commands_can_be_pasted_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    moments = np.abs(np.random.RandomState(0).randn(8, 8, 8, 8)).astype(np.float32)
-    (tmp_path / "latents").mkdir()
-    write_repa(tmp_path / "latents", moments, np.arange(8) % 3)
+    write_folder(tmp_path / "imagenet" / "train", ("a", "b", "c"), each=3)
+    write_autoencoder(tmp_path / "sd-vae-ft-ema", **EIGHT_TIMES)
     state = build("SiT-S/2", **NETWORK).state_dict()
     torch.save({"model": state, "ema": state}, "SiT-XL-2-256x256.pt")
     ran = []
@@ -58,7 +58,7 @@ def test_commands_can_be_pasted_in_their_order(
             continue
         arguments = at_toy_size(arguments)
         if program == "mixflow-fast":
-            code, name = main(arguments), arguments[0]
+            code, name = main(arguments), arguments[1 if arguments[0] == "data" else 0]
         else:
             assert program == "torchrun"
             code, name = torchrun(arguments), "torchrun"
@@ -66,8 +66,8 @@ def test_commands_can_be_pasted_in_their_order(
         assert code == 0, (program, arguments, said.err)
         ran.append(name)
     assert ran == [
-        *("recipes", "inspect", "train", "train", "sample", "export", "torchrun"),
-        *("doctor", "verify-resume", "report", "ema", "ema", "consolidate"),
+        *("prepare", "encode", "recipes", "inspect", "train", "train", "sample", "export"),
+        *("torchrun", "doctor", "verify-resume", "report", "ema", "ema", "consolidate"),
     ]
     made = ("samples.npz", "SiT-XL-2-mixflow.pt", "post.pt", "consolidated.pt", "runs/eight")
     assert all(Path(name).exists() for name in (*made, "runs/sit-xl2-256/report.html"))

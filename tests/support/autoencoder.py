@@ -26,17 +26,23 @@ SMALL = REAL | {
     "norm_num_groups": 8,
     "sample_size": 16,
 }
+# One place of a latent is 8 x 8 pixels, as in the real one.
+EIGHT_TIMES = {
+    "block_out_channels": [8] * 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 
 
-def small_autoencoder(seed=0):
+def small_autoencoder(seed=0, **config):
     """diffusers' own class; one place of a latent is 2 x 2 pixels."""
     diffusers = pytest.importorskip("diffusers")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return diffusers.AutoencoderKL(**SMALL).eval()
+        return diffusers.AutoencoderKL(**SMALL | config).eval()
 
 
-def write_autoencoder(folder, seed=0):
+def write_autoencoder(folder, seed=0, **config):
     """A folder of one."""
-    small_autoencoder(seed).save_pretrained(folder)
+    small_autoencoder(seed, **config).save_pretrained(folder)
     return folder
