@@ -59,6 +59,7 @@ class Latents:
             files.
 
     Attributes:
+        info: what a set's manifest says; None for plain files.
         moments, scale, mirrors: as they are used.
         flip: whether both mirrors are used; see `without_flips`.
 
@@ -87,9 +88,10 @@ class Latents:
         # A set that is not whole, or not of latents, says so itself.
         is_set = root.is_dir() and (set_format(root) or how_far(root))
         self._store = LatentsStore(root) if is_set else None
+        self.info = None if self._store is None else self._store.info
         if self._store is not None:
-            _check_agrees(self._store.info, str(path), scale, moments, mirrors)
             info = self._store.info
+            _check_agrees(info, str(path), scale, moments, mirrors)
             self.scale = 1.0 if info.normalisation is not None else info.scale
             self.moments = info.kind == "moments"
             self.mirrors = mirrors or info.mirrors
@@ -157,12 +159,11 @@ class Latents:
         """
         check_indices(indices, positions, len(self))
         flipped = mirrored(positions, seed) if self.flip else None
-        batch = self._without_x(indices, positions, seed)
+        batch = self._without_x(indices, positions, flipped)
         return dataclasses.replace(batch, x=self._take(indices, flipped))
 
-    def _without_x(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+    def _without_x(self, indices: Tensor, positions: Tensor, flipped: Tensor | None) -> Batch:
         """What `get` gives beside x."""
-        flipped = mirrored(positions, seed) if self.flip else None
         features = images = None
         if isinstance(self._features, _PairedFeatures):
             features = self._features.take(indices, flipped).float()
@@ -180,10 +181,12 @@ class Latents:
         if rows is None and out.x is not None:
             copy_batch(out, self.get(indices, positions, seed))
             return
+        check_indices(indices, positions, len(self))
+        flipped = mirrored(positions, seed) if self.flip else None
         if rows is not None:
-            self.table.fill(rows, self.rows_of(indices, positions, seed))
+            self.table.fill(rows, self._rows(indices, flipped))
             self._refuse_negative(out.x.std, indices)
-        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, seed))
+        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, flipped))
 
     @property
     def table(self) -> LatentsStore | None:
@@ -341,7 +344,8 @@ def _describe(info: LatentsInfo, mirrors: int) -> str:
         encoder += f" (weights {str(weights)[:12]})"
     precision = f" in {info.precision['dtype']}" if "dtype" in info.precision else ""
     both = "with their mirror images" if mirrors == 2 else "without mirror images"
-    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}"
+    pixels = f" (pixels: {info.preprocessing})" if info.preprocessing else ""
+    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}{pixels}"
 
 
 def _copy_of(array: np.ndarray | FilePerSample, indices: Tensor) -> Tensor:

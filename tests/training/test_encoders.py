@@ -13,6 +13,8 @@ from mixflow_fast.config.data_sections import EncoderConfig
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.data.dataset import mirrored, without_flips
+from mixflow_fast.data.preparation.prepare import Settings, prepare
+from mixflow_fast.data.preparation.source import list_source
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models.autoencoders.rae import RAEEncoder
@@ -34,6 +36,8 @@ MODEL = (
     f"model={{name: DiTDH-S, input_size: {SIDE}, in_channels: {WIDTH}, num_classes: 2, "
     "depth: [1, 1], hidden_size: [32, 32], num_heads: [2, 1]}"
 )
+
+IMAGES_OF_64 = ["data.kind=images", "model.input_size=4", "encoder.stats=null"]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,20 @@ def test_a_run_is_that_on_latents_which_were_encoded_before(tmp_path: Path, file
     losses = [[row["model"]["loss_by_t"] for row in rows] for rows in seen]
     assert np.shape(losses) == (2, 2, 16)
     assert np.allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_prepared_images_are_encoded_as_those_of_the_folder(tmp_path: Path, files: Path) -> None:
+    prepare(list_source(files / "images"), tmp_path / "set", Settings(size=SIZE), threads=1)
+    seen = []
+    for kind, path in (("folder", files / "images"), ("images", tmp_path / "set")):
+        config = rae(tmp_path / kind, files, f"data.kind={kind}", f"data.path={path}")
+        trainer = Trainer(config, quiet=True)
+        trainer.on_step = lambda step, made, means: seen.append(made[0])
+        trainer.run()
+    for one, other in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(one.it.x1, other.it.x1) and torch.equal(one.loss, other.loss)
+    with pytest.raises(ValueError, match="prepared at 32 pixels, asked for are 64"):
+        rehearse(rae(tmp_path / "images", files, *IMAGES_OF_64, f"data.path={tmp_path / 'set'}"))
 
 
 def sdvae(out: Path, files: Path, *overrides: str) -> Config:
