@@ -32,6 +32,7 @@ from mixflow_fast.kernels.interpolate import Moments
 from tests.support.datasets import moments_dataset
 from tests.support.late_copies import LateCopies
 from tests.support.latents import write_store
+from tests.support.runs import CountReads
 
 pytest.importorskip("sklearn.datasets")
 CPU = torch.device("cpu")
@@ -152,14 +153,16 @@ def test_slots_stay_whole_on_a_device_that_is_behind(
     ):
         expected = [next(plain) for _ in range(25)]
         for _ in range(25):
-            batch = next(ring)
+            with CountReads() as counter:
+                batch = next(ring)
+            assert not counter.reads
             allocated = copies.allocated
             copies.training.queue(lambda batch=batch: seen.append(batch.map(torch.clone)))
         copies.training.synchronize()
         assert copies.allocated == allocated
         assert ring.wait.take().device_s > 0
-        assert not copies.synchronized, "only the end waits for the device"
-    assert copies.synchronized
+        assert copies.waiting == {"mixflow_fast-loader"}, "the training thread waits for nothing"
+    assert copies.waiting == {"mixflow_fast-loader", "MainThread"}, "but for the end"
     assert all(same(a, b) for a, b in zip(seen, expected, strict=True))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixflow_fast.config.data_sections import DataConfig
 from mixflow_fast.config.schema import Config
-from mixflow_fast.data import Batch, BatchLoader, Digits, Latents, Photos, dali
+from mixflow_fast.data import Batch, BatchLoader, Digits, ImageFolder, Latents, Photos, dali
 from mixflow_fast.data.device_loader import DeviceLoader
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.metrics.metrics_file import read_metrics
@@ -70,8 +70,6 @@ def assert_gives(section: DataConfig, dataset: LabelDropout, count: int = 12) ->
 
 def test_threads_where_there_is_no_gpu(tmp_path: Path) -> None:
     write_classes(tmp_path / "images", cat=6, dog=6)
-    from mixflow_fast.data import ImageFolder
-
     images = LabelDropout(ImageFolder(tmp_path / "images", 8), 0.2, 2)
     for name in ("auto", "threads"):
         section = DataConfig(kind="folder", path="x", loader=name)
@@ -81,8 +79,6 @@ def test_threads_where_there_is_no_gpu(tmp_path: Path) -> None:
 
 def test_dali_that_is_demanded_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_classes(tmp_path / "images", cat=6)
-    from mixflow_fast.data import ImageFolder
-
     images = LabelDropout(ImageFolder(tmp_path / "images", 8), 0.0, None)
     monkeypatch.setattr(dali, "is_installed", lambda: False)
     section = DataConfig(kind="folder", path="x", loader="dali")
