@@ -204,7 +204,8 @@ class _Ready:
 
     def __init__(self, loader: Any, count: int) -> None:
         self.microsteps = loader.microsteps
-        self._batches = iter([next(loader) for _ in range(count)])
+        # Clones: a loader may give a batch's memory to the next one.
+        self._batches = iter([next(loader).map(torch.clone) for _ in range(count)])
 
     def __next__(self) -> Any:
         return next(self._batches)

@@ -60,14 +60,16 @@ def check_sample_size(x1: Tensor) -> None:
         )
 
 
-def empty_outputs(x1: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(
+    x1: Tensor, patch_size: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x, t, slowed_t) of the right shapes and dtypes, not yet written."""
     shape = x1.shape
     if patch_size:
         B, C, H, W = shape
         shape = (B, (H // patch_size) * (W // patch_size), patch_size * patch_size * C)
     t, m = (x1.new_empty(x1.shape[0], dtype=torch.float32) for _ in range(2))
-    return x1.new_empty(shape), t, m
+    return x1.new_empty(shape, dtype=dtype or x1.dtype), t, m
 
 
 def launch(
@@ -82,9 +84,10 @@ def launch(
     t: Tensor | None,
     slowed_t: Tensor | None,
     patch_size: int,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, t, slowed_t) by the kernel; arguments as `interpolate`."""
-    x, out_t, out_m = empty_outputs(x1, patch_size)
+    x, out_t, out_m = empty_outputs(x1, patch_size, dtype)
     if not x.numel():
         return x, out_t, out_m
     # Nothing is summed here, so bits do not depend on how the work is divided: it may follow the

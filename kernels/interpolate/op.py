@@ -4,8 +4,9 @@
     x1 = data, or scale (mean + std eps)                  posterior of an autoencoder
     x_m = alpha_m x1 + sigma_m x0,  x0 ~ N(0, I)          (MixFlow, arXiv 2512.19311)
 
-Reads x1 and writes x_m, once: 4 bytes an element in bf16. The noise is a function of (seed, ids,
-element) and is never stored: the loss kernel recomputes the same numbers.
+Reads x1 and writes x_m, once: 4 bytes an element in bf16, 6 from an autoencoder's fp16 moments. The
+noise is a function of (seed, ids, element) and is never stored: the loss kernel recomputes the same
+numbers.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def _interpolate_op(
     path: str,
     patch_size: int,
     impl: str,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     schedule = Schedule.from_parts(clock, distribution, interval, numbers)
-    if runtime.use_kernels(impl, x1.device, x1.dtype):
-        return launch(x1, std, scale, schedule, path, seed, ids, x0, t, slowed_t, patch_size)
+    if runtime.use_kernels(impl, x1.device, x1.dtype, dtype or x1.dtype):
+        return launch(x1, std, scale, schedule, path, seed, ids, x0, t, slowed_t, patch_size, dtype)
     data = x1 if std is None else Moments(x1, std, scale)
     x, t, slowed_t = interpolate_reference(
-        data, schedule, path, seed, ids, x0, t, slowed_t, patch_size
+        data, schedule, path, seed, ids, x0, t, slowed_t, patch_size, dtype
     )
     # As the fake implementation promises them.
     return x.contiguous(), t.contiguous(), slowed_t.contiguous()
@@ -65,8 +67,9 @@ def _(
     path,
     patch_size,
     impl,
+    dtype,
 ):
-    return empty_outputs(x1, patch_size)
+    return empty_outputs(x1, patch_size, dtype)
 
 
 def interpolate(
@@ -80,6 +83,7 @@ def interpolate(
     slowed_t: Tensor | None = None,
     patch_size: int = 0,
     impl: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `mixflow_fast::interpolate`, without gradients.
 
@@ -87,6 +91,7 @@ def interpolate(
 
     Args:
         x1: (B, ...) data, or its `Moments`; float32, bf16 or fp16, samples of (C, H, W) for tokens.
+            Samples may lie apart: mean and std may be the halves of one (B, 2 C, H, W) buffer.
         schedule: how the times are drawn; its clock is the caller's.
         path: "linear", "gvp" or "vp".
         seed: `philox.seed_tensor`, read on the device.
@@ -95,9 +100,10 @@ def interpolate(
         t, slowed_t: (B,) float32 times in the caller's clock; None is drawn.
         patch_size: side of the patches that make a token; 0 writes x in x1's shape.
         impl: "auto", "triton" or "reference" (see `runtime.use_kernels`).
+        dtype: of x, which is computed in float32 and rounded once; None is that of x1.
 
     Returns:
-        x: dtype of x1, (B, ...) or (B, H/p W/p, p p C); t and slowed_t: (B,) float32.
+        x: in `dtype`, (B, ...) or (B, H/p W/p, p p C); t and slowed_t: (B,) float32.
 
     Raises:
         ValueError: impl="triton" where it cannot run; too large samples or batches.
@@ -105,7 +111,7 @@ def interpolate(
     moments = isinstance(x1, Moments)
     data, std, scale = x1 if moments else (x1, None, 1.0)
     # Outside of the operator, so that tracing refuses it as well.
-    if runtime.use_kernels(impl, data.device, data.dtype):
+    if runtime.use_kernels(impl, data.device, data.dtype, dtype or data.dtype):
         check_sample_size(data)
     return _interpolate_op(
         data,
@@ -123,4 +129,5 @@ def interpolate(
         path,
         patch_size,
         impl,
+        dtype,
     )

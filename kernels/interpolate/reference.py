@@ -55,13 +55,14 @@ def interpolate_reference(
     t: Tensor | None = None,
     slowed_t: Tensor | None = None,
     patch_size: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`interpolate` in plain PyTorch; float64 data is computed and kept in float64.
 
     The times are new tensors, and NaN where a given one lies outside [0, 1].
     """
     data = x1.mean if isinstance(x1, Moments) else x1
-    dtype = compute_dtype(data)
+    compute = compute_dtype(data)
     u = v = None
     given = [time for time in (t, slowed_t) if time is not None]
     if t is None:
@@ -79,6 +80,6 @@ def interpolate_reference(
     if x0 is None:
         numel = data[0].numel() if len(data) else 0
         x0 = philox.normal_reference(seed, Stream.NOISE, ids, numel).view(data.shape)
-    times = engine_times(slowed_t.to(dtype), schedule.clock)
-    x = get_path(path).interpolate(x1.to(dtype), x0.to(dtype), *times).to(data.dtype)
+    times = engine_times(slowed_t.to(compute), schedule.clock)
+    x = get_path(path).interpolate(x1.to(compute), x0.to(compute), *times).to(dtype or data.dtype)
     return to_tokens(x, patch_size) if patch_size else x, t.clone(), slowed_t.clone()

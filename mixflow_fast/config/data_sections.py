@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixflow_fast.config.section import NotNegative, Positive, Section
-from mixflow_fast.models.teacher import Positions, Precision
+from mixflow_fast.models.dinov2 import Positions, Precision
 
 DataKind = Literal["photos", "digits", "folder", "images", "webdataset", "latents"]
 EncoderKind = Literal["none", "sdvae", "rae"]
@@ -25,6 +25,12 @@ DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
     "latents": ("path", "scale", "moments", "mirrors", "resident"),
 }
 ANY_KIND = ("kind", "workers", "depth")
+# The same for the section `encoder`, but for its kind.
+ENCODER_FIELDS: Mapping[EncoderKind, tuple[str, ...]] = {
+    "none": (),
+    "sdvae": ("path", "precision"),
+    "rae": ("path", "stats", "precision"),
+}
 # Images as uint8, from files: the network trains on x / 127.5 - 1, or on what an encoder makes.
 IMAGE_KINDS: tuple[DataKind, ...] = ("folder", "images", "webdataset")
 

@@ -12,15 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mixflow_fast import recipes
+from mixflow_fast.config.data_sections import ANY_KIND, DATA_FIELDS, ENCODER_FIELDS
 from mixflow_fast.config.renamed import refuse_former_value
 from mixflow_fast.config.schema import SECTIONS, Config, check_key, hint_of
 from mixflow_fast.config.section import from_text, takes_text
 from mixflow_fast.messages import did_you_mean
 
 REQUIRED = "???"
+# Fields that each kind of a section takes.
+_KIND_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "data": {kind: (*fields, *ANY_KIND) for kind, fields in DATA_FIELDS.items()},
+    "encoder": ENCODER_FIELDS,
+}
 _HELP = {
     "train.init": " (the checkpoint to post-train; null trains from random weights)",
     "data.path": " (latents: .npz, .npy or a folder; folder: class folders with images)",
+    "encoder.path": " (a local folder of the encoder; nothing is downloaded)",
+    "encoder.stats": " (stat.pt of RAE's files for this encoder and size)",
 }
 
 
@@ -34,9 +42,34 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     file = _recipe_file(recipe)
     tree = _read(file)
     tree.setdefault("out", f"runs/{file.stem}")
+    recipe_kinds = {name: _kind_of(tree.get(name)) for name in _KIND_FIELDS}
     for override in overrides:
         _apply(tree, override)
+    given = {override.partition("=")[0] for override in overrides}
+    for name, kind in recipe_kinds.items():
+        if name not in given and _kind_of(tree.get(name)) != kind:
+            tree[name] = _without_other_kinds(name, tree[name], given)
     return from_dict(_typed(tree))
+
+
+def _kind_of(section: object) -> object:
+    return section.get("kind") if isinstance(section, dict) else None
+
+
+def _without_other_kinds(
+    name: str, section: dict[str, object], given: set[str]
+) -> dict[str, object]:
+    """A section whose kind is not the recipe's: what the recipe says for its own kind is gone.
+
+    Args:
+        name: of the section.
+        section: its fields.
+        given: dotted names that the user gave; these stay, and are refused where they mean nothing.
+    """
+    taken = _KIND_FIELDS[name].get(str(section["kind"]))
+    if taken is None:  # no such kind, which is refused later
+        return section
+    return {k: v for k, v in section.items() if k in ("kind", *taken) or f"{name}.{k}" in given}
 
 
 def from_dict(tree: Mapping[str, object]) -> Config:

@@ -32,11 +32,11 @@ from mixflow_fast.flow.schedule import Interval, TargetAt
 from mixflow_fast.kernels.attention.backends import BackendName
 from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
+from mixflow_fast.models.dinov2 import Precision
 from mixflow_fast.models.execution import Checkpointing, Mode
-from mixflow_fast.models.teacher import Precision
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
-from mixflow_fast.optim.lr_schedule import LrSchedule
+from mixflow_fast.optim.lr_schedule import LrSchedule, learning_rate
 from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
 
 AlignmentInput = Literal["slowed", "label"]
@@ -191,6 +191,17 @@ class OptimConfig(Section, name="optim"):
     final_lr: float = 0.0
     """Learning rate at the end of the schedule."""
 
+    def rate_at(self, images_seen: int, length: int) -> float:
+        """The learning rate after so many images of a run of `length`."""
+        return learning_rate(
+            images_seen,
+            lr=self.lr,
+            schedule=self.schedule,
+            warmup_images=self.warmup_images,
+            decay_images=self.decay_images or length,
+            final_lr=self.final_lr,
+        )
+
     def check(self) -> None:
         if not self.ema_decays:
             raise ValueError("optim.ema_decays must name at least one decay, got []")
@@ -337,6 +348,11 @@ class Config(Section):
         """Examples per forward pass: the largest equal parts of a rank's share that are allowed."""
         share, most = self.train.global_batch_size // world_size, self.train.microbatch_size
         return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
+
+    @property
+    def latent(self) -> bool:
+        """Whether the network makes latents: those of the data, or an encoder's."""
+        return self.data.kind == "latents" or self.encoder.kind != "none"
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,15 @@ import dataclasses
 import torch
 
 from mixflow_fast import extension
-from mixflow_fast.config.data_sections import ANY_KIND, DATA_FIELDS, DataConfig, TeacherConfig
+from mixflow_fast.config.data_sections import (
+    ANY_KIND,
+    DATA_FIELDS,
+    ENCODER_FIELDS,
+    IMAGE_KINDS,
+    DataConfig,
+    EncoderConfig,
+    TeacherConfig,
+)
 from mixflow_fast.config.schema import (
     Config,
     ModelConfig,
@@ -17,6 +25,7 @@ from mixflow_fast.config.schema import (
 )
 from mixflow_fast.config.section import Section
 from mixflow_fast.environment import apex_message, detect_apex, is_installed
+from mixflow_fast.models.autoencoders.rae import PIXELS_PER_TOKEN
 
 
 def validate(config: Config, world_size: int = 1) -> None:
@@ -29,6 +38,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     """
     c = config
     _check_data(c.data, c.objective.alignment_weight > 0, c.teacher.path is not None)
+    _check_encoder(c.encoder, c.data, c.model)
     _check_optimizer(c.optim, c.train.device)
     _check_batch(c.train, c.model, world_size)
     _check_communication(c.train)
@@ -159,7 +169,7 @@ def _check_alignment(
             "teacher.path needs the images of the latents: add data.images=PATH (REPA's folder "
             "with dataset.json, or a .npy or .npz of uint8)"
         )
-    if taught and d.kind != "latents" and m.in_channels != 3:
+    if taught and d.kind in ("photos", "digits") and m.in_channels != 3:
         raise ValueError(
             f"the teacher sees RGB images, got model.in_channels = {m.in_channels} for "
             f"data.kind={d.kind}"
@@ -192,3 +202,48 @@ def _check_data(d: DataConfig, aligned: bool, taught: bool) -> None:
             raise ValueError(
                 f"data.{f.name} has no meaning for data.kind={d.kind}{why}: leave it out"
             )
+
+
+# What an encoder is, and where it is to be had.
+_ENCODERS = {
+    "sdvae": "a local AutoencoderKL, for example of `hf download stabilityai/sd-vae-ft-ema "
+    "--local-dir FOLDER`",
+    "rae": "a local DINOv2 with registers, for example of `hf download "
+    "facebook/dinov2-with-registers-base --local-dir FOLDER`",
+}
+
+
+def _check_encoder(e: EncoderConfig, d: DataConfig, m: ModelConfig) -> None:
+    for f in _changed(e):
+        if f.name not in (*ENCODER_FIELDS[e.kind], "kind"):
+            raise ValueError(
+                f"encoder.{f.name} has no meaning for encoder.kind={e.kind}: leave it out"
+            )
+    if e.kind == "none":
+        if d.kind in IMAGE_KINDS and m.in_channels != 3:
+            kind = "sdvae" if m.in_channels == 4 else "rae"
+            raise ValueError(
+                f"data.kind={d.kind} gives images of 3 channels, model.in_channels = "
+                f"{m.in_channels} is a model of latents: add encoder.kind={kind} "
+                f"encoder.path=FOLDER ({_ENCODERS[kind]}); or set data.kind=latents with "
+                "data.path of their latents (`mixflow-fast data encode` makes the SD-VAE's); or "
+                "model.in_channels=3"
+            )
+        return
+    if d.kind not in IMAGE_KINDS:
+        why = "which are encoded already" if d.kind == "latents" else "which it does not take"
+        raise ValueError(
+            f"encoder.kind={e.kind} makes latents of images, got data.kind={d.kind}, {why}: set "
+            f"encoder.kind=none, or data.kind to one of {', '.join(IMAGE_KINDS)}"
+        )
+    if e.path is None:
+        raise ValueError(
+            f"encoder.path must be given for encoder.kind={e.kind}: add encoder.path=FOLDER "
+            f"({_ENCODERS[e.kind]})"
+        )
+    if e.kind == "rae" and d.size not in (None, PIXELS_PER_TOKEN * m.input_size):
+        raise ValueError(
+            f"data.size = {d.size} does not fit model.input_size = {m.input_size}: RAE's latents "
+            f"have a place for {PIXELS_PER_TOKEN} x {PIXELS_PER_TOKEN} pixels; leave data.size out "
+            f"(it is {PIXELS_PER_TOKEN * m.input_size} then), or set model.input_size"
+        )

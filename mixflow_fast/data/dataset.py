@@ -62,6 +62,12 @@ class Batch:
 
         return Batch(*(changed(getattr(self, f.name)) for f in fields(self)))
 
+    def buffers(self) -> list[Tensor]:
+        """Its tensors, each of B rows; mean and std as one where they are halves of a buffer."""
+        found: list[Tensor] = []
+        self.map(lambda value: (found.append(value), value)[1])
+        return found
+
 
 def split(rows: Tensor, scale: float) -> Moments:
     """(B, 2 C, H, W) mean | std as `Moments`, views of it."""
@@ -143,6 +149,53 @@ class ImageDataset(Dataset, Protocol):
     def name_of(self, index: int) -> str:
         """What a sample's file is called, for errors."""
         ...
+
+
+def fill(dataset: Dataset, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
+    """Writes samples into given memory: what `get` returns.
+
+    A dataset that can write there by itself has a method `fill` with the other arguments. It writes
+    the fields that `out` has, and need not write positions.
+
+    Args:
+        dataset: the samples.
+        out: tensors of B rows; None for a field that is not wanted.
+        indices, positions, seed: as `Dataset.get`.
+
+    Raises:
+        ValueError: as `get`; samples of another kind or shape than `out`.
+    """
+    direct = getattr(dataset, "fill", None)
+    if direct is not None:
+        direct(out, indices, positions, seed)
+        out.positions.copy_(positions)
+    else:
+        copy_batch(out, dataset.get(indices, positions, seed))
+
+
+def copy_batch(out: Batch, batch: Batch) -> None:
+    """Copies a batch into given memory; fields that `out` has not are left out.
+
+    Raises:
+        ValueError: a field of another kind or shape.
+    """
+    for name in (f.name for f in fields(out)):
+        there, value = getattr(out, name), getattr(batch, name)
+        if there is None:
+            continue
+        if type(there) is not type(value):
+            raise ValueError(
+                f"samples must be alike, but {name} of some is {type(there).__name__} and of "
+                f"others {type(value).__name__}"
+            )
+        one = isinstance(there, Tensor)
+        for to, new in ((there, value),) if one else zip(there[:2], value[:2], strict=True):
+            if to.shape != new.shape:
+                raise ValueError(
+                    f"samples must be alike, but {name} of some is {tuple(to.shape[1:])} and of "
+                    f"others {tuple(new.shape[1:])}"
+                )
+            to.copy_(new)
 
 
 def check_indices(indices: Tensor, positions: Tensor, size: int) -> None:

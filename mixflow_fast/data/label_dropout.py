@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset
+from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset, fill
 from mixflow_fast.data.summary import DataSummary
 from mixflow_fast.kernels.philox import Stream, uniform
 
@@ -70,6 +70,18 @@ class LabelDropout:
         """As the dataset's, with some labels dropped."""
         batch = self.dataset.get(indices, positions, seed)
         return dataclasses.replace(batch, y=self._dropped(batch.y, positions, seed))
+
+    def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """As `get`, into given memory."""
+        fill(self.dataset, out, indices, positions, seed)
+        if self._probability:
+            out.y.copy_(self._dropped(out.y, positions, seed))
+
+    def willneed(self, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """Tells the dataset, where it can be told, what will be asked for."""
+        tell = getattr(self.dataset, "willneed", None)
+        if tell is not None:
+            tell(indices, positions, seed)
 
     def labels(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
         """(B,) int64 labels as in `get`, of a dataset that gives labels without the images."""

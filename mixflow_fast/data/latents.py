@@ -1,133 +1,256 @@
-"""Latents that an autoencoder computed before, in arrays or in one file a sample.
-
-The folder of files is that of REPA's preprocessing: float32 [8, h, w] = mean | std per image,
-beside a dataset.json.
-"""
+"""Latents that an autoencoder computed before, as examples to train on."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-from zipfile import BadZipFile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, check_indices
-from mixflow_fast.data.foreign import describe_foreign
+from mixflow_fast.data.dataset import Batch, check_indices, copy_batch, joined, mirrored, split
+from mixflow_fast.data.latent_files import FilePerSample, StoredLatents, open_latents
 from mixflow_fast.data.latent_statistics import Statistics
-from mixflow_fast.data.npy_files import check_listed, load_npy, open_npz, read_dataset_json
-from mixflow_fast.data.paired_images import PairedImages, numbered
+from mixflow_fast.data.latents_store import FORMAT, LatentsInfo, LatentsStore
+from mixflow_fast.data.npy_files import load_npy
+from mixflow_fast.data.paired_images import PairedImages
+from mixflow_fast.data.set_files import how_far, set_format
 from mixflow_fast.data.summary import DataSummary, digest_of, sample_rows
 from mixflow_fast.files import existing_path
-from mixflow_fast.kernels.philox import Stream, normal
+from mixflow_fast.kernels.interpolate import Moments, sample_moments
 
 if TYPE_CHECKING:
     import numpy as np
 
 _LOOKED_INTO = 64  # rows of each array whose content is in the fingerprint
 _MEASURED = 256  # examples that mean and std are of
-_PASS_MOMENTS = "pass moments=True (data.moments=true)"
 
 
 class Latents:
-    """Precomputed latents, in one of three layouts.
+    """Precomputed latents: a set of `mixflow-fast data encode` or `import`, or plain files.
 
-    * `set.npz`: arrays `latents` or `x` (or `moments`), `labels` or `y`, and maybe `features`; held
-      in memory.
-    * `set.npy`, memory-mapped, beside `set_labels.npy` or `labels.npy`, and maybe
-      `set_features.npy` or `features.npy`; or a folder that holds `latents.npy`, `x.npy` or
-      `moments.npy` with these names beside it.
-    * a folder with REPA's `dataset.json` ({"labels": [[file, label], ...]}), one .npy a sample,
-      taken in the order of the sorted file names.
+    A set (`data/latents_store.py`) says itself what it holds; what is given here must agree. Plain
+    files are the layouts of `data/latent_files.py`: latents (N, C, H, W), features (N, T, z),
+    float16 or float32; labels (N,) integers >= 0.
 
-    Latents are (N, C, H, W), features (N, T, z), float16 or float32, given out as float32; labels
-    are (N,) integers >= 0. With `moments` the channels are mean | std (std, not the log-variance)
-    and each position draws its own sample of the posterior:
+    Moments, whose channels are mean | std (std, not the log-variance), are given out as they are
+    stored: `MixFlow.prepare` draws the posterior at a position,
 
-        x = scale * (mean + std * normal(seed, Stream.POSTERIOR, position))
+        x = scale * (mean + std * normal(seed, Stream.POSTERIOR, position)).
+
+    Anything else is given out in float32, times `scale`, or normalised as a set's manifest says.
 
     Args:
-        path: one of the layouts above; `~` is expanded.
-        scale: multiplies the latents (0.18215 for Stable Diffusion's autoencoder).
-        moments: the stored channels are mean | std; x then has half of them.
-        features: None takes features that lie with the latents, False ignores them, a path is
-            another .npy of (N, T, z).
+        path: a set or one of the layouts; `~` is expanded.
+        scale: multiplies the latents (0.18215 for Stable Diffusion's autoencoder); None is that of
+            the set, 1 for plain files.
+        moments: the stored channels are mean | std; x then has half of them. None is what the set
+            says, False for plain files.
+        mirrors: 2 takes the latent of the image or of its mirror image, by `mirrored` at the
+            position; 1 takes the image's own. None: both where the set has both.
+        features: None takes features that lie with plain latents, False ignores them, a path is
+            another .npy of (N, T, z), or a set of features, whose samples have the same numbers.
         images: the images of the latents for a teacher, uint8, as `PairedImages`; paired by the
-            number in the latents' file names, or by row.
-        num_classes: classes of the model; None is the largest label + 1.
+            set's numbers, by those in the latents' file names, or by row.
+        num_classes: classes of the model; None is that of the set, the largest label + 1 for plain
+            files.
+
+    Attributes:
+        info: what a set's manifest says; None for plain files.
+        moments, scale, mirrors: as they are used.
+        flip: whether both mirrors are used; see `without_flips`.
 
     Raises:
-        ValueError: missing or pickled arrays, files of a dataset.json that are not there, another
-            shape, dtype or count, labels out of range, an odd number of channels with `moments`;
-            in `get`, a negative std or a bad file.
+        ValueError: an argument that contradicts the set's manifest; what `LatentsStore` and
+            `open_latents` refuse; another shape, dtype or count, labels out of range, an odd number
+            of channels with `moments`; in `get`, a negative std or a bad file.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        scale: float = 1.0,
-        moments: bool = False,
+        scale: float | None = None,
+        moments: bool | None = None,
+        mirrors: int | None = None,
         features: str | os.PathLike[str] | bool | None = None,
         images: str | os.PathLike[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        if not math.isfinite(scale) or scale == 0:
+        if scale is not None and (not math.isfinite(scale) or scale == 0):
             raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
         if features is True:
             raise ValueError("features must be None, False or the path of a .npy, got True")
         root = existing_path(path)
-        self._x, labels, stored = _open(root, moments, with_features=features is None)
-        if features:
-            stored = load_npy(existing_path(features, "features"))
-        self._features = stored
-        _check_array("latents", self._x, "(N, C, H, W)", root)
-        count, channels, height, width = self._x.shape
-        if not count:
-            raise ValueError(f"latents must hold at least one sample, got none in {str(path)!r}")
-        if moments and channels % 2:
-            raise ValueError(
-                f"moments=True needs an even number of channels (mean | std), got {channels} in "
-                f"{str(path)!r}; pass moments=False (data.moments=false) if they are plain latents"
-            )
-        if stored is not None:
-            _check_array("features", stored, "(N, T, z)", root)
-            if len(stored) != count:
+        self._root = root
+        # A set that is not whole, or not of latents, says so itself.
+        is_set = root.is_dir() and (set_format(root) or how_far(root))
+        self._store = LatentsStore(root) if is_set else None
+        self.info = None if self._store is None else self._store.info
+        if self._store is not None:
+            info = self._store.info
+            _check_agrees(info, str(path), scale, moments, mirrors)
+            self.scale = 1.0 if info.normalisation is not None else info.scale
+            self.moments = info.kind == "moments"
+            self.mirrors = mirrors or info.mirrors
+            limit = info.num_classes if num_classes is None else num_classes
+            self._y = _check_labels(self._store.labels.numpy(), info.count, limit)
+            self.num_classes = limit
+        else:
+            if mirrors == 2:
                 raise ValueError(
-                    f"features must have one row per latent, {count}, got {len(stored)}"
+                    f"mirrors=2 needs latents of the mirrored images, which {str(path)!r} does not "
+                    "hold: encode them with `mixflow-fast data encode`, or leave data.mirrors out"
                 )
-        self._y = _check_labels(labels, count, num_classes)
+            self.scale, self.moments = 1.0 if scale is None else float(scale), bool(moments)
+            self.mirrors = 1
+            self._files = open_latents(root, self.moments, with_features=features is None)
+            self._y = _check_files(self._files, root, str(path), self.moments, num_classes)
+            self.num_classes = int(self._y.max()) + 1 if num_classes is None else num_classes
+        self.flip = self.mirrors == 2
+        self._features = self._open_features(features)
         self._images: PairedImages | None = None
         if images is not None:
-            rows = not isinstance(self._x, _FilePerSample)
-            numbers = list(range(count)) if rows else self._x.numbers(str(root / "dataset.json"))
-            self._images = PairedImages(images, numbers, self._y, rows)
-        self.scale, self.moments, self._root = float(scale), moments, root
-        self.num_classes = int(self._y.max()) + 1 if num_classes is None else num_classes
-        self.shape = (channels // 2 if moments else channels, height, width)
+            self._images = PairedImages(images, *self._numbers())
+        row = self._store.info.shape if self._store else self._files.x.shape[1:]
+        self.shape = (row[0] // 2 if self.moments else row[0], row[1], row[2])
         self.name = f"latents-{root.resolve().stem}"
+
+    def _numbers(self) -> tuple[list[int], Tensor, bool]:
+        """What the latents' images are found by: numbers, labels, whether these are rows."""
+        if self._store is not None:
+            return self._store.source.tolist(), self._y, False
+        if isinstance(self._files.x, FilePerSample):
+            return self._files.x.numbers(str(self._root / "dataset.json")), self._y, False
+        return list(range(len(self))), self._y, True
+
+    def _open_features(
+        self, given: str | os.PathLike[str] | bool | None
+    ) -> np.ndarray | _PairedFeatures | None:
+        """The features that `given` means, checked."""
+        if not given:
+            found = None if self._store else self._files.features
+        elif (path := existing_path(given, "features")).is_dir() and set_format(path) == FORMAT:
+            return _PairedFeatures(LatentsStore(path), self._store, self.mirrors)
+        else:
+            found = load_npy(path)
+        if found is None:
+            return None
+        _check_array("features", found, "(N, T, z)", self._root)
+        if len(found) != len(self):
+            raise ValueError(
+                f"features must have one row per latent, {len(self)}, got {len(found)}"
+            )
+        if self.mirrors == 2:
+            raise ValueError(
+                "features are of the images as they are, the latents also of the mirrored ones: "
+                "set data.mirrors=1, or let a teacher see the images (teacher.path, data.images)"
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self._y)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Dataset.get`: x (B, C, H, W); features (B, T, z) and images uint8, or None."""
+        """As `Dataset.get`: x (B, C, H, W), or `Moments` as stored; features (B, T, z) float32 and
+        images uint8, or None.
+        """
         check_indices(indices, positions, len(self))
-        features = None if self._features is None else _to_float32(self._features[indices.numpy()])
-        images = None if self._images is None else self._images.get(indices.tolist())
-        x = self._draw(indices, positions, seed)
-        return Batch(x, self._y[indices], positions, features, images)
+        flipped = mirrored(positions, seed) if self.flip else None
+        batch = self._without_x(indices, positions, flipped)
+        return dataclasses.replace(batch, x=self._take(indices, flipped))
+
+    def _without_x(self, indices: Tensor, positions: Tensor, flipped: Tensor | None) -> Batch:
+        """What `get` gives beside x."""
+        features = images = None
+        if isinstance(self._features, _PairedFeatures):
+            features = self._features.take(indices, flipped).float()
+        elif self._features is not None:
+            features = _copy_of(self._features, indices).float()
+        if self._images is not None:
+            images = self._images.get(indices.tolist())
+            if flipped is not None:
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return Batch(None, self._y[indices], positions, features, images)
+
+    def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """As `get`, into given memory; moments of a set go there straight from its files."""
+        rows = joined(out.x) if self.table is not None and isinstance(out.x, Moments) else None
+        if rows is None and out.x is not None:
+            copy_batch(out, self.get(indices, positions, seed))
+            return
+        check_indices(indices, positions, len(self))
+        flipped = mirrored(positions, seed) if self.flip else None
+        if rows is not None:
+            self.table.fill(rows, self._rows(indices, flipped))
+            self._refuse_negative(out.x.std, indices)
+        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, flipped))
+
+    @property
+    def table(self) -> LatentsStore | None:
+        """The set whose rows are the moments that are given out; None where x is made of them."""
+        return self._store if self.moments else None
+
+    def rows_of(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
+        """(B,) int64 rows of `table` that `get` gives."""
+        return self._rows(indices, mirrored(positions, seed) if self.flip else None)
+
+    def willneed(self, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """Have a set's rows of a coming batch read ahead, without waiting for them."""
+        if self._store is not None:
+            self._store.willneed(self.rows_of(indices, positions, seed))
+
+    def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
+        """The stored rows of some samples."""
+        rows = indices * (self._store.info.mirrors if self._store is not None else 1)
+        return rows if flipped is None else rows + flipped
+
+    def _take(self, indices: Tensor, flipped: Tensor | None) -> Tensor | Moments:
+        """x1 of some samples, or its moments as stored."""
+        if self._store is not None:
+            stored = self._store.take(self._rows(indices, flipped))
+        else:
+            stored = _copy_of(self._files.x, indices)
+        if self.moments:
+            x = split(stored, self.scale)
+            self._refuse_negative(x.std, indices)
+            return x
+        normalisation = self._store.info.normalisation if self._store is not None else None
+        if normalisation is None:
+            return stored.float() * self.scale
+        channels = normalisation.mean, normalisation.std
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in channels)
+        return (stored.float() - mean) / std * normalisation.multiplier
+
+    def _refuse_negative(self, std: Tensor, indices: Tensor) -> None:
+        # Compared as integers, which have the same sign: of float16 that is 20 times as fast.
+        bits = std.view(torch.int16 if std.dtype == torch.float16 else torch.int32)
+        if not bits.numel() or int(bits.amin()) >= 0 or not (std < 0).any():
+            return
+        bad = int(indices[(std < 0).flatten(1).any(1)][0])
+        raise ValueError(
+            f"std channels must be >= 0, got one < 0 in sample {bad} of {str(self._root)!r}: is it "
+            "the log-variance? Store exp(logvar / 2). Are they plain latents, not mean | std? Pass "
+            "moments=False (data.moments=false)"
+        )
 
     def summary(self) -> DataSummary:
-        """As `Dataset.summary`; the digest is of names, shapes, labels and some rows' content."""
-        parts = [self._y.numpy().tobytes()]
-        if isinstance(self._x, _FilePerSample):
-            parts += self._x.names(self._root)
-        for array in (self._x, self._features):
-            if array is not None:
-                parts += _identity(array)
+        """As `Dataset.summary`; the digest is of a set's manifest and labels, or of names, shapes,
+        labels and some rows' content of plain files.
+        """
+        if self._store is not None:
+            parts = self._store.identity()
+        else:
+            parts = [self._y.numpy().tobytes()]
+            if isinstance(self._files.x, FilePerSample):
+                parts += self._files.x.names(self._root)
+            parts += _identity(self._files.x)
+        if isinstance(self._features, _PairedFeatures):
+            parts += self._features.store.identity()
+        elif self._features is not None:
+            parts += _identity(self._features)
         if self._images is not None:
             parts += self._images.identity(_LOOKED_INTO)
         return DataSummary(
@@ -135,7 +258,8 @@ class Latents:
             examples=len(self),
             classes=self.num_classes,
             shape=self.shape,
-            digest=digest_of(parts),
+            digest=digest_of([*parts, b"mirrors 2"] if self.flip else parts),
+            notes=() if self._store is None else (_describe(self._store.info, self.mirrors),),
         )
 
     def statistics(self) -> Statistics:
@@ -145,27 +269,93 @@ class Latents:
             ValueError: as `get`, for moments that are none.
         """
         rows = torch.tensor(sample_rows(len(self), _MEASURED))
-        std, mean = torch.std_mean(self._draw(rows, rows, 0), correction=0)
+        x = self._take(rows, None)
+        x = sample_moments(x, 0, rows) if isinstance(x, Moments) else x
+        std, mean = torch.std_mean(x, correction=0)
         return Statistics(len(rows), float(mean), float(std), self.scale)
 
-    def _draw(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
-        """x1 (B, C, H, W) of some samples."""
-        x = _to_float32(self._x[indices.numpy()])
-        if self.moments:
-            mean, std = x.chunk(2, dim=1)
-            if (std < 0).any():
-                bad = int(indices[(std < 0).flatten(1).any(1)][0])
-                raise ValueError(
-                    f"std channels must be >= 0, got one < 0 in sample {bad} of "
-                    f"{str(self._root)!r}: is it the log-variance? Store exp(logvar / 2). Are they "
-                    "plain latents, not mean | std? Pass moments=False (data.moments=false)"
-                )
-            noise = normal(seed, Stream.POSTERIOR, positions, math.prod(self.shape))
-            x = mean + std * noise.view_as(mean)
-        return x * self.scale
+
+class _PairedFeatures:
+    """Features of a set of their own, of the latents' samples and mirrors.
+
+    Raises:
+        ValueError: latents without numbers, or some without features; features of one mirror for
+            latents of two.
+    """
+
+    def __init__(self, store: LatentsStore, latents: LatentsStore | None, mirrors: int) -> None:
+        where = str(store.root)
+        if store.info.kind != "features":
+            raise ValueError(f"features must be a set of features, {where!r} has {store.info.kind}")
+        if latents is None:
+            raise ValueError(
+                f"the set of features {where!r} is for a set of latents, whose samples have "
+                "numbers: give plain latents their features as a .npy"
+            )
+        if mirrors > store.info.mirrors:
+            raise ValueError(
+                f"the latents have 2 mirrors, the features {where!r} 1: set data.mirrors=1"
+            )
+        place = {number: row for row, number in enumerate(store.source.tolist())}
+        missing = [n for n in latents.source.tolist() if n not in place]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {latents.info.count} latents have no features in {where!r}, "
+                f"the first is number {missing[0]}: make them of the same prepared set"
+            )
+        self.store = store
+        self._place = torch.tensor([place[n] for n in latents.source.tolist()])
+
+    def take(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
+        """(B, T, z) of some latents."""
+        rows = self._place[indices] * self.store.info.mirrors
+        return self.store.take(rows if flipped is None else rows + flipped)
 
 
-def _identity(array: np.ndarray | _FilePerSample) -> list[bytes]:
+def _check_agrees(
+    info: LatentsInfo, path: str, scale: float | None, moments: bool | None, mirrors: int | None
+) -> None:
+    """ValueError that names both values where an argument contradicts a set's manifest."""
+    if info.kind == "features":
+        raise ValueError(f"{path!r} holds features: give it as data.features, latents as data.path")
+    kind = "moments (mean | std)" if info.kind == "moments" else "latents, one sample each"
+    if moments is not None and moments != (info.kind == "moments"):
+        raise ValueError(
+            f"data.moments={str(moments).lower()}, but the manifest of {path!r} says that it holds "
+            f"{kind}: leave data.moments out"
+        )
+    multiplied = info.scale if info.normalisation is None else 1.0
+    if scale is not None and not math.isclose(scale, multiplied, rel_tol=1e-6):
+        raise ValueError(
+            f"data.scale={scale:g}, but the manifest of {path!r} says {multiplied:g}: leave "
+            "data.scale out"
+        )
+    if mirrors is not None and mirrors > info.mirrors:
+        raise ValueError(
+            f"data.mirrors={mirrors}, but the manifest of {path!r} says {info.mirrors}: leave "
+            "data.mirrors out, or encode both mirrors (`mixflow-fast data encode --mirrors 2`)"
+        )
+
+
+def _describe(info: LatentsInfo, mirrors: int) -> str:
+    """One line on a set: what encoded it, how, and which mirrors are used."""
+    encoder = str(info.encoder.get("class", "an unknown encoder"))
+    if weights := info.encoder.get("weights_sha256"):
+        encoder += f" (weights {str(weights)[:12]})"
+    precision = f" in {info.precision['dtype']}" if "dtype" in info.precision else ""
+    both = "with their mirror images" if mirrors == 2 else "without mirror images"
+    pixels = f" (pixels: {info.preprocessing})" if info.preprocessing else ""
+    return f"{info.kind} of {encoder}{precision}, stored as {info.dtype}, {both}{pixels}"
+
+
+def _copy_of(array: np.ndarray | FilePerSample, indices: Tensor) -> Tensor:
+    """Rows of an array as stored, never a view of the mapped file."""
+    import numpy as np
+
+    return torch.from_numpy(np.asarray(array[indices.numpy()]))
+
+
+def _identity(array: np.ndarray | FilePerSample) -> list[bytes]:
     """What tells an array from others, for a fingerprint: shape, dtype, some rows."""
     import numpy as np
 
@@ -173,75 +363,23 @@ def _identity(array: np.ndarray | _FilePerSample) -> list[bytes]:
     return [f"{array.shape} {array.dtype}".encode(), content.tobytes()]
 
 
-class _FilePerSample:
-    """One .npy a sample, with the part of ndarray's interface that `Latents` uses."""
-
-    def __init__(self, files: list[Path]) -> None:
-        # The first file stands for all until they are read: there may be a million.
-        first = load_npy(files[0])
-        self._files, self._sample_shape, self.dtype = files, first.shape, first.dtype
-        self.shape = (len(files), *first.shape)
-        self.ndim = len(self.shape)
-
-    def numbers(self, where: str) -> list[int]:
-        """The number in each file's name; ValueError if two are the same."""
-        return list(numbered(map(str, self._files), where))
-
-    def names(self, root: Path) -> list[bytes]:
-        """Their names in a folder, for a fingerprint."""
-        start = len(str(root / "_")) - 1
-        return [os.fsencode("\0".join(str(file)[start:] for file in self._files))]
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        import numpy as np
-
-        samples = [load_npy(self._files[row]) for row in rows.tolist()]
-        for row, sample in zip(rows.tolist(), samples, strict=True):
-            if sample.shape != self._sample_shape or sample.dtype != self.dtype:
-                raise ValueError(
-                    f"{str(self._files[row])!r} must be {self._sample_shape} {self.dtype} like the "
-                    f"first sample, got {sample.shape} {sample.dtype}"
-                )
-        return np.stack(samples) if samples else np.empty((0, *self._sample_shape), self.dtype)
+def _check_files(
+    files: StoredLatents, root: Path, given: str, moments: bool, num_classes: int | None
+) -> Tensor:
+    """The labels as (N,) int64, after checks of latents and labels."""
+    _check_array("latents", files.x, "(N, C, H, W)", root)
+    count, channels = files.x.shape[:2]
+    if not count:
+        raise ValueError(f"latents must hold at least one sample, got none in {given!r}")
+    if moments and channels % 2:
+        raise ValueError(
+            f"moments=True needs an even number of channels (mean | std), got {channels} in "
+            f"{given!r}; pass moments=False (data.moments=false) if they are plain latents"
+        )
+    return _check_labels(files.labels, count, num_classes)
 
 
-class _Stored(NamedTuple):
-    """Arrays of the files, not yet checked."""
-
-    x: np.ndarray | _FilePerSample
-    labels: np.ndarray
-    features: np.ndarray | None
-
-
-def _open(root: Path, moments: bool, with_features: bool) -> _Stored:
-    """Opens whichever layout there is."""
-    if (root / "dataset.json").is_file():
-        return _open_dataset_json(root, moments)
-    if root.suffix == ".npz" and root.is_file():
-        return _open_npz(root, moments, with_features)
-    if root.is_dir() or (root.suffix == ".npy" and root.is_file()):
-        return _open_npy(root, moments, with_features)
-    inside = "; give the folder that holds it" if root.name == "dataset.json" else _because(root)
-    raise ValueError(
-        f"path must be a .npz, a .npy or a folder of latents, got {str(root)!r}{inside}"
-    )
-
-
-def _because(root: Path) -> str:
-    above = next((f for f in root.absolute().parents[:2] if (f / "dataset.json").is_file()), None)
-    if above is not None:
-        return f"; {str(above)!r} has a dataset.json, which lists the latents: give that folder"
-    foreign = describe_foreign(root, "latents")
-    return f"; {foreign}" if foreign else ""
-
-
-def _to_float32(array: np.ndarray) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: never the mapped file
-
-
-def _check_array(name: str, array: np.ndarray | _FilePerSample, shape: str, path: Path) -> None:
+def _check_array(name: str, array: np.ndarray | FilePerSample, shape: str, path: Path) -> None:
     if array.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} of {str(path)!r} must be {shape}, got shape {array.shape}")
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
@@ -266,79 +404,3 @@ def _check_labels(labels: np.ndarray, count: int, num_classes: int | None) -> Te
     if low < 0 or high >= limit:
         raise ValueError(f"labels must lie in [0, {limit}), got {low} to {high}")
     return torch.from_numpy(labels.astype(np.int64))
-
-
-def _choose(found: list[str], moments: bool, path: Path) -> str:
-    """The one name of the latents among those present."""
-    usable = [name for name in found if moments or name != "moments"]
-    if moments and "moments" in usable:
-        return "moments"
-    if len(usable) == 1:
-        return usable[0]
-    if found == ["moments"]:
-        raise ValueError(f"{str(path)!r} holds 'moments' (mean | std): {_PASS_MOMENTS}")
-    problem = f"both {' and '.join(usable)}" if usable else "none of them"
-    of_folder = path.is_dir()
-    wanted = "latents.npy, x.npy, moments.npy, dataset.json" if of_folder else "latents, x, moments"
-    raise ValueError(
-        f"{str(path)!r} must hold one of {wanted}, got {problem}{'' if usable else _because(path)}"
-    )
-
-
-def _open_npz(path: Path, moments: bool, with_features: bool) -> _Stored:
-    with open_npz(path) as archive:
-        found = [name for name in ("latents", "x", "moments") if name in archive.files]
-        name = _choose(found, moments, path)
-        label_names = [key for key in ("labels", "y") if key in archive.files]
-        if len(label_names) != 1:
-            got = " and ".join(label_names) or f"only {', '.join(archive.files)}"
-            raise ValueError(f"{str(path)!r} must hold one of labels, y, got {got}")
-        wanted = [name, label_names[0]]
-        if with_features and "features" in archive.files:
-            wanted.append("features")
-        try:
-            arrays = [archive[key] for key in wanted]
-        except (ValueError, OSError, EOFError, BadZipFile) as error:
-            raise ValueError(f"cannot read the arrays of {str(path)!r}: {error}") from error
-    return _Stored(arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None)
-
-
-def _open_npy(path: Path, moments: bool, with_features: bool) -> _Stored:
-    if path.is_dir():
-        names = ("latents", "x", "moments")
-        found = [name for name in names if (path / f"{name}.npy").is_file()]
-        path = path / f"{_choose(found, moments, path)}.npy"
-    elif path.stem == "moments":
-        _choose(["moments"], moments, path)
-
-    def sibling(kind: str) -> Path | None:
-        options = (path.with_name(f"{path.stem}_{kind}.npy"), path.with_name(f"{kind}.npy"))
-        return next((option for option in options if option.is_file()), None)
-
-    # `set_labels.npy` before `labels.npy`, so that several sets can share a folder.
-    labels, features = sibling("labels"), sibling("features") if with_features else None
-    if labels is None:
-        raise ValueError(
-            f"no labels beside {str(path)!r}: add {path.stem}_labels.npy or labels.npy"
-        )
-    return _Stored(load_npy(path), load_npy(labels), load_npy(features) if features else None)
-
-
-def _open_dataset_json(root: Path, moments: bool) -> _Stored:
-    import numpy as np
-
-    labels = read_dataset_json(root)
-    index = root / "dataset.json"
-    names = sorted(labels)
-    for name in names:
-        if not name.endswith(".npy"):
-            raise ValueError(
-                f"{str(index)!r} must list .npy latents, got {name!r}: a folder of latents has a "
-                "dataset.json of its own; images of latents are given as images (data.images)"
-            )
-    if not moments and "mean-std" in names[0]:
-        # By its name alone: four channels of each look like plain latents of eight.
-        raise ValueError(f"{str(root)!r} holds mean | std per image: {_PASS_MOMENTS}")
-    check_listed(root, names)
-    samples = _FilePerSample([root / name for name in names])
-    return _Stored(samples, np.array([labels[name] for name in names]), None)

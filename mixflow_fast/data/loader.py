@@ -1,13 +1,4 @@
-"""Micro-batches of one rank, in the order that the global position defines.
-
-Optimizer step s covers the global positions [s G, (s+1) G). Its micro-step a on rank r takes
-
-    s G + (a W + r) M + (0 .. M-1),   a = 0 .. G / (M W) - 1
-
-with G the global batch, M the micro-batch, W the ranks. Whatever the split into ranks and
-micro-batches, a step trains on the same positions, and a position is the same sample with the same
-random numbers.
-"""
+"""Micro-batches of one rank, prepared by threads, in the order of `MicrobatchOrder`."""
 
 from __future__ import annotations
 
@@ -16,18 +7,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-import torch
-from torch import Tensor
-
 from mixflow_fast.data.dataset import Batch, Dataset
-from mixflow_fast.data.order import sample_index
-
-_ORDER_BLOCK = 8192  # positions whose indices are computed at once: the cost is per call
-
-
-def _check_int(name: str, value: int, low: int, unit: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low} ({unit}), got {value!r}")
+from mixflow_fast.data.microbatch_order import MicrobatchOrder
 
 
 def _shutdown(pool: ThreadPoolExecutor) -> None:
@@ -73,31 +54,17 @@ class BatchLoader:
         num_workers: int = 0,
         shuffle: bool = True,
     ) -> None:
-        _check_int("global_batch_size", global_batch_size, 1, "samples of one optimizer step")
-        _check_int("microbatch_size", microbatch_size, 1, "samples of one forward pass")
-        _check_int("world_size", world_size, 1, "processes")
-        _check_int("rank", rank, 0, "process number")
-        _check_int("start_position", start_position, 0, "samples")
-        _check_int("num_workers", num_workers, 0, "threads")
-        if rank >= world_size:
-            raise ValueError(f"rank must be below world_size = {world_size}, got {rank}")
-        if global_batch_size % (microbatch_size * world_size):
-            raise ValueError(
-                "global_batch_size must be a multiple of microbatch_size * world_size = "
-                f"{microbatch_size} * {world_size} = {microbatch_size * world_size}, "
-                f"got {global_batch_size}"
-            )
-        if start_position % global_batch_size:
-            raise ValueError(
-                f"start_position must be a multiple of global_batch_size = {global_batch_size}, "
-                f"got {start_position}; the step that holds it starts at "
-                f"{start_position - start_position % global_batch_size}"
-            )
-        if len(dataset) < 1:
-            raise ValueError("dataset must hold at least one sample, got an empty one")
-        # Refuses a bad seed here and not in a worker.
-        sample_index(torch.zeros(1, dtype=torch.int64), len(dataset), seed)
-
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
+            raise ValueError(f"num_workers must be an integer >= 0 (threads), got {num_workers!r}")
+        self._order = MicrobatchOrder(
+            len(dataset),
+            seed=seed,
+            global_batch_size=global_batch_size,
+            microbatch_size=microbatch_size,
+            rank=rank,
+            world_size=world_size,
+            shuffle=shuffle,
+        )
         self.dataset = dataset
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -105,12 +72,9 @@ class BatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.shuffle = shuffle
-        self.microsteps = global_batch_size // (microbatch_size * world_size)
-        self._microstep = start_position // global_batch_size * self.microsteps  # next to return
+        self.microsteps = self._order.microsteps
+        self._microstep = self._order.microstep_at(start_position)  # next to return
         self._submitted = self._microstep  # next to prepare
-        self._block_start = 0
-        self._block_positions = torch.empty(0, microbatch_size, dtype=torch.int64)
-        self._block_indices = self._block_positions
         self._lookahead = 2 * num_workers
         self._pending: deque[Future[Batch]] = deque()
         self._closed = False
@@ -122,25 +86,7 @@ class BatchLoader:
     @property
     def position(self) -> int:
         """First global position of the optimizer step that the next micro-batch belongs to."""
-        return self._microstep // self.microsteps * self.global_batch_size
-
-    def _order(self, microstep: int) -> tuple[Tensor, Tensor]:
-        """(indices, positions) of one micro-step, each (M,) int64."""
-        row = microstep - self._block_start
-        if not 0 <= row < len(self._block_positions):
-            count = max(1, _ORDER_BLOCK // self.microbatch_size)
-            number = torch.arange(microstep, microstep + count)
-            step, part = number // self.microsteps, number % self.microsteps
-            first = (
-                step * self.global_batch_size
-                + (part * self.world_size + self.rank) * self.microbatch_size
-            )
-            positions = first[:, None] + torch.arange(self.microbatch_size)
-            indices = sample_index(positions.flatten(), len(self.dataset), self.seed, self.shuffle)
-            self._block_start, row = microstep, 0
-            self._block_positions, self._block_indices = positions, indices.view_as(positions)
-        # Clones: a batch that is kept must not keep the block.
-        return self._block_indices[row].clone(), self._block_positions[row].clone()
+        return self._order.step_position(self._microstep)
 
     def __iter__(self) -> BatchLoader:
         return self

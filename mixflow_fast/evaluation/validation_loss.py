@@ -172,10 +172,10 @@ class ValidationLoss:
             if isinstance(x1, Moments):
                 # Drawn here: the objective would draw another sample with every run's seed.
                 x1 = sample_moments(x1, SEED, batch.positions, self._mix.impl)
+            x1 = x1.float()  # the network casts it, once
             # A stream of its own: the same noise in runs of any seed.
             noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, x1[0].numel())
-            noise = noise.view(x1.shape).to(x1.dtype)
-            self._held = chunk, _Chunk(x1, batch.y, batch.positions, noise)
+            self._held = chunk, _Chunk(x1, batch.y, batch.positions, noise.view(x1.shape))
         return self._held[1]
 
     def _own(self, time: float) -> float:

@@ -30,7 +30,9 @@ class TrainingRow(_Step, total=False):
         loss_by_t, count_by_t: mean loss, and samples, in equal parts of the network's time.
         grad_norm: of the last step, before clipping.
         skipped, rollbacks: steps of the whole run, where the configuration allows any.
-        seconds: length of the window; data_wait_s: seconds in it without data.
+        seconds: length of the window.
+        data_wait_s: seconds in it that the host waited for data; data_stall_s: that the device
+            waited for their copies; data_wait_fraction: of the window, both.
         slowest_rank, slowest_ratio: the rank that is much slower than the others, and how much;
             None where none is.
         model_tflops, peak_tflops: of a device.
@@ -49,6 +51,8 @@ class TrainingRow(_Step, total=False):
     images_per_s: float
     seconds: float
     data_wait_s: float
+    data_stall_s: float
+    data_wait_fraction: float
     slowest_rank: int | None
     slowest_ratio: float | None
     model_tflops: float

@@ -19,16 +19,23 @@ class RankTime:
         waiting_s: seconds that its loop waited for data.
         working_s: seconds of its forward passes, on its device: they are the part of a step in
             which no rank waits for another (with ZeRO 3 they do, to gather weights).
+        stalled_s: seconds that its device waited for copies of data.
     """
 
     host: str
     waiting_s: float
     working_s: float
+    stalled_s: float = 0.0
+
+    @property
+    def data_s(self) -> float:
+        """Seconds without data, on the host and on the device."""
+        return self.waiting_s + self.stalled_s
 
     @property
     def own_s(self) -> float:
-        """Seconds of both."""
-        return self.waiting_s + self.working_s
+        """Seconds of all."""
+        return self.data_s + self.working_s
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Straggler:
         """A sentence for people."""
         return (
             f"rank {self.rank} on {self.time.host} is slower than the others, which wait for it: "
-            f"{self.ratio:.1f} x their median in its own part of a step ({self.time.waiting_s:.1f} "
+            f"{self.ratio:.1f} x their median in its own part of a step ({self.time.data_s:.1f} "
             f"s waiting for data, {self.time.working_s:.1f} s in forward passes since the last row)"
         )
 

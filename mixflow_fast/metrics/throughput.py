@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,17 @@ from mixflow_fast.metrics.stragglers import RankTime, Straggler, find_straggler
 
 # What a rank tells the others of a window: its time, and its peak memory in MiB.
 _Share = tuple[RankTime, float]
+
+
+class Waited(Protocol):
+    """What waiting for data took: seconds of the host, and of the device for copies."""
+
+    host_s: float
+    device_s: float
+
+    def take(self) -> Waited:
+        """The times; their count starts again at 0."""
+        ...
 
 
 class Stopwatch:
@@ -100,7 +112,7 @@ class Throughput:
         all_gather: exchanges values between the ranks, as `HostGroup.all_gather`.
 
     Attributes:
-        waiting: runs while the loop waits for data.
+        waited: of the loader that the loop reads from; None without one.
         working: runs during forward passes, the part of a step in which no rank waits for another.
         straggler: the rank that was much slower than the others in the last window, or None.
     """
@@ -115,7 +127,8 @@ class Throughput:
     ) -> None:
         self._device, self._flops, self._peak = device, train_flops, peak_tflops
         self._ranks, self._all_gather = ranks, all_gather
-        self.waiting, self.working = Stopwatch(), DeviceStopwatch(device)
+        self.waited: Waited | None = None
+        self.working = DeviceStopwatch(device)
         self.straggler: Straggler | None = None
         self.restart()
 
@@ -144,12 +157,17 @@ class Throughput:
 
         Returns:
             "images_per_s" over all ranks; "seconds"; "model_tflops" a device; "peak_tflops";
-            "data_wait_s" and "peak_memory_mib" (tensors of the GPU; on a CPU the process) of the
-            rank that has most; "slowest_rank" and "slowest_ratio" of the straggler, None without
+            "data_wait_s" of the host, "data_stall_s" of the device, "data_wait_fraction" of both in
+            the window, and "peak_memory_mib" (tensors of the GPU; on a CPU the process) of the rank
+            that has most; "slowest_rank" and "slowest_ratio" of the straggler, None without
             one; "time": seconds since 1970.
         """
         seconds = time.perf_counter() - self._started
-        time_spent = RankTime(socket.gethostname(), self.waiting.take(), self.working.take())
+        host_s, device_s = 0.0, 0.0
+        if self.waited is not None:
+            waited = self.waited.take()
+            host_s, device_s = waited.host_s, waited.device_s
+        time_spent = RankTime(socket.gethostname(), host_s, self.working.take(), device_s)
         shares = self._all_gather((time_spent, peak_memory_mib(self._device)))
         times, memory = zip(*shares, strict=True)
         self.straggler = slow = find_straggler(times, seconds)
@@ -161,6 +179,8 @@ class Throughput:
             "model_tflops": rate * self._flops / 1e12 / self._ranks,
             "peak_tflops": self._peak,
             "data_wait_s": max(spent.waiting_s for spent in times),
+            "data_stall_s": max(spent.stalled_s for spent in times),
+            "data_wait_fraction": min(1.0, max(spent.data_s for spent in times) / seconds),
             "slowest_rank": None if slow is None else slow.rank,
             "slowest_ratio": None if slow is None else slow.ratio,
             "peak_memory_mib": max(memory),

@@ -10,33 +10,27 @@ in between. The side R gives one patch of the teacher per token of the model: 22
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mixflow_fast.files import existing_path
-from mixflow_fast.models.weights.damage import refuse_not_finite
+from mixflow_fast.models.dinov2 import (
+    POSITIONS,
+    Dinov2,
+    Dinov2Files,
+    Owner,
+    Positions,
+    Precision,
+    normalise,
+    resize,
+)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-Precision = Literal["bf16", "fp32"]
-PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Positions = Literal["repa", "model"]
-POSITIONS = get_args(Positions)
-_DOWNLOAD = (
+TEACHER = Owner(
+    "teacher",
     "download one first, for example `hf download facebook/dinov2-base config.json "
     "model.safetensors --local-dir dinov2-base`, and give that folder (768 channels, REPA's "
-    "default; nothing is downloaded here)"
+    "default; nothing is downloaded here)",
 )
 
 
@@ -64,81 +58,26 @@ def preprocess(images: Tensor, resolution: int) -> Tensor:
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     x = images.to(dtype)
     x = x / 255.0 if images.dtype == torch.uint8 else (x + 1.0) / 2.0
-    # Numbers, not tensors: a tensor made here would be copied from pageable memory each time.
-    statistics = zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    planes = [(x[:, i] - mean) / std for i, (mean, std) in enumerate(statistics)]
-    size = (resolution, resolution)
-    return F.interpolate(torch.stack(planes, dim=1), size, mode="bicubic", align_corners=False)
+    return resize(normalise(x), resolution)
 
 
-@dataclass(frozen=True)
-class TeacherFiles:
-    """What the config.json of a teacher says; the weights are not read, transformers not loaded.
+def teacher_resolution(files: Dinov2Files, side: int, resolution: int | None = None) -> int:
+    """Pixels that give side x side tokens; `resolution` is checked if given.
 
-    Attributes:
-        path: folder of config.json and model.safetensors.
-        model_type: a key of `CLASSES`.
-        hidden_size: channels of a token.
-        patch_size: side in pixels.
-        prefix_tokens: class and register tokens, which come before those of the patches.
+    Raises:
+        ValueError: `resolution` gives another number of tokens.
     """
-
-    path: Path
-    model_type: str
-    hidden_size: int
-    patch_size: int
-    prefix_tokens: int
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> TeacherFiles:
-        """Read the config.json of a teacher.
-
-        Raises:
-            ValueError: no such folder, no weights in it, or not a DINOv2.
-        """
-        try:
-            folder = existing_path(path, "teacher.path")
-        except ValueError as error:
-            raise ValueError(f"{error}; {_DOWNLOAD}") from None
-        file = folder / "config.json"
-        if not file.is_file():
-            what = "holds no config.json" if folder.is_dir() else "is not a folder"
-            raise ValueError(f"the teacher's path {str(path)!r} {what}: {_DOWNLOAD}")
-        if not any(folder.glob("model*.safetensors")):
-            raise ValueError(f"{str(path)!r} holds no model.safetensors: {_DOWNLOAD}")
-        try:
-            config = json.loads(file.read_text())
-            kind, hidden, patch = config["model_type"], config["hidden_size"], config["patch_size"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{str(file)!r} must be the config.json of a DINOv2 in transformers' format, got "
-                f"{error!r}"
-            ) from error
-        if kind not in CLASSES:
-            raise ValueError(
-                f"{str(file)!r} has the model_type {kind!r}, expected {' or '.join(CLASSES)}: "
-                f"{_DOWNLOAD}"
-            )
-        registers = config.get("num_register_tokens", 4) if "registers" in kind else 0
-        return cls(folder, kind, hidden, patch, 1 + registers)
-
-    def resolution(self, side: int, resolution: int | None = None) -> int:
-        """Pixels that give side x side tokens; `resolution` is checked if given.
-
-        Raises:
-            ValueError: `resolution` gives another number of tokens.
-        """
-        expected = side * self.patch_size
-        if resolution is None:
-            return expected
-        if resolution < 1 or resolution // self.patch_size != side:
-            tokens = max(resolution // self.patch_size, 0) ** 2
-            raise ValueError(
-                f"the teacher's resolution {resolution} gives {tokens} tokens of "
-                f"{self.patch_size} x {self.patch_size} pixels, the model has {side * side}: set "
-                f"teacher.resolution={expected}, or null for just that"
-            )
-        return resolution
+    expected = side * files.patch_size
+    if resolution is None:
+        return expected
+    if resolution < 1 or resolution // files.patch_size != side:
+        tokens = max(resolution // files.patch_size, 0) ** 2
+        raise ValueError(
+            f"the teacher's resolution {resolution} gives {tokens} tokens of "
+            f"{files.patch_size} x {files.patch_size} pixels, the model has {side * side}: set "
+            f"teacher.resolution={expected}, or null for just that"
+        )
+    return resolution
 
 
 class Teacher:
@@ -179,21 +118,13 @@ class Teacher:
         positions: Positions = "repa",
         device: str | torch.device = "cpu",
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {positions!r}")
-        config = TeacherFiles.read(path)
-        self.resolution = config.resolution(side, resolution)
-        self.hidden_size, self.tokens = config.hidden_size, side * side
-        self._prefix = config.prefix_tokens
-        model = _load(config)
-        if positions == "repa":
-            table = model.embeddings.position_embeddings
-            resampled = resample_positions(table.detach().float(), side)
-            model.embeddings.position_embeddings = nn.Parameter(resampled)
-        self._dtype = PRECISIONS[precision]
-        self.model: nn.Module = model.eval().requires_grad_(False).to(device, self._dtype)
+        files = Dinov2Files.read(path, TEACHER)
+        self.resolution = teacher_resolution(files, side, resolution)
+        self.hidden_size, self.tokens = files.hidden_size, side * side
+        self._dinov2 = Dinov2(files, precision, positions=side if positions == "repa" else None)
+        self.model: nn.Module = self._dinov2.model.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -208,71 +139,4 @@ class Teacher:
         Raises:
             ValueError: as `preprocess`.
         """
-        x = preprocess(images, self.resolution).to(self._dtype)
-        # The bits must not depend on a caller's autocast.
-        with torch.autocast(x.device.type, enabled=False):
-            hidden = self.model(pixel_values=x).last_hidden_state
-        return hidden[:, self._prefix :]
-
-
-def resample_positions(table: Tensor, side: int) -> Tensor:
-    """(1, 1 + n n, D) -> (1, 1 + side side, D): bicubic, antialiased; the class entry stays."""
-    # The class token has a position of its own, outside of the grid.
-    first, grid = table[:, :1], table[:, 1:]
-    old = round(grid.shape[1] ** 0.5)
-    if old == side:
-        return table
-    planes = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    planes = F.interpolate(planes, (side, side), mode="bicubic", antialias=True)
-    return torch.cat([first, planes.flatten(2).transpose(1, 2)], dim=1)
-
-
-def _load(config: TeacherFiles) -> nn.Module:
-    """The encoder with every weight from the folder; ValueError if one is not there."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f'an online teacher needs transformers ({error}): pip install "mixflow_fast[repa]"'
-        ) from None
-    # The class by its own name: the Auto classes would import the image processors, and with them
-    # torchvision.
-    cls = getattr(transformers, CLASSES[config.model_type])
-    try:
-        with _quiet():
-            model, report = cls.from_pretrained(
-                str(config.path),
-                local_files_only=True,
-                use_safetensors=True,  # never a pickle that lies beside them
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"cannot load the teacher {str(config.path)!r}: {error}") from error
-    # transformers fills what is missing with random numbers and goes on. The mask token is of the
-    # teacher's own training.
-    lacking = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
-    missing = sorted(key for key in lacking if not key.endswith("mask_token"))
-    if missing:
-        raise ValueError(
-            f"{str(config.path)!r} lacks {len(missing)} of the teacher's weights, the first is "
-            f"{missing[0]}: {_DOWNLOAD}"
-        )
-    model = model.float()
-    refuse_not_finite(dict(model.named_parameters()), config.path, _DOWNLOAD)
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bar and its report, as it was afterwards."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        return self._dinov2(preprocess(images, self.resolution))

@@ -87,6 +87,18 @@ def check_patch_size(patch_size: int | None, x1: Tensor) -> int:
     return int(patch_size)
 
 
+def check_dtype(dtype: object) -> torch.dtype | None:
+    """The dtype of the network's input."""
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            "dtype must be torch.float32, bfloat16, float16 or float64, or None for that of x1, "
+            f"got {dtype!r}"
+        )
+    return dtype
+
+
 def check_ids(ids: Tensor, x1: Tensor) -> Tensor:
     """The positions as int64 on the device of the data."""
     ids = torch.as_tensor(ids)

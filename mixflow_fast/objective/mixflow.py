@@ -37,6 +37,7 @@ from mixflow_fast.kernels.velocity_loss.reference import reduce, velocity_loss_r
 from mixflow_fast.objective.checks import (
     check_choice,
     check_data,
+    check_dtype,
     check_ids,
     check_noise,
     check_patch_size,
@@ -56,7 +57,8 @@ class Interpolation:
     """The result of `MixFlow.prepare`: a batch as the network sees it, and the loss needs it.
 
     Attributes:
-        x: the network's input x_m in the dtype of x1: (B, ...), or (B, N, p p C) tokens.
+        x: the network's input x_m in the dtype of x1, or the one asked for: (B, ...), or
+            (B, N, p p C) tokens.
         t: (B,) time for the network, caller's clock, float32.
         slowed_t: (B,) time m at which x was interpolated, caller's clock, float32.
         data: the (B, ...) data or `Moments`, as given.
@@ -194,6 +196,7 @@ class MixFlow:
         t: Tensor | None = None,
         slowed_t: Tensor | None = None,
         patch_size: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Interpolation:
         """Draw (or take) t, m and x0, and interpolate. Nothing here needs a gradient.
 
@@ -212,6 +215,8 @@ class MixFlow:
                 as noisy, unless interval="full".
             patch_size: p writes x as tokens (B, H/p W/p, p p C), features in the order (row in
                 the patch, column, channel), for (B, C, H, W) data; None keeps x1's shape.
+            dtype: floating-point type of x, for a network that computes in another one than x1 is
+                stored in: x is rounded once. None is that of x1.
 
         Returns:
             `Interpolation`; arithmetic and times are float32 (given times keep float64 for
@@ -223,7 +228,8 @@ class MixFlow:
                 the CPU: no device is made to wait); impl="triton" where it cannot run.
         """
         x1, like = check_data(x1)
-        kernels = runtime.use_kernels(self.impl, like.device, like.dtype)
+        dtype = check_dtype(dtype)
+        kernels = runtime.use_kernels(self.impl, like.device, like.dtype, dtype or like.dtype)
         drawn = isinstance(x1, Moments) or None in (x0, t, slowed_t)
         if drawn or ids is not None:
             ids = next_ids(self._counters, like) if ids is None else check_ids(ids, like)
@@ -236,13 +242,13 @@ class MixFlow:
         seed, path = seed_on(self.seed, like.device), self.path.name
         if kernels:
             x, t, slowed_t = interpolate(
-                x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, "triton"
+                x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, "triton", dtype
             )
         else:
             # Kept in the result, where the loss finds it: only kernels are faster without.
             x0 = _noise(seed, ids, like, "reference") if x0 is None else x0
             x, t, slowed_t = interpolate_reference(
-                x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size
+                x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, dtype
             )
         impl = "triton" if kernels else "reference"
         made_by = self.clock, path

@@ -65,7 +65,7 @@ class PreviewOptions:
         Args:
             train, model: its sections.
             shift: `objective.shift`.
-            latents: whether `data.kind` is "latents".
+            latents: whether the network makes latents, `Config.latent`.
         """
         return cls(
             pictures=train.previews,

@@ -255,8 +255,7 @@ def _previews(run: Run) -> str:
     words = "the same noise and labels each time"
     if run.config:
         c = run.config
-        latents = c.data.kind == "latents"
-        words = caption(PreviewOptions.of(c.train, c.model, c.objective.shift, latents))
+        words = caption(PreviewOptions.of(c.train, c.model, c.objective.shift, c.latent))
     words = words[0].upper() + words[1:] + "."
     if len(figures) < count:
         words += f" {len(figures)} of the {count} in {run.out / 'previews'}."

@@ -69,7 +69,9 @@ class Alignment:
             return 0.0 * torch.stack([z.float().sum() for z in zs]).sum()
         if self._at_label:
             # The same ids draw the same noise.
-            at_label = self._mix.prepare(it.data, ids=batch.positions, t=it.t, slowed_t=it.t)
+            at_label = self._mix.prepare(
+                it.data, ids=batch.positions, t=it.t, slowed_t=it.t, dtype=it.x.dtype
+            )
             zs = net.projections(at_label.x, at_label.t, batch.y)
         return repa_alignment_loss(zs, [self._features(batch, it)])
 

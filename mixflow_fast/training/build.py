@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from mixflow_fast.checkpoints.resume import ResumePoint
-from mixflow_fast.config.data_sections import DATA_FIELDS, DataConfig, TeacherConfig
+from mixflow_fast.config.data_sections import (
+    DATA_FIELDS,
+    DataConfig,
+    EncoderConfig,
+    TeacherConfig,
+)
 from mixflow_fast.config.schema import Config, ModelConfig, ObjectiveConfig
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
@@ -20,9 +25,11 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
 from mixflow_fast.models import Execution, Transformer, build
-from mixflow_fast.models.teacher import Teacher, TeacherFiles
+from mixflow_fast.models.dinov2 import Dinov2Files
+from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
+from mixflow_fast.training.encoders import build_encoder, check_encoder, image_size
 from mixflow_fast.training.inputs import Inputs
 
 # Fields of the section `model` that are not arguments of the class.
@@ -64,12 +71,13 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         device: where it trains. Nothing is moved there yet.
 
     Raises:
-        ValueError: data, teacher or network that are not there or do not fit each other.
+        ValueError: data, encoder, teacher or network that are not there or do not fit each other.
     """
     c = config
     model = build_model(c.model, "meta")
     mix = build_objective(c.objective, model.clock, c.train.seed)
-    dataset = build_data(c.data, c.model)
+    encoder = build_encoder(c.encoder, c.model)
+    dataset = build_data(c.data, c.model, c.encoder)
     teacher = None
     if c.teacher.path is not None:
         precision = c.teacher.precision or c.train.precision
@@ -82,7 +90,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         mix=mix,
         alignment=Alignment(c.objective, teacher, mix, device),
         dataset=dataset,
-        inputs=Inputs(),
+        inputs=Inputs(encoder),
         validation=build_validation(c.data, c.model, dataset) if c.train.validate_every else None,
     )
 
@@ -148,13 +156,21 @@ def build_objective(section: ObjectiveConfig, clock: str, seed: int) -> MixFlow:
     return MixFlow(**options, clock=clock, seed=seed)
 
 
-def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
+def build_data(
+    section: DataConfig, model: ModelConfig, encoder: EncoderConfig | None = None
+) -> Dataset:
     """The training examples.
+
+    Args:
+        section: the section `data` of the configuration.
+        model: what takes them.
+        encoder: what makes latents of them before that; None as with `encoder.kind=none`.
 
     Raises:
         ValueError: data that are not there or of another format, with the settings that name them;
             data that do not fit the model.
     """
+    encoder = encoder or EncoderConfig()
     given = {name: getattr(section, name) for name in ("path", "images", "features")}
     given = {f"data.{name}": path for name, path in given.items() if path is not None}
     for name, path in given.items():  # before a word about formats
@@ -169,13 +185,16 @@ def build_data(section: DataConfig, model: ModelConfig) -> Dataset:
         options["features"] = section.features or False
         options["images"] = section.images
     elif options["size"] is None:
-        options["size"] = model.input_size
+        options["size"] = image_size(encoder, model)
     try:
         dataset = build_dataset(section.kind, **options)
     except ValueError as error:
         settings = ", ".join(f"{name}={path}" for name, path in given.items())
         raise ValueError(f"{error} ({settings})" if settings else str(error)) from error
-    _check_shape(dataset, section, model)
+    if encoder.kind == "none":
+        _check_shape(dataset, section, model)
+    else:
+        _check_images(dataset, encoder, model)
     if dataset.num_classes > model.num_classes:
         raise ValueError(
             f"data has {dataset.num_classes} classes, the model only {model.num_classes}: set "
@@ -205,6 +224,16 @@ def _check_shape(dataset: Dataset, section: DataConfig, model: ModelConfig) -> N
     raise ValueError(
         f"data gives examples of shape {tuple(shape)}, the model takes {expected}: {way_out}"
     )
+
+
+def _check_images(dataset: Dataset, encoder: EncoderConfig, model: ModelConfig) -> None:
+    size = image_size(encoder, model)
+    if tuple(dataset.shape) != (3, size, size):
+        raise ValueError(
+            f"data gives images of shape {tuple(dataset.shape)}, encoder.kind={encoder.kind} needs "
+            f"{(3, size, size)} for latents of side model.input_size = {model.input_size}: give "
+            f"images of {size} pixels, or set model.input_size"
+        )
 
 
 def build_validation(section: DataConfig, model: ModelConfig, dataset: Dataset) -> ValidationData:
@@ -244,11 +273,12 @@ def build_teacher(section: TeacherConfig, model: ModelConfig, precision: str) ->
 def check(config: Config, world_size: int = 1) -> None:
     """`validate`, and that network and objective can be built; reads no data or weights.
 
-    Of a teacher it reads the config.json.
+    Of a teacher and an encoder it reads the config.json.
     """
     validate(config, world_size)
     model = build_model(config.model, "meta")
     build_objective(config.objective, model.clock, config.train.seed)
+    check_encoder(config.encoder, config.model)
     if config.teacher.path is not None:
         _check_teacher(config.teacher, config.model, _token_side(model))
 
@@ -271,8 +301,8 @@ def _check_features(dataset: Dataset, model: ModelConfig, side: int) -> None:
 
 def _check_teacher(section: TeacherConfig, model: ModelConfig, side: int) -> None:
     """What the teacher's config.json can tell."""
-    files, (width,) = TeacherFiles.read(section.path), model.z_dims
-    files.resolution(side, section.resolution)
+    files, (width,) = Dinov2Files.read(section.path, TEACHER), model.z_dims
+    teacher_resolution(files, side, section.resolution)
     if files.hidden_size != width:
         raise ValueError(
             f"the teacher {section.path} has {files.hidden_size} channels, the model's "

@@ -58,6 +58,7 @@ def describe_data(
         statistics = dataset.statistics()
         notes.append(f"latents have {statistics.describe()}")
         warnings += [statistics.warning()] if statistics.warning() else []
+        warnings += _about_mirrors(dataset, model)
     if model is not None and summary.classes < model.num_classes:
         warnings.append(
             f"{count_classes(summary.classes)}, the model has {model.num_classes}: the labels are "
@@ -65,6 +66,18 @@ def describe_data(
         )
     what = f"{summary.describe()} ({where})"
     return DataReport(summary, what, tuple(notes), tuple(warnings))
+
+
+def _about_mirrors(dataset: Latents, model: ModelConfig | None) -> list[str]:
+    """What a set's mirrors mean for a network whose published training had others."""
+    if dataset.info is None or model is None or not model.name.startswith("SiT"):
+        return []
+    if model.z_dims and dataset.mirrors == 2:
+        return ["half of the examples are mirrored, REPA mirrors none: data.mirrors=1 is its way"]
+    if not model.z_dims and dataset.mirrors == 1:
+        way = "leave data.mirrors out" if dataset.info.mirrors == 2 else "encode with --mirrors 2"
+        return [f"no example is mirrored, SiT mirrors half of them: {way} to train as it does"]
+    return []
 
 
 def agree_on_data(

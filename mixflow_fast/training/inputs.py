@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mixflow_fast.data import Batch
@@ -21,6 +22,11 @@ class Inputs:
 
     def __init__(self, encoder: Encoder | None = None) -> None:
         self.encoder = encoder
+
+    def move_encoder(self, device: torch.device) -> None:
+        """Take the encoder to the device, once it is sure that the run begins there."""
+        if self.encoder is not None:
+            self.encoder.to(device)
 
     def __call__(self, batch: Batch) -> Tensor | Moments:
         """The batch's x; of images their latents, or images / 127.5 - 1, (B, 3, H, H) float32.

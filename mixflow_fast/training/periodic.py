@@ -24,6 +24,7 @@ from mixflow_fast.evaluation.validation_loss import (
     bin_centers,
 )
 from mixflow_fast.messages import error_line
+from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.stragglers import StragglerWatch
 from mixflow_fast.models import Transformer
 from mixflow_fast.objective.mixflow import MixFlow
@@ -116,6 +117,7 @@ class Logging:
         guard: has the losses, and checks them first.
         learning_rate: as a function of the images seen.
         global_batch_size: images a step.
+        data_wait: says that training waits for its data; None says nothing.
     """
 
     def __init__(
@@ -125,10 +127,11 @@ class Logging:
         guard: NonFiniteGuard,
         learning_rate: Callable[[int], float],
         global_batch_size: int,
+        data_wait: DataWaitWatch | None = None,
     ) -> None:
         self._context, self._timetable, self._guard = context, timetable, guard
         self._learning_rate, self._batch = learning_rate, global_batch_size
-        self._stragglers = StragglerWatch()
+        self._stragglers, self._data_wait = StragglerWatch(), data_wait
 
     def due(self, step: int) -> bool:
         """Every so many steps, and at the end of the run."""
@@ -148,6 +151,8 @@ class Logging:
         row |= self._context.throughput.take()
         self._context.log.training_row(row)
         if sentence := self._stragglers.sentence(self._context.throughput.straggler):
+            self._context.log.log(sentence)
+        if self._data_wait is not None and (sentence := self._data_wait.sentence(step, row)):
             self._context.log.log(sentence)
 
 

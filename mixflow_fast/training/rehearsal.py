@@ -1,7 +1,8 @@
 """A run up to its first step, without a step and without a trace: `mixflow-fast train --dry-run`.
 
-Data, teacher, starting weights and checkpoint are opened as the run would open them, so it fails as
-the run would. Sizes of checkpoints follow from the numbers of parameters; memory is an estimate.
+Data, encoder, teacher, starting weights and checkpoint are opened as the run would open them, so it
+fails as the run would. Sizes of checkpoints follow from the numbers of parameters; memory is an
+estimate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from mixflow_fast.checkpoints.resume import find
 from mixflow_fast.checkpoints.run_folder import RunFolder
+from mixflow_fast.config.data_sections import EncoderConfig
 from mixflow_fast.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import BatchLoader, Dataset
@@ -20,9 +22,11 @@ from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Transformer
+from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.training.build import FirstNetwork, build_run
 from mixflow_fast.training.data_report import describe_data
+from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.loading import loader_workers
 
@@ -67,6 +71,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     rate = _reading_rate(parts.dataset, microbatch, workers)
     return [
         *data.lines,
+        *_describe_encoder(config.encoder, parts.inputs.encoder),
         f"model: {_describe_model(config.model, parts.model)}",
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
@@ -75,6 +80,11 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *_describe_disk(c, config.optim, folder.out, parts.model, (ranks, config.steps)),
         _describe_memory(c, config.optim, parts.model, parts.execution, (ranks, microbatch)),
     ]
+
+
+def _describe_encoder(section: EncoderConfig, encoder: Encoder | None) -> Iterator[str]:
+    if encoder is not None:
+        yield f"encoder: {describe_encoder(section, encoder)}"
 
 
 def checkpoint_bytes(

@@ -20,7 +20,7 @@ from mixflow_fast.checkpoints.run_folder import RunFolder, RunState, choose_chec
 from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.data import Batch, BatchLoader, Dataset
+from mixflow_fast.data import Batch
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
@@ -28,18 +28,20 @@ from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
 from mixflow_fast.files import user_path
 from mixflow_fast.kernels import runtime
+from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.throughput import Throughput
+from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops, train_flops
 from mixflow_fast.models.weights.metadata import Metadata
-from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
+from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.loading import LoaderOrder, build_loader
+from mixflow_fast.training.loading import Loader, LoaderOrder, build_loader, ways_out
 from mixflow_fast.training.nonfinite_guard import (
     GuardState,
     NonFiniteGuard,
@@ -124,7 +126,7 @@ class Trainer:
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
-        self.inputs = parts.inputs
+        self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
         self.host_group = group = HostGroup(process_group.timeout())
@@ -137,6 +139,7 @@ class Trainer:
             self._first_network = FirstNetwork(config.model, config.train.init, self._start)
             self.model = self._first_network(group)
             self.alignment.move_teacher()
+            self.inputs.move_encoder(self.device)
             self.model.set_execution(parts.execution)
             self._used_before = self._start.attention if config.model.attention == "auto" else None
             shape = self.microbatch, config.train.precision, self.device
@@ -152,7 +155,7 @@ class Trainer:
             self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
-    def examples(self) -> Dataset:
+    def examples(self) -> LabelDropout:
         """The dataset with the labels that the network is trained on, some of them dropped."""
         return LabelDropout(self.dataset, self.config.train.label_dropout, self.model.null_class)
 
@@ -189,6 +192,7 @@ class Trainer:
         """Train from this step on; False where a step was bad and the run is to go back."""
         with self._open_log(messages) as log, self.loader() as loader:
             duties, checkpoints = self._duties(log)
+            self._throughput.waited = loader.wait
             self._throughput.restart()
             try:
                 with checkpoints.kept():
@@ -214,7 +218,7 @@ class Trainer:
                 log.log(f"{self.out}: stopped after step {self.step}; {self._again} resumes")
         return True
 
-    def train_step(self, loader: BatchLoader) -> Tensor:
+    def train_step(self, loader: Loader) -> Tensor:
         """One optimizer step over the next micro-batches of a loader. Every rank must call it.
 
         Returns:
@@ -232,8 +236,9 @@ class Trainer:
         record = self.guard.record
         outputs: list[StepOutput] = []
         for _ in range(loader.microsteps):
-            with self._throughput.waiting:
-                batch = next(loader)
+            batch = next(loader)
+            if self.on_step is not None:  # who may keep it
+                batch = batch.map(torch.clone)
             with self._throughput.working:
                 made = self.forward(self.engine, batch.to(self.device))
             self.engine.backward(record.micro_batch(made))
@@ -254,7 +259,7 @@ class Trainer:
             net: the engine, or the network itself.
             batch: M examples, of the loader: some labels are dropped already.
         """
-        it = self.mix.prepare(self.inputs(batch), ids=batch.positions)
+        it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)
@@ -304,15 +309,7 @@ class Trainer:
         return self.config.train.on_nonfinite == "rollback" and (self._saved < 0 or self._resharded)
 
     def _learning_rate(self, images_seen: int) -> float:
-        p = self.config.optim
-        return learning_rate(
-            images_seen,
-            lr=p.lr,
-            schedule=p.schedule,
-            warmup_images=p.warmup_images,
-            decay_images=p.decay_images or self.config.train.images,
-            final_lr=p.final_lr,
-        )
+        return self.config.optim.rate_at(images_seen, self.config.train.images)
 
     def _metadata(self) -> dict[str, str | int]:
         """Metadata of a weights file at this step."""
@@ -337,7 +334,7 @@ class Trainer:
         self.objective = "Triton kernels" if fused else "PyTorch reference"
         on_gpu = self.device.type == "cuda" and c.precision == "bf16"
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None
-        shift, latents = self.config.objective.shift, self.config.data.kind == "latents"
+        shift, latents = self.config.objective.shift, self.config.latent
         self._previews = PreviewOptions.of(c, self.config.model, shift, latents)
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
@@ -368,7 +365,7 @@ class Trainer:
             state=None if state is None else GuardState.from_record(state.safety),
         )
 
-    def loader(self) -> BatchLoader:
+    def loader(self) -> Loader:
         """Micro-batches of this rank from this step on."""
         c = self.config
         order = LoaderOrder.of(c.train, self.microbatch, self.host_group, self.images_seen)
@@ -392,6 +389,8 @@ class Trainer:
             "averages": describe_averages(self.config.optim, self.config.steps),
             "data": self._data.what,
         }
+        if self.inputs.encoder is not None:
+            facts["encoder"] = describe_encoder(self.config.encoder, self.inputs.encoder)
         log.start(
             self.step,
             facts,
@@ -414,7 +413,9 @@ class Trainer:
         context = RunContext(self.out, self.engine, self.host_group, self._throughput, log)
         check, batch = self.guard.check, c.global_batch_size
         rows = Timetable(c.log_every, total, step)
-        duties: list[Duty] = [Logging(context, rows, self.guard, self._learning_rate, batch)]
+        data_wait = DataWaitWatch(ways_out(self.config.data), step)
+        rate = self._learning_rate
+        duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait)]
         if c.preview_every:
             when, options = Timetable(c.preview_every, total, beginning), self._previews
             duties.append(Previews(context, when, options, self.watched))

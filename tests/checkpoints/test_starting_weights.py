@@ -16,6 +16,7 @@ from mixflow_fast.training.build import build_model
 from tests.support.weights import golden, network, same
 
 BASE = ["data.path=none", "train.init=none", "out=none"]
+NO_ENCODER = ["encoder.kind=none"]
 
 
 def on_meta(recipe: str, settings: list[str]) -> Transformer:
@@ -77,7 +78,7 @@ MISFITS = {
         "its kind, such as sit-xl2-256",
     ),
     "SiT for DiT-DH": (
-        *("rae-xl-256", [], ("SiT-S/2", {})),
+        *("rae-xl-256", NO_ENCODER, ("SiT-S/2", {})),
         "set model.name=SiT-S/2 model.in_channels=4 model.input_size=32, or take a recipe of its "
         "kind, such as sit-xl2-256",
     ),
@@ -89,7 +90,7 @@ MISFITS = {
         "take a recipe of its kind, such as rae-xl-256",
     ),
     "size of DiT-DH": (
-        *("rae-xl-256", [], ("DiTDH-S", {})),
+        *("rae-xl-256", NO_ENCODER, ("DiTDH-S", {})),
         "set model.name=DiTDH-S",
     ),
     "norms of q and k": (

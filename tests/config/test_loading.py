@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mixflow_fast.config.data_sections import DataConfig, EncoderConfig
 from mixflow_fast.config.loading import flatten, from_dict, load_config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.recipes import recipe_names
@@ -51,6 +52,37 @@ def test_rae_recipes_match_the_published_model(name: str, side: int) -> None:
     assert (c.optim.beta2, c.optim.grad_clip) == (0.95, 1.0)
     model = build_model(c.model, "meta")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 838_380_628
+
+    images = (c.data.kind, c.data.flip, c.encoder.kind, c.encoder.precision)
+    assert images == ("images", True, "rae", "fp32")
+
+
+@pytest.mark.parametrize("name", ["rae-xl-256", "rae-xl-512"])
+def test_rae_recipes_take_latents_that_are_encoded_already(name: str) -> None:
+    given = ["data.kind=latents", "encoder.kind=none", "data.path=x", "train.init=null"]
+    for overrides in (given, given[::-1]):
+        c = load_config(name, overrides)
+        assert (c.data, c.encoder) == (DataConfig(kind="latents", path="x"), EncoderConfig())
+        validate(c)
+    with pytest.raises(ValueError, match="data.path must be given"):
+        load_config(name, ["data.kind=latents", "encoder.kind=none", "train.init=null"])
+    with pytest.raises(ValueError, match="encoder.path must be given: add encoder.path=VALUE .a l"):
+        load_config(name, ["data.path=x", "train.init=null"])
+
+
+def test_another_kind_drops_what_the_recipe_says_for_its_own() -> None:
+    """But nothing that was given with it, which is refused where it means nothing."""
+    given = ["train.init=null", "data.path=x", "encoder.path=y", "encoder.kind=sdvae"]
+    c = load_config("rae-xl-256", given)
+    assert (c.encoder.kind, c.encoder.stats, c.data.flip) == ("sdvae", None, True)
+    c = load_config(
+        "rae-xl-256", [*given, "encoder.stats=z", "data.kind=latents", "data.flip=true"]
+    )
+    assert (c.encoder.stats, c.data.flip) == ("z", True)
+    with pytest.raises(ValueError, match="data.flip has no meaning for data.kind=latents"):
+        validate(c)
+    with pytest.raises(ValueError, match="data.kind must be .* got 'latent'"):
+        load_config("rae-xl-256", [*given, "data.kind=latent"])
 
 
 def test_post_training_recipes_ask_for_what_they_need() -> None:

@@ -18,7 +18,7 @@ from mixflow_fast.config.schema import (
 from mixflow_fast.data import build_dataset
 from mixflow_fast.flow.path import PATHS, PathName
 from mixflow_fast.kernels.attention.backends import BACKENDS, REGISTRY
-from mixflow_fast.models.teacher import PRECISIONS, Precision
+from mixflow_fast.models.dinov2 import PRECISIONS, Precision
 from mixflow_fast.optim.apex import OPTIMIZERS, OptimizerName
 
 REFUSED = [

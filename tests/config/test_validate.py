@@ -98,3 +98,49 @@ def test_loggers_need_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyP
             validate(config)
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     validate(config)
+
+
+RAE = [
+    "model={name: DiTDH-S, input_size: 4, in_channels: 32, num_classes: 2}",
+    "data={kind: images, path: x}",
+    "encoder={kind: rae, path: y}",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data={kind: latents, path: x}"], "got data.kind=latents, which are encoded already"),
+        (["data={kind: photos}"], "makes latents of images, got data.kind=photos.*folder, images"),
+        (["encoder.path=null"], "encoder.path must be given for encoder.kind=rae.*registers-base"),
+        (["encoder.path=null", "encoder.kind=sdvae"], "for encoder.kind=sdvae.*sd-vae-ft"),
+        (["encoder={kind: none}"], "3 channels, model.in_channels = 32 .*add encoder.kind=rae "),
+        (
+            ["encoder={kind: none}", "model.in_channels=4"],
+            "3 channels, model.in_channels = 4 .*add encoder.kind=sdvae .*data encode",
+        ),
+        (["encoder={kind: none, stats: z}"], "encoder.stats has no meaning for encoder.kind=none"),
+        (["encoder={kind: sdvae, path: y, stats: z}"], "encoder.stats has no meaning .*=sdvae"),
+        (["data.size=32"], "data.size = 32 .* model.input_size = 4: .*leave data.size out .it is"),
+    ],
+)
+def test_encoders_that_do_not_fit_the_data_or_the_model(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(load_config("photos", [*RAE, *overrides]))
+
+
+def test_encoders_that_fit() -> None:
+    for more in ([], ["data.size=64"], ["encoder.stats=z", "encoder.precision=bf16"]):
+        validate(load_config("photos", [*RAE, *more]))
+    for kind in ("folder", "webdataset"):
+        validate(load_config("photos", [*RAE, f"data.kind={kind}"]))
+    pixels = ["encoder={kind: none}", "model.in_channels=3"]
+    validate(load_config("photos", [*RAE, *pixels]))
+
+
+def test_a_teacher_sees_the_images_of_which_an_encoder_makes_latents() -> None:
+    repa = ["model={name: SiT-S/2, input_size: 8, in_channels: 4, num_classes: 2, z_dims: [32]}"]
+    repa += ["objective.alignment_weight=0.5", "teacher.path=t", "encoder.kind=sdvae"]
+    validate(load_config("photos", [*RAE, *repa]))
+    with pytest.raises(ValueError, match="the teacher sees RGB images"):
+        validate(load_config("photos", [*repa, "encoder={kind: none}"]))

@@ -11,20 +11,32 @@ import numpy as np
 import pytest
 import torch
 
-from mixflow_fast.data import Latents
-from mixflow_fast.kernels.philox import Stream, normal
+from mixflow_fast.data import Latents, Photos
+from mixflow_fast.data.dataset import joined, without_flips
+from mixflow_fast.data.label_dropout import LabelDropout
+from mixflow_fast.data.latents_store import LatentsStore, Normalisation
+from mixflow_fast.kernels.interpolate import sample_moments
+from mixflow_fast.kernels.philox import Stream, normal, uniform
+from mixflow_fast.objective import MixFlow
 from tests.support.datasets import (
     FEATURES,
     LABELS,
     LATENTS,
     MOMENTS,
     WRITERS,
+    content,
     get,
     write_folder,
     write_npy,
     write_npz,
     write_repa,
 )
+from tests.support.latents import LABELS as STORE_LABELS
+from tests.support.latents import ROWS, write_store
+from tests.support.latents import SOURCE as STORE_SOURCE
+from tests.support.prepared import LABELS as PREPARED_LABELS
+from tests.support.prepared import PIXELS, write_prepared
+from tests.support.prepared import SOURCE as PREPARED_SOURCE
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -40,23 +52,31 @@ def test_latents_come_back_exactly_in_float32(tmp_path, write, dtype):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_moments_draw_the_posterior_by_position(tmp_path, write):
-    dataset = Latents(write(tmp_path, MOMENTS), scale=0.18215, moments=True)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_moments_are_given_out_as_they_are_stored(tmp_path, write, dtype):
+    """The posterior is drawn by `MixFlow.prepare`, with the position's noise."""
+    stored = MOMENTS.astype(dtype)
+    dataset = Latents(write(tmp_path, stored), scale=0.18215, moments=True)
     assert dataset.shape == (2, 2, 3)
-    mean, std = np.split(MOMENTS.astype(np.float64)[[4, 1]], 2, axis=1)
-    noise = normal(11, Stream.POSTERIOR, torch.tensor([50, 51]), 12).view(2, 2, 2, 3)
-    expected = (mean + std * noise.double().numpy()) * 0.18215
     batch = get(dataset, 4, 1, seed=11, first=50)
-    np.testing.assert_allclose(batch.x.numpy(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(get(dataset, 1, seed=11, first=51).x, batch.x[1:])
-    assert not torch.equal(get(dataset, 1, seed=11, first=52).x, batch.x[1:])
+    mean, std = np.split(stored[[4, 1]], 2, axis=1)
+    np.testing.assert_array_equal(batch.x.mean.numpy(), mean)
+    np.testing.assert_array_equal(batch.x.std.numpy(), std)
+    assert batch.x.scale == 0.18215 and joined(batch.x) is not None  # halves of one buffer
+    noise = normal(11, Stream.POSTERIOR, batch.positions, 12).view(2, 2, 2, 3)
+    expected = (mean.astype(np.float64) + std * noise.double().numpy()) * 0.18215
+    mix = MixFlow(gamma=0, clock="noise_at_1", seed=11)
+    x = mix.prepare(
+        batch.x, ids=batch.positions, t=torch.zeros(2), slowed_t=torch.zeros(2), dtype=torch.float32
+    ).x
+    np.testing.assert_allclose(x.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_posterior_samples_have_the_stored_mean_and_std(tmp_path):
     dataset = Latents(write_npz(tmp_path, MOMENTS), moments=True)
     count = 4000
-    indices = torch.full((count,), 2)
-    x = dataset.get(indices, torch.arange(count), 0).x.double()
+    batch = dataset.get(torch.full((count,), 2), torch.arange(count), 0)
+    x = sample_moments(batch.x, 0, batch.positions).double()
     mean, std = (torch.from_numpy(part).double() for part in np.split(MOMENTS[2], 2))
     assert ((x.mean(0) - mean).abs() < 5 * std / count**0.5).all()
     assert ((x.std(0) - std).abs() < 5 * std / (2 * count) ** 0.5).all()
@@ -84,9 +104,11 @@ def test_features_travel_with_their_latents(tmp_path):
 def test_npy_is_memory_mapped_and_never_written(tmp_path):
     path = write_npy(tmp_path, LATENTS)
     dataset = Latents(path)
-    assert isinstance(dataset._x, np.memmap)
+    assert isinstance(dataset._files.x, np.memmap)
     get(dataset, 0).x.fill_(9.0)
     np.testing.assert_array_equal(np.load(path), LATENTS)
+    get(Latents(write_npy(tmp_path, MOMENTS), moments=True), 0).x.mean.fill_(9.0)
+    np.testing.assert_array_equal(np.load(path), MOMENTS)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -260,3 +282,159 @@ def test_the_digest_is_of_the_data_not_of_where_they_are(tmp_path, write, monkey
         summary(LATENTS, features=tmp_path / "features.npy"),
     ]
     assert len({first.digest, *(other.digest for other in others)}) == 6
+
+
+def test_a_set_says_itself_what_it_holds(tmp_path):
+    dataset = Latents(write_store(tmp_path / "set"))
+    assert (dataset.moments, dataset.scale, dataset.mirrors, dataset.flip) == (True, 0.5, 2, True)
+    assert dataset.shape == (2, 3, 2) and len(dataset) == 5 and dataset.num_classes == 3
+    assert Latents(tmp_path / "set", scale=0.5, moments=True, mirrors=2).scale == 0.5
+    summary = dataset.summary()
+    assert summary.describe() == "5 latents, 3 classes, 2 x 3 x 2"
+    assert summary.notes == (
+        "moments of AutoencoderKL (weights 555555555555) in fp32, stored as float16, with their "
+        "mirror images",
+    )
+    unmirrored = Latents(tmp_path / "set", mirrors=1)
+    assert not unmirrored.flip and unmirrored.summary().digest != summary.digest
+    (tmp_path / "set").rename(tmp_path / "elsewhere")
+    assert Latents(tmp_path / "elsewhere").summary() == summary
+
+
+def test_a_position_picks_the_image_or_its_mirror(tmp_path):
+    dataset = Latents(write_store(tmp_path / "set"))
+    indices, positions = torch.arange(40) % 5, torch.arange(100, 140)
+    flipped = uniform(7, Stream.FLIP, positions)[:, 0] < 0.5
+    assert 10 < flipped.sum() < 30
+    dataset.willneed(indices, positions, 7)
+    batch = dataset.get(indices, positions, 7)
+    assert torch.equal(content(batch), ROWS.half()[2 * indices + flipped])
+    assert batch.x.mean.dtype == torch.float16 and joined(batch.x) is not None
+    assert batch.y.tolist() == STORE_LABELS[indices].tolist()
+    for plain in (Latents(tmp_path / "set", mirrors=1), without_flips(dataset)):
+        batch = plain.get(indices, positions, 7)
+        assert torch.equal(content(batch), ROWS.half()[2 * indices])
+
+
+@pytest.mark.parametrize(
+    ("info", "given", "message"),
+    [
+        ({}, {"scale": 0.18215}, "data.scale=0.18215, but the manifest of .*set' says 0.5: leave"),
+        ({}, {"moments": False}, r"data.moments=false, but .* holds moments \(mean \| std\)"),
+        ({"kind": "sample"}, {"moments": True}, "data.moments=true, but .* latents, one sample"),
+        ({"mirrors": 1}, {"mirrors": 2}, "data.mirrors=2, but .* says 1: .*encode --mirrors 2"),
+        ({}, {"num_classes": 2}, r"labels must lie in \[0, 2\), got 0 to 2"),
+        (
+            {},
+            {"features": "features.npy"},
+            "features are of the images as .*data.mirrors=1",
+        ),
+        (
+            {"kind": "sample", "normalisation": Normalisation((0.0,) * 4, (1.0,) * 4)},
+            {"scale": 0.5},
+            "data.scale=0.5, but .* says 1: leave",
+        ),
+    ],
+)
+def test_what_contradicts_a_set_is_refused_with_both_values(tmp_path, info, given, message):
+    mirrors = info.get("mirrors", 2)
+    write_store(tmp_path / "set", ROWS[:: 3 - mirrors], **info)
+    np.save(tmp_path / "features.npy", FEATURES[:5])
+    if "features" in given:
+        given = {"features": tmp_path / given["features"]}
+    with pytest.raises(ValueError, match=message):
+        Latents(tmp_path / "set", **given)
+
+
+def test_samples_are_normalised_by_channel_where_the_set_says_so(tmp_path):
+    mean, std = (0.5, -1.0, 2.0, 3.0), (2.0, 0.5, 1.5, 4.0)
+    write_store(tmp_path / "set", kind="sample", normalisation=Normalisation(mean, std, 0.7))
+    dataset = Latents(tmp_path / "set", mirrors=1)
+    assert dataset.shape == (4, 3, 2) and not dataset.moments
+    x = get(dataset, 3, 1).x
+    plain = ROWS[[6, 2]].double()
+    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None] * 0.7
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.double(), expected, rtol=1e-6, atol=1e-6)
+    write_store(tmp_path / "plain", kind="sample")
+    assert torch.equal(get(Latents(tmp_path / "plain", mirrors=1), 3, 1).x, ROWS[[6, 2]] * 0.5)
+
+
+def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
+    pixels = np.random.RandomState(5).randint(0, 256, (21, 3, 8, 8), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    dataset = Latents(write_store(tmp_path / "set"), images=tmp_path / "images.npy")
+    indices, positions = torch.arange(20) % 5, torch.arange(20)
+    batch = dataset.get(indices, positions, 3)
+    flipped = (uniform(3, Stream.FLIP, positions)[:, 0] < 0.5).numpy()
+    assert 0 < flipped.sum() < 20
+    for image, index, flip in zip(batch.images.numpy(), indices.tolist(), flipped, strict=True):
+        expected = pixels[STORE_SOURCE[index]]
+        np.testing.assert_array_equal(image, expected[..., ::-1] if flip else expected)
+
+
+def test_images_may_be_the_prepared_set(tmp_path):
+    write_prepared(tmp_path / "images")
+    rows = ROWS[:1].repeat(14, 1, 1, 1)
+    store = {"labels": PREPARED_LABELS, "source": PREPARED_SOURCE}
+    dataset = Latents(write_store(tmp_path / "set", rows, **store), images=tmp_path / "images")
+    indices, positions = torch.arange(21) % 7, torch.arange(21)
+    flipped = uniform(0, Stream.FLIP, positions)[:, 0] < 0.5
+    pixels = PIXELS.permute(0, 3, 1, 2)
+    expected = torch.stack([pixels, pixels.flip(-1)])[flipped.long(), indices]
+    assert torch.equal(dataset.get(indices, positions, 0).images, expected)
+
+
+def test_a_loader_writes_rows_straight_into_its_memory(tmp_path, monkeypatch):
+    dataset = Latents(write_store(tmp_path / "set"))
+    indices, positions = torch.arange(20) % 5, torch.arange(20)
+    batch, told = dataset.get(indices, positions, 3), []
+    out = batch.map(lambda value: torch.full_like(value, 77))
+    monkeypatch.setattr(type(dataset), "get", None)  # not by way of a batch of its own
+    monkeypatch.setattr(LatentsStore, "willneed", lambda store, rows: told.append(rows))
+    dropout = LabelDropout(dataset, 0.0, None)
+    dropout.willneed(indices, positions, 3)
+    dropout.fill(out, indices, positions, 3)
+    for ours, theirs in zip(out.buffers(), batch.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(told[0], dataset.rows_of(indices, positions, 3))
+    LabelDropout(Photos(), 0.0, None).willneed(indices, positions, 3)  # has nothing to be told
+
+
+def test_features_of_a_set_are_paired_by_number_and_mirror(tmp_path):
+    rows = torch.arange(2 * 6 * 4 * 3).view(12, 4, 3) / 8
+    numbers = np.array([20, 8, 3, 7, 4, 5])
+    features = {"kind": "features", "labels": np.zeros(6, int), "source": numbers}
+    write_store(tmp_path / "features", rows, **features)
+    dataset = Latents(write_store(tmp_path / "set"), features=tmp_path / "features")
+    indices, positions = torch.arange(20) % 5, torch.arange(20)
+    flipped = uniform(0, Stream.FLIP, positions)[:, 0] < 0.5
+    place = torch.tensor([numbers.tolist().index(STORE_SOURCE[i]) for i in indices.tolist()])
+    batch = dataset.get(indices, positions, 0)
+    assert batch.features.dtype == torch.float32
+    assert torch.equal(batch.features, rows[2 * place + flipped])
+    write_store(tmp_path / "one", rows[::2], **features | {"mirrors": 1})
+    with pytest.raises(ValueError, match="latents have 2 mirrors, the features .* 1: .*mirrors=1"):
+        Latents(tmp_path / "set", features=tmp_path / "one")
+    assert Latents(tmp_path / "set", features=tmp_path / "one", mirrors=1).mirrors == 1
+    lacking = {**features, "labels": np.zeros(5, int), "source": numbers[1:]}
+    write_store(tmp_path / "few", rows[2:], **lacking)
+    with pytest.raises(ValueError, match="1 of 5 latents have no features in .* number 20"):
+        Latents(tmp_path / "set", features=tmp_path / "few")
+    with pytest.raises(ValueError, match="holds features: give it as data.features"):
+        Latents(tmp_path / "features")
+    with pytest.raises(ValueError, match="must be a set of features"):
+        Latents(tmp_path / "set", features=tmp_path / "set")
+
+
+def test_plain_files_hold_no_mirrors(tmp_path):
+    with pytest.raises(ValueError, match="mirrors=2 needs latents of the mirrored images"):
+        Latents(write_npz(tmp_path, MOMENTS), moments=True, mirrors=2)
+    assert not Latents(tmp_path / "set.npz", moments=True, mirrors=1).flip
+
+
+def test_a_set_that_is_not_whole_says_how_it_is_finished(tmp_path):
+    write_store(tmp_path / "set")
+    (tmp_path / "set/manifest.json").unlink()
+    with pytest.raises(ValueError, match="3 of 3 shards are done; run the command"):
+        Latents(tmp_path / "set")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mixflow_fast.data import Latents
+from tests.support.datasets import content
 from tests.support.teacher import images
 
 PIXELS = images(40, 6).permute(0, 2, 3, 1).numpy()  # image n belongs to latent number n
@@ -50,7 +51,7 @@ def assert_paired(dataset: Latents) -> None:
     batch = dataset.get(indices, torch.arange(5), 0)
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (5, 3, 6, 6)
     assert batch.images.is_contiguous()
-    for latent, image in zip(batch.x, batch.images, strict=True):
+    for latent, image in zip(content(batch), batch.images, strict=True):
         number = int(latent[0, 0, 0])
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), PIXELS[number])
 

@@ -374,6 +374,9 @@ BAD = [
     (dict(x1=Moments(torch.zeros(3, 4), 1.0)), "two tensors"),
     (dict(x1=Moments(Moments(torch.zeros(3, 4), 1.0), torch.zeros(3, 4))), "two tensors"),
     (dict(x1=torch.zeros(3, 0, device=DEVICE)), "must have elements"),
+    (dict(dtype=torch.int32), "dtype must be torch.float32"),
+    (dict(dtype="bf16"), "dtype must be torch.float32"),
+    (dict(dtype=torch.float64), "float32, bfloat16"),
 ]
 
 
@@ -381,3 +384,66 @@ BAD = [
 def test_bad_input(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pair()[0].prepare(**{"x1": data(3, 4, 6, 6), "ids": IDS, **arguments})
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+@pytest.mark.parametrize("implementation", [0, 1])
+def test_x_in_the_type_of_the_run_is_rounded_once(stored: torch.dtype, implementation: int) -> None:
+    """fp16 data in a bf16 run: what float32 gives, rounded to bf16, and never to fp16 before."""
+    mix = pair()[implementation]
+    mean, std = data(3, 16, 8, 8, dtype=stored), data(3, 16, 8, 8, dtype=stored, seed=1).abs()
+    for x1 in (mean, Moments(mean, std, 0.18215)):
+        wide = Moments(mean.float(), std.float(), 0.18215) if isinstance(x1, Moments) else x1
+        wide = wide if isinstance(wide, Moments) else wide.float()
+        exact = mix.prepare(wide, IDS).x
+        assert exact.dtype == torch.float32
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert torch.equal(mix.prepare(x1, IDS, dtype=dtype).x, exact.to(dtype))
+            tokens = mix.prepare(x1, IDS, patch_size=2, dtype=dtype).x
+            assert torch.equal(tokens, to_tokens(exact, 2).to(dtype))
+        # These numbers would tell.
+        twice = exact.to(torch.float16).to(torch.bfloat16)
+        assert not torch.equal(twice, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("shape", "patch_size"), [((4, 6, 6), 2), ((4, 7, 5), None)])
+def test_moments_in_one_buffer_are_read_where_they_lie(
+    shape: tuple[int, int, int], patch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean and std are views, a sample of one lies behind a sample of the other: no copies."""
+    given, unit_rows = [], runtime.with_unit_rows
+
+    def spy(x: torch.Tensor) -> torch.Tensor:
+        given.append(unit_rows(x) is x)
+        return unit_rows(x)
+
+    monkeypatch.setattr(runtime, "with_unit_rows", spy)
+    buffer = data(3, 2 * shape[0], *shape[1:], dtype=torch.float16)
+    buffer[:, shape[0] :].abs_()
+    views = Moments(*buffer.chunk(2, dim=1), 0.5)
+    copies = Moments(views.mean.clone(), views.std.clone(), 0.5)
+    assert not views.mean.is_contiguous() and not views.std.is_contiguous()
+    mix, found = pair()[0], []
+    for moments in (views, copies):
+        it = mix.prepare(moments, IDS, patch_size=patch_size, dtype=torch.bfloat16)
+        found.append((it.x, mix.loss(it.x.float(), it)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    # Mean and std of the input; prediction, mean and std of the loss.
+    assert given == 2 * 5 * [True]
+    mix.prepare(Moments(views.mean.transpose(2, 3), views.std.transpose(2, 3)), IDS)
+    assert given[-2:] == [False, False]
+
+
+def test_the_operator_traces_with_the_type_of_the_run() -> None:
+    schedule = Schedule.of(DATA_AT_1, "beta21", 0.8, 1.0, "shifted", (0.0, 1.0))
+    seed = philox.seed_tensor(1, DEVICE)
+    rows = data(3, 8, 6, 6, dtype=torch.float16)
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        moments = Moments(rows[:, :4], rows[:, 4:].abs(), 0.5)
+        return interpolate(
+            moments, schedule, "linear", seed, IDS, impl="triton", dtype=torch.bfloat16
+        )[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(rows)
+    assert compiled.dtype == torch.bfloat16 and torch.equal(compiled, run(rows))

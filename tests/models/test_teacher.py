@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixflow_fast.models.teacher import Teacher, TeacherFiles, preprocess, resample_positions
+from mixflow_fast.models.dinov2 import Dinov2Files
+from mixflow_fast.models.teacher import TEACHER, Teacher, preprocess, teacher_resolution
 from tests.support.kernels import relative_rms
 from tests.support.teacher import PATCH, TABLE, WIDTH, images, save_teacher
 
@@ -118,23 +119,13 @@ def test_features_are_the_normalised_patch_tokens(
 
 
 def test_256_pixels_give_16_by_16_tokens_of_224_pixels(folders: dict[str, Path]) -> None:
-    files = TeacherFiles.read(folders["dinov2"])
-    assert (files.resolution(16), files.resolution(32)) == (224, 448)
+    files = Dinov2Files.read(folders["dinov2"], TEACHER)
+    assert [teacher_resolution(files, side) for side in (16, 32)] == [224, 448]
     for positions in ("repa", "model"):
         teacher = Teacher(folders["dinov2"], 16, positions=positions)
         assert teacher.resolution == 224
         assert teacher(images(1, 256)).shape == (1, 256, WIDTH)
     assert Teacher(folders["dinov2"], 4, resolution=60)(images(1, 16)).shape == (1, 16, WIDTH)
-
-
-def test_positions_are_resampled_like_timm_and_only_when_needed() -> None:
-    table = torch.randn(1, 1 + 37 * 37, 8, generator=torch.Generator().manual_seed(1))
-    assert resample_positions(table, 37) is table
-    grid = table[:, 1:].double().reshape(1, 37, 37, 8).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (16, 16), mode="bicubic", antialias=True)
-    ours = resample_positions(table, 16)
-    assert torch.equal(ours[:, 0], table[:, 0]) and ours.shape == (1, 257, 8)
-    assert relative_rms(ours[:, 1:], grid.permute(0, 2, 3, 1).reshape(1, 256, 8)) < 1e-6
 
 
 def test_it_is_frozen_and_its_tokens_enter_a_graph_as_constants(folders: dict[str, Path]) -> None:

@@ -13,10 +13,11 @@ def resolved(name: str) -> Config:
     given = {} if name in ("photos", "digits") else GIVEN
     if "repa" in name:
         given = given | {"data.features": "features.npy"}
+    if "rae" in name:
+        given = given | {"encoder.path": "dinov2", "encoder.stats": "stat.pt"}
     return load_config(name, [f"{key}={value}" for key, value in given.items()])
 
 
 def preview_options(config: Config) -> PreviewOptions:
     """How previews of a run of this configuration come about."""
-    latents = config.data.kind == "latents"
-    return PreviewOptions.of(config.train, config.model, config.objective.shift, latents)
+    return PreviewOptions.of(config.train, config.model, config.objective.shift, config.latent)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mixflow_fast.data import Latents
+from mixflow_fast.kernels.interpolate import Moments
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
@@ -78,12 +79,19 @@ def write_repa(folder, x, labels=LABELS):
 WRITERS = [write_npz, write_npy, write_folder, write_repa]
 
 
+def content(batch):
+    """(B, ...) what a batch holds of each example: x, the images that it is made of, or moments."""
+    if batch.x is None:
+        return batch.images
+    return torch.cat(batch.x[:2], 1) if isinstance(batch.x, Moments) else batch.x
+
+
 def collect(loader, steps):
     """{position: (y, bytes of x)} of the next optimizer steps, and the order of positions."""
     samples, order = {}, []
     for _ in range(steps * loader.microsteps):
         batch = next(loader)
-        for position, x, y in zip(batch.positions.tolist(), batch.x, batch.y, strict=True):
+        for position, x, y in zip(batch.positions.tolist(), content(batch), batch.y, strict=True):
             assert position not in samples
             samples[position] = (int(y), x.numpy().tobytes())
             order.append(position)

@@ -154,7 +154,9 @@ def test_the_teacher_sees_the_crops_that_the_model_trains_on(
     features, prepare = Teacher.__call__, trainer.mix.prepare
     monkeypatch.setattr(Teacher, "__call__", lambda t, x: (seen.append(x), features(t, x))[1])
     monkeypatch.setattr(
-        trainer.mix, "prepare", lambda x1, ids: (trained.append(x1), prepare(x1, ids=ids))[1]
+        trainer.mix,
+        "prepare",
+        lambda x1, ids, dtype: (trained.append(x1), prepare(x1, ids=ids, dtype=dtype))[1],
     )
     trainer.run()
     assert len(seen) == len(trained) == 1 and torch.equal(seen[0], trained[0])

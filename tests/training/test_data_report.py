@@ -15,6 +15,7 @@ from mixflow_fast.training.build import build_data
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.trainer import Trainer
 from tests.support.datasets import LATENTS, write_classes, write_npz
+from tests.support.latents import ROWS, write_store
 from tests.support.launchers import ranks_of
 from tests.support.runs import tiny
 
@@ -51,6 +52,37 @@ def test_latents_are_described_with_their_statistics(tmp_path: Path) -> None:
     assert describe_data(Photos(), DataConfig(kind="photos")).lines == [
         "data: 42,768 images, 2 classes, 3 x 16 x 16 (photos)"
     ]
+
+
+def test_mirrors_are_compared_with_the_networks_own_training(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "set")
+    sit, repa = ModelConfig(num_classes=3), ModelConfig(num_classes=3, z_dims=(768,))
+    section = DataConfig(kind="latents", path=str(store))
+    for mirrors, model, message in (
+        (2, sit, ""),
+        (1, sit, "SiT mirrors half of them: leave data.mirrors out"),
+        (2, repa, "REPA mirrors none: data.mirrors=1"),
+        (1, repa, ""),
+    ):
+        warnings = describe_data(Latents(store, mirrors=mirrors), section, model).warnings
+        found = [line for line in warnings if "mirror" in line]
+        assert len(found) == bool(message) and message in "".join(found)
+    one = write_store(tmp_path / "one", ROWS[::2], mirrors=1)
+    assert "encode with --mirrors 2" in describe_data(Latents(one), section, sit).warnings[-1]
+
+
+def test_moments_of_a_set_fit_the_model_or_say_what_they_are(tmp_path: Path) -> None:
+    rows = ROWS[:, :, :2].repeat(1, 2, 1, 1)  # 8 channels of 2 x 2
+    path = str(write_store(tmp_path / "set", rows))
+    model = ModelConfig(input_size=2, in_channels=4)
+    build(model, kind="latents", path=path)
+    with pytest.raises(ValueError, match=r"\(4, 2, 2\), the model takes \(4, 4, 4\): set"):
+        build(ModelConfig(input_size=4, in_channels=4), kind="latents", path=path)
+    with pytest.raises(ValueError, match="data.scale=0.18215, but the manifest of .* says 0.5"):
+        build(model, kind="latents", path=path, scale=0.18215)
+    np.savez(tmp_path / "plain.npz", latents=rows.numpy(), labels=np.zeros(10, int))
+    with pytest.raises(ValueError, match=r"\(8, 2, 2\), .* \(4, 2, 2\): they are mean \| std of a"):
+        build(model, kind="latents", path=str(tmp_path / "plain.npz"))
 
 
 def test_log_variances_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from mixflow_fast.cli.data import info, prepare, scan, verify
+from mixflow_fast.cli.data import bench, compare, encode, info, prepare, scan, verify
 
 # In the order of the help page.
-PARTS = (scan, prepare, verify, info)
+PARTS = (scan, prepare, encode, verify, info, compare, bench)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,7 +15,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "data",
         help="make sets of images and latents, and look at them",
         description="From a folder of images to what training reads. `scan` tells what a folder "
-        "holds, `prepare` makes the crops once.",
+        "holds, `prepare` makes the crops once, `encode` their latents.",
         epilog="example: mixflow-fast data prepare imagenet/train --size 256 --out imagenet-256",
     )
     parts = command.add_subparsers(required=True, metavar="COMMAND")
