@@ -7,16 +7,17 @@ import io
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mixflow_fast.cli import main
 from mixflow_fast.data import Batch, BatchLoader, Digits, ImageFolder, dali
 from mixflow_fast.data.dali import DECODER, DaliLoader, build_pipeline, choose_loader
 from mixflow_fast.data.label_dropout import LabelDropout
+from mixflow_fast.data.prepared_images import PreparedImages
 from tests.support.encoded_images import (
     encoded,
     odd_files,
@@ -27,22 +28,25 @@ from tests.support.encoded_images import (
     write_prepared,
 )
 
-SIDE = 24
+SIDE = 32
 ORDER = {"seed": 3, "global_batch_size": 16, "microbatch_size": 4}
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
-def prepared_folder(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("prepared"), 40, SIDE)
+def prepared_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prepared")
+    images = write_prepared(root / "images", 40, SIDE)
+    arguments = ["data", "prepare", str(images), "--size", str(SIDE), "--classes", "folder"]
+    for image_format in ("webp", "raw"):
+        out = str(root / image_format)
+        assert main([*arguments, "--format", image_format, "--out", out]) == 0
+    return root
 
 
 @pytest.fixture
-def prepared(prepared_folder):
-    """Images that need no crop, as prepared sets give them."""
-    dataset = ImageFolder(prepared_folder, SIDE)
-    dataset.crops = False
-    return dataset
+def prepared(prepared_set):
+    return PreparedImages(prepared_set / "webp")
 
 
 def reader_threads():
@@ -208,9 +212,8 @@ def test_a_loader_that_is_dropped_leaves_nothing(prepared):
     assert not reader_threads()
 
 
-def test_which_loader_is_chosen(prepared, monkeypatch):
-    raw = ImageFolder(Path(prepared.files[0]).parents[1], SIDE)
-    raw.encoded = False
+def test_which_loader_is_chosen(prepared, prepared_set, monkeypatch):
+    raw = PreparedImages(prepared_set / "raw")
     assert choose_loader("auto", prepared, CPU) == "threads"
     assert choose_loader("dali", prepared, CPU) == "dali"
     assert choose_loader("auto", prepared, GPU) == "dali"

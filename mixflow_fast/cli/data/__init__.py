@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from mixflow_fast.cli.data import encode, info, prepare, scan, verify
+from mixflow_fast.cli.data import bench, compare, encode, info, prepare, scan, verify
 
 # In the order of the help page.
-PARTS = (scan, prepare, encode, verify, info)
+PARTS = (scan, prepare, encode, verify, info, compare, bench)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
