@@ -36,7 +36,7 @@ from mixflow_fast.models.dinov2 import Precision
 from mixflow_fast.models.execution import Checkpointing, Mode
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
-from mixflow_fast.optim.lr_schedule import LrSchedule
+from mixflow_fast.optim.lr_schedule import LrSchedule, learning_rate
 from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
 
 AlignmentInput = Literal["slowed", "label"]
@@ -190,6 +190,17 @@ class OptimConfig(Section, name="optim"):
     """Images at which the schedule reaches optim.final_lr; 0 is train.images."""
     final_lr: float = 0.0
     """Learning rate at the end of the schedule."""
+
+    def rate_at(self, images_seen: int, length: int) -> float:
+        """The learning rate after so many images of a run of `length`."""
+        return learning_rate(
+            images_seen,
+            lr=self.lr,
+            schedule=self.schedule,
+            warmup_images=self.warmup_images,
+            decay_images=self.decay_images or length,
+            final_lr=self.final_lr,
+        )
 
     def check(self) -> None:
         if not self.ema_decays:

@@ -12,6 +12,7 @@ With `exec_dynamic=True` a batch that is kept stays as it is; without it DALI wr
 from __future__ import annotations
 
 import importlib.util
+import time
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixflow_fast.data.copy_stream import WaitTimes
 from mixflow_fast.data.dali_crop import adm_crop
 from mixflow_fast.data.dali_feed import Feed, check_by_pillow, make_feed
 from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset
@@ -171,6 +173,7 @@ class DaliLoader:
     Attributes:
         microsteps: micro-batches of one optimizer step on this rank.
         ahead: micro-batches that may be read or decoded before they are asked for.
+        wait: what waiting for data took, on the host.
 
     Raises:
         ValueError: DALI cannot be used, or as `MicrobatchOrder`; in `next`, a bad image.
@@ -208,7 +211,7 @@ class DaliLoader:
         )
         self.dataset, self.seed, self._shuffle = dataset, seed, shuffle
         self.device, self._zero_copy = torch.device(device), zero_copy
-        self.microsteps = self._order.microsteps
+        self.microsteps, self.wait = self._order.microsteps, WaitTimes()
         self._microstep = self._order.microstep_at(start_position)  # next to return
         self._submitted = self._microstep  # next to read
         self._lookahead = 2 * max(1, num_workers)
@@ -247,11 +250,14 @@ class DaliLoader:
     def __next__(self) -> Batch:
         if self._closed or self._pipeline is None:
             raise RuntimeError("the DaliLoader is closed; make a new one at the position you need")
+        started = time.perf_counter()
         try:
             batch = self._run(self._pipeline)
         except BaseException:
             self.close()
             raise
+        self.wait.host_s += time.perf_counter() - started
+        self.wait.batches += 1
         self._microstep += 1
         return batch
 

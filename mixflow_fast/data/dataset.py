@@ -169,8 +169,16 @@ def fill(dataset: Dataset, out: Batch, indices: Tensor, positions: Tensor, seed:
     if direct is not None:
         direct(out, indices, positions, seed)
         out.positions.copy_(positions)
-        return
-    batch = dataset.get(indices, positions, seed)
+    else:
+        copy_batch(out, dataset.get(indices, positions, seed))
+
+
+def copy_batch(out: Batch, batch: Batch) -> None:
+    """Copies a batch into given memory; fields that `out` has not are left out.
+
+    Raises:
+        ValueError: a field of another kind or shape.
+    """
     for name in (f.name for f in fields(out)):
         there, value = getattr(out, name), getattr(batch, name)
         if there is None:

@@ -77,6 +77,12 @@ class LabelDropout:
         if self._probability:
             out.y.copy_(self._dropped(out.y, positions, seed))
 
+    def willneed(self, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """Tells the dataset, where it can be told, what will be asked for."""
+        tell = getattr(self.dataset, "willneed", None)
+        if tell is not None:
+            tell(indices, positions, seed)
+
     def labels(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
         """(B,) int64 labels as in `get`, of a dataset that gives labels without the images."""
         return self._dropped(self.dataset.labels(indices), positions, seed)

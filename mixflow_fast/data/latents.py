@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, check_indices, mirrored, split
+from mixflow_fast.data.dataset import Batch, check_indices, copy_batch, joined, mirrored, split
 from mixflow_fast.data.latent_files import FilePerSample, StoredLatents, open_latents
 from mixflow_fast.data.latent_statistics import Statistics
 from mixflow_fast.data.latents_store import FORMAT, LatentsInfo, LatentsStore
@@ -158,6 +159,11 @@ class Latents:
         """
         check_indices(indices, positions, len(self))
         flipped = mirrored(positions, seed) if self.flip else None
+        batch = self._without_x(indices, positions, flipped)
+        return dataclasses.replace(batch, x=self._take(indices, flipped))
+
+    def _without_x(self, indices: Tensor, positions: Tensor, flipped: Tensor | None) -> Batch:
+        """What `get` gives beside x."""
         features = images = None
         if isinstance(self._features, _PairedFeatures):
             features = self._features.take(indices, flipped).float()
@@ -167,13 +173,34 @@ class Latents:
             images = self._images.get(indices.tolist())
             if flipped is not None:
                 images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return Batch(self._take(indices, flipped), self._y[indices], positions, features, images)
+        return Batch(None, self._y[indices], positions, features, images)
+
+    def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
+        """As `get`, into given memory; moments of a set go there straight from its files."""
+        rows = joined(out.x) if self.table is not None and isinstance(out.x, Moments) else None
+        if rows is None and out.x is not None:
+            copy_batch(out, self.get(indices, positions, seed))
+            return
+        check_indices(indices, positions, len(self))
+        flipped = mirrored(positions, seed) if self.flip else None
+        if rows is not None:
+            self.table.fill(rows, self._rows(indices, flipped))
+            self._refuse_negative(out.x.std, indices)
+        copy_batch(dataclasses.replace(out, x=None), self._without_x(indices, positions, flipped))
+
+    @property
+    def table(self) -> LatentsStore | None:
+        """The set whose rows are the moments that are given out; None where x is made of them."""
+        return self._store if self.moments else None
+
+    def rows_of(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
+        """(B,) int64 rows of `table` that `get` gives."""
+        return self._rows(indices, mirrored(positions, seed) if self.flip else None)
 
     def willneed(self, indices: Tensor, positions: Tensor, seed: int) -> None:
         """Have a set's rows of a coming batch read ahead, without waiting for them."""
         if self._store is not None:
-            flipped = mirrored(positions, seed) if self.flip else None
-            self._store.willneed(self._rows(indices, flipped))
+            self._store.willneed(self.rows_of(indices, positions, seed))
 
     def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
         """The stored rows of some samples."""

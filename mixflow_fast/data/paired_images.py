@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mixflow_fast.data.decoding import decode_rgb
 from mixflow_fast.data.npy_files import check_listed, load_npy, open_npz, read_dataset_json
+from mixflow_fast.data.prepared_images import PreparedImages
+from mixflow_fast.data.set_files import how_far, set_format
 from mixflow_fast.data.summary import sample_rows
 from mixflow_fast.files import existing_path
 
@@ -50,6 +52,8 @@ def numbered(names: Iterable[str], where: str) -> dict[int, str]:
 class PairedImages:
     """One square RGB image per latent.
 
+    * a prepared set (`PreparedImages`): the image with the latent's number in the set's source, or,
+      of latents in one array, the image with the row's number as its id.
     * a folder with REPA's `dataset.json` ({"labels": [[file, label], ...]}): the image with the
       latent's number. Images without a latent are never read.
     * `set.npy` (memory-mapped) or `set.npz` (its array `images`, or its only one; held in memory),
@@ -62,8 +66,8 @@ class PairedImages:
         numbers: the latents' numbers, in their order: digits of the file names, or row numbers.
         labels: (N,) the latents' classes; one that `dataset.json` gives otherwise shows that the
             images are of another set.
-        rows: the latents are one array, of which row n is number n: an array of images must then
-            have as many rows.
+        rows: the latents are one array, of which row n is number n: an array or a prepared set of
+            images must then have as many.
 
     Raises:
         ValueError: a latent without an image, another label, shape or dtype; in `get`, an image
@@ -74,10 +78,17 @@ class PairedImages:
         self, path: str | os.PathLike[str], numbers: list[int], labels: Tensor, rows: bool
     ) -> None:
         root = existing_path(path, "images")
+        if not (root / "dataset.json").exists() and (root / "images/dataset.json").is_file():
+            root = root / "images"  # the folder that holds REPA's
         self._name, self._root = str(path), root
         self._files: list[str] = []
         self._array: np.ndarray | None = None
-        if (root / "dataset.json").is_file():
+        self._prepared: PreparedImages | None = None
+        if root.is_dir() and (set_format(root) or how_far(root)):
+            self._prepared = PreparedImages(root, flip=False)
+            self._ids = _pair_prepared(self._prepared, root, numbers, labels, rows)
+            self.size = self._prepared.size
+        elif (root / "dataset.json").is_file():
             self._files = _pair_files(root, numbers, labels)
             self.size = _decode(self._files[0]).shape[0]  # the others are checked when read
         elif root.suffix in (".npy", ".npz") and root.is_file():
@@ -96,14 +107,16 @@ class PairedImages:
             self.size = self._array.shape[2]
         else:
             raise ValueError(
-                "images must be a folder with dataset.json, a .npy or a .npz of uint8, got "
-                f"{self._name!r}"
+                "images must be a prepared set, a folder with dataset.json, a .npy or a .npz of "
+                f"uint8, got {self._name!r}"
             )
 
     def get(self, rows: list[int]) -> Tensor:
         """(B, 3, H, H) uint8 images of the latents at `rows`."""
         import numpy as np
 
+        if self._prepared is not None:
+            return self._prepared.pixels(self._ids[rows])
         if self._array is not None:
             picked = torch.from_numpy(np.array(self._array[[self._numbers[row] for row in rows]]))
             return picked.permute(0, 3, 1, 2).contiguous() if self._last else picked
@@ -124,11 +137,43 @@ class PairedImages:
         Args:
             most: rows of an array that are looked into.
         """
+        if self._prepared is not None:
+            return [self._prepared.manifest_sha256.encode()]
         if self._array is None:
             start = len(os.path.join(self._root, ""))  # of the names that `_pair_files` gave
             return [b"\0".join(os.fsencode(file[start:]) for file in self._files)]
         rows = sample_rows(len(self._array), most)
         return [repr(self._array.shape).encode(), self._array[rows].tobytes()]
+
+
+def _pair_prepared(
+    images: PreparedImages, root: Path, numbers: list[int], labels: Tensor, rows: bool
+) -> Tensor:
+    """(N,) int64 the id of each latent's image."""
+    wanted = torch.tensor(numbers, dtype=torch.int64)
+    if rows:
+        if len(images) != len(wanted):
+            raise ValueError(
+                f"images of {str(root)!r} must be one per latent, {len(wanted)}, got {len(images)}"
+            )
+        ids = wanted
+    else:
+        source = torch.from_numpy(images.source.copy())
+        ids = torch.searchsorted(source, wanted).clamp(max=len(source) - 1)
+        missing = wanted[source[ids] != wanted]
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} of {len(wanted)} latents have no image in {str(root)!r}, the "
+                f"first is number {int(missing[0])}: latents and images must come from one data set"
+            )
+    other = (images.labels(ids) != labels).nonzero()[:, 0]
+    if len(other):
+        row = int(other[0])
+        raise ValueError(
+            f"{images.name_of(int(ids[row]))} has the label {int(images.labels(ids)[row])}, its "
+            f"latent has {int(labels[row])}: latents and images must come from one data set"
+        )
+    return ids
 
 
 def _pair_files(root: Path, numbers: list[int], labels: Tensor) -> list[str]:

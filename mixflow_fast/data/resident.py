@@ -7,93 +7,70 @@ where the files are in the page cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import split
+from mixflow_fast.data.dataset import Dataset, joined, split
+from mixflow_fast.data.latents import Latents
+from mixflow_fast.data.latents_store import LatentsStore
 from mixflow_fast.kernels.interpolate import Moments
 
 # What has to stay free beside the table.
 SPARE_BYTES = 8 * 10**9
+_BLOCK = 4096  # rows that are copied at once
 
 
-class Table(Protocol):
-    """A dataset whose x is a row of a table, as it is stored.
-
-    Attributes:
-        row_shape: of a stored row; (2 C, h, w) mean | std where x is `Moments`.
-        row_dtype: of the table.
-        row_scale: of the moments; None where x is the row itself.
-    """
-
-    row_shape: tuple[int, ...]
-    row_dtype: torch.dtype
-    row_scale: float | None
-
-    def rows_of(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
-        """(B,) int64 places in the table of what `get` gives."""
-        ...
-
-    def row_blocks(self) -> Iterator[Tensor]:
-        """The table from its first row to its last, in parts of some rows."""
-        ...
-
-    def row_count(self) -> int:
-        """Rows of the table."""
-        ...
+def resident_problem(dataset: Dataset) -> str | None:
+    """Why a dataset cannot lie on the device, a sentence; None where it can."""
+    if isinstance(dataset, Latents) and dataset.table is not None:
+        return None
+    return (
+        f"{dataset.name} is no set of moments (mean | std), as `mixflow-fast data encode` makes it"
+    )
 
 
-def table_bytes(table: Table) -> int:
-    """Bytes of the whole table."""
-    return table.row_count() * math.prod(table.row_shape) * table.row_dtype.itemsize
+def table_bytes(store: LatentsStore) -> int:
+    """Bytes of all rows."""
+    return math.prod(store.shape) * store.dtype.itemsize
 
 
-def fits(table: Table, device: torch.device) -> bool:
-    """Whether a table leaves `SPARE_BYTES` of a GPU beside what is reserved there now."""
+def fits(store: LatentsStore, device: torch.device) -> bool:
+    """Whether all rows leave `SPARE_BYTES` of a GPU beside what is reserved there now."""
     if device.type != "cuda":
         return False
     total = torch.cuda.get_device_properties(device).total_memory
-    return total - torch.cuda.memory_reserved(device) - SPARE_BYTES >= table_bytes(table)
+    return total - torch.cuda.memory_reserved(device) - SPARE_BYTES >= table_bytes(store)
 
 
 class Resident:
-    """A table on the device; reads all of it once.
+    """The rows of a set on the device; reads all of them once.
 
     Args:
-        table: the dataset.
+        latents: moments of a set.
         device: where its rows go.
+
+    Raises:
+        ValueError: latents that cannot lie there.
     """
 
-    def __init__(self, table: Table, device: torch.device) -> None:
-        self._table, self._device = table, device
-        shape = table.row_count(), *table.row_shape
-        self._rows = torch.empty(shape, dtype=table.row_dtype, device=device)
-        first = 0
-        for block in table.row_blocks():
-            self._rows[first : first + len(block)].copy_(block)
-            first += len(block)
-        if first != len(self._rows):
-            raise ValueError(f"the table must have {len(self._rows)} rows, got {first}")
+    def __init__(self, latents: Latents, device: torch.device) -> None:
+        if problem := resident_problem(latents):
+            raise ValueError(problem)
+        self._latents, store = latents, latents.table
+        self._rows = torch.empty(tuple(store.shape), dtype=store.dtype, device=device)
+        for first in range(0, len(self._rows), _BLOCK):
+            last = min(first + _BLOCK, len(self._rows))
+            self._rows[first:last].copy_(store.take(torch.arange(first, last)))
 
     def rows(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
-        """(B,) int64 places in the table, on the CPU."""
-        return self._table.rows_of(indices, positions, seed)
+        """(B,) int64 rows of what the latents would give, on the CPU."""
+        return self._latents.rows_of(indices, positions, seed)
 
-    def memory(self, size: int) -> Tensor | Moments:
+    def memory(self, size: int) -> Moments:
         """x of `size` samples on the device, not yet written."""
-        rows = torch.empty(
-            (size, *self._table.row_shape), dtype=self._table.row_dtype, device=self._device
-        )
-        scale = self._table.row_scale
-        return rows if scale is None else split(rows, scale)
+        return split(self._rows.new_empty((size, *self._rows.shape[1:])), self._latents.scale)
 
-    def take(self, rows: Tensor, out: Tensor | Moments) -> None:
-        """Writes rows of the table into what `memory` gave, on the current stream."""
-        whole = out
-        if isinstance(out, Moments):
-            shape = len(out.mean), *self._table.row_shape
-            whole = out.mean.as_strided(shape, out.mean.stride(), out.mean.storage_offset())
-        torch.index_select(self._rows, 0, rows, out=whole)
+    def take(self, rows: Tensor, out: Moments) -> None:
+        """Writes rows into what `memory` gave, on the current stream."""
+        torch.index_select(self._rows, 0, rows, out=joined(out))

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
 from typing import Protocol
 
 import torch
 
 from mixflow_fast.config.data_sections import DataConfig
 from mixflow_fast.config.schema import TrainConfig
-from mixflow_fast.data import Batch, Dataset
+from mixflow_fast.data import Batch, Latents
+from mixflow_fast.data.copy_stream import WaitTimes
+from mixflow_fast.data.dali import DaliLoader, choose_loader
 from mixflow_fast.data.device_loader import DeviceLoader
+from mixflow_fast.data.label_dropout import LabelDropout
+from mixflow_fast.data.resident import Resident, fits, resident_problem
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.metrics.data_wait import WaysOut
 
+# Steps after which `data.resident=auto` looks how much memory is left.
+_STEPS_BEFORE = 3
 _MOST_WORKERS = 8  # threads of one rank; reading and decoding needs no more
 
 
 class Loader(Protocol):
-    """What a step needs of a loader.
+    """The micro-batches of one rank, endless; a context manager that closes it.
 
     Attributes:
         microsteps: micro-batches of one optimizer step on this rank.
+        wait: what waiting for data took.
+        position: first global position of the optimizer step that the next one belongs to.
     """
 
     microsteps: int
+    wait: WaitTimes
+
+    @property
+    def position(self) -> int: ...
 
     def __next__(self) -> Batch:
         """The next micro-batch, valid until the next call."""
         ...
+
+    def close(self) -> None:
+        """Stops its threads."""
+        ...
+
+    def __enter__(self) -> Loader: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -69,8 +96,8 @@ def loader_workers(section: DataConfig) -> int:
 
 
 def build_loader(
-    section: DataConfig, dataset: Dataset, order: LoaderOrder, device: torch.device
-) -> DeviceLoader:
+    section: DataConfig, dataset: LabelDropout, order: LoaderOrder, device: torch.device
+) -> Loader:
     """The micro-batches of this rank, on the device.
 
     Args:
@@ -82,9 +109,81 @@ def build_loader(
     Raises:
         ValueError: a loader or a place for the data that cannot be had here.
     """
-    return DeviceLoader(
-        dataset, device, depth=section.depth, workers=loader_workers(section), **asdict(order)
-    )
+    workers = loader_workers(section)
+    if choose_loader(section.loader, dataset, device) == "dali":
+        return DaliLoader(
+            dataset, num_workers=workers, device=device, threads=max(2, workers), **asdict(order)
+        )
+
+    def ring(order: LoaderOrder, resident: Resident | None = None) -> DeviceLoader:
+        options = dict(depth=section.depth, workers=workers, resident=resident)
+        return DeviceLoader(dataset, device, **options, **asdict(order))
+
+    if section.resident == "off":
+        return ring(order)
+    latents = dataset.dataset
+    problem = resident_problem(latents)
+    if section.resident == "on":
+        if problem:
+            raise ValueError(f"data.resident=on cannot be had: {problem}: set data.resident=off")
+        return ring(order, Resident(latents, device))
+    if problem:
+        return ring(order)
+    return _ResidentLater(order, ring, latents, device)
+
+
+class _ResidentLater:
+    """A loader that takes its latents to the device after some steps, if there is room then.
+
+    Before, nobody knows what a step takes.
+
+    Args:
+        order: where it starts.
+        make: a loader from its order and what lies on the device.
+        latents: moments of a set.
+        device: where they may go.
+    """
+
+    def __init__(
+        self,
+        order: LoaderOrder,
+        make: Callable[[LoaderOrder, Resident | None], DeviceLoader],
+        latents: Latents,
+        device: torch.device,
+    ) -> None:
+        self._order, self._make, self._latents, self._device = order, make, latents, device
+        self._loader = make(order, None)
+        self.microsteps, self.wait = self._loader.microsteps, self._loader.wait
+        self._left = _STEPS_BEFORE * self.microsteps
+
+    @property
+    def position(self) -> int:
+        """As `DeviceLoader`."""
+        return self._loader.position
+
+    def __next__(self) -> Batch:
+        if not self._left and fits(self._latents.table, self._device):
+            self._loader.close()
+            order = replace(self._order, start_position=self.position)
+            self._loader = self._make(order, Resident(self._latents, self._device))
+            self._loader.wait = self.wait
+        self._left -= 1
+        return next(self._loader)
+
+    def close(self) -> None:
+        """As `DeviceLoader`."""
+        self._loader.close()
+
+    def __enter__(self) -> _ResidentLater:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def ways_out(section: DataConfig) -> WaysOut:

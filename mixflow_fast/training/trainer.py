@@ -20,8 +20,7 @@ from mixflow_fast.checkpoints.run_folder import RunFolder, RunState, choose_chec
 from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.data import Batch, Dataset
-from mixflow_fast.data.device_loader import DeviceLoader
+from mixflow_fast.data import Batch
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
 from mixflow_fast.distributed.host_group import HostGroup
@@ -34,7 +33,6 @@ from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops, train_flops
 from mixflow_fast.models.weights.metadata import Metadata
-from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
@@ -157,7 +155,7 @@ class Trainer:
             self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
-    def examples(self) -> Dataset:
+    def examples(self) -> LabelDropout:
         """The dataset with the labels that the network is trained on, some of them dropped."""
         return LabelDropout(self.dataset, self.config.train.label_dropout, self.model.null_class)
 
@@ -311,15 +309,7 @@ class Trainer:
         return self.config.train.on_nonfinite == "rollback" and (self._saved < 0 or self._resharded)
 
     def _learning_rate(self, images_seen: int) -> float:
-        p = self.config.optim
-        return learning_rate(
-            images_seen,
-            lr=p.lr,
-            schedule=p.schedule,
-            warmup_images=p.warmup_images,
-            decay_images=p.decay_images or self.config.train.images,
-            final_lr=p.final_lr,
-        )
+        return self.config.optim.rate_at(images_seen, self.config.train.images)
 
     def _metadata(self) -> dict[str, str | int]:
         """Metadata of a weights file at this step."""
@@ -375,7 +365,7 @@ class Trainer:
             state=None if state is None else GuardState.from_record(state.safety),
         )
 
-    def loader(self) -> DeviceLoader:
+    def loader(self) -> Loader:
         """Micro-batches of this rank from this step on."""
         c = self.config
         order = LoaderOrder.of(c.train, self.microbatch, self.host_group, self.images_seen)

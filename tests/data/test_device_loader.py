@@ -15,15 +15,24 @@ import torch
 from torch import Tensor
 
 from mixflow_fast import MixFlow
-from mixflow_fast.data import Batch, BatchLoader, Digits, ImageFolder, Photos, device_loader
+from mixflow_fast.data import (
+    Batch,
+    BatchLoader,
+    Digits,
+    ImageFolder,
+    Latents,
+    Photos,
+    device_loader,
+)
 from mixflow_fast.data.dataset import Dataset, mirrored, split
 from mixflow_fast.data.device_loader import DeviceLoader
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.data.order import sample_index
-from mixflow_fast.data.resident import Resident
 from mixflow_fast.kernels.interpolate import Moments
 from tests.support.datasets import moments_dataset
 from tests.support.late_copies import LateCopies
+from tests.support.latents import write_store
+from tests.support.runs import CountReads
 
 pytest.importorskip("sklearn.datasets")
 CPU = torch.device("cpu")
@@ -37,32 +46,21 @@ class Table:
     """
 
     num_classes, shape, name, flip = 5, (2, 3, 3), "table", True
-    row_shape, row_dtype, row_scale = (4, 3, 3), torch.float16, 0.5
 
     def __init__(self, count: int = 50) -> None:
         rows = torch.arange(2 * count) / 2
         self.rows = rows.to(torch.float16)[:, None, None, None].repeat(1, 4, 3, 3)
         self.rows[:, 2:] = 0.25
         self.asked: list[Tensor] = []
-        self.filled_x = 0
 
     def __len__(self) -> int:
         return len(self.rows) // 2
-
-    def rows_of(self, indices: Tensor, positions: Tensor, seed: int) -> Tensor:
-        return 2 * indices + mirrored(positions, seed)
-
-    def row_count(self) -> int:
-        return len(self.rows)
-
-    def row_blocks(self) -> list[Tensor]:
-        return [self.rows[:30], self.rows[30:]]
 
     def willneed(self, indices: Tensor, positions: Tensor, seed: int) -> None:
         self.asked.append(positions)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        x = split(self.rows[self.rows_of(indices, positions, seed)], self.row_scale)
+        x = split(self.rows[2 * indices + mirrored(positions, seed)], 0.5)
         images = indices.to(torch.uint8)[:, None, None, None].repeat(1, 3, 4, 4)
         return Batch(x, indices % 5, positions, images=images)
 
@@ -72,10 +70,8 @@ class Filling(Table):
 
     def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
         made = super().get(indices, positions, seed)
-        if out.x is not None:
-            self.filled_x += 1
-            out.x.mean.copy_(made.x.mean)
-            out.x.std.copy_(made.x.std)
+        out.x.mean.copy_(made.x.mean)
+        out.x.std.copy_(made.x.std)
         out.y.copy_(made.y)
         out.images.copy_(made.images)
 
@@ -83,6 +79,7 @@ class Filling(Table):
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "photos": lambda folder: Photos(flip=True),
     "latents": moments_dataset,
+    "set": lambda folder: Latents(write_store(folder / "set")),
     "table": lambda folder: Table(),
     "filling": lambda folder: Filling(),
     "dropped": lambda folder: LabelDropout(Filling(), 0.5, 5),
@@ -156,14 +153,16 @@ def test_slots_stay_whole_on_a_device_that_is_behind(
     ):
         expected = [next(plain) for _ in range(25)]
         for _ in range(25):
-            batch = next(ring)
+            with CountReads() as counter:
+                batch = next(ring)
+            assert not counter.reads
             allocated = copies.allocated
             copies.training.queue(lambda batch=batch: seen.append(batch.map(torch.clone)))
         copies.training.synchronize()
         assert copies.allocated == allocated
         assert ring.wait.take().device_s > 0
-        assert not copies.synchronized, "only the end waits for the device"
-    assert copies.synchronized
+        assert copies.waiting == {"mixflow_fast-loader"}, "the training thread waits for nothing"
+    assert copies.waiting == {"mixflow_fast-loader", "MainThread"}, "but for the end"
     assert all(same(a, b) for a, b in zip(seen, expected, strict=True))
 
 
@@ -221,36 +220,6 @@ def test_a_clone_stays() -> None:
     with BatchLoader(Table(), **SIZES) as plain:
         assert all(same(batch, next(plain)) for batch in kept)
     assert isinstance(kept[0].x, Moments)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("late", [False, True])
-def test_a_resident_table_gives_the_same_batches(
-    monkeypatch: pytest.MonkeyPatch, workers: int, late: bool
-) -> None:
-    """Rows are chosen on the host and gathered on the device; x is never filled there."""
-    table = Filling()
-    resident = Resident(table, CPU)
-    device = CPU
-    if late:
-        copies, device = LateCopies(train_s=0), torch.device("cuda")
-        monkeypatch.setattr(device_loader, "CopyStream", lambda device: copies)
-        take = resident.take
-        monkeypatch.setattr(
-            resident, "take", lambda rows, out: copies.training.queue(lambda: take(rows, out))
-        )
-    with (
-        BatchLoader(LabelDropout(Table(), 0.5, 5), **SIZES) as plain,
-        DeviceLoader(
-            LabelDropout(table, 0.5, 5), device, workers=workers, resident=resident, **SIZES
-        ) as ring,
-    ):
-        for _ in range(7):
-            batch = next(ring)
-            if late:
-                copies.training.synchronize()
-            assert same(batch, next(plain))
-    assert not table.filled_x
 
 
 def test_a_dataset_is_told_what_comes() -> None:

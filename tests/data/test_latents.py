@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from mixflow_fast.data import Latents
+from mixflow_fast.data import Latents, Photos
 from mixflow_fast.data.dataset import joined, without_flips
-from mixflow_fast.data.latents_store import Normalisation
+from mixflow_fast.data.label_dropout import LabelDropout
+from mixflow_fast.data.latents_store import LatentsStore, Normalisation
 from mixflow_fast.kernels.interpolate import sample_moments
 from mixflow_fast.kernels.philox import Stream, normal, uniform
 from mixflow_fast.objective import MixFlow
@@ -33,6 +34,9 @@ from tests.support.datasets import (
 from tests.support.latents import LABELS as STORE_LABELS
 from tests.support.latents import ROWS, write_store
 from tests.support.latents import SOURCE as STORE_SOURCE
+from tests.support.prepared import LABELS as PREPARED_LABELS
+from tests.support.prepared import PIXELS, write_prepared
+from tests.support.prepared import SOURCE as PREPARED_SOURCE
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -367,6 +371,34 @@ def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
     for image, index, flip in zip(batch.images.numpy(), indices.tolist(), flipped, strict=True):
         expected = pixels[STORE_SOURCE[index]]
         np.testing.assert_array_equal(image, expected[..., ::-1] if flip else expected)
+
+
+def test_images_may_be_the_prepared_set(tmp_path):
+    write_prepared(tmp_path / "images")
+    rows = ROWS[:1].repeat(14, 1, 1, 1)
+    store = {"labels": PREPARED_LABELS, "source": PREPARED_SOURCE}
+    dataset = Latents(write_store(tmp_path / "set", rows, **store), images=tmp_path / "images")
+    indices, positions = torch.arange(21) % 7, torch.arange(21)
+    flipped = uniform(0, Stream.FLIP, positions)[:, 0] < 0.5
+    pixels = PIXELS.permute(0, 3, 1, 2)
+    expected = torch.stack([pixels, pixels.flip(-1)])[flipped.long(), indices]
+    assert torch.equal(dataset.get(indices, positions, 0).images, expected)
+
+
+def test_a_loader_writes_rows_straight_into_its_memory(tmp_path, monkeypatch):
+    dataset = Latents(write_store(tmp_path / "set"))
+    indices, positions = torch.arange(20) % 5, torch.arange(20)
+    batch, told = dataset.get(indices, positions, 3), []
+    out = batch.map(lambda value: torch.full_like(value, 77))
+    monkeypatch.setattr(type(dataset), "get", None)  # not by way of a batch of its own
+    monkeypatch.setattr(LatentsStore, "willneed", lambda store, rows: told.append(rows))
+    dropout = LabelDropout(dataset, 0.0, None)
+    dropout.willneed(indices, positions, 3)
+    dropout.fill(out, indices, positions, 3)
+    for ours, theirs in zip(out.buffers(), batch.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(told[0], dataset.rows_of(indices, positions, 3))
+    LabelDropout(Photos(), 0.0, None).willneed(indices, positions, 3)  # has nothing to be told
 
 
 def test_features_of_a_set_are_paired_by_number_and_mirror(tmp_path):

@@ -129,7 +129,9 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
         Latents(latents, moments=True, images=tmp_path / "two.npz")
     with pytest.raises(ValueError, match="images .*nowhere does not exist"):
         Latents(latents, moments=True, images=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="images must be a folder with dataset.json"):
+    with pytest.raises(
+        ValueError, match="images must be a prepared set, a folder with dataset.json"
+    ):
         Latents(latents, moments=True, images=tmp_path)
 
     folder = write_images(tmp_path / "images", NUMBERS)

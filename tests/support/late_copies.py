@@ -15,10 +15,10 @@ from torch import Tensor
 class LateEvent:
     """Nobody waits for one that was not recorded; recorded again, it is another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: set[str]) -> None:
         self._done = threading.Event()
         self._done.set()
-        self.at = 0.0
+        self._waiting, self.at = waiting, 0.0
 
     def record(self, stream: LateStream) -> None:
         self._done = done = threading.Event()
@@ -33,6 +33,7 @@ class LateEvent:
         return self._done.is_set()
 
     def synchronize(self) -> None:
+        self._waiting.add(threading.current_thread().name)
         assert self._done.wait(20)
 
     def waiter(self) -> Callable[[], None]:
@@ -83,12 +84,14 @@ class LateCopies:
 
     Attributes:
         training: the stream of the training thread.
+        allocated: how often there was memory to make.
+        waiting: names of the threads that waited for a stream or an event.
     """
 
     def __init__(self, copy_s: float = 0.003, train_s: float = 0.003, seed: int = 0) -> None:
         self._stream = LateStream(copy_s, seed)
         self.training = LateStream(train_s, seed + 1)
-        self.allocated = self.synchronized = 0
+        self.allocated, self.waiting = 0, set[str]()
 
     def enter_thread(self) -> None:
         pass
@@ -102,7 +105,7 @@ class LateCopies:
         return torch.zeros(tuple(shape), dtype=dtype)
 
     def event(self, timing: bool = False) -> LateEvent:
-        return LateEvent()
+        return LateEvent(self.waiting)
 
     def current(self) -> LateStream:
         return self.training
@@ -116,5 +119,5 @@ class LateCopies:
         ready.record(self._stream)
 
     def synchronize(self) -> None:
-        self.synchronized += 1
+        self.waiting.add(threading.current_thread().name)
         self._stream.synchronize()
