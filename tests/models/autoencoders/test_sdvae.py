@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixflow_fast.models.autoencoders import sdvae
 from mixflow_fast.models.autoencoders.sdvae import SDVAE, WEIGHTS, SDVAEFiles
 from tests.support.autoencoder import REAL, small_autoencoder, write_autoencoder
 
@@ -61,6 +62,17 @@ def test_a_mirrored_latent_is_not_the_latent_of_the_mirrored_image(folder):
     encoder = SDVAE(folder, 16)
     mean, mirrored = encoder(IMAGES).mean, encoder(IMAGES.flip(-1)).mean
     assert (mean.flip(-1) - mirrored).norm() / mirrored.norm() > 0.05
+
+
+@torch.no_grad()
+def test_it_is_compiled_as_one_graph(folder, monkeypatch):
+    """What torch.compile(fullgraph=True) needs, as on a GPU; a break would be an error here."""
+    encoder = SDVAE(folder, 16)
+    expected = encoder(IMAGES)
+    one = torch.compile(sdvae._mean_and_std, fullgraph=True, dynamic=False, backend="eager")
+    monkeypatch.setattr(sdvae, "_mean_and_std", one)
+    for ours, theirs in zip(encoder(IMAGES)[:2], expected[:2], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_bf16_is_near(folder):
