@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -108,6 +109,21 @@ def test_latents_that_cannot_lie_on_the_device() -> None:
     with pytest.raises(ValueError, match=r"data.resident=on .* is no set of moments .*: set data"):
         build_loader(DataConfig(kind="latents", resident="on"), digits, ORDER, CPU)
     assert_gives(DataConfig(kind="latents", resident="auto"), digits)
+
+
+def test_refusals_come_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path / "images", size=16, cat=6, dog=6)
+    images = [f"data={{kind: folder, path: {tmp_path / 'images'}, loader: dali}}"]
+    plain_latents = ["data.kind=latents", f"data.path={tmp_path / 'set.npz'}", "data.flip=false"]
+    latents = [*plain_latents, "data.size=null", "data.resident=on"]
+    np.savez(tmp_path / "set.npz", latents=torch.rand(6, 3, 16, 16), labels=torch.arange(6) % 2)
+    monkeypatch.setattr(dali, "is_installed", lambda: False)
+    for overrides, message in ((images, "pip install"), (latents, "data.resident=on")):
+        with pytest.raises(ValueError, match=message):
+            Trainer(tiny(tmp_path / "run", *overrides), quiet=True)
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_helps_against_waiting() -> None:
