@@ -84,6 +84,19 @@ def test_other_formats_are_named_with_the_next_step(tmp_path: Path, name: str) -
         Latents(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("manifest.json", "work.json", "done/0.json", "shards/0.tar"), "images"),
+        (("work.json", "done/0.json", "moments/0.npy"), "latents"),
+    ],
+)
+def test_sets_that_are_made_here_are_no_class_folders(tmp_path, names, kind):
+    empty(*names)(tmp_path)
+    with pytest.raises(ValueError, match=f"`mixflow-fast data` makes: .* data.kind={kind}"):
+        ImageFolder(tmp_path, 8)
+
+
 @pytest.mark.parametrize("suffix", ["tar", "zip", "parquet", "pt", "h5", "safetensors"])
 def test_a_file_of_another_format_is_named_too(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"set.{suffix}").touch()
