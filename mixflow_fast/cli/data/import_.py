@@ -101,6 +101,7 @@ def _refuse(options: argparse.Namespace, names: tuple[str, ...], what: str) -> N
 
 
 def _import_images(options: argparse.Namespace) -> int:
+    prepare.check_options(options)
     from mixflow_fast.data.imports.images import list_packed
     from mixflow_fast.data.preparation.source import read_header
 

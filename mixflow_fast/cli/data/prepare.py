@@ -72,8 +72,14 @@ def add_options(command: argparse._ActionsContainer) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_options(options)
     from mixflow_fast.data.preparation.source import list_source
 
+    if options.out.resolve().is_relative_to(options.images.resolve()):
+        raise ValueError(
+            f"--out {options.out} is inside of {options.images}, where it would be a class folder: "
+            "choose a folder beside it"
+        )
     return make_set(options, list_source(options.images, options.classes))
 
 
@@ -84,8 +90,6 @@ def make_set(options: argparse.Namespace, source: Source) -> int:
         options: as `add` makes them, `images` apart.
         source: the images.
     """
-    _check_numbers(options)
-    check_folder_writable(options.out)
     from mixflow_fast.data.preparation.prepare import Settings
     from mixflow_fast.data.preparation.shard_work import ranks_of_environment
 
@@ -103,11 +107,13 @@ def make_set(options: argparse.Namespace, source: Source) -> int:
     return resumable(work, options.out, speaks=rank == 0)
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse numbers out of range and an `out` that cannot be written, before files are listed."""
     for name, least in (("size", 1), ("threads", 0), ("max_bad", 0), ("shard_images", 1)):
         value = getattr(options, name)
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
+    check_folder_writable(options.out)
 
 
 def _prepare(

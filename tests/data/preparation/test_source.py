@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mixflow_fast.data.image_folder import adm_center_crop
+from mixflow_fast.data.preparation.scan import scan_source
 from mixflow_fast.data.preparation.source import list_source, read_crop, read_header
 from tests.support.image_folders import bad_images, encoded, smooth, write_folder
 
@@ -74,7 +75,7 @@ def test_every_kind_of_file_is_what_adm_reads(tmp_path, kind):
     }[kind]()
     file = tmp_path / "n01440764_1.JPEG"
     file.write_bytes(content)
-    found = read_crop(file, 32)
+    found = read_crop(content, 32)
     np.testing.assert_array_equal(found, adm(Image.open(file).convert("RGB"), 32))
     header = read_header(file)
     assert (header.width, header.height) == (90, 75)
@@ -91,7 +92,7 @@ def test_images_that_cannot_be_used_say_why(tmp_path, kind):
     file = tmp_path / "image.JPEG"
     file.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        read_crop(file, 32)
+        read_crop(content, 32)
     assert reason in str(error.value) and str(tmp_path) not in str(error.value)
     if reason != "truncated":  # which no header shows
         with pytest.raises(ValueError) as error:
@@ -101,8 +102,12 @@ def test_images_that_cannot_be_used_say_why(tmp_path, kind):
 
 def test_a_file_that_cannot_be_opened_is_no_bad_image(tmp_path):
     """A network disk that does not answer must not leave images out of a set."""
+    source = list_source(write_folder(tmp_path / "images"))
+    (source.root / source.files[3]).unlink()
     with pytest.raises(FileNotFoundError):
-        read_crop(tmp_path / "gone.JPEG", 32)
+        source.read(3)
+    with pytest.raises(FileNotFoundError):
+        scan_source(source)
 
 
 def test_the_list_is_sorted_by_class_and_name(tmp_path):
