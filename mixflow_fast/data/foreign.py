@@ -30,6 +30,7 @@ _TO_NPY = (
     "integers, and give set.npy with data.kind=latents"
 )
 _TO_FOLDERS = "into class folders, PATH/<class>/<image>, and give PATH with data.kind=folder"
+_WEBDATASET = "read .tar shards of images with data.kind=webdataset (.tar.gz are to be unpacked)"
 _PARQUET = f"write the images of its rows {_TO_FOLDERS} (datasets.load_dataset reads them)"
 
 
@@ -106,6 +107,14 @@ def _run(look: _Look, kind: Kind) -> str:
     return ""
 
 
+def _set(look: _Look, kind: Kind) -> str:
+    """What `mixflow-fast data` has made; incomplete ones have work.json alone."""
+    if not {"manifest.json", "work.json"} & set(look.files) or "done" not in look.folders:
+        return ""
+    found = "latents" if "moments" in look.folders else "images"
+    return f"it is a set that `mixflow-fast data` makes: read it with data.kind={found}"
+
+
 def _weights(look: _Look, kind: Kind) -> str:
     if "model_index.json" in look.files or any(
         name.startswith(("diffusion_pytorch_model", "model.safetensors", "pytorch_model"))
@@ -143,7 +152,7 @@ def _safetensors_keys(file: Path) -> list[str]:
 
 def _packed(look: _Look, kind: Kind) -> str:
     for words, suffixes, step in (
-        (".tar shards (webdataset)", (".tar", ".tgz", ".tar.gz"), f"unpack images {_TO_FOLDERS}"),
+        (".tar shards (webdataset)", (".tar", ".tgz", ".tar.gz"), _WEBDATASET),
         ("a zip archive", (".zip",), f"unpack images {_TO_FOLDERS}"),
         ("TFRecords", (".tfrecord", ".tfrecords", ".tfrec"), f"write images {_TO_FOLDERS}"),
         ("tables (parquet, arrow; Hugging Face datasets)", (".parquet", ".arrow"), _PARQUET),
@@ -184,7 +193,8 @@ def _other_kind(look: _Look, kind: Kind) -> str:
             return "it is one image: images in class folders are read with data.kind=folder"
         return (
             f"it holds images ({images[0]}): class folders of images are read with "
-            "data.kind=folder, by a model of pixels; for a model of latents encode them first"
+            "data.kind=folder, by a model of pixels; for a model of latents make some of them "
+            "first, by `mixflow-fast data prepare` and `mixflow-fast data encode`"
         )
     return ""
 
@@ -222,6 +232,7 @@ def other_images(passed_over: Counter[str]) -> bool:
 
 _RULES: tuple[Callable[[_Look, Kind], str], ...] = (
     _run,
+    _set,
     _weights,
     _safetensors,
     _packed,

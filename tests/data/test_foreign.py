@@ -46,7 +46,7 @@ def network(root: Path) -> None:
 
 # What lies in the folder, and what either kind of dataset says of it.
 BOTH = {
-    "webdataset": (empty("0.tar", "1.tar"), r"holds .tar shards \(webdataset\): unpack"),
+    "webdataset": (empty("0.tar", "1.tar"), r"\(webdataset\): read .* data.kind=webdataset"),
     "zip": (empty("imagenet.zip"), "holds a zip archive: unpack"),
     "TFRecord": (empty("train-00000-of-01024"), "holds TFRecords: write images"),
     "tfrecord suffix": (empty("a.tfrecord"), "holds TFRecords: write images"),
@@ -76,6 +76,19 @@ def test_other_formats_are_named_with_the_next_step(tmp_path: Path, name: str) -
         ImageFolder(tmp_path, 8)
     with pytest.raises(ValueError, match=message):
         Latents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("manifest.json", "work.json", "done/0.json", "shards/0.tar"), "images"),
+        (("work.json", "done/0.json", "moments/0.npy"), "latents"),
+    ],
+)
+def test_sets_that_are_made_here_are_no_class_folders(tmp_path, names, kind):
+    empty(*names)(tmp_path)
+    with pytest.raises(ValueError, match=f"`mixflow-fast data` makes: .* data.kind={kind}"):
+        ImageFolder(tmp_path, 8)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip", "parquet", "pt", "h5", "safetensors"])

@@ -9,7 +9,12 @@ import torch
 from PIL import Image
 
 from mixflow_fast.data import Latents
+from mixflow_fast.data.image_folder import adm_center_crop
+from mixflow_fast.data.paired_images import PairedImages
+from mixflow_fast.data.preparation.prepare import Settings, prepare
+from mixflow_fast.data.preparation.source import list_source
 from tests.support.datasets import content
+from tests.support.image_folders import write_folder
 from tests.support.teacher import images
 
 PIXELS = images(40, 6).permute(0, 2, 3, 1).numpy()  # image n belongs to latent number n
@@ -180,3 +185,56 @@ def test_other_images_are_other_data(tmp_path: Path) -> None:
     folder.rename(tmp_path / "moved")
     moved = Latents(latents, moments=True, images=tmp_path / "moved").summary()
     assert moved.digest == found[1]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A set without the images 1 and 3 of its source, both bad; a hole shifts all after it."""
+    source = write_folder(tmp_path / "pictures")  # 0 to 6 are of class 0, 7 to 13 of class 1
+    for number in (1, 3):
+        (source / f"a/{number:03d}.JPEG").write_bytes(b"")
+    prepare(list_source(source), tmp_path / "set", Settings(32, shard_rows=4), on_bad="skip")
+    return tmp_path / "set"
+
+
+def crop(prepared: Path, number: int) -> np.ndarray:
+    name = list_source(prepared.with_name("pictures")).files[number]
+    return np.asarray(adm_center_crop(Image.open(prepared.with_name("pictures") / name), 32))
+
+
+def test_a_prepared_set_is_paired_by_the_sources_numbers(prepared: Path, tmp_path: Path) -> None:
+    latents = write_latents(tmp_path / "latents", [6, 0, 4])
+    dataset = Latents(latents, moments=True, images=prepared)
+    batch = dataset.get(torch.tensor([2, 0, 1]), torch.arange(3), 0)
+    for mean, image in zip(batch.x.mean, batch.images, strict=True):
+        number = int(mean[0, 0, 0])
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), crop(prepared, number))
+    other = dataset.summary().digest
+    assert Latents(latents, moments=True).summary().digest != other
+    with pytest.raises(ValueError, match="1 of 2 latents have no image in .* first is number 3"):
+        Latents(write_latents(tmp_path / "hole", [3, 5]), moments=True, images=prepared)
+    with pytest.raises(ValueError, match=r"b/001.JPEG\) .* has the label 1, its latent has 0"):
+        Latents(write_latents(tmp_path / "other", [0, 8]), moments=True, images=prepared)
+    (prepared / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is not complete: 4 of 4 shards are done"):
+        Latents(latents, moments=True, images=prepared)
+
+
+def test_rows_of_one_array_are_ids_of_a_prepared_set(prepared: Path, tmp_path: Path) -> None:
+    labels = torch.tensor([0] * 5 + [1] * 7)
+    images = PairedImages(prepared, list(range(12)), labels, rows=True)
+    kept = [0, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    for row in (11, 3):
+        (image,) = images.get([row])
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), crop(prepared, kept[row]))
+    with pytest.raises(ValueError, match="must be one per latent, 13, got 12"):
+        PairedImages(prepared, list(range(13)), torch.zeros(13), rows=True)
+
+
+def test_the_layout_of_repa_that_prepare_writes(tmp_path: Path) -> None:
+    source = list_source(write_folder(tmp_path / "pictures"))
+    prepare(source, tmp_path / "set", Settings(32, "png", "repa"))
+    for path in (tmp_path / "set", tmp_path / "set/images"):
+        images = PairedImages(path, [8, 3], torch.tensor([1, 0]), rows=False)
+        truth = crop(tmp_path / "set", 3)
+        np.testing.assert_array_equal(images.get([1])[0].permute(1, 2, 0).numpy(), truth)

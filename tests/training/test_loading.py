@@ -23,7 +23,7 @@ from mixflow_fast.training.loading import LoaderOrder, build_loader, loader_work
 from mixflow_fast.training.step_record import StepOutput
 from mixflow_fast.training.trainer import Trainer
 from tests.support.datasets import write_classes
-from tests.support.latents import write_store
+from tests.support.latents import training_on, write_store
 from tests.support.runs import assert_same_bits, tiny
 
 pytest.importorskip("sklearn.datasets")
@@ -140,9 +140,7 @@ def test_what_helps_against_waiting() -> None:
 
 
 def on_latents(out: Path, store: Path, *overrides: str) -> Config:
-    network = ["model.input_size=4", "model.in_channels=2", "model.num_classes=3", "data.size=null"]
-    data = ["data.kind=latents", f"data.path={store}", "data.flip=false"]
-    return tiny(out, *network, *data, "train.microbatch_size=4", *overrides)
+    return tiny(out, *training_on(store, 4, 2), "train.microbatch_size=4", *overrides)
 
 
 @pytest.fixture(scope="module")

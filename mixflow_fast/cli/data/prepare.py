@@ -76,6 +76,11 @@ def run(options: argparse.Namespace) -> int:
     rank, world = ranks_of_environment()
     image_format = options.format or ("png" if options.layout == "repa" else "webp")
     settings = Settings(options.size, image_format, options.layout, options.shard_images)
+    if options.out.resolve().is_relative_to(options.images.resolve()):
+        raise ValueError(
+            f"--out {options.out} is inside of {options.images}, where it would be a class folder: "
+            "choose a folder beside it"
+        )
     source = list_source(options.images, options.classes)
     if options.dry_run:
         if rank:

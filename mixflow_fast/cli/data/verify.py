@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import threading
+from typing import TYPE_CHECKING
 
 from mixflow_fast.files import existing_folder, user_path
+
+if TYPE_CHECKING:
+    from mixflow_fast.metrics.progress import Progress
 
 WHOLE, DAMAGED = 0, 1
 _MB = 1_000_000
@@ -64,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 class _Megabytes:
     """Counts bytes from several threads into a progress of megabytes."""
 
-    def __init__(self, progress) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress, self._rest, self._lock = progress, 0, threading.Lock()
 
     def __call__(self, count: int) -> None:

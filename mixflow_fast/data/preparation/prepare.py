@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import features
 
 from mixflow_fast import __version__
 from mixflow_fast.data.preparation.formats import (
@@ -163,6 +164,11 @@ def prepare(
         ValueError: as `ShardWork`; no image is left.
         OSError: a file cannot be read or written.
     """
+    if settings.image_format == "webp" and not features.check("webp"):
+        raise ValueError(
+            "this build of Pillow cannot write WebP: install Pillow's wheel (pip install "
+            "--force-reinstall pillow), or choose another format"
+        )
     count = -(-len(source) // settings.rows)
     folder = "images" if settings.layout == "repa" else "shards"
     suffix = {"raw": ".npy", "png": ""}.get(settings.image_format, ".tar")

@@ -109,14 +109,21 @@ def read_header(file: str | os.PathLike[str]) -> Header:
     """
     with opened(file) as image:
         check_usable(image)
-        orientation = image.getexif().get(_ORIENTATION, 1)
         return Header(
             format=str(image.format),
             mode=image.mode,
             width=image.width,
             height=image.height,
-            orientation=orientation if orientation in range(1, 9) else 1,
+            orientation=_orientation(image),
         )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever damaged EXIF brings: the pixels are none the worse for it
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def read_crop(file: str | os.PathLike[str], size: int) -> np.ndarray:

@@ -89,6 +89,12 @@ def test_an_out_that_cannot_be_used(images, tmp_path, capsys):
         assert code == 2 and words in error
 
 
+def test_an_out_among_the_classes(images, capsys):
+    code, _, error = prepare(images, images / "set", capsys=capsys)
+    assert code == 2 and "where it would be a class folder" in error
+    assert not (images / "set").exists()
+
+
 def test_bad_images_are_refused_and_then_skipped(images, tmp_path, capsys):
     (images / "a/001.JPEG").write_bytes(b"")
     code, said, error = prepare(images, tmp_path / "set", capsys=capsys)

@@ -289,6 +289,13 @@ def test_a_file_that_vanishes_stops_the_work(images, tmp_path):
         prepare(source, tmp_path / "set", SETTINGS, on_bad="skip")
 
 
+def test_a_pillow_without_webp(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.features, "check", lambda name: name != "webp")
+    with pytest.raises(ValueError, match="cannot write WebP: install Pillow's wheel"):
+        prepare(list_source(images), tmp_path / "set", SETTINGS)
+    assert prepare(list_source(images), tmp_path / "raw", Settings(32, "raw")).complete
+
+
 def test_repas_layout(images, tmp_path):
     source = list_source(images)
     assert prepare(source, tmp_path / "set", Settings(32, "png", "repa")).complete

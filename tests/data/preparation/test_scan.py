@@ -65,6 +65,18 @@ def test_a_scan_counts_what_is_there(tmp_path):
     assert scan_source(source, 64).enlarged == 6
 
 
+def test_damaged_exif_is_counted_and_harms_nobody(tmp_path, recwarn):
+    root = write_folder(tmp_path / "images")
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\xff\0" + b"\x12\x01" * 8
+    (root / "a/x.JPEG").write_bytes(encoded(smooth(64, 64, 1), "JPEG", exif=damaged))
+    source = list_source(root)
+    found = scan_source(source)
+    assert found.exif_warnings == 1 and not found.bad and not found.oddities
+    assert "damaged EXIF, which nobody reads: 1" in "\n".join(describe_scan(source, found, None))
+    assert prepare(source, tmp_path / "set", Settings(32)).complete
+    assert not [w for w in recwarn if "EXIF" in str(w.message)]
+
+
 def test_bad_files_are_listed_with_reasons(tmp_path):
     root = write_folder(tmp_path / "images")
     for kind, (content, _) in bad_images().items():
