@@ -8,9 +8,9 @@
 Sample i has the rows `mirrors * i + m`; m = 1 is the encoding of the mirrored image, because a
 mirrored latent is not that. Latents are stored as the encoder gives them, without `scale`.
 
-Rows may also lie in files of another program, where they are (`Shard.offsets`). numpy.memmap's
-mode "c" is what is used here, made by hand for the advice that it takes: without MADV_RANDOM each
-cold row reads 128 KiB around itself.
+Rows may also lie in files of another program, where they are (`Shard.offsets`). Files are mapped by
+hand and not as numpy.memmap, for the advice that a mapping takes: without MADV_RANDOM each cold row
+reads 128 KiB around itself, and without MADV_WILLNEED the next one waits for it.
 """
 
 from __future__ import annotations
@@ -265,8 +265,7 @@ class LatentsStore:
                     f"got {file.stat().st_size:,}: copy it again"
                 )
             with open(file, "rb") as opened:
-                # A private copy is writable, which torch asks of memory; nothing writes to it.
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             mapped.madvise(mmap.MADV_RANDOM)
             self._maps.append(mapped)
         self._first, self._stride = first, stride

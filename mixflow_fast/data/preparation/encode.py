@@ -135,7 +135,8 @@ def encode(
             f"the images of {prepared} are JPEG and not exact, and what was lost would be in every "
             "latent: prepare them as webp or raw, or give --allow-lossy"
         )
-    batch = options.batch or max(2, min(64, _PIXELS_OF_A_BATCH // images.size**2))
+    most = min(64, _PIXELS_OF_A_BATCH // images.size**2)
+    batch = options.batch or max(1, most // options.mirrors) * options.mirrors
     if batch < 1 or batch % options.mirrors:
         raise ValueError(
             f"batch must be a multiple of the {options.mirrors} mirrors, got {batch}: it counts "

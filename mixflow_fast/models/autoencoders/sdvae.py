@@ -216,7 +216,8 @@ def _load(files: SDVAEFiles) -> nn.Module:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError(
-            f"Stable Diffusion's autoencoder needs diffusers ({error}): pip install diffusers"
+            f"Stable Diffusion's autoencoder needs diffusers ({error}): "
+            'pip install "mixflow_fast[vae]"'
         ) from None
     try:
         with _quiet():
