@@ -37,7 +37,7 @@ def _interpolate_op(
     path: str,
     patch_size: int,
     impl: str,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     schedule = Schedule.from_parts(clock, distribution, interval, numbers)
     if runtime.use_kernels(impl, x1.device, x1.dtype, dtype or x1.dtype):
@@ -67,7 +67,7 @@ def _(
     path,
     patch_size,
     impl,
-    dtype,
+    dtype=None,
 ):
     return empty_outputs(x1, patch_size, dtype)
 

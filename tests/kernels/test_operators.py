@@ -29,13 +29,14 @@ def data(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("drawn", [True, False])
-def test_opcheck_interpolate(impl: str, drawn: bool) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_opcheck_interpolate(impl: str, drawn: bool, dtype: torch.dtype | None) -> None:
     schedule = Schedule.of(NOISE_AT_1, "logit-normal", 0.8, 2.0, "raw", (0.0, 1.0))
     x1, t = data(3, 4, 6, 6), torch.full((3,), 0.5, device=DEVICE)
     given = (None, None, None) if drawn else (data(3, 4, 6, 6, seed=1), t, t)
     std = data(3, 4, 6, 6, seed=2).abs() if drawn else None
     rest = NOISE_AT_1, schedule.distribution.name, "raw", schedule.numbers(), "gvp", 2 * drawn, impl
-    torch.library.opcheck(OPS.interpolate, (x1, std, 0.5, SEED, IDS, *given, *rest))
+    torch.library.opcheck(OPS.interpolate, (x1, std, 0.5, SEED, IDS, *given, *rest, dtype))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
