@@ -7,6 +7,10 @@ same too: lossless files are decoded exactly, and no other pixel is computed. Fr
 decoding is the same and ADM's crop is the same but for rounding (`mixflow_fast/data/dali_crop.py`).
 
 With `exec_dynamic=True` a batch that is kept stays as it is; without it DALI writes into it.
+
+On a GPU this has not run yet. There JPEG is decoded by nvJPEG, partly by hardware of its own: how
+far that is from Pillow, and whether it depends on the other images of a batch, is what
+`mixflow-fast data compare` is for. Lossless sets are decoded on the CPU, and are not concerned.
 """
 
 from __future__ import annotations
@@ -276,9 +280,9 @@ class DaliLoader:
         try:
             feed = self._reading.popleft().result()
         except Exception as error:
-            # DALI would wrap it.
+            # DALI asks some batches ahead, and gives those before it first when it hears of an end.
             self._unreadable = error
-            raise
+            raise StopIteration from error
         self._fed.append(feed)
         return feed.inputs()
 
