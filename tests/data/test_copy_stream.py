@@ -22,5 +22,5 @@ def test_stalls_are_read_when_the_device_has_come_to_them() -> None:
     assert early.host_s == 0.25 and early.batches == 2 and early.device_s == 0.0
     copies.training.synchronize()
     late = wait.take()
-    assert late.host_s == 0.0 and late.batches == 0 and 0.13 < late.device_s < 0.5
+    assert late.host_s == 0.0 and late.batches == 0 and 0.13 < late.device_s
     assert wait.take().device_s == 0.0

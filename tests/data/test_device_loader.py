@@ -241,11 +241,12 @@ def test_waiting_is_counted() -> None:
         with DeviceLoader(Slow(), CPU, workers=workers, **SIZES) as ring:
             next(ring)
             ring.wait.take()
+            started = time.perf_counter()
             for _ in range(4):
                 next(ring)
-            wait = ring.wait.take()
+            wait, seconds = ring.wait.take(), time.perf_counter() - started
         # Two parts of 8 and 4 rows, one after the other; with no worker one part.
-        assert wait.batches == 4 and 4 * 0.045 < wait.host_s < 4 * 0.3
+        assert wait.batches == 4 and 4 * 0.045 < wait.host_s < seconds
         assert wait.device_s == 0
 
 

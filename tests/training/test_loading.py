@@ -225,12 +225,12 @@ def test_runs_have_the_same_bits_whatever_brings_the_data(
 def test_a_source_that_is_slow_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each micro-batch takes 50 ms: the rows say so, and after 100 steps (here 4) a sentence."""
+    """Each micro-batch takes 150 ms: the rows say so, and after 100 steps (here 4) a sentence."""
     get = Photos.get
 
     def slow(photos: Photos, indices: Tensor, positions: Tensor, seed: int) -> Batch:
         if len(indices) > 1:
-            time.sleep(0.05)
+            time.sleep(0.15)
         return get(photos, indices, positions, seed)
 
     rows = {}
@@ -244,11 +244,16 @@ def test_a_source_that_is_slow_shows(
         said = "data: training waited for them for" in capsys.readouterr().err
         if name == "slow":
             assert said
-    for quick, slow_row in zip(rows["quick"], rows["slow"], strict=True):
-        waited = slow_row["data_wait_s"]
-        # 2 batches of 8 examples in a row; a step of this network takes a part of the 50 ms.
-        assert waited > quick["data_wait_s"] and slow_row["data_stall_s"] == 0
-        assert slow_row["data_wait_fraction"] == pytest.approx(waited / slow_row["seconds"])
-    total = sum(row["seconds"] for row in rows["slow"])
-    assert total > 8 * 0.045
-    assert sum(row["data_wait_s"] for row in rows["slow"]) > 0.3 * total
+    for row in rows["slow"]:
+        assert row["data_stall_s"] == 0  # there are no copies on a CPU
+        assert row["data_wait_fraction"] == pytest.approx(row["data_wait_s"] / row["seconds"])
+    total, waited, quick = (
+        sum(row[key] for row in rows[name])
+        for name, key in (
+            ("slow", "seconds"),
+            ("slow", "data_wait_s"),
+            ("quick", "data_wait_s"),
+        )
+    )
+    # Eight batches; a step of this network takes a part of the 150 ms.
+    assert total > 8 * 0.14 and waited > 0.3 * total and waited > quick
