@@ -60,6 +60,7 @@ class Stream(IntEnum):
     CROP = 9  # place of a crop
     INIT = 10  # seeds of weight initialisation
     VALIDATION_NOISE = 11  # x0 of validation losses
+    SAMPLE_SDE = 12  # noise of stochastic samplers
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal, uniform
+from mixflow_fast.sampling.grids import time_grid
 from mixflow_fast.sampling.guidance import model_velocity
 from mixflow_fast.sampling.samples import draw_labels, sample
-from mixflow_fast.sampling.solvers import integrate, time_grid
+from mixflow_fast.sampling.solvers import integrate
 from tests.support.networks import Net, relative
 
 
@@ -100,7 +101,7 @@ def test_without_classes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "rk4"}, "method must be one of euler, heun, dopri5"),
+        ({"method": "heun2"}, "method must be one of euler, heun, .*, sde_heun"),
         ({"steps": 0}, "steps must be an integer >= 1"),
         ({"shift": 0.5}, "shift must be >= 1"),
         ({"batch_size": 0}, "batch_size"),
