@@ -24,6 +24,7 @@ METHODS = (
     "rk4",
     "dopri5",
     "dpmpp2m",
+    "unipc",
     "sde_euler",
     "sde_heun",
 )

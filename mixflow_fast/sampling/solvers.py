@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # (state, time, time at which the step began) -> dx/dt.
 Evaluate = Callable[[Tensor, float | Tensor, float | Tensor], Tensor]
 
-Method = Literal["euler", "heun", "heun_last_euler", "midpoint", "rk4", "dopri5", "dpmpp2m"]
+Method = Literal[
+    "euler", "heun", "heun_last_euler", "midpoint", "rk4", "dopri5", "dpmpp2m", "unipc"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3  # SiT's defaults
 
@@ -71,6 +74,8 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
                        the ends of `times`. The step size is controlled over the whole batch, so
                        samples of one batch are coupled within it.
     "dpmpp2m"          DPM-Solver++(2M) (arXiv 2211.01095) for the linear path   N
+    "unipc"            UniPC of order 2 (arXiv 2302.04867) for the linear path,  N
+                       by diffusers' scheduler
 
     SiT's and RAE's `num_steps` counts grid points: their num_steps=10 is our 9 intervals.
 
@@ -84,7 +89,8 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
         the state at times[-1], and the number of velocity evaluations.
 
     Raises:
-        ValueError: bad times, unknown method, velocity of another shape, torchdiffeq missing.
+        ValueError: bad times, unknown method, velocity of another shape, torchdiffeq or diffusers
+            missing.
     """
     evaluate = Counted(velocity)
     for state in states(evaluate, x, times, method):
@@ -208,6 +214,25 @@ def _dpmpp2m(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tenso
         yield x
 
 
+def _unipc(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
+    try:
+        from diffusers import UniPCMultistepScheduler
+    except ImportError as error:
+        raise ValueError(
+            "method 'unipc' needs diffusers: pip install \"mixflow_fast[vae]\", or use method "
+            "'dpmpp2m'"
+        ) from error
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler.set_timesteps(sigmas=1.0 - np.array(grid[:-1]))
+    scheduler.sigmas[-1] = 1.0 - grid[-1]
+    # Its whole times may repeat on a fine grid: it must count steps instead of looking them up.
+    scheduler.set_begin_index(0)
+    for t, theirs in zip(grid[:-1], scheduler.timesteps, strict=True):
+        # Its velocity points to the noise.
+        x = scheduler.step(-evaluate(x, t, t), theirs, x).prev_sample
+        yield x
+
+
 @dataclass(frozen=True)
 class Solver:
     """A row of the table.
@@ -231,4 +256,5 @@ SOLVERS: dict[str, Solver] = {
     "rk4": Solver(_rk4, lambda n: 4 * n),
     "dopri5": Solver(_dopri5, None),
     "dpmpp2m": Solver(_dpmpp2m, lambda n: n, linear_path=True),
+    "unipc": Solver(_unipc, lambda n: n, linear_path=True),
 }

@@ -179,8 +179,9 @@ def test_a_sampler_counts_its_network_calls(method: str) -> None:
         calls.append(float(t[0]))
         return torch.tanh(x)
 
-    if method == "dopri5":
-        pytest.importorskip("torchdiffeq")
+    needs = {"dopri5": "torchdiffeq", "unipc": "diffusers"}
+    if method in needs:
+        pytest.importorskip(needs[method])
     _, nfe = sampler.run(velocity, torch.ones(2, 3), lambda step: torch.zeros(2, 3))
     assert nfe == len(calls) and sampler.nfe == (None if method == "dopri5" else nfe)
     assert method in sampler.describe()

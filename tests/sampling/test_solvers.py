@@ -181,5 +181,32 @@ def test_dpmpp2m_at_the_ends_of_time() -> None:
         integrate(velocity, x, torch.tensor([-0.5, 1.0]), "dpmpp2m")
 
 
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_unipc_is_that_of_diffusers(steps: int) -> None:
+    """On the grid that diffusers makes by itself, shift 3."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    scheduler.set_timesteps(steps)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(0.7 * x) + 0.3 * t[:, None]
+
+    x = z = torch.linspace(-2, 2, 12).view(2, 6)
+    for k, time in enumerate(scheduler.timesteps):
+        noise = float(scheduler.sigmas[k])
+        x = scheduler.step(-velocity(x, torch.full((2,), 1 - noise)), time, x).prev_sample
+    last = None if steps == 1 else 1 - 0.999 * (steps - 1) / steps
+    out, nfe = Sampler("unipc", steps, shift=3.0, last_size=last).run(velocity, z)
+    assert relative(out, x) < 1e-5 and nfe == steps
+    finer, _ = Sampler("heun", 200).run(velocity, z)
+    if steps == 20:
+        assert relative(out, finer) < 0.01
+        # A grid that stops before the data is nearer to the state there than to the data.
+        half, _ = Sampler("unipc", steps, end=0.5).run(velocity, z)
+        assert relative(half, Sampler("heun", 200, end=0.5).run(velocity, z)[0]) < 0.01
+
+
 def test_every_method_has_its_row() -> None:
     assert tuple(SOLVERS) == METHODS
