@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
     if options.label is not None:
         # Repeated rather than grouped: a few samples already show every class.
         labels = torch.tensor([options.label[i % len(options.label)] for i in range(options.num)])
+    print(chosen.describe())
     result = sample(
         model.to(device),
         labels=labels,
@@ -101,7 +102,6 @@ def run(options: argparse.Namespace) -> int:
     _refuse_not_finite(result.x)
     save(out, result)
     print(f"{out}: {options.num} samples, {result.nfe} network evaluations each")
-    print("  " + chosen.describe().replace("\n", "\n  "))
     if model.in_channels not in (1, 3):
         print(f"  {_UNDO_SCALE}")
     return 0

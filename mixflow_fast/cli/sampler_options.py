@@ -133,6 +133,8 @@ class SamplerChoice:
         lines = [f"sampler: {self.sampler.describe()}", f"guidance: {self.guidance.describe()}"]
         if self.remedy is not None:
             lines.append(f"remedy: {self.remedy.describe()}")
+        if self.preset is not None:
+            lines.append(f"preset: {self.preset.note}")
         return "\n".join(lines)
 
 

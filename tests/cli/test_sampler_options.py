@@ -103,6 +103,7 @@ def test_sampling_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         code, said, err = run("sample", tmp_path / "main.pt", *arguments, capsys=capsys)
         assert code == 0, err
         assert "sampler: " in said and "4 intervals" in said
+        assert (PRESETS["sit-paper-sde"].note in said) == (name == "preset")
         found[name] = np.load(out)["x"]
     assert "remedy: ssc (a 0.2, b 1)" in said
     for name in ("preset", "guided", "remedy"):

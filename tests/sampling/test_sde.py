@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.flow.path import PATHS, get_path
+from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import sample, sde_noise
 from mixflow_fast.sampling.sde import FORMS, Diffusion
@@ -112,6 +113,16 @@ def test_last_steps_on_the_linear_path() -> None:
 
     assert relative(out("linear", "euler"), out("linear", "tweedie")) < 1e-12
     assert relative(out("gvp", "euler"), out("gvp", "tweedie")) > 1e-4
+
+
+def test_paths_have_the_exact_variance() -> None:
+    """20,000 paths from the sampler's own noise, within 4 standard errors."""
+    sampler, ids = Sampler("sde_euler", 60, form="constant", last="euler"), torch.arange(20_000)
+    start = normal(1, Stream.SAMPLE_NOISE, ids, 1).double()
+    out, _ = sampler.run(_gaussian, start, lambda step: sde_noise(1, ids, step, (1,)))
+    error = math.sqrt(2 / len(ids))
+    assert abs(float(out.var()) / _variance(sampler) - 1) < 4 * error
+    assert abs(float(out.mean())) < 4 * float(out.std()) / math.sqrt(len(ids))
 
 
 def test_noise_is_a_function_of_seed_id_and_step() -> None:
