@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
 
     chosen = chosen_sampler(options)
     model = load_model(options.checkpoint, options.weights, clock=options.clock)
+    if options.path is None:
+        chosen = chosen.for_network(model.path)
     if out.suffix == ".png" and model.in_channels not in (1, 3):
         raise ValueError(
             f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: use "

@@ -62,7 +62,9 @@ def add_sampler_options(command: argparse.ArgumentParser) -> None:
     steps.add_argument("--sde-norm", type=float, help="factor of w(t) (default 1)")
     steps.add_argument("--sde-last", choices=LAST_STEPS, help="last step of sde_* (default mean)")
     steps.add_argument(
-        "--path", choices=PATHS, help="that the network was trained on, for sde_* (default linear)"
+        "--path",
+        choices=PATHS,
+        help="that the network was trained on, for sde_*, if the file does not say it (linear)",
     )
     guidance = command.add_argument_group("guidance")
     guidance.add_argument("--cfg-scale", type=float, help="1 = no guidance (default)")
@@ -127,6 +129,12 @@ class SamplerChoice:
     remedy: Remedy | None
     preset: Preset | None
     guide: Path | None
+
+    def for_network(self, path: str | None) -> SamplerChoice:
+        """The same for a network that was trained on a path, where its file says which."""
+        if path is None or not self.sampler.path_matters:
+            return self
+        return replace(self, sampler=replace(self.sampler, path=path))
 
     def describe(self) -> str:
         """All of it, a line each."""

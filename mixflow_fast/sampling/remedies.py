@@ -1,7 +1,7 @@
 """Remedies of sampling errors that need no training: the rivals of post-training.
 
-All are written for the linear path and the engine's clock, t = 0 noise. None changes a bit at the
-setting that means "off".
+In the engine's clock, t = 0 noise; epsilon and time_shift for the linear path. At the constants
+that mean "off" none of them changes a bit.
 
 | name        | what changes                             | source                             |
 |-------------|------------------------------------------|------------------------------------|
@@ -27,9 +27,15 @@ from mixflow_fast.flow.path import per_sample
 
 @dataclass(frozen=True)
 class Remedy:
-    """What is done to the time that the network is told, and to the (guided) velocity."""
+    """What is done to the time that the network is told, and to the (guided) velocity.
+
+    Attributes:
+        name: in a protocol and on the command line.
+        linear_path: its formula holds for the linear path alone.
+    """
 
     name = "none"
+    linear_path = False
 
     def told(self, x: Tensor, t: Tensor) -> Tensor:
         """The time that the network is told at the state x (B, ...), t (B,)."""
@@ -96,6 +102,7 @@ class EpsilonScale(Remedy):
 
     scale: float = 1.005
     name = "epsilon"
+    linear_path = True
 
     def __post_init__(self) -> None:
         _check(self, "scale", 0.0)
@@ -123,6 +130,7 @@ class TimeShift(Remedy):
     cutoff: float = 0.5
     variance: float = 1.0
     name = "time_shift"
+    linear_path = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.window <= 1.0:

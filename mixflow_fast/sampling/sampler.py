@@ -98,6 +98,11 @@ class Sampler:
         return self.method in SDE_METHODS
 
     @property
+    def path_matters(self) -> bool:
+        """Whether the steps use the path, beside the velocity."""
+        return self.method in SDE_METHODS or SOLVERS[self.method].linear_path
+
+    @property
     def ends(self) -> tuple[float, float]:
         """Raw ends of the grid."""
         start, end = self.start, self.end

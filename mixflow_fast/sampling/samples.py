@@ -59,6 +59,23 @@ def _sample_shape(model: Network, shape: tuple[int, ...] | None) -> tuple[int, .
     return tuple(shape)
 
 
+def _check_path(model: Network, sampler: Sampler, remedy: Remedy | None) -> None:
+    """Refuse formulas of another path than the network's, where that is known."""
+    own = getattr(model, "path", None)
+    if own is None:
+        return
+    if sampler.path_matters and sampler.path != own:
+        raise ValueError(
+            f"{sampler.method} for the path {sampler.path!r}, but the network was trained on "
+            f"{own!r}: use Sampler(..., path={own!r}), or a method such as 'heun' that does not ask"
+        )
+    if remedy is not None and remedy.linear_path and own != "linear":
+        raise ValueError(
+            f"the remedy {remedy.name} is written for the linear path, and the network was trained "
+            f"on {own!r}"
+        )
+
+
 def draw_labels(seed: int, ids: Tensor, num_classes: int, balanced: bool = False) -> Tensor:
     """Class labels of the samples `ids`: (B,) int64 in [0, num_classes).
 
@@ -202,8 +219,9 @@ def sample(
         remedy: one of `mixflow_fast.sampling.remedies`.
 
     Raises:
-        ValueError: both a sampler or guidance and what it stands for; counts that disagree; labels
-            outside [0, num_classes]; unknown shape; what the functions named above raise.
+        ValueError: both a sampler or guidance and what it stands for; a sampler or remedy for
+            another path than `model.path`; counts that disagree; labels outside [0, num_classes];
+            unknown shape; what the functions named above raise.
     """
     if sampler is None:
         sampler = Sampler(method, steps, shift)
@@ -213,6 +231,7 @@ def sample(
         guidance = Guidance(cfg_scale, cfg_channels, guidance_interval)
     elif (cfg_scale, cfg_channels, guidance_interval) != (1.0, "auto", (0.0, 1.0)):
         raise ValueError("give guidance, or cfg_scale and what belongs to it, but not both")
+    _check_path(model, sampler, remedy)
     ids = _check_ids(ids, labels, num)
     shape = _sample_shape(model, shape)
     if not isinstance(batch_size, int) or batch_size < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from mixflow_fast.cli import sampler_options
 from mixflow_fast.cli.sampler_options import SamplerChoice, add_sampler_options, chosen_sampler
-from mixflow_fast.models import build
+from mixflow_fast.models import build, save_weights
 from mixflow_fast.sampling.guidance import Guidance
 from mixflow_fast.sampling.presets import PRESETS
 from mixflow_fast.sampling.remedies import REMEDIES, LabelScale
@@ -108,3 +109,23 @@ def test_sampling_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "remedy: ssc (a 0.2, b 1)" in said
     for name in ("preset", "guided", "remedy"):
         assert not np.allclose(found[name], found["plain"], rtol=1e-3)
+
+
+def test_the_path_that_a_file_says_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build("SiT-S/8", input_size=8, depth=1, num_classes=3, learn_sigma=False)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    args = {"clock": "data_at_1", "model": json.dumps(model.config)}
+    args["config"] = json.dumps({"objective": {"path": "gvp"}})
+    save_weights(tmp_path / "x.pt", model.state_dict(), model.state_dict(), args)
+    arguments = ["--num", "2", "--batch-size", "2", "--out", tmp_path / "x.npz", "--steps", "4"]
+    line = [*arguments, "--preset", "sit-paper-sde"]
+    code, said, _ = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
+    assert code == 0 and "gvp path" in said
+    line = [*arguments, "--force", "--method", "sde_euler", "--path", "linear"]
+    code, _, err = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
+    assert code == 2 and "trained on 'gvp'" in err
+    line = [*arguments, "--force", "--method", "dpmpp2m"]
+    code, _, err = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
+    assert code == 2 and "dpmpp2m needs path='linear', got 'gvp'" in err
