@@ -20,7 +20,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.files import existing_folder
+from mixflow_fast.files import user_path
 from mixflow_fast.models.autoencoders.rae_decoder import RAEDecoder
 from mixflow_fast.models.autoencoders.sdvae import SDVAEDecoder
 from mixflow_fast.models.dinov2 import Precision
@@ -194,7 +194,7 @@ def load_decoder(
     Raises:
         ValueError: no decoder in the folder, damaged files, or an option of the other kind.
     """
-    path = existing_folder(folder, f"the folder of a decoder as {name}")
+    path = user_path(folder)
     weights = next((path / file for file in _RAE_WEIGHTS if (path / file).is_file()), None)
     if weights is None or _class_name(path) is not None:
         if stats is not None:

@@ -295,7 +295,8 @@ def _load(files: SDVAEFiles) -> nn.Module:
             f"Stable Diffusion's autoencoder needs diffusers ({error}): pip install diffusers"
         ) from None
     try:
-        with _quiet():
+        # It is filled with random numbers first, which must not be those that the caller draws.
+        with _quiet(), torch.random.fork_rng(devices=[]):
             model, report = AutoencoderKL.from_pretrained(
                 str(files.path),
                 local_files_only=True,

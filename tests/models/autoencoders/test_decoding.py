@@ -38,7 +38,9 @@ def diffusers_images() -> Tensor:
 
 
 def test_an_sdvae_decodes_as_diffusers(folder: Path) -> None:
+    state = torch.random.get_rng_state()
     decoder = SDVAEDecoder(folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
     ours, theirs = decoder.decode(LATENTS), diffusers_images()
     assert ours.shape == (5, 3, 16, 16) and ours.dtype == torch.float32 and ours.is_contiguous()
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
