@@ -74,7 +74,8 @@ def frechet(features: np.ndarray, reference: Gaussian) -> FrechetEstimate:
         T = C1^-1/2 (C1^1/2 C2 C1^1/2)^1/2 C1^-1/2
 
     T carries N(m1, C1) to N(m2, C2); C1^-1/2 is the pseudo-inverse's. The reference is taken as
-    exact: neither the standard error nor the bias has a part for it.
+    exact: neither the standard error nor the bias has a part for it. The standard error is right
+    where the distance is well above its bias, and too large near zero (by 35% for equal laws).
 
     Raises:
         ValueError: features that are not (N, d) of the reference's d, N < 2, NaN, infinity, moments
