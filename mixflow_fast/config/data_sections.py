@@ -69,7 +69,8 @@ class DataConfig(Section, name="data"):
     """Threads that prepare examples; 0 prepares them in the training loop, null: the cores of this
     rank less one, at most 8."""
     depth: Positive = 3
-    """Batches that are ready ahead of the training step, in pinned memory and on the GPU."""
+    """Batches that have a place in pinned memory and on the GPU; the training step has one of
+    them."""
     resident: Resident = "off"
     """on: latents are copied to the GPU once; auto: if 8 GB stay free beside them."""
 

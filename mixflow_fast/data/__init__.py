@@ -1,6 +1,7 @@
 """Training data: order of the samples, datasets, and the loader of one rank's micro-batches."""
 
 from mixflow_fast.data.dataset import Batch, Dataset
+from mixflow_fast.data.device_loader import DeviceLoader
 from mixflow_fast.data.embedded import Digits, Photos
 from mixflow_fast.data.image_folder import ImageFolder, adm_center_crop
 from mixflow_fast.data.latents import Latents
@@ -14,6 +15,7 @@ __all__ = [
     "BatchLoader",
     "DataSummary",
     "Dataset",
+    "DeviceLoader",
     "Digits",
     "ImageFolder",
     "Latents",

@@ -128,7 +128,7 @@ def build_pipeline(
     @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
-        device_id=device.index or 0 if on_gpu else None,
+        device_id=_number(device) if on_gpu else None,
         exec_dynamic=True,
         prefetch_queue_depth=_QUEUE,
         enable_conditionals=True,
@@ -146,6 +146,11 @@ def build_pipeline(
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+def _number(device: torch.device) -> int:
+    """Which GPU a device is."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _shutdown(pool: ThreadPoolExecutor) -> None:

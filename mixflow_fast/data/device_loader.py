@@ -97,7 +97,8 @@ class _Ring:
         # Full slots in their order, or what went wrong.
         self.ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         self._coming: deque[tuple[Tensor, Tensor]] = deque()
-        self._willneed = getattr(dataset, "willneed", None)
+        # What lies on the device is not read again.
+        self._willneed = None if resident is not None else getattr(dataset, "willneed", None)
         self._lock = threading.Lock()
         self.copies = CopyStream(device) if device.type == "cuda" else None
 

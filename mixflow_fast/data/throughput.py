@@ -34,14 +34,14 @@ class Contestant:
 
     Attributes:
         batches: endless; it may prepare some ahead.
-        ahead: how many those may be. They are taken before a turn is timed, or the turn would be
-            given what was prepared in the turns of others.
+        before: how many are taken before a turn is timed: more than it prepares ahead, or the turn
+            would be given what was prepared in the turns of others.
         cpu_s: seconds of CPU time so far of all that work for it.
         finish: waits until a batch that was given is there, for loaders that end on a GPU.
     """
 
     batches: Iterator[Labelled]
-    ahead: int
+    before: int
     cpu_s: Callable[[], float] = time.process_time
     finish: Callable[[], object] = _nothing
 
@@ -73,7 +73,7 @@ def race(
 
     Args:
         contestants: by name.
-        seconds: how long a turn is timed.
+        seconds: how long a turn is timed, and one batch at least.
         rounds: of turns; the order is turned by one in each.
         advance: called with the number of turns that were taken.
     """
@@ -91,12 +91,14 @@ def race(
 
 def _turn(loader: Contestant, seconds: float) -> tuple[float, float]:
     """(examples a second, CPU milliseconds an example) of one turn."""
-    for _ in range(loader.ahead + 1):
+    for _ in range(loader.before):
         next(loader.batches)
     loader.finish()
     examples, cpu, start = 0, loader.cpu_s(), time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while True:
         examples += len(next(loader.batches).y)
+        if time.perf_counter() - start >= seconds:
+            break
     loader.finish()
     wall = time.perf_counter() - start
     return examples / wall, (loader.cpu_s() - cpu) * 1e3 / examples

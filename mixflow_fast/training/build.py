@@ -31,6 +31,7 @@ from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
 from mixflow_fast.training.encoders import build_encoder, check_encoder, image_size
 from mixflow_fast.training.inputs import Inputs
+from mixflow_fast.training.loading import check_loading
 
 # Fields of the section `model` that are not arguments of the class.
 _NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
@@ -78,6 +79,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     mix = build_objective(c.objective, model.clock, c.train.seed)
     encoder = build_encoder(c.encoder, c.model)
     dataset = build_data(c.data, c.model, c.encoder)
+    check_loading(c.data, dataset, device)
     teacher = None
     if c.teacher.path is not None:
         precision = c.teacher.precision or c.train.precision

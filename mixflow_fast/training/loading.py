@@ -12,7 +12,7 @@ import torch
 
 from mixflow_fast.config.data_sections import DataConfig
 from mixflow_fast.config.schema import TrainConfig
-from mixflow_fast.data import Batch, Latents
+from mixflow_fast.data import Batch, Dataset, Latents
 from mixflow_fast.data.copy_stream import WaitTimes
 from mixflow_fast.data.dali import DaliLoader, choose_loader
 from mixflow_fast.data.device_loader import DeviceLoader
@@ -95,6 +95,17 @@ def loader_workers(section: DataConfig) -> int:
     return min(_MOST_WORKERS, max(1, (cores or 1) // ranks - 1))
 
 
+def check_loading(section: DataConfig, dataset: Dataset, device: torch.device) -> None:
+    """Refuse a loader or a place for the data that cannot be had here, before the run begins.
+
+    Raises:
+        ValueError: names the setting, why, and the way out.
+    """
+    choose_loader(section.loader, dataset, device)
+    if section.resident == "on" and (problem := resident_problem(dataset)):
+        raise ValueError(f"data.resident=on cannot be had: {problem}: set data.resident=off")
+
+
 def build_loader(
     section: DataConfig, dataset: LabelDropout, order: LoaderOrder, device: torch.device
 ) -> Loader:
@@ -107,8 +118,9 @@ def build_loader(
         device: where the batches are used.
 
     Raises:
-        ValueError: a loader or a place for the data that cannot be had here.
+        ValueError: as `check_loading`.
     """
+    check_loading(section, dataset.dataset, device)
     workers = loader_workers(section)
     if choose_loader(section.loader, dataset, device) == "dali":
         return DaliLoader(
@@ -122,12 +134,9 @@ def build_loader(
     if section.resident == "off":
         return ring(order)
     latents = dataset.dataset
-    problem = resident_problem(latents)
     if section.resident == "on":
-        if problem:
-            raise ValueError(f"data.resident=on cannot be had: {problem}: set data.resident=off")
         return ring(order, Resident(latents, device))
-    if problem:
+    if resident_problem(latents):  # auto takes it where it can be had
         return ring(order)
     return _ResidentLater(order, ring, latents, device)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.resume import resharded_from
@@ -403,3 +404,20 @@ def test_a_finished_run_whose_rate_descended_cannot_be_made_longer(
         f"is finished: 8 of 8 images; train.init={tmp_path} in another out= goes on from its "
         "weights\n"
     ) in capsys.readouterr().err
+
+
+def test_a_run_of_before_the_data_said_what_they_are_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml has defaults of then, and lacks fields and a section of now."""
+    train(tiny(tmp_path, "train.images=16"), quiet=True)
+    file = tmp_path / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    for name in ("mirrors", "loader", "depth", "resident"):
+        written["data"].pop(name)
+    written.pop("encoder")
+    written["data"] |= {"moments": False, "scale": 1.0, "workers": 0}
+    file.write_text(yaml.safe_dump(written))
+    assert train(tiny(tmp_path, "train.images=24"), quiet=True).step == 3
+    written["data"]["scale"] = 0.5
+    file.write_text(yaml.safe_dump(written))
+    with pytest.raises(ValueError, match=r"data.scale: 0.5 -> None"):
+        train(tiny(tmp_path, "train.images=32"), quiet=True)

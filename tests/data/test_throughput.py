@@ -27,8 +27,8 @@ def batches(log: list[str], name: str, seconds: float):
 def test_turns_alternate_and_what_was_prepared_ahead_is_taken_before() -> None:
     log: list[str] = []
     loaders = {
-        "fast": Contestant(batches(log, "fast", 0.002), ahead=3, finish=lambda: log.append("end")),
-        "slow": Contestant(batches(log, "slow", 0.02), ahead=0),
+        "fast": Contestant(batches(log, "fast", 0.002), before=4, finish=lambda: log.append("end")),
+        "slow": Contestant(batches(log, "slow", 0.02), before=1),
     }
     turns: list[int] = []
     rates = race(loaders, 0.05, 2, turns.append)
@@ -45,9 +45,9 @@ def test_rates_are_examples_by_wall_and_cpu_time(monkeypatch) -> None:
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     loaders = {"one": Contestant(iter(lambda: Five(), None), 0, cpu_s=lambda: next(cpu))}
     rates = race(loaders, 2.0, 1)["one"]
-    # Start at 0, looked at 0.5 to 2.0 in steps of a half: three batches, the end at 2.5.
-    assert rates.per_s == [pytest.approx(15 / 2.5)]
-    assert rates.cpu_ms == [pytest.approx(250 / 15)]
+    # Start at 0, looked at after each batch at 0.5 to 2.0, the end at 2.5.
+    assert rates.per_s == [pytest.approx(20 / 2.5)]
+    assert rates.cpu_ms == [pytest.approx(250 / 20)]
 
 
 def test_ratios_are_of_the_same_round() -> None:

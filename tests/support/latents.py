@@ -43,3 +43,11 @@ def write_store(root, rows=ROWS, samples_per_shard=2, labels=LABELS, source=SOUR
             work.finish(number, len(block), {"statistics": shard.statistics()})
         work.complete_with(lambda records: finish_store(root, info, records, labels, source))
     return root
+
+
+def training_on(root, side=16, channels=3):
+    """Settings of a small run on a set of moments."""
+    return [
+        "data.kind=latents", f"data.path={root}", "data.flip=false", "data.size=null",
+        f"model.input_size={side}", f"model.in_channels={channels}", "model.num_classes=3",
+    ]  # fmt: skip

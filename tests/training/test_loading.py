@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from mixflow_fast.training.loading import LoaderOrder, build_loader, loader_work
 from mixflow_fast.training.step_record import StepOutput
 from mixflow_fast.training.trainer import Trainer
 from tests.support.datasets import write_classes
-from tests.support.latents import write_store
+from tests.support.latents import training_on, write_store
 from tests.support.runs import assert_same_bits, tiny
 
 pytest.importorskip("sklearn.datasets")
@@ -110,6 +111,21 @@ def test_latents_that_cannot_lie_on_the_device() -> None:
     assert_gives(DataConfig(kind="latents", resident="auto"), digits)
 
 
+def test_refusals_come_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path / "images", size=16, cat=6, dog=6)
+    images = [f"data={{kind: folder, path: {tmp_path / 'images'}, loader: dali}}"]
+    plain_latents = ["data.kind=latents", f"data.path={tmp_path / 'set.npz'}", "data.flip=false"]
+    latents = [*plain_latents, "data.size=null", "data.resident=on"]
+    np.savez(tmp_path / "set.npz", latents=torch.rand(6, 3, 16, 16), labels=torch.arange(6) % 2)
+    monkeypatch.setattr(dali, "is_installed", lambda: False)
+    for overrides, message in ((images, "pip install"), (latents, "data.resident=on")):
+        with pytest.raises(ValueError, match=message):
+            Trainer(tiny(tmp_path / "run", *overrides), quiet=True)
+        assert not (tmp_path / "run").exists()
+
+
 def test_what_helps_against_waiting() -> None:
     def said(**section: object) -> tuple[str, str]:
         found = ways_out(DataConfig(workers=4, depth=3, **section))
@@ -124,9 +140,7 @@ def test_what_helps_against_waiting() -> None:
 
 
 def on_latents(out: Path, store: Path, *overrides: str) -> Config:
-    network = ["model.input_size=4", "model.in_channels=2", "model.num_classes=3", "data.size=null"]
-    data = ["data.kind=latents", f"data.path={store}", "data.flip=false"]
-    return tiny(out, *network, *data, "train.microbatch_size=4", *overrides)
+    return tiny(out, *training_on(store, 4, 2), "train.microbatch_size=4", *overrides)
 
 
 @pytest.fixture(scope="module")

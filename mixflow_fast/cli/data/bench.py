@@ -89,12 +89,12 @@ def _loaders(
     finish = partial(torch.cuda.synchronize, device) if on_gpu else (lambda: None)
     threads = stack.enter_context(BatchLoader(dataset, num_workers=workers, **order))
     moved = (batch.to(device) for batch in threads)
-    found = {"threads": Contestant(moved, 2 * workers, finish=finish)}
+    found = {"threads": Contestant(moved, 2 * workers + 1, finish=finish)}
     if problem := dali_problem(dataset):
         return found, [f"dali: {problem}"]
     options = dict(device=device, num_workers=min(2, workers), threads=workers)
     dali = stack.enter_context(DaliLoader(dataset, **options, **order))
-    found["dali"] = Contestant(dali, dali.ahead, finish=finish)
+    found["dali"] = Contestant(dali, dali.ahead + 1, finish=finish)
     return found, []
 
 
