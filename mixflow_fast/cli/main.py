@@ -24,10 +24,12 @@ from mixflow_fast.cli import (
     demo,
     doctor,
     ema,
+    evaluate,
     export,
     inspect,
     interrupts,
     recipes,
+    reference,
     report,
     sample,
     settings,
@@ -55,8 +57,8 @@ _NO_OPTIONS = {
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, demo, inspect, export, doctor, report, verify_resume,
-    consolidate, ema,
+    train, recipes, settings, data, sample, evaluate, reference, demo, inspect, export, doctor,
+    report, verify_resume, consolidate, ema,
 )  # fmt: skip
 
 
