@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,18 +52,43 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (count - 1)
 
 
-def _root(cov: Tensor) -> Tensor:
-    """Symmetric square root; eigenvalues below d eps times the largest are rounding, hence zero."""
+class Roots(NamedTuple):
+    """Of a covariance C, all (d, d) float64: C^1/2, and C^-1/2 on the space that C spans.
+
+    Attributes:
+        root, inverse: the two.
+        rank: eigenvalues that are above rounding.
+        lowest: smallest eigenvalue over the largest; below zero by rounding only.
+    """
+
+    root: Tensor
+    inverse: Tensor
+    rank: int
+    lowest: float
+
+
+def symmetric_roots(cov: Tensor) -> Roots:
+    """Roots of a covariance (d, d), float64 on the CPU.
+
+    Eigenvalues below d eps times the largest are rounding, hence zero.
+
+    Raises:
+        ValueError: an eigenvalue is negative by more than rounding.
+    """
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-    floor = values.abs().max() * cov.shape[0] * torch.finfo(torch.float64).eps
+    largest = values.abs().max()
     # Below zero by more than rounding: no covariance at all.
-    if values.min() < -1e-6 * values.abs().max():
+    if values.min() < -1e-6 * largest:
         raise ValueError(
             "cov must be a covariance (no negative eigenvalue), got eigenvalues "
             f"{float(values.min()):.3g} .. {float(values.max()):.3g}"
         )
-    values = torch.where(values > floor, values, 0.0)
-    return (vectors * values.sqrt()) @ vectors.T
+    kept = values > largest * cov.shape[0] * torch.finfo(torch.float64).eps
+    roots = torch.where(kept, values, 0.0).sqrt()
+    inverses = torch.where(kept, values, 1.0).rsqrt() * kept
+    lowest = float(values.min() / largest) if largest > 0 else 0.0
+    return Roots((vectors * roots) @ vectors.T, (vectors * inverses) @ vectors.T, int(kept.sum()),
+                 lowest)  # fmt: skip
 
 
 def frechet_distance(m1: Tensor, c1: Tensor, m2: Tensor, c2: Tensor) -> float:
@@ -92,7 +118,7 @@ def frechet_distance(m1: Tensor, c1: Tensor, m2: Tensor, c2: Tensor) -> float:
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
     m1, c1, m2, c2 = (v.detach().to("cpu", torch.float64) for v in (m1, c1, m2, c2))
-    cross = torch.linalg.svdvals(_root(c1) @ _root(c2)).sum()
+    cross = torch.linalg.svdvals(symmetric_roots(c1).root @ symmetric_roots(c2).root).sum()
     distance = (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross
     return max(float(distance), 0.0)
 

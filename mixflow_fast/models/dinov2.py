@@ -30,6 +30,7 @@ Precision = Literal["bf16", "fp32"]
 PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Positions = Literal["repa", "model"]
 POSITIONS = get_args(Positions)
+PositionRule = Literal["timm", "hub"]
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -121,9 +122,10 @@ class Dinov2:
         precision: "fp32" or "bf16", of the weights and activations.
         affine_norm: whether the final LayerNorm scales and shifts; without, its weight and bias in
             the file are not used.
-        positions: side of the grid that the position table is resampled to once, in float32,
-            bicubic with antialiasing (timm's function); None leaves it to transformers in each
-            call, which for DINOv2 without registers does not antialias.
+        positions: side of the grid that the position table is resampled to once, in float32; None
+            leaves it to transformers in each call, which for DINOv2 without registers does not
+            antialias.
+        rule: how it is resampled, see `resample_positions`.
 
     Attributes:
         model: the network, in eval mode, without gradients, on the CPU at first.
@@ -140,6 +142,7 @@ class Dinov2:
         *,
         affine_norm: bool = True,
         positions: int | None = None,
+        rule: PositionRule = "timm",
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
@@ -147,7 +150,7 @@ class Dinov2:
         model = _load(files, affine_norm)
         if positions is not None:
             table = model.embeddings.position_embeddings
-            resampled = resample_positions(table.detach().float(), positions)
+            resampled = resample_positions(table.detach().float(), positions, rule)
             model.embeddings.position_embeddings = nn.Parameter(resampled)
         self.dtype = PRECISIONS[precision]
         self.model: nn.Module = model.eval().requires_grad_(False).to(self.dtype)
@@ -163,25 +166,41 @@ class Dinov2:
         Returns:
             (B, N, hidden_size) in the network's precision: no class and register tokens.
         """
+        return self._tokens(x)[:, self._prefix :]
+
+    @torch.no_grad()
+    def class_token(self, x: Tensor) -> Tensor:
+        """(B, hidden_size): as `__call__`, of the class token."""
+        return self._tokens(x)[:, 0]
+
+    def _tokens(self, x: Tensor) -> Tensor:
         forward = self._compiled if x.device.type == "cuda" else _hidden_states
         # The bits must not depend on a caller's autocast.
         with torch.autocast(x.device.type, enabled=False):
-            return forward(self.model, x.to(self.dtype))[:, self._prefix :]
+            return forward(self.model, x.to(self.dtype))
 
 
 def _hidden_states(model: nn.Module, x: Tensor) -> Tensor:
     return model(pixel_values=x).last_hidden_state
 
 
-def resample_positions(table: Tensor, side: int) -> Tensor:
-    """(1, 1 + n n, D) -> (1, 1 + side side, D): bicubic, antialiased; the class entry stays."""
+def resample_positions(table: Tensor, side: int, rule: PositionRule = "timm") -> Tensor:
+    """(1, 1 + n n, D) -> (1, 1 + side side, D), bicubic; the class entry stays.
+
+    timm antialiases. "hub" is DINOv2's own code, as torch.hub gives it: no antialiasing, and the
+    scale is (side + 0.1) / n, against rounding in the size that comes out.
+    """
     # The class token has a position of its own, outside of the grid.
     first, grid = table[:, :1], table[:, 1:]
     old = round(grid.shape[1] ** 0.5)
     if old == side:
         return table
     planes = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    planes = F.interpolate(planes, (side, side), mode="bicubic", antialias=True)
+    if rule == "hub":
+        scale = (side + 0.1) / old
+        planes = F.interpolate(planes, scale_factor=(scale, scale), mode="bicubic")
+    else:
+        planes = F.interpolate(planes, (side, side), mode="bicubic", antialias=True)
     return torch.cat([first, planes.flatten(2).transpose(1, 2)], dim=1)
 
 

@@ -28,6 +28,29 @@ def test_positions_are_resampled_like_timm_and_only_when_needed() -> None:
     assert relative_rms(ours[:, 1:], grid.permute(0, 2, 3, 1).reshape(1, 256, 8)) < 1e-6
 
 
+def test_positions_are_resampled_like_torch_hub() -> None:
+    """Cubic convolution (a = -3/4) at (i + 1/2) 37 / 16.1 - 1/2, borders repeated, in float64."""
+    table = torch.randn(1, 1 + 37 * 37, 2, generator=torch.Generator().manual_seed(1))
+    grid = table[0, 1:].double().reshape(37, 37, 2)
+
+    def weight(d: float) -> float:
+        d, a = abs(d), -0.75
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    matrix = torch.zeros(16, 37, dtype=torch.float64)
+    for i in range(16):
+        place = (i + 0.5) * 37 / 16.1 - 0.5
+        for j in range(int(place) - 1, int(place) + 3):
+            matrix[i, min(max(j, 0), 36)] += weight(place - j)
+    expected = torch.einsum("ih,jw,hwd->ijd", matrix, matrix, grid).reshape(1, 256, 2)
+    ours = resample_positions(table, 16, "hub")
+    assert torch.equal(ours[:, 0], table[:, 0]) and ours.shape == (1, 257, 2)
+    assert relative_rms(ours[:, 1:], expected) < 1e-5
+    assert relative_rms(resample_positions(table, 16)[:, 1:], expected) > 0.1
+
+
 def pixels(side: int, batch: int = 2) -> torch.Tensor:
     g = torch.Generator().manual_seed(2)
     return torch.randn(batch, 3, side * PATCH, side * PATCH, generator=g)

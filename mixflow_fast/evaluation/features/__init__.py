@@ -1,0 +1,1 @@
+"""Frozen networks that numbers are measured in."""
