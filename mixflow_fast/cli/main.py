@@ -31,6 +31,7 @@ from mixflow_fast.cli import (
     report,
     sample,
     settings,
+    slowflow,
     train,
     verify_resume,
 )
@@ -55,8 +56,8 @@ _NO_OPTIONS = {
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, demo, inspect, export, doctor, report, verify_resume,
-    consolidate, ema,
+    train, recipes, settings, data, sample, slowflow, demo, inspect, export, doctor, report,
+    verify_resume, consolidate, ema,
 )  # fmt: skip
 
 

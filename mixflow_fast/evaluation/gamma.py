@@ -71,7 +71,8 @@ def recommend_gamma(slow: SlowFlow, steps: int | None = None) -> Gamma:
     influence = 2 * (coarse_influence - fine_influence)
     half = _NORMAL_95 * float(influence.std()) / math.sqrt(len(influence))
     value = 2 * (coarse - fine)
-    low, high = value - half, value + half
+    # Not finite where the estimator found no minimum: then nothing is known.
+    low, high = (value - half, value + half) if math.isfinite(half) else (0.0, HIGHEST)
     settings = slow.settings
     why = (
         f"{settings.method} with {steps} steps lacks {100 * coarse:.1f}% of the signal, heun with "

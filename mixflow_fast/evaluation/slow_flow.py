@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixflow_fast.data import sample_index
+from mixflow_fast.evaluation.examples import Examples
 from mixflow_fast.evaluation.frechet import moments
 from mixflow_fast.evaluation.slowed_times import (
     STEP,
@@ -97,29 +98,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Real data as the network sees them.
-
-    Attributes:
-        x: (N, C, H, W) float32 on the CPU.
-        y: (N,) int64 labels, or None for a network without classes.
-        description: what they are, for the report.
-    """
-
-    x: Tensor
-    y: Tensor | None
-    description: str = "examples"
-
-    def __post_init__(self) -> None:
-        if self.x.dim() != 4 or len(self.x) < 2:
-            raise ValueError(f"examples must be (N, C, H, W), N >= 2, got {tuple(self.x.shape)}")
-
-    def spread(self, count: int) -> Tensor:
-        """(count,) places, evenly over the examples; repeated where there are too few."""
-        return torch.arange(count) * len(self.x) // count
-
-
-@dataclass(frozen=True)
 class Band:
     """5%, 50% and 95% of the states at each time."""
 
@@ -166,14 +144,14 @@ class MarginalPoint:
         """Whether the states have clearly more signal than true ones: beyond 2 SE and half a %."""
         return self.ratio - 1 > max(2 * self.se, 0.005)
 
-    def to_record(self) -> dict[str, float | bool]:
-        """Plain numbers for a JSON file."""
+    def to_record(self) -> dict[str, float | bool | None]:
+        """Plain numbers for a JSON file; an error that is not known is None."""
         return {
             "t": self.t,
             "m": self.estimate.m,
             "null": self.null,
             "ratio": self.ratio,
-            "se": self.se,
+            "se": self.se if math.isfinite(self.se) else None,
             "overshoots": self.overshoots,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,9 @@ def pair_band(name: str, bands: Mapping[str, Band], steps: int) -> str:
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=":")
     for place, (label, band) in enumerate(bands.items()):
         style = line_style(place)
-        axes.fill_between(band.t, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.fill_between(
+            band.t, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0
+        )
         mark = "o" if len(band.t) < 15 else None
         axes.plot(band.t, band.median, label=plain(label), marker=mark, markersize=3.5, **style)
     axes.set_xlim(0, 1)
@@ -130,8 +133,9 @@ def _errors(
 def marginal_limits(flows: Sequence[StepFlow]) -> tuple[float, float]:
     """Limits that hold every point of `marginal_curves`, so that networks can be compared."""
     points = [point for flow in flows for point in (*flow.marginal, *flow.fine)]
-    low = min(point.ratio - 2 * point.se for point in points)
-    high = max(point.ratio + 2 * point.se for point in points)
+    spread = [2 * point.se if math.isfinite(point.se) else 0.0 for point in points]
+    low = min(point.ratio - half for point, half in zip(points, spread, strict=True))
+    high = max(point.ratio + half for point, half in zip(points, spread, strict=True))
     return min(low, 0.98) - 0.01, max(high, 1.01) + 0.01
 
 

@@ -71,6 +71,16 @@ def test_the_rule_is_clipped_and_says_so() -> None:
         recommend_gamma(slow, 7)
 
 
+def test_without_a_minimum_nothing_is_known() -> None:
+    slow = flow_of(0.1, 0.0, count=500)
+    flow = slow.by_steps[5]
+    lost = replace(flow.fine[0].estimate, influence=torch.full((500,), torch.nan))
+    fine = (replace(flow.fine[0], estimate=lost), *flow.fine[1:])
+    found = recommend_gamma(replace(slow, by_steps={5: replace(flow, fine=fine)}))
+    assert (found.low, found.high) == (0.0, 0.9)
+    assert fine[0].to_record()["se"] is None and not fine[0].overshoots
+
+
 def test_pilot_arms() -> None:
     assert pilot_gammas(0.154) == (0.0, 0.15, 0.31, 0.8)
     assert pilot_gammas(0.0) == (0.0, 0.8)

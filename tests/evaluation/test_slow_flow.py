@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixflow_fast.evaluation.slow_flow import Examples, Settings, SlowFlow, deficit, slow_flow
+from mixflow_fast.evaluation.examples import Examples
+from mixflow_fast.evaluation.slow_flow import Settings, SlowFlow, deficit, slow_flow
 from mixflow_fast.evaluation.slowed_times import dct
 
 SHAPE = (1, 8, 8)
