@@ -251,17 +251,15 @@ def _measured(
 
 def _lines(report: SlowFlowReport) -> list[str]:
     """What the page says in the main, for the terminal."""
-    from mixflow_fast.evaluation.gamma import recommend_gamma
-    from mixflow_fast.reports.slow_flow_report import LEAD, overshoot_warnings
+    from mixflow_fast.reports.slow_flow_report import LEAD, gammas_of, overshoot_warnings
 
     lines = []
     for network in report.networks:
-        for steps in network.slow.by_steps:
-            g = recommend_gamma(network.slow, steps)
-            lines.append(
-                f"{network.name}, {steps} steps: gamma by the rule {g.value:.2f} "
-                f"({g.low:.2f} to {g.high:.2f}): {g.why}"
-            )
+        lines += [
+            f"{network.name}, {g.steps} steps: gamma by the rule {g.value:.2f} "
+            f"({g.low:.2f} to {g.high:.2f}): {g.why}"
+            for g in gammas_of(report, network)
+        ]
     for network in report.networks:
         lines += [f"warning: {text}" for text in overshoot_warnings(network)]
     if report.pilot is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mixflow_fast.evaluation.gamma import Choice, recommend_gamma
+from mixflow_fast.evaluation.gamma import Choice, Gamma, recommend_gamma
 from mixflow_fast.evaluation.loss_surface import LossSurface
 from mixflow_fast.evaluation.slow_flow import SlowFlow, StepFlow, deficit
 from mixflow_fast.reports.html import number, page
@@ -29,7 +29,7 @@ td.words{text-align:left;white-space:normal;min-width:16rem}
 LEAD = (
     "The rule gamma = 2 (deficit - fine deficit) was found on one small network and one data set, "
     "and the fine term was added after its numbers had been seen. It is a lead, not a law: the "
-    "paper's best gammas on ImageNet are 0.7 to 1. What decides is a pilot (--pilot)."
+    "paper's best gammas on ImageNet are 0.7 to 1. What decides is a pilot (option --pilot)."
 )
 
 
@@ -90,7 +90,7 @@ def record(report: SlowFlowReport) -> dict[str, object]:
         {
             "name": network.name,
             "slow_flow": network.slow.to_record(),
-            "gamma": [recommend_gamma(network.slow, n).to_record() for n in network.slow.by_steps],
+            "gamma": [gamma.to_record() for gamma in gammas_of(report, network)],
             "losses": None if network.losses is None else network.losses.to_record(),
             "warnings": overshoot_warnings(network),
         }
@@ -101,6 +101,17 @@ def record(report: SlowFlowReport) -> dict[str, object]:
         pilot = asdict(report.pilot)
         pilot["kid"] = {f"{gamma:g}": list(value) for gamma, value in report.pilot.kid.items()}
     return {"networks": networks, "pilot": pilot, "command": report.command, "note": LEAD}
+
+
+def gammas_of(report: SlowFlowReport, network: Measured) -> list[Gamma]:
+    """The rule's gamma for each number of steps; none of a network that was trained further.
+
+    The rule is about the training to come. It is not used up by it: slowing adds signal to coarse
+    and fine solves alike, and their difference stays.
+    """
+    if network is not report.networks[0]:
+        return []
+    return [recommend_gamma(network.slow, steps) for steps in network.slow.by_steps]
 
 
 def overshoot_warnings(network: Measured) -> list[str]:
@@ -159,15 +170,18 @@ def _verdict(report: SlowFlowReport) -> str:
         parts += [f'<p class="warn">{html.escape(w)}</p>' for w in overshoot_warnings(network)]
     rows = []
     for network in report.networks:
+        gammas = {gamma.steps: gamma for gamma in gammas_of(report, network)}
         for steps, flow in network.slow.by_steps.items():
-            gamma = recommend_gamma(network.slow, steps)
+            gamma, words = gammas.get(steps), "–"
+            if gamma is not None:
+                words = f"<b>{gamma.value:.2f}</b> ({gamma.low:.2f} to {gamma.high:.2f})"
             rows.append(
                 [
                     html.escape(network.name),
                     f"{steps}",
                     f"{100 * deficit(flow.marginal)[0]:.1f}%",
                     f"{100 * deficit(flow.fine)[0]:.1f}%",
-                    f"<b>{gamma.value:.2f}</b> ({gamma.low:.2f} to {gamma.high:.2f})",
+                    words,
                     f"{100 * flow.lag[0]:.1f}% / {100 * flow.lag[1]:.1f}%",
                 ]
             )
@@ -180,7 +194,8 @@ def _verdict(report: SlowFlowReport) -> str:
     parts.append(
         '<p class="note">Lacks: the signal that is missing in the states, mean of 1 - m/t by E3 at '
         "t near 0.4, 0.6, 0.8 and 1; beside it the same of the fine solve. Lag: how far a state is "
-        "behind its own fine solve at the worst t, by E2.</p>"
+        "behind its own fine solve at the worst t, by E2. The interval of gamma covers the drawing "
+        "of states, not the rule.</p>"
     )
     parts.append(f'<p class="note">{html.escape(LEAD)}</p>')
     return "\n".join(parts)

@@ -88,6 +88,9 @@ def test_before_and_after_with_a_pilot() -> None:
     page = assert_loads_nothing(render(report))
     (first, second) = overshoot_warnings(networks[1])
     assert overshoot_warnings(networks[0]) == []
+    # The rule is about the training to come.
+    assert [row[4] for row in page.rows if row[0] == "after"] == ["–", "–"]
+    assert [n["gamma"] != [] for n in record(report)["networks"]] == [True, False]
     assert first.startswith("after overshoots at 5 steps") and "1.030" in first
     assert " ".join(first.split()) in page.words and " ".join(second.split()) in page.words
     assert "Pilot: gamma 0.15 at 5 euler steps" in page.words
