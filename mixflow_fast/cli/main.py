@@ -24,10 +24,12 @@ from mixflow_fast.cli import (
     demo,
     doctor,
     ema,
+    evaluate,
     export,
     inspect,
     interrupts,
     recipes,
+    reference,
     report,
     sample,
     settings,
@@ -56,8 +58,8 @@ _NO_OPTIONS = {
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, slowflow, demo, inspect, export, doctor, report,
-    verify_resume, consolidate, ema,
+    train, recipes, settings, data, sample, evaluate, reference, slowflow, demo, inspect, export,
+    doctor, report, verify_resume, consolidate, ema,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from mixflow_fast import files
 from mixflow_fast.metrics.rows import (
     TRAINING,
     CheckpointRow,
+    EvaluationRow,
     Kind,
     Row,
     StartRow,
@@ -113,6 +114,8 @@ def read_metrics(path: Path, kind: Literal["start"]) -> list[StartRow]: ...
 def read_metrics(path: Path, kind: Literal["checkpoint"]) -> list[CheckpointRow]: ...
 @overload
 def read_metrics(path: Path, kind: Literal["validation"]) -> list[ValidationRow]: ...
+@overload
+def read_metrics(path: Path, kind: Literal["evaluation"]) -> list[EvaluationRow]: ...
 @overload
 def read_metrics(path: Path, kind: None) -> list[Row]: ...
 

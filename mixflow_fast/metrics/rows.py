@@ -4,6 +4,7 @@
     "start"       a process took up the run: versions, device, how the network is run
     "checkpoint"  a resumable checkpoint is written
     "validation"  losses at fixed times and over the grid, of EMA and live weights
+    "evaluation"  numbers of a sample set against a reference
 
 Every row has "step", the optimizer steps done. A number that was not finite is null in the file.
 Rows of former releases may lack a key, which is why most are optional.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-Kind = Literal["training", "start", "checkpoint", "validation"]
+Kind = Literal["training", "start", "checkpoint", "validation", "evaluation"]
 TRAINING: Kind = "training"  # the kind of rows that name none
 
 
@@ -134,4 +135,41 @@ class ValidationRow(_Step, total=False):
     model: Losses
 
 
-Row = TrainingRow | StartRow | CheckpointRow | ValidationRow
+class WeightsRecord(TypedDict):
+    """What was sampled from: hash of the file, which average of the weights, after which step."""
+
+    sha256: str
+    average: str
+    step: int
+
+
+class EvaluationRow(_Step, total=False):
+    """Numbers of a sample set; "step" is that of the weights, 0 where it is not known.
+
+    Keys:
+        protocol: hash of how the set and the numbers were made; None: not recorded.
+        weights: what was sampled from; None: not recorded.
+        set: path of the samples.
+        n: samples.
+        metrics: "fid", "is", ... -> value, bias, se, low, high (a 95% interval of value - bias) and
+            what belongs to each metric.
+        extractors, reference: records as in a protocol.
+        warnings: sentences.
+        features: folder of the features that were kept; None: nowhere.
+    """
+
+    kind: Literal["evaluation"]
+    time: float
+    protocol: str | None
+    weights: WeightsRecord | None
+    set: str
+    n: int
+    metrics: dict[str, dict[str, float | int]]
+    extractors: list[dict[str, str | None]]
+    reference: dict[str, str | int | None]
+    warnings: list[str]
+    features: str | None
+    seconds: float
+
+
+Row = TrainingRow | StartRow | CheckpointRow | ValidationRow | EvaluationRow

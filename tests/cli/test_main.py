@@ -65,6 +65,9 @@ def test_refusals_exit_with_2_and_one_line(
         "ema MISSING --sigma-rel 0.1 --out OUT.pt",
         "ema MISSING --decay 0.99 --out OUT.pt",
         "report MISSING",
+        "evaluate MISSING --reference r.npz --pixels",
+        "evaluate . --reference MISSING --pixels",
+        "reference MISSING --pixels --out OUT.npz",
         "train MISSING.yaml",
         "verify-resume MISSING.yaml",
         "train photos train.init=MISSING out=OUT",
@@ -91,6 +94,7 @@ def test_a_path_that_is_not_there_is_named(
         "ema . --decay 0.99 --out TAKEN.pt",
         "export weights.pt --to official --out TAKEN.pt",
         "report . --out TAKEN.html",
+        "reference . --out TAKEN.npz",
     ],
 )
 def test_what_is_there_is_not_overwritten(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixflow_fast.evaluation.frechet import frechet_distance, moments
 from mixflow_fast.evaluation.metrics import (
     Gaussian,
     frechet,
@@ -27,6 +28,11 @@ A, B = features(1).numpy(), features(2).numpy()
 def test_frechet_distance_is_torch_fidelity_s(recorded: dict[str, float]) -> None:
     found = frechet(A, Gaussian.of(B))
     assert found.value == pytest.approx(recorded["fid"], rel=1e-9)
+    m, c = moments(torch.from_numpy(A))
+    reference = Gaussian.of(B)
+    assert found.value == pytest.approx(
+        frechet_distance(m, c, reference.mean, reference.cov), rel=1e-12
+    )
     assert found.mean_term + found.cov_term == pytest.approx(found.value, rel=1e-12)
     shift = A.astype(np.float64).mean(0) - B.astype(np.float64).mean(0)
     assert found.mean_term == pytest.approx((shift**2).sum(), rel=1e-12)
@@ -41,8 +47,6 @@ def test_influence_is_the_derivative_in_the_weight_of_a_sample() -> None:
     found = frechet(A[:60], reference)
 
     def distance(weights: np.ndarray) -> float:
-        from mixflow_fast.evaluation.frechet import frechet_distance
-
         weights = weights / weights.sum()
         mean = weights @ rows
         cov = (rows - mean).T @ ((rows - mean) * weights[:, None])
@@ -63,8 +67,14 @@ def test_few_samples_in_many_dimensions_keep_the_value() -> None:
     """A pseudo-inverse where the covariance lacks rank; the value is the existing function's."""
     with pytest.warns(UserWarning, match="no full rank"):
         found = frechet(A[:10], Gaussian.of(B))
+        expected = frechet_distance(
+            *moments(torch.from_numpy(A[:10])), *moments(torch.from_numpy(B))
+        )
     assert found.rank == 9 and np.isfinite(found.influence).all()
-    assert found.mean_term + found.cov_term == pytest.approx(found.value, rel=1e-9)
+    assert found.value == pytest.approx(expected, rel=1e-9)
+    broken = Gaussian(torch.full((24,), torch.nan).double(), torch.eye(24).double())
+    with pytest.raises(ValueError, match="moments must be finite"):
+        frechet(A, broken)
 
 
 def test_extrapolation_removes_the_bias() -> None:

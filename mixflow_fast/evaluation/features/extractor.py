@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,15 @@ class ExtractorId:
     resize: str
     dtype: str = "float32"
 
+    def to_record(self) -> dict[str, str | None]:
+        """Its part of a protocol."""
+        return {
+            "id": self.name,
+            "sha256": self.sha256,
+            "dtype": self.dtype,
+            "resize": self.resize,
+        }
+
 
 class Extractor(Protocol):
     """A frozen feature network.
@@ -64,12 +73,14 @@ class Features:
         ids: (N,) int64.
         extractor: what made them.
         constant: ids of images of a single colour, which a broken decoder makes.
+        source: what the images were, so that kept features of others are not taken for theirs.
     """
 
     arrays: Mapping[str, np.ndarray]
     ids: np.ndarray
     extractor: ExtractorId
     constant: tuple[int, ...] = ()
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,6 +96,7 @@ class Features:
             "outputs": list(self.arrays),
             "n": len(self),
             "constant": list(self.constant),
+            "source": self.source,
         }
         with replacing(folder / f"{name}.json") as partial:
             partial.write_text(json.dumps(header, indent=2) + "\n")
@@ -100,21 +112,25 @@ class Features:
         try:
             header = json.loads(header_file.read_text())
             names = [*header["outputs"], "ids"]
-            arrays = {n: np.load(folder / f"{name}.{n}.npy", mmap_mode="r") for n in names}
+            # Mapped as "copy on write": PyTorch warns of memory that may not be written.
+            arrays = {n: np.load(folder / f"{name}.{n}.npy", mmap_mode="c") for n in names}
             ids = np.array(arrays.pop("ids"))
             extractor = ExtractorId(**header["extractor"])
-            constant = tuple(header["constant"])
+            constant, source = tuple(header["constant"]), header["source"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"cannot read the features {str(header_file)!r}: {error}") from error
         if any(len(array) != len(ids) for array in arrays.values()) or len(ids) != header["n"]:
             raise ValueError(
                 f"the features of {str(header_file)!r} do not have one length: compute them anew"
             )
-        return cls(arrays, ids, extractor, constant)
+        return cls(arrays, ids, extractor, constant, source)
 
 
 def extract(
-    images: Iterable[Tensor], extractor: Extractor, ids: np.ndarray | None = None
+    images: Iterable[Tensor],
+    extractor: Extractor,
+    ids: np.ndarray | None = None,
+    source: str = "",
 ) -> Features:
     """Features of images.
 
@@ -125,6 +141,7 @@ def extract(
         images: batches (B, 3, H, W) uint8, of any B; H and W may differ between batches.
         extractor: the network.
         ids: (N,) integers; None: 0, 1, ...
+        source: as `Features`.
 
     Raises:
         ValueError: no images, images of another kind, duplicate or too few ids, features that are
@@ -162,7 +179,29 @@ def extract(
                 f"{extractor.id.name}.{name} is not finite for {len(wrong):,} of {count:,} images, "
                 f"the first with id {own[wrong[0]]}: the extractor's weights are damaged"
             )
-    return Features(arrays, own, extractor.id, tuple(int(own[place]) for place in constant))
+    return Features(arrays, own, extractor.id, tuple(int(own[place]) for place in constant), source)
+
+
+def kept_or_extracted(
+    folder: Path | None, extractor: Extractor, images: Callable[[], Iterable[Tensor]], source: str
+) -> Features:
+    """Features of a folder if they are there, of this extractor and source; else computed and kept.
+
+    Args:
+        folder: where they are kept; None: nowhere.
+        extractor: the network.
+        images: gives the images, called only if they are needed.
+        source: as `Features`, not empty.
+    """
+    if folder is None:
+        return extract(images(), extractor, source=source)
+    if (folder / f"{extractor.id.name}.json").exists():
+        kept = Features.load(folder, extractor.id.name)
+        if kept.extractor == extractor.id and kept.source == source:
+            return kept
+    found = extract(images(), extractor, source=source)
+    found.save(folder)
+    return found
 
 
 def _batches(images: Iterable[Tensor]) -> Iterator[Tensor]:

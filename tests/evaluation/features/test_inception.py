@@ -1,6 +1,7 @@
 """FID's Inception against torch-fidelity's, with random weights of the public file's layout."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.kernels import relative_rms
 from tests.support.torch_fidelity_golden import SIZES, images, random_inception
 
 
+@cache
 def state() -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in InceptionV3().state_dict().items()}
@@ -92,8 +94,8 @@ def test_refusals(weights: Path, tmp_path: Path) -> None:
         Inception(tmp_path / "none.pth")
     with pytest.raises(ValueError, match="FID's weights have 6726825d.*--allow-unknown-weights"):
         Inception(weights)
-    fewer = state()
-    del fewer["Mixed_6d.branch1x1.conv.weight"]
+    name = "Mixed_6d.branch1x1.conv.weight"
+    fewer = {k: v for k, v in state().items() if k != name}
     torch.save(fewer, tmp_path / "fewer.pth")
     with pytest.raises(ValueError, match="another layout.*Mixed_6d.branch1x1.conv.weight"):
         Inception(tmp_path / "fewer.pth", allow_unknown=True)

@@ -1,0 +1,125 @@
+"""`mixflow-fast evaluate`: numbers of a sample set against a reference, with their errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixflow_fast.cli import extractors
+from mixflow_fast.files import user_path
+
+if TYPE_CHECKING:
+    from mixflow_fast.evaluation.evaluate import Evaluation
+    from mixflow_fast.evaluation.features.extractor import Extractor
+    from mixflow_fast.evaluation.reference import Reference
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="FID and other numbers of a sample set, with standard errors",
+        description="Computes features of the samples once, keeps them in a folder, and makes the "
+        "numbers of them: value, bias of a set of this size, standard error, 95%% interval.",
+        epilog="example: mixflow-fast evaluate samples.npz --reference "
+        "VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth",
+    )
+    command.add_argument(
+        "samples",
+        type=user_path,
+        metavar="SET",
+        help=".npz (arr_0 as ADM writes it, or x as `sample` does), or a folder of images",
+    )
+    command.add_argument(
+        "--reference",
+        type=user_path,
+        required=True,
+        help="ADM's .npz, EDM2's .pkl, or what `mixflow-fast reference` made",
+    )
+    extractors.add_options(command)
+    command.add_argument(
+        "--metrics",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,...",
+        help="fid, sfid, is, precision, recall, kid, fd_...; default: all that can be computed",
+    )
+    command.add_argument(
+        "--fid-inf",
+        action="store_true",
+        help="extrapolate Frechet distances to infinitely many samples (minutes)",
+    )
+    command.add_argument(
+        "--features",
+        type=user_path,
+        metavar="DIR",
+        help="where features are kept, and taken from again; default: beside the set",
+    )
+    command.add_argument(
+        "--out", type=user_path, metavar="FILE", help="append the numbers to a .jsonl as one row"
+    )
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from mixflow_fast.evaluation.evaluate import evaluate
+    from mixflow_fast.evaluation.features.extractor import kept_or_extracted
+    from mixflow_fast.evaluation.pictures import open_pictures
+    from mixflow_fast.evaluation.reference import read_reference
+
+    pictures = open_pictures(options.samples)
+    reference = read_reference(options.reference)
+    networks = extractors.chosen(options)
+    folder = options.features or _beside(options.samples)
+    features = [
+        kept_or_extracted(folder, network, pictures.batches, pictures.source)
+        for network in networks
+    ]
+    wanted = options.metrics
+    if reference.has_images and (wanted is None or {"precision", "recall", "kid"} & set(wanted)):
+        reference = _with_image_features(reference, networks)
+    device = extractors.device_of(options)
+    found = evaluate(features, reference, wanted, fid_inf=options.fid_inf, device=device)
+    row = found.to_row(str(options.samples), features=str(folder))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    _print(found)
+    return 0
+
+
+def _beside(path: Path) -> Path:
+    """sets/a.npz -> sets/a.features, runs/images -> runs/images.features."""
+    path = path.absolute()
+    name = path.name if path.is_dir() else path.stem
+    return path.with_name(f"{name}.features")
+
+
+def _with_image_features(reference: Reference, networks: list[Extractor]) -> Reference:
+    """An ADM file with the features of its images, if the network for them is there."""
+    from dataclasses import replace
+
+    from mixflow_fast.evaluation.features.extractor import kept_or_extracted
+    from mixflow_fast.evaluation.pictures import open_pictures
+    from mixflow_fast.evaluation.reference import POOL
+
+    network = next((each for each in networks if each.id.name == POOL.partition(".")[0]), None)
+    if network is None:
+        return reference
+    images = open_pictures(reference.path)
+    found = kept_or_extracted(_beside(reference.path), network, images.batches, images.source)
+    return replace(reference, features={POOL: found.arrays["pool"]})
+
+
+def _print(found: Evaluation) -> None:
+    print(f"{found.n:,} samples against {found.reference.path.name}")
+    for name, each in found.estimates.items():
+        low, high = each.interval()
+        bias = f", without its bias {each.corrected:.5g}" if each.bias else ""
+        print(f"  {name:21s}{each.value:.5g} (se {each.se:.2g}{bias}, 95% {low:.5g} .. {high:.5g})")
+        infinity = each.to_record().get("inf")
+        if infinity is not None:
+            print(f"  {'':21s}{infinity:.5g} at infinitely many samples, by extrapolation")
+    for line in found.warnings:
+        print(f"  warning: {line}")

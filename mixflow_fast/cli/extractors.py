@@ -1,0 +1,90 @@
+"""Options of `evaluate` and `reference` that choose feature networks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mixflow_fast.files import user_path
+
+if TYPE_CHECKING:
+    from mixflow_fast.evaluation.features.extractor import Extractor
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options, which `chosen` reads."""
+    group = command.add_argument_group("features, at least one of")
+    group.add_argument(
+        "--inception",
+        type=user_path,
+        metavar="W.pth",
+        help="FID's Inception-v3 from weights-inception-2015-12-05-6726825d.pth: fid, sfid, is, "
+        "precision, recall, kid",
+    )
+    group.add_argument(
+        "--dinov2",
+        type=user_path,
+        metavar="DIR",
+        help="DINOv2 ViT-L/14 from a folder of transformers: fd_dinov2",
+    )
+    group.add_argument(
+        "--effnet",
+        action="store_true",
+        help="EfficientNet-Lite0 of the extra `features`: fd_effnet_lite0",
+    )
+    group.add_argument(
+        "--effnet-p128",
+        action="store_true",
+        help="the same projected to 128 dimensions, for about 1,000 images: fd_effnet_lite0_p128",
+    )
+    group.add_argument(
+        "--pixels",
+        action="store_true",
+        help="averaged pixels and a random network, without weights: fd_pooled_pixels, "
+        "fd_random_conv",
+    )
+    command.add_argument(
+        "--allow-unknown-weights",
+        action="store_true",
+        help="take weights of another hash or another DINOv2; their numbers are others",
+    )
+    command.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """The device by name."""
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen(options: argparse.Namespace) -> list[Extractor]:
+    """The networks that were asked for.
+
+    Raises:
+        ValueError: none were, or one cannot be loaded.
+    """
+    from mixflow_fast.evaluation.features.dinov2 import DinoV2Features
+    from mixflow_fast.evaluation.features.effnet_lite import EffNetLite0
+    from mixflow_fast.evaluation.features.extractor import PixelFeatures
+    from mixflow_fast.evaluation.features.inception import Inception
+    from mixflow_fast.evaluation.frechet import FEATURES
+
+    device, unknown = device_of(options), options.allow_unknown_weights
+    found: list[Extractor] = []
+    if options.inception is not None:
+        found.append(Inception(options.inception, device, allow_unknown=unknown))
+    if options.dinov2 is not None:
+        found.append(DinoV2Features(options.dinov2, device, allow_unknown=unknown))
+    if options.effnet:
+        found.append(EffNetLite0(device=device))
+    if options.effnet_p128:
+        found.append(EffNetLite0(projected=True, device=device))
+    if options.pixels:
+        found += [PixelFeatures(name) for name in FEATURES]
+    if not found:
+        raise ValueError(
+            "no features were chosen: give --inception W.pth, --dinov2 DIR, --effnet, "
+            "--effnet-p128 or --pixels"
+        )
+    return found

@@ -1,0 +1,250 @@
+"""From kept features to the numbers of a set: which metric needs what, and what to be warned of.
+
+| metric | features | reference |
+|---|---|---|
+| fid, sfid, fd_dinov2 | inception.pool, inception.spatial, dinov2.cls | moments |
+| fd_effnet_lite0, fd_effnet_lite0_p128, fd_pooled_pixels, fd_random_conv | of that name | moments |
+| is | inception.logits | - |
+| kid, precision, recall | inception.pool | kept features, or those of an ADM file's images |
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mixflow_fast.evaluation.features.extractor import Features, exact_float32
+from mixflow_fast.evaluation.metrics import (
+    SPLIT,
+    frechet,
+    frechet_infinity,
+    inception_score,
+    kid,
+)
+from mixflow_fast.evaluation.precision_recall import precision_recall
+from mixflow_fast.evaluation.reference import CLASS_TOKEN, POOL, SPATIAL, Reference
+from mixflow_fast.evaluation.uncertainty import Estimate
+from mixflow_fast.messages import did_you_mean, shorten
+from mixflow_fast.metrics.rows import EvaluationRow, WeightsRecord
+
+LOGITS = "inception.logits"
+FRECHET = {
+    "fid": POOL,
+    "sfid": SPATIAL,
+    "fd_dinov2": CLASS_TOKEN,
+    "fd_effnet_lite0": "effnet_lite0.mean",
+    "fd_effnet_lite0_p128": "effnet_lite0_p128.mean",
+    "fd_pooled_pixels": "pooled_pixels.features",
+    "fd_random_conv": "random_conv.features",
+}
+# In the order of print.
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", *list(FRECHET)[2:])
+_FEW = 10_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of one set.
+
+    Attributes:
+        n: samples.
+        estimates: by metric, with the influence of each sample.
+        warnings: what makes a number doubtful, in sentences.
+        extractors: what made the features.
+        reference: what the set was measured against.
+        seconds: that the numbers took, without the features.
+    """
+
+    n: int
+    estimates: Mapping[str, Estimate]
+    warnings: Sequence[str]
+    extractors: Sequence[Mapping[str, str | None]]
+    reference: Reference
+    seconds: float
+
+    def to_row(
+        self,
+        set_name: str,
+        protocol: str | None = None,
+        weights: WeightsRecord | None = None,
+        features: str | None = None,
+    ) -> EvaluationRow:
+        """A row of `metrics.jsonl`.
+
+        Args:
+            set_name: path of the samples.
+            protocol: hash of how set and numbers were made, where it is recorded.
+            weights: what was sampled from, where it is recorded.
+            features: folder of the kept features.
+        """
+        return {
+            "step": 0 if weights is None else weights["step"],
+            "kind": "evaluation",
+            "time": time.time(),
+            "protocol": protocol,
+            "weights": weights,
+            "set": set_name,
+            "n": self.n,
+            "metrics": {name: each.to_record() for name, each in self.estimates.items()},
+            "extractors": [dict(record) for record in self.extractors],
+            "reference": self.reference.to_record(),
+            "warnings": list(self.warnings),
+            "features": features,
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(
+    features: Sequence[Features],
+    reference: Reference,
+    metrics: Sequence[str] | None = None,
+    *,
+    fid_inf: bool = False,
+    device: str | torch.device = "cpu",
+) -> Evaluation:
+    """Numbers of a set from its features.
+
+    Args:
+        features: of one set, by one or several extractors.
+        reference: what to measure against. Features of an ADM file's images, if they are wanted,
+            have to be in `reference.features`.
+        metrics: names of METRICS; None: all for which features and reference are there.
+        fid_inf: also extrapolate the Frechet distances to infinitely many samples; some minutes.
+        device: of the sums over pairs.
+
+    Raises:
+        ValueError: unknown metrics, or some whose features or reference are missing; features of
+            different sets, or of other weights than the reference's.
+    """
+    started = time.monotonic()
+    arrays = {f"{f.extractor.name}.{name}": a for f in features for name, a in f.arrays.items()}
+    _check_one_set(features)
+    _check_extractors(features, reference)
+    chosen = _choose(metrics, set(arrays), reference)
+    estimates: dict[str, Estimate] = {}
+    for name in chosen:
+        if name in FRECHET:
+            estimates[name] = _frechet(np.asarray(arrays[FRECHET[name]]), reference, name, fid_inf)
+    if "is" in chosen:
+        estimates["is"] = inception_score(np.asarray(arrays[LOGITS]))
+    # Products of float32 with no TF32 in them.
+    with exact_float32():
+        if {"precision", "recall"} & set(chosen):
+            pair = precision_recall(
+                np.asarray(arrays[POOL]), np.asarray(reference.features[POOL]), device=device
+            )
+            estimates |= pair._asdict()
+        if "kid" in chosen:
+            pool, theirs = np.asarray(arrays[POOL]), np.asarray(reference.features[POOL])
+            estimates["kid"] = kid(pool, theirs, device)
+    n = len(features[0])
+    return Evaluation(
+        n=n,
+        estimates={name: estimates[name] for name in METRICS if name in chosen},
+        warnings=_warnings(features, estimates, n),
+        extractors=[each.extractor.to_record() for each in features],
+        reference=reference,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _frechet(features: np.ndarray, reference: Reference, name: str, fid_inf: bool) -> Estimate:
+    gaussian = reference.gaussians[FRECHET[name]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said among the evaluation's own
+        found = frechet(features, gaussian)
+        if fid_inf:
+            found = replace(found, infinity=frechet_infinity(features, gaussian))
+    return found
+
+
+def _check_one_set(features: Sequence[Features]) -> None:
+    if not features:
+        raise ValueError("features must be of at least one extractor, got none")
+    first = features[0]
+    for other in features[1:]:
+        if not np.array_equal(first.ids, other.ids) or first.source != other.source:
+            raise ValueError(
+                f"the features of {first.extractor.name} and {other.extractor.name} are of "
+                "different sets: compute both from one"
+            )
+
+
+def _check_extractors(features: Sequence[Features], reference: Reference) -> None:
+    """Refuse features of other weights than the reference's, where it says which those were."""
+    theirs = {record["id"]: record for record in reference.extractors}
+    for each in features:
+        mine = each.extractor.to_record()
+        other = theirs.get(mine["id"])
+        if other is not None and other != mine:
+            unlike = shorten(f"{k} {mine[k]!r} against {other[k]!r}" for k in mine
+                             if mine[k] != other.get(k))  # fmt: skip
+            raise ValueError(
+                f"the features of {mine['id']} and those of the reference {reference.path.name} "
+                f"were made in different ways ({unlike}): use the same weights for both"
+            )
+
+
+def _missing(name: str, arrays: set[str], reference: Reference) -> str | None:
+    """What a metric lacks, in words; None: nothing."""
+    key = FRECHET.get(name, LOGITS if name == "is" else POOL)
+    if key not in arrays:
+        return f"features {key}"
+    if name in FRECHET and key not in reference.gaussians:
+        return f"moments of {key} in the reference"
+    if name in ("kid", "precision", "recall") and key not in reference.features:
+        return f"features {key} in the reference"
+    return None
+
+
+def _choose(
+    metrics: Sequence[str] | None, arrays: set[str], reference: Reference
+) -> tuple[str, ...]:
+    for name in metrics or ():
+        if name not in METRICS:
+            raise ValueError(
+                f"unknown metric {name!r}{did_you_mean(name, METRICS)}: there are "
+                f"{', '.join(METRICS)}"
+            )
+        if lacking := _missing(name, arrays, reference):
+            raise ValueError(
+                f"{name} needs {lacking}: `mixflow-fast evaluate --help` says which option gives "
+                "features, and `mixflow-fast reference` makes a reference with all of them"
+            )
+    if metrics is not None:
+        return tuple(metrics)
+    found = tuple(name for name in METRICS if _missing(name, arrays, reference) is None)
+    if not found:
+        raise ValueError(
+            f"the features {', '.join(sorted(arrays))} and the reference {reference.path.name} "
+            f"({', '.join(sorted(reference.gaussians))}) have nothing in common: take the "
+            "extractor that the reference was made with"
+        )
+    return found
+
+
+def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n: int) -> list[str]:
+    found = []
+    if constant := features[0].constant:
+        names = shorten(str(place) for place in constant)
+        found.append(f"{len(constant):,} images have a single colour, ids {names}")
+    dims = {name: int(each.to_record().get("dim", 0)) for name, each in estimates.items()}
+    for name, dim in dims.items():
+        if n <= dim:
+            found.append(
+                f"{name}: {n:,} samples in {dim:,} dimensions, the covariance has no full rank: "
+                "bias and standard error are not to be relied on"
+            )
+    if n < _FEW and any(dims.values()):
+        found.append(
+            f"a Frechet distance of {n:,} samples compares with others of as many; kid does not "
+            "depend on their number"
+        )
+    if "is" in estimates and n < SPLIT:
+        found.append(f"is: one split of {n:,} images, published ones have splits of {SPLIT:,}")
+    return found

@@ -1,0 +1,107 @@
+"""`mixflow-fast reference` and `mixflow-fast evaluate`, from images to a row."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixflow_fast.evaluation.frechet import frechet_distance, moments, pooled_pixels
+from tests.support.command_line import run
+
+CROPS = 260  # more than the 192 dimensions of pooled_pixels
+
+
+def write_set(path: Path, seed: int, shift: int) -> np.ndarray:
+    """Noise as arr_0, (CROPS, 8, 8, 3) uint8, brighter by `shift`."""
+    g = np.random.default_rng(seed)
+    x = g.integers(0, 200, (CROPS, 8, 8, 3), np.uint8) + np.uint8(shift)
+    np.savez(path, arr_0=x)
+    return x
+
+
+def pooled(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return moments(pooled_pixels(pixels).float())
+
+
+def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real, fake = write_set(tmp_path / "real.npz", 0, 0), write_set(tmp_path / "a.npz", 1, 9)
+    code, out, err = run("reference", tmp_path / "real.npz", "--pixels", "--out",
+                         tmp_path / "ref.npz", capsys=capsys)  # fmt: skip
+    assert code == 0 and "260 images, pooled_pixels.features, random_conv.features" in out, err
+    line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "ref.npz", "--pixels"]
+    code, out, err = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
+    assert code == 0 and err == "" and "fd_pooled_pixels" in out and "se " in out, err
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    expected = frechet_distance(*pooled(fake), *pooled(real))
+    assert row["metrics"]["fd_pooled_pixels"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert row["kind"] == "evaluation" and row["n"] == CROPS and row["protocol"] is None
+
+    # The features are kept and used again, until the set is another.
+    kept = tmp_path / "a.features" / "pooled_pixels.features.npy"
+    stamp = kept.stat().st_mtime_ns
+    code, again, err = run(*line, "--metrics", "fd_pooled_pixels", capsys=capsys)
+    assert (
+        code == 0
+        and err == ""
+        and "fd_random_conv" not in again
+        and kept.stat().st_mtime_ns == stamp
+    )
+    write_set(tmp_path / "a.npz", 2, 30)
+    code, other, _ = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
+    assert code == 0 and kept.stat().st_mtime_ns != stamp
+    first, second = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    values = [r["metrics"]["fd_pooled_pixels"]["value"] for r in (first, second)]
+    # What 192 means are apart, in units of 127.5 grey levels.
+    assert values[1] - values[0] == pytest.approx(192 * (30**2 - 9**2) / 127.5**2, abs=1.5)
+
+
+def test_refusals_come_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(tmp_path / "a.npz", 0, 0)
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    a, adm = tmp_path / "a.npz", tmp_path / "adm.npz"
+    cases = [
+        (["evaluate", a, "--reference", adm], "no features were chosen"),
+        (["evaluate", a, "--reference", adm, "--pixels"], "nothing in common"),
+        (["evaluate", a, "--reference", adm, "--inception", tmp_path / "w.pth"], "not there"),
+        (["evaluate", tmp_path / "b.npz", "--reference", adm, "--pixels"], "does not exist"),
+        (["reference", a, "--pixels", "--out", tmp_path / "x.pkl"], "must end in .npz"),
+        (["reference", a, "--pixels", "--out", adm], "exists"),
+        (["reference", a, "--pixels", "--keep", "-1", "--out", tmp_path / "x.npz"], "--keep"),
+    ]
+    for line, message in cases:
+        code, out, err = run(*line, capsys=capsys)
+        assert code == 2 and message in err and err.count("\n") == 1, (line, err)
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_images_of_an_adm_file_give_precision_and_recall(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a network of mean colours in Inception's place, whose numbers can be seen."""
+    from mixflow_fast.evaluation.features import inception
+    from mixflow_fast.evaluation.features.extractor import ExtractorId
+
+    class Colours:
+        outputs = ("pool",)
+        device = torch.device("cpu")
+
+        def __init__(self, path: Path, device: str, allow_unknown: bool) -> None:
+            self.id = ExtractorId("inception", "ab", "none")
+
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"pool": images.float().mean(dim=(2, 3))}
+
+    monkeypatch.setattr(inception, "Inception", Colours)
+    x = write_set(tmp_path / "a.npz", 0, 0)
+    np.savez(tmp_path / "adm.npz", mu=np.full(3, 99.5), sigma=np.eye(3), arr_0=x[:100])
+    line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "adm.npz", "--inception"]
+    code, out, err = run(*line, "w.pth", "--out", tmp_path / "r.jsonl", capsys=capsys)
+    assert code == 0, err
+    found = json.loads((tmp_path / "r.jsonl").read_text())["metrics"]
+    assert list(found) == ["fid", "precision", "recall", "kid"]
+    # A third of the samples is the reference, which all of its own points are within reach of.
+    assert found["recall"]["value"] == 1.0 and found["precision"]["value"] > 100 / CROPS
+    assert (tmp_path / "adm.features" / "inception.json").exists()

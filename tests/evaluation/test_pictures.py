@@ -1,0 +1,99 @@
+"""Sets of pictures from .npz files and folders."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mixflow_fast.evaluation.pictures import Pictures, open_pictures
+
+
+def pixels(count: int = 5, side: int = 8) -> np.ndarray:
+    """(count, side, side, 3) uint8."""
+    return np.random.default_rng(count).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def all_of(pictures: Pictures) -> torch.Tensor:
+    return torch.cat(list(pictures.batches()))
+
+
+def test_npz_as_adm_s_evaluator_takes_it(tmp_path: Path) -> None:
+    x = pixels(150)
+    np.savez(tmp_path / "a.npz", arr_0=x, arr_1=np.arange(150))
+    found = open_pictures(tmp_path / "a.npz")
+    assert found.count == 150 and np.array_equal(found.labels, np.arange(150))
+    assert [len(batch) for batch in found.batches()] == [64, 64, 22]
+    assert np.array_equal(all_of(found).permute(0, 2, 3, 1), x)
+    assert np.array_equal(all_of(found), all_of(found))
+
+
+def test_labels_may_lie_beside_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pixels())
+    assert open_pictures(tmp_path / "a.npz").labels is None
+    np.save(tmp_path / "a.labels.npy", np.arange(5))
+    assert np.array_equal(open_pictures(tmp_path / "a.npz").labels, np.arange(5))
+    np.save(tmp_path / "a.labels.npy", np.arange(4))
+    with pytest.raises(ValueError, match=r"labels of .* must be \(5,\), got \(4,\)"):
+        open_pictures(tmp_path / "a.npz")
+
+
+def test_npz_of_sample_is_rounded_half_up(tmp_path: Path) -> None:
+    """255 (x + 1) / 2, rounded: every grey level comes back; beyond the ends is the end."""
+    levels = np.arange(256, dtype=np.float32).reshape(1, 1, 16, 16)
+    np.savez(tmp_path / "a.npz", x=levels / 127.5 - 1, y=np.zeros(1, int))
+    found = all_of(open_pictures(tmp_path / "a.npz"))
+    assert found.shape == (1, 3, 16, 16) and found.dtype == torch.uint8
+    assert np.array_equal(found[0, 2], levels[0, 0])
+    np.savez(tmp_path / "a.npz", x=np.array([-3, 0, 3], np.float32).reshape(1, 3, 1, 1))
+    assert all_of(open_pictures(tmp_path / "a.npz")).flatten().tolist() == [0, 128, 255]
+
+
+def test_folder_of_images_in_the_order_of_paths(tmp_path: Path) -> None:
+    x = pixels(3, 12)
+    for name, image in zip(("b/2.png", "a/9.PNG", "c.png"), x, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "a" / "notes.txt").write_text("")
+    found = open_pictures(tmp_path)
+    assert found.count == 3 and found.labels is None
+    assert np.array_equal(all_of(found).permute(0, 2, 3, 1), x[[1, 0, 2]])
+    cropped = open_pictures(tmp_path, size=6)
+    assert all_of(cropped).shape == (3, 3, 6, 6) and cropped.source != found.source
+    # Halved by a box filter, as ADM's crop is: means of 2 x 2, rounded after each axis.
+    means = x[[1, 0, 2]].reshape(3, 6, 2, 6, 2, 3).mean((2, 4))
+    assert np.abs(all_of(cropped).permute(0, 2, 3, 1).numpy() - means).max() <= 1
+
+
+def test_other_files_are_another_source(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pixels())
+    first = open_pictures(tmp_path / "a.npz").source
+    assert open_pictures(tmp_path / "a.npz").source == first
+    np.savez(tmp_path / "a.npz", arr_0=pixels(6))
+    assert open_pictures(tmp_path / "a.npz").source != first
+
+
+def test_refusals(tmp_path: Path) -> None:
+    cases = [
+        ({"z": pixels()}, "must hold arr_0"),
+        ({"x": np.zeros((2, 4, 8, 8), np.float32)}, "latents have to be decoded"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "uint8"),
+        ({"x": np.zeros((2, 3, 8, 8), np.int64)}, "int64"),
+    ]
+    for arrays, message in cases:
+        np.savez(tmp_path / "a.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            open_pictures(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", x=np.full((1, 3, 2, 2), np.nan))
+    with pytest.raises(ValueError, match="finite"):
+        all_of(open_pictures(tmp_path / "a.npz"))
+    with pytest.raises(ValueError, match="leave --size out"):
+        open_pictures(tmp_path / "a.npz", size=4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image files"):
+        open_pictures(tmp_path / "empty")
+    (tmp_path / "empty" / "set.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"give the \.npz"):
+        open_pictures(tmp_path / "empty")
