@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.add_argument("--num", type=int, default=32, help="how many (default %(default)s)")
-    command.add_argument("--steps", type=int, default=50, help="intervals (default %(default)s)")
-    command.add_argument(
-        "--method", choices=("euler", "heun", "dopri5"), default="euler", help="default %(default)s"
-    )
     command.add_argument(
         "--label",
         type=int,
@@ -49,15 +46,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="classes, repeated; the number of classes itself is the null class, without a label; "
         "default: all in turn",
     )
-    command.add_argument("--cfg-scale", type=float, default=1.0, help="1 = no guidance")
-    command.add_argument(
-        "--cfg-channels",
-        type=_channels,
-        default="auto",
-        metavar="N|all|auto",
-        help="guide the first N channels; auto: as the official model does (SiT 3, REPA all)",
-    )
-    command.add_argument("--shift", type=float, default=1.0, help="RAE's time shift of the grid")
     command.add_argument("--seed", type=int, default=0, help="default %(default)s")
     command.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
     command.add_argument(
@@ -66,11 +54,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--clock", choices=("data_at_1", "noise_at_1"), help="if the file does not say it"
     )
+    add_sampler_options(command)
     command.set_defaults(run=run)
-
-
-def _channels(text: str) -> int | str | None:
-    return {"all": None, "auto": "auto"}[text] if text in ("all", "auto") else int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,34 +70,40 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.models import load_model
     from mixflow_fast.sampling.samples import sample
 
+    chosen = chosen_sampler(options)
     model = load_model(options.checkpoint, options.weights, clock=options.clock)
+    if options.path is None:
+        chosen = chosen.for_network(model.path)
     if out.suffix == ".png" and model.in_channels not in (1, 3):
         raise ValueError(
             f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: use "
             f"--out FILE.npz and decode them with the autoencoder they were made by; {_UNDO_SCALE}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    guide = None
+    if chosen.guide is not None:
+        guide = load_model(chosen.guide, options.weights, clock=options.clock).to(device)
     labels = None
     if options.label is not None:
         # Repeated rather than grouped: a few samples already show every class.
         labels = torch.tensor([options.label[i % len(options.label)] for i in range(options.num)])
+    print(chosen.describe())
     result = sample(
         model.to(device),
         labels=labels,
         num=options.num,
-        steps=options.steps,
-        method=options.method,
-        cfg_scale=options.cfg_scale,
-        cfg_channels=options.cfg_channels,
-        shift=options.shift,
+        sampler=chosen.sampler,
+        guidance=chosen.guidance,
+        guide=guide,
+        remedy=chosen.remedy,
         seed=options.seed,
-        balanced=True,
+        balanced=chosen.preset is None or chosen.preset.labels == "balanced",
         batch_size=options.batch_size,
         progress=True,
     )
     _refuse_not_finite(result.x)
     save(out, result)
-    print(f"{out}: {options.num} samples, {options.method}, {result.nfe} network evaluations each")
+    print(f"{out}: {options.num} samples, {result.nfe} network evaluations each")
     if model.in_channels not in (1, 3):
         print(f"  {_UNDO_SCALE}")
     return 0
