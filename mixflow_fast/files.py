@@ -7,6 +7,7 @@ flushed to the disk and renamed. An interruption leaves the file that was there 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -211,6 +212,15 @@ def crc32(path: Path) -> int:
         while count := file.readinto(block):
             value = zlib.crc32(block[:count], value)
     return value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits, read in blocks."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 class ChecksummedFile:

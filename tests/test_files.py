@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from mixflow_fast.files import (
     existing_path,
     remove_partial,
     replacing,
+    sha256,
     user_path,
     write_json,
 )
@@ -128,3 +130,4 @@ def test_a_checksum_is_taken_while_a_file_is_written(tmp_path: Path) -> None:
         content = (tmp_path / "a").read_bytes()
     assert content == b"".join(bytes(part) for part in parts)
     assert (file.bytes, file.crc32) == (len(content), zlib.crc32(content))
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()

@@ -33,6 +33,7 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "data.depth", "data.resident", "data.loader",
         "model.mode", "model.attention", "model.checkpointing", "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
+        "train.preview_decoder", "train.preview_stats",
         "train.validate_every", "train.validate_examples"}  # fmt: skip
 # Where the data lie. Free where the fingerprint of the data is compared, or may be another one.
 DATA_PATHS = {"data.path", "data.images", "data.features"}

@@ -287,6 +287,10 @@ class TrainConfig(Section, name="train"):
     """Euler steps of the previews."""
     preview_cfg: float = 1.0
     """Guidance scale of the previews; 1 is none."""
+    preview_decoder: str | None = None
+    """Local folder of the latents' decoder, as of `sample --decoder`; null shows three channels."""
+    preview_stats: str | None = None
+    """RAE: stat.pt, for the decoder; null is that of encoder.stats."""
     validate_every: NotNegative = 0
     """Steps between validation losses at fixed times and noise; 0 is none."""
     validate_examples: Positive = 128

@@ -45,7 +45,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_model(c.model, c.train)
     _check_alignment(c.objective, c.model, c.data, c.teacher, c.train.zero_stage)
     _check_rollout(c.objective, c.train.zero_stage)
-    _check_watching(c.train, c.model, c.objective)
+    _check_watching(c.train, c.model, c.objective, c.latent)
 
 
 def _check_rollout(o: ObjectiveConfig, zero_stage: int) -> None:
@@ -116,7 +116,7 @@ def _check_model(m: ModelConfig, t: TrainConfig) -> None:
         )
 
 
-def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig) -> None:
+def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig, latent: bool) -> None:
     for name in t.loggers:
         if not is_installed(name):
             raise ValueError(
@@ -128,6 +128,13 @@ def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig) -> None:
             f"train.preview_every = {t.preview_every} needs objective.prediction=velocity, got "
             f"{o.prediction}: the samplers integrate velocities; set it to 0"
         )
+    if t.preview_decoder and not latent:
+        raise ValueError(
+            f"train.preview_decoder = {t.preview_decoder} decodes latents, and this run is one of "
+            "pixels: leave it out"
+        )
+    if t.preview_stats and not t.preview_decoder:
+        raise ValueError("train.preview_stats needs train.preview_decoder=FOLDER: leave it out")
     if t.preview_cfg != 1 and not m.class_dropout_prob:
         raise ValueError(
             f"train.preview_cfg = {t.preview_cfg} needs a null class: set "

@@ -32,8 +32,9 @@ from mixflow_fast.evaluation.slowed_times import (
 from mixflow_fast.flow.path import get_path
 from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.metrics.progress import Progress
+from mixflow_fast.sampling import integrate, time_grid
 from mixflow_fast.sampling.guidance import Network, model_velocity
-from mixflow_fast.sampling.solvers import Velocity, integrate, time_grid
+from mixflow_fast.sampling.solvers import Velocity
 
 METHODS = ("euler", "heun")
 # Where the marginal estimator and the noise level are taken: the sampler's nearest times.

@@ -35,7 +35,7 @@ def grid_png_bytes(x: Tensor, columns: int, scale: int = 1, padding: int = 2) ->
     (i % columns) (W scale + padding); padding is white and only between images.
 
     Args:
-        x: (B, C, H, W) float in [-1, 1], C = 1 (gray) or 3 (RGB), B >= 1.
+        x: (B, C, H, W) float in [-1, 1] or uint8, C = 1 (gray) or 3 (RGB), B >= 1.
         columns: images per row; a wider grid than B has B columns.
         scale: integer factor of the nearest-neighbour enlargement.
         padding: pixels between images, not enlarged.
@@ -57,7 +57,8 @@ def grid_png_bytes(x: Tensor, columns: int, scale: int = 1, padding: int = 2) ->
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     from PIL import Image
 
-    tiles = to_uint8(x).repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    tiles = x.cpu().movedim(-3, -1) if x.dtype == torch.uint8 else to_uint8(x)
+    tiles = tiles.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.models import Transformer
+from mixflow_fast.models.autoencoders.decoding import Decoder, load_decoder
 from mixflow_fast.reports.images import save_grid
 from mixflow_fast.sampling.samples import sample
 
@@ -44,7 +45,9 @@ class PreviewOptions:
         shift: of the time grid, as the objective's.
         batch_size: pictures in one forward pass, at most.
         num_classes, channels: of the network.
-        latent: the network makes latents, of which only channels can be shown.
+        latent: the network makes latents; without a decoder only channels of them can be shown.
+        decoder: folder of the latents' decoder; None for none.
+        stats: RAE's statistics for it; None for none.
     """
 
     pictures: int
@@ -55,10 +58,17 @@ class PreviewOptions:
     num_classes: int
     channels: int
     latent: bool
+    decoder: str | None = None
+    stats: str | None = None
 
     @classmethod
     def of(
-        cls, train: TrainConfig, model: ModelConfig, shift: float, latents: bool
+        cls,
+        train: TrainConfig,
+        model: ModelConfig,
+        shift: float,
+        latents: bool,
+        stats: str | None = None,
     ) -> PreviewOptions:
         """Those of a configuration.
 
@@ -66,6 +76,7 @@ class PreviewOptions:
             train, model: its sections.
             shift: `objective.shift`.
             latents: whether the network makes latents, `Config.latent`.
+            stats: `encoder.stats`.
         """
         return cls(
             pictures=train.previews,
@@ -76,7 +87,19 @@ class PreviewOptions:
             num_classes=model.num_classes,
             channels=model.in_channels,
             latent=latents or model.in_channels not in (1, 3),
+            decoder=train.preview_decoder,
+            stats=train.preview_stats or stats if train.preview_decoder else None,
         )
+
+    def load_decoder(self) -> Decoder | None:
+        """What makes pictures of the latents; None where no decoder is given.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if self.decoder is None:
+            return None
+        return load_decoder(self.decoder, stats=self.stats, name="train.preview_decoder")
 
     @property
     def shown(self) -> int:
@@ -89,7 +112,9 @@ def caption(options: PreviewOptions) -> str:
     words = f"{options.steps} Euler steps from EMA weights, the same noise and labels each time"
     if options.cfg_scale != 1:
         words += f", guidance {options.cfg_scale:g}"
-    if options.latent:
+    if options.decoder is not None:
+        words += f", decoded by {Path(options.decoder).name}"
+    elif options.latent:
         words += (
             f". These are latents, not pictures: the first {options.shown} of {options.channels} "
             f"channels, values from -{_LATENT_RANGE:g} to {_LATENT_RANGE:g}, without the decoder"
@@ -97,16 +122,19 @@ def caption(options: PreviewOptions) -> str:
     return words
 
 
-def write_preview(net: Transformer, options: PreviewOptions, path: Path) -> None:
+def write_preview(
+    net: Transformer, options: PreviewOptions, path: Path, decoder: Decoder | None = None
+) -> None:
     """Sample and write one preview, whole or not at all.
 
     Args:
         net: with the weights to show, on the device where to sample.
         options: how the pictures come about.
         path: the PNG; its folder is made.
+        decoder: `options.load_decoder()`, on the device where it is to work.
 
     Raises:
-        ValueError: the samples are not finite.
+        ValueError: the samples are not finite, or not what the decoder takes.
         OSError: the file could not be written.
     """
     x = sample(
@@ -118,7 +146,9 @@ def write_preview(net: Transformer, options: PreviewOptions, path: Path) -> None
         seed=SEED,
         batch_size=options.batch_size,
     ).x
-    if options.latent:
+    if decoder is not None:
+        x = decoder(x)
+    elif options.latent:
         x = x[:, : options.shown] / _LATENT_RANGE
     columns = min(8, math.isqrt(options.pictures - 1) + 1)
     save_grid(path, x, columns=columns, scale=max(1, _SMALLEST // x.shape[-1]))

@@ -255,7 +255,8 @@ def _previews(run: Run) -> str:
     words = "the same noise and labels each time"
     if run.config:
         c = run.config
-        words = caption(PreviewOptions.of(c.train, c.model, c.objective.shift, c.latent))
+        options = PreviewOptions.of(c.train, c.model, c.objective.shift, c.latent, c.encoder.stats)
+        words = caption(options)
     words = words[0].upper() + words[1:] + "."
     if len(figures) < count:
         words += f" {len(figures)} of the {count} in {run.out / 'previews'}."

@@ -27,6 +27,7 @@ from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.stragglers import StragglerWatch
 from mixflow_fast.models import Transformer
+from mixflow_fast.models.autoencoders.decoding import Decoder
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
 from mixflow_fast.training.duty import RunContext, Timetable
@@ -175,6 +176,7 @@ class Previews:
     ) -> None:
         self._context, self._timetable = context, timetable
         self._options, self._watched = options, watched
+        self._decoder: Decoder | None = None
 
     def due(self, step: int) -> bool:
         """Every so many steps, at the start and at the end of the run."""
@@ -195,9 +197,16 @@ class Previews:
         """Write the preview; training does not need it, so failing is a warning."""
         path, log = preview_file(self._context.out, step), self._context.log
         try:
-            write_preview(self._watched.net, self._options, path)
+            decoder = self._decoder = self._decoder or self._options.load_decoder()
+            try:
+                if decoder is not None:
+                    decoder.to(next(self._watched.net.parameters()).device)
+                write_preview(self._watched.net, self._options, path, decoder)
+            finally:
+                if decoder is not None:  # training has the device's memory to itself
+                    decoder.to("cpu")
             log.picture(path, step)
-        # A full disk, samples that are not finite, no room on the GPU.
+        # No such decoder, a full disk, samples that are not finite, no room on the GPU.
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             log.log(f"warning: no preview of step {step} ({error_line(error, 200)})")
 

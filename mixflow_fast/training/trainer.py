@@ -339,7 +339,8 @@ class Trainer:
         on_gpu = self.device.type == "cuda" and c.precision == "bf16"
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None
         shift, latents = self.config.objective.shift, self.config.latent
-        self._previews = PreviewOptions.of(c, self.config.model, shift, latents)
+        stats = self.config.encoder.stats
+        self._previews = PreviewOptions.of(c, self.config.model, shift, latents, stats)
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)

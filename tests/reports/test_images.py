@@ -48,6 +48,12 @@ def test_grid(tmp_path, channels: int) -> None:
             assert (x, y) in covered or grid.getpixel((x, y)) == white
 
 
+def test_pictures_of_8_bits_are_taken_as_they_are() -> None:
+    x = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    pictures = to_uint8(x).movedim(-1, -3)
+    assert grid_png_bytes(pictures, columns=2) == grid_png_bytes(x, columns=2)
+
+
 def test_grid_errors() -> None:
     with pytest.raises(ValueError, match="decode latents"):
         grid_png_bytes(torch.zeros(1, 4, 2, 2), 1)

@@ -20,4 +20,5 @@ def resolved(name: str) -> Config:
 
 def preview_options(config: Config) -> PreviewOptions:
     """How previews of a run of this configuration come about."""
-    return PreviewOptions.of(config.train, config.model, config.objective.shift, config.latent)
+    shift, stats = config.objective.shift, config.encoder.stats
+    return PreviewOptions.of(config.train, config.model, shift, config.latent, stats)

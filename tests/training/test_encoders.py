@@ -17,16 +17,20 @@ from mixflow_fast.data.preparation.prepare import Settings, prepare
 from mixflow_fast.data.preparation.source import list_source
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
 from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.models import load_model
 from mixflow_fast.models.autoencoders.rae import RAEEncoder
 from mixflow_fast.models.autoencoders.sdvae import SDVAE
 from mixflow_fast.models.teacher import Teacher
 from mixflow_fast.objective import MixFlow
+from mixflow_fast.reports.previews import preview_file, write_preview
+from mixflow_fast.reports.run_report import write_run_report
 from mixflow_fast.training.build import build_data, build_model, check
 from mixflow_fast.training.encoders import build_encoder, image_size
 from mixflow_fast.training.nonfinite_guard import TrainingDiverged
 from mixflow_fast.training.rehearsal import rehearse
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.autoencoder import write_autoencoder
+from tests.support.configs import preview_options
 from tests.support.runs import assert_same_bits, checkpoint_leaves, first_positions
 from tests.support.teacher import WIDTH, save_teacher
 from tests.support.train_ranks import TINY
@@ -178,7 +182,9 @@ def test_the_sdvaes_posterior_is_drawn_by_position_and_a_teacher_sees_the_same_i
     tmp_path: Path, files: Path
 ) -> None:
     write_autoencoder(files / "vae")
-    config = sdvae(tmp_path / "run", files)
+    watched = ["train.preview_every=1", "train.previews=1", "train.preview_steps=1"]
+    watched += [f"train.preview_decoder={files / 'vae'}"]
+    config = sdvae(tmp_path / "run", files, *watched)
     trainer = Trainer(config, quiet=True)
     seen = []
     trainer.on_step = lambda step, made, means: seen.extend(made)
@@ -194,6 +200,27 @@ def test_the_sdvaes_posterior_is_drawn_by_position_and_a_teacher_sees_the_same_i
     (z,) = build_model(config.model)(seen[0].it.x, seen[0].it.t, seen[0].y)[1]
     expected = -F.cosine_similarity(z.double(), features.double(), dim=-1).mean().item()
     assert seen[0].alignment.item() == pytest.approx(expected, abs=1e-5)
+
+    options, picture = preview_options(config), preview_file(tmp_path / "run", trainer.step)
+    net = load_model(tmp_path / "run", "ema")
+    write_preview(net, options, tmp_path / "again.png", options.load_decoder())
+    assert picture.read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert Image.open(picture).size == (2 * SIZE, 2 * SIZE)
+    page = write_run_report(tmp_path / "run")
+    assert "decoded by vae" in page.read_text()
+
+
+def test_without_the_decoder_of_its_previews_a_run_goes_on(
+    tmp_path: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_autoencoder(files / "vae")
+    lost = ["train.preview_every=1", "train.images=8", f"train.preview_decoder={tmp_path / 'x'}"]
+    result = train(sdvae(tmp_path / "run", files, *lost))
+    assert result.weights is not None
+    assert (
+        "warning: no preview of step 1 (ValueError: train.preview_decoder "
+        in capsys.readouterr().err
+    )
 
 
 def test_latents_of_an_sdvae_that_do_not_fit(tmp_path: Path, files: Path) -> None:

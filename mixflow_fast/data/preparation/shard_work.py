@@ -44,6 +44,8 @@ class ShardWork:
         suffix: of the shards' files, such as ".tar"; "" for shards that are folders.
         rank, world: this process among those that were started together.
         folder: of the shards, below `out`.
+        manifest: name of the file that is written last.
+        kept: the shards stay when the set is whole. Else one that is gone then is no damage.
 
     Attributes:
         complete: the manifest is there: nothing is left to do.
@@ -64,10 +66,12 @@ class ShardWork:
         world: int = 1,
         *,
         folder: str = "shards",
+        manifest: str = MANIFEST,
+        kept: bool = True,
     ) -> None:
         self.out, self._folder, self._suffix, self.shards = out, out / folder, suffix, shards
-        self._rank, self._world = rank, world
-        _check_folder(out)
+        self._rank, self._world, self._manifest, self._kept = rank, world, out / manifest, kept
+        _check_folder(out, manifest, folder)
         # Some values are written otherwise than they are (tuples as lists).
         wanted = json.loads(json.dumps({**settings, "shards": shards}, allow_nan=False))
         _compare(out, wanted)
@@ -82,7 +86,7 @@ class ShardWork:
 
     def _begin(self, wanted: Mapping[str, object]) -> None:
         self._clear(f"{_TEMPORARY}{self._rank}-")
-        was_complete = (self.out / MANIFEST).is_file()
+        was_complete = self._manifest.is_file()
         if not (self.out / WORK).is_file():
             # Under a name of this rank's: process numbers repeat on other machines.
             partial = self.out / f"{_TEMPORARY}{self._rank}-{WORK}"
@@ -91,11 +95,13 @@ class ShardWork:
         _compare(self.out, wanted)  # two may have begun at once
         records = {number: self._record(number) for number in self._done()}
         self.redone = sorted(n for n, record in records.items() if not self._holds(n, record))
+        if not self._kept and self._manifest.is_file():  # looked at after them: it comes first
+            self.redone = []
         for number in self.redone:
             self._done_file(number).unlink(missing_ok=True)
         if was_complete and len(records) - len(self.redone) < self.shards:
-            (self.out / MANIFEST).unlink(missing_ok=True)
-        self.complete = (self.out / MANIFEST).is_file()
+            self._manifest.unlink(missing_ok=True)
+        self.complete = self._manifest.is_file()
 
     def __enter__(self) -> ShardWork:
         return self
@@ -113,7 +119,7 @@ class ShardWork:
         with contextlib.suppress(OSError):  # a full or a broken disk: the next start deletes it
             self._clear(f"{_TEMPORARY}{self._rank}-")
         self._lock.close()
-        if (self.out / MANIFEST).is_file():  # who still holds a lock has nothing left to make
+        if self._manifest.is_file():  # who still holds a lock has nothing left to make
             shutil.rmtree(self.out / _LOCKS, ignore_errors=True)
 
     def remaining(self) -> list[int]:
@@ -160,6 +166,10 @@ class ShardWork:
         os.replace(note, self._done_file(number))
         _sync(self.out / DONE)
 
+    def forget(self, number: int) -> None:
+        """What is done of a shard was found to be damaged: it is not done any more."""
+        self._done_file(number).unlink(missing_ok=True)
+
     def discard(self, number: int) -> None:
         """Delete what was written at `temporary(number)`."""
         _remove(self.temporary(number))
@@ -192,18 +202,18 @@ class ShardWork:
         """
         records = self.records()
         if records is None:
-            return (self.out / MANIFEST).is_file()
+            return self._manifest.is_file()
         lock = self.out / _LOCKS / "manifest"
         try:
             lock.mkdir(parents=True, exist_ok=True)
             with FolderLock(lock, way_out="run the command once more"):
-                if not (self.out / MANIFEST).is_file():
+                if not self._manifest.is_file():
                     self._clear(_TEMPORARY)  # of ranks that died: nothing is left to make
                     for partial in self.out.glob(".*.tmp"):  # of a manifest's writer that died
                         _remove(partial)
                     write(records)
         except FileNotFoundError:  # another process has finished the set and its locks
-            if not (self.out / MANIFEST).is_file():
+            if not self._manifest.is_file():
                 raise
         self.complete = True
         return True
@@ -249,18 +259,26 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _check_folder(out: Path) -> None:
+def _check_folder(out: Path, manifest: str, folder: str) -> None:
     """Refuse a folder that holds something else."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out} is not a folder: choose another --out")
-    names = {name for name in os.listdir(out) if not name.startswith(_TEMPORARY)} - _IGNORED
-    if names - {_LOCKS, DONE} and not {WORK, MANIFEST} & names:
-        raise ValueError(
-            f"{out} is not empty and no set was begun there (it holds {min(names)!r}): choose "
-            "another --out"
-        )
+    names = _names(out)
+    if {WORK, manifest} & names or not names - {_LOCKS, DONE}:
+        return
+    # Another rank, which began at the same time, makes its folders first; and may be further now.
+    if not names - {_LOCKS, DONE, folder} and (not _names(out / folder) or (out / WORK).is_file()):
+        return
+    raise ValueError(
+        f"{out} is not empty and no set was begun there (it holds {min(names)!r}): choose "
+        "another --out"
+    )
+
+
+def _names(folder: Path) -> set[str]:
+    return {n for n in os.listdir(folder) if not n.startswith(_TEMPORARY)} - _IGNORED
 
 
 def _compare(out: Path, wanted: Mapping[str, object]) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.files import existing_path
+from mixflow_fast.files import existing_path, sha256, user_path
 from mixflow_fast.messages import error_line
 from mixflow_fast.models.autoencoders.rae import Statistics
-from mixflow_fast.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from mixflow_fast.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD, Precision
 from mixflow_fast.models.weights.damage import refuse_not_finite
 from mixflow_fast.models.weights.files import WeightsFile
 
@@ -44,13 +44,20 @@ class RAEDecoder:
         device: where it stays.
 
     Attributes:
+        kind: "rae", of a protocol.
+        low: what black is, of images that reach to 1.
         shape: (D, h, w) of the latents.
+        channels, upsampling: D, and pixels along the side of a place of the latent.
+        precision: float32 always, as the official code.
         model: the network, in eval mode, without gradients.
 
     Raises:
         ValueError: missing or foreign files, weights that do not fit the config, diffusers not
             installed.
     """
+
+    kind, low = "rae", 0.0
+    precision: Precision = "fp32"
 
     def __init__(
         self,
@@ -65,8 +72,10 @@ class RAEDecoder:
         self.model = _decoder(state, _decoder_config(config), file.path)
         width, side = self.model.decoder_embed.in_features, round(self.model.num_patches**0.5)
         self.shape = (width, side, side)
+        self.channels, self.upsampling = width, self.model.patch_size
         self._pixels = (side * self.model.patch_size,) * 2
         self._statistics = None if stats is None else Statistics.read(stats, self.shape)
+        self._files = [file.path] if stats is None else [file.path, user_path(stats)]
         # Where the decoder works, not what ImageNet's images are: decoded patches are normalised.
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self._images = Statistics(mean, std)
@@ -79,6 +88,11 @@ class RAEDecoder:
         if self._statistics is not None:
             self._statistics = self._statistics.to(device)
         return self
+
+    def record(self) -> dict[str, str]:
+        """Of a protocol: kind, SHA-256 of the weights, and of the statistics or "none"."""
+        digests = [sha256(path) for path in self._files]
+        return {"kind": self.kind, "sha256": digests[0], "stats": (*digests, "none")[1]}
 
     def __call__(self, latents: Tensor) -> Tensor:
         """(B, D, h, w) -> images (B, 3, H, H) float32 in [0, 1]."""

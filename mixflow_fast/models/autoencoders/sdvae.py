@@ -1,7 +1,8 @@
-"""Stable Diffusion's autoencoder (Rombach et al., arXiv 2112.10752), of diffusers: its encoder.
+"""Stable Diffusion's autoencoder (Rombach et al., arXiv 2112.10752), of diffusers.
 
     mean, logvar = encode(image / 127.5 - 1)        logvar clamped to [-30, 20]
     x1 = scale (mean + exp(logvar / 2) eps),  eps ~ N(0, I),  scale = 0.18215
+    image = decode(x1 / scale)                      around [-1, 1]
 
 Weights are read from a local folder, and nothing is ever downloaded. Float32 with PyTorch's own
 choice of TF32, as the encodings of SiT and REPA were made. Never in tiles: their seams change the
@@ -11,8 +12,8 @@ latents.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mixflow_fast.files import existing_path
+from mixflow_fast.files import existing_path, sha256
 from mixflow_fast.kernels.interpolate import Moments
 from mixflow_fast.messages import error_line
 from mixflow_fast.models.dinov2 import PRECISIONS, Precision
@@ -189,9 +190,92 @@ class SDVAE:
 
         return {
             "class": CLASS,
-            "config_sha256": _sha256(self.files.path / "config.json"),
-            "weights_sha256": _sha256(self.files.path / WEIGHTS),
+            "config_sha256": sha256(self.files.path / "config.json"),
+            "weights_sha256": sha256(self.files.path / WEIGHTS),
             "library": f"diffusers {diffusers.__version__}",
+        }
+
+
+class SDVAEDecoder:
+    """The other half of a frozen `AutoencoderKL`: latents in, images around [-1, 1] out.
+
+    Args:
+        path: folder with config.json and diffusion_pytorch_model.safetensors.
+        precision: "fp32", or "bf16" of weights and activations.
+        scale: what the latents were multiplied by; None: the file's scaling_factor.
+        name: what `path` is called where it was given, for errors.
+
+    Attributes:
+        kind: "sdvae", of a protocol.
+        low: what black is, of images that reach to 1.
+        channels: C of a latent; its sides are free.
+        upsampling: pixels along the side of a place of the latent.
+        scale: as above.
+        model: the network without its encoder, in eval mode, without gradients, channels last.
+
+    Raises:
+        ValueError: missing, foreign or damaged files, a scale that is not positive, diffusers not
+            installed.
+    """
+
+    kind, low = "sdvae", -1.0
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        precision: Precision = "fp32",
+        scale: float | None = None,
+        name: str = "--decoder",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
+        self.files = SDVAEFiles.read(path, name)
+        self.scale = self.files.scale if scale is None else scale
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"the scale of latents must be a number > 0, got {scale!r}")
+        self.channels, self.upsampling = self.files.latent_channels, self.files.downsampling
+        self.precision: Precision = precision
+        model = _load(self.files)
+        model.encoder = model.quant_conv = None
+        self._dtype = PRECISIONS[precision]
+        model = model.eval().requires_grad_(False)
+        with _quiet():
+            self.model: nn.Module = model.to(self._dtype, memory_format=torch.channels_last)
+
+    def to(self, device: str | torch.device) -> SDVAEDecoder:
+        """Take it to a device; returns itself."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents as a network makes them, at their `scale`.
+
+        Args:
+            latents: (B, C, h, w) floating, on the device of the weights.
+
+        Returns:
+            (B, 3, 8 h, 8 w) float32 in NCHW, around [-1, 1], not clamped.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(
+                f"latents must be (B, {self.channels}, h, w) for {str(self.files.path)!r}, got "
+                f"{tuple(latents.shape)}"
+            )
+        z = (latents.float() / self.scale).to(self._dtype, memory_format=torch.channels_last)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.model.decode(z).sample.float().contiguous()
+
+    def record(self) -> dict[str, str | float]:
+        """Of a protocol: kind, SHA-256 of the weights, scale."""
+        return {
+            "kind": self.kind,
+            "sha256": sha256(self.files.path / WEIGHTS),
+            "scale": self.scale,
         }
 
 
@@ -200,14 +284,6 @@ def _mean_and_std(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     posterior = model.encode(x).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     return mean.contiguous(), torch.exp(0.5 * logvar).contiguous()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _load(files: SDVAEFiles) -> nn.Module:
@@ -219,7 +295,8 @@ def _load(files: SDVAEFiles) -> nn.Module:
             f"Stable Diffusion's autoencoder needs diffusers ({error}): pip install diffusers"
         ) from None
     try:
-        with _quiet():
+        # It is filled with random numbers first, which must not be those that the caller draws.
+        with _quiet(), torch.random.fork_rng(devices=[]):
             model, report = AutoencoderKL.from_pretrained(
                 str(files.path),
                 local_files_only=True,

@@ -11,6 +11,7 @@ import pytest
 from mixflow_fast import folder_lock
 from mixflow_fast.data.preparation.shard_work import ShardWork, ranks_of_environment
 from mixflow_fast.data.set_files import read_manifest, verify, write_manifest
+from mixflow_fast.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {"format": "test/1", "size": 256, "names": ("a", "b")}
@@ -127,6 +128,40 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a folder: choose another --out"):
         ShardWork(tmp_path / "thesis.tex", SETTINGS, 2, ".bin")
     assert os.listdir(tmp_path) == ["thesis.tex"]
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "mine").touch()
+    (tmp_path / "thesis.tex").unlink()
+    with pytest.raises(ValueError, match="is not empty and no set was begun"):
+        ShardWork(tmp_path, SETTINGS, 2, ".bin")
+
+
+def test_ranks_that_begin_at_the_same_time(tmp_path):
+    """The other one has made its folders and not yet said what the set is to be."""
+    for name in ("shards", "done", ".locks/1"):
+        (tmp_path / name).mkdir(parents=True)
+    with ShardWork(tmp_path, SETTINGS, 2, ".bin", 0, 2) as work:
+        assert work.remaining() == [0]
+
+
+def test_shards_that_need_not_stay_may_be_gone_once_the_set_is_whole(tmp_path):
+    def begin() -> ShardWork:
+        return ShardWork(tmp_path, SETTINGS, 2, ".bin", manifest="set.json", kept=False)
+
+    with begin() as work:
+        make(work, [0, 1])
+    (tmp_path / "shards/00000.bin").unlink()
+    with begin() as work:  # it is not whole yet: damage
+        assert work.redone == [0] == work.remaining()
+        make(work, [0])
+        work.forget(1)
+        assert work.remaining() == [1] and work.unfinished() == 1
+        make(work, [1])
+        assert work.complete_with(lambda records: write_json(tmp_path / "set.json", records))
+    for shard in (tmp_path / "shards").iterdir():
+        shard.unlink()
+    with begin() as work:
+        assert work.complete and work.remaining() == [] == work.redone
+    assert len(json.loads((tmp_path / "set.json").read_text())) == 2
 
 
 def test_two_processes_are_not_one_rank(tmp_path, monkeypatch):
