@@ -112,7 +112,7 @@ def run_pilot(
         done = Path(arm.out) / "features.npy"
         if not done.exists():
             if not train(arm, quiet=quiet).finished:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("the same command goes on with the arms that are left")
             _sample(done, plan, features, quiet)
         found = np.load(done)
         scores[gamma] = frechet(found, reference)

@@ -23,8 +23,6 @@ from mixflow_fast.reports.slow_flow_plots import (
 
 _STYLE = """
 .warn{border-left:4px solid #ea7317;background:var(--soft);padding:.6rem .9rem;margin:.8rem 0}
-.good{border-left-color:#16a34a}
-td.words{text-align:left;white-space:normal;min-width:16rem}
 """
 LEAD = (
     "The rule gamma = 2 (deficit - fine deficit) was found on one small network and one data set, "
