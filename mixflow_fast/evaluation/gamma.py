@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from mixflow_fast.evaluation.slow_flow import SlowFlow, deficit
+from mixflow_fast.evaluation.slow_flow import NULLS, SlowFlow, deficit
 
 HIGHEST = 0.9
 PAPER = 0.8  # the paper's gamma for SiT, an arm of every pilot
@@ -70,6 +70,8 @@ def recommend_gamma(slow: SlowFlow, steps: int | None = None) -> Gamma:
     # Of the same noise: what both solves share cancels.
     influence = 2 * (coarse_influence - fine_influence)
     half = _NORMAL_95 * float(influence.std()) / math.sqrt(len(influence))
+    # The nulls are of as many states each, and vary between the two times as these do.
+    half *= math.sqrt(1 + 1 / NULLS)
     value = 2 * (coarse - fine)
     # Not finite where the estimator found no minimum: then nothing is known.
     low, high = (value - half, value + half) if math.isfinite(half) else (0.0, HIGHEST)

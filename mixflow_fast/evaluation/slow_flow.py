@@ -41,7 +41,7 @@ METHODS = ("euler", "heun")
 TIMES = (0.4, 0.6, 0.8, 1.0)
 STATES_PER_FEATURE = 5
 _KEPT = 50  # points of the fine trajectory that are kept, about
-_NULLS = 4  # draws of true states
+NULLS = 4  # draws of true states
 # True times at which the noise level is calibrated, and states of each at most.
 _CALIBRATED = tuple(place / 10 for place in range(1, 11))
 _CALIBRATION_STATES = 500
@@ -359,7 +359,7 @@ class _Measurement:
         """E3 of true states at m, divided by m; standard error of that."""
         if not self._nulls:
             # Features are linear: those of the ends are enough for every time.
-            for draw in range(_NULLS):
+            for draw in range(NULLS):
                 ends = self._true_pairs(draw, self._s.states)
                 self._nulls.append((self._features(ends[0]), self._features(ends[1])))
         alpha, sigma = self._mix(m)
@@ -367,7 +367,7 @@ class _Measurement:
             self._marginal(alpha * data + sigma * noise, m).m / m for data, noise in self._nulls
         ]
         found = torch.tensor(ratios, dtype=torch.float64)
-        return float(found.mean()), float(found.std()) / math.sqrt(_NULLS)
+        return float(found.mean()), float(found.std()) / math.sqrt(NULLS)
 
     def _mix(self, m: float) -> tuple[float, float]:
         alpha, sigma = coefficients(get_path(self._s.path), torch.tensor(m, dtype=torch.float64))

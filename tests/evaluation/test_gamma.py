@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixflow_fast.evaluation.gamma import choose_gamma, pilot_gammas, recommend_gamma
 from mixflow_fast.evaluation.slow_flow import (
+    NULLS,
     Band,
     MarginalPoint,
     Settings,
@@ -28,24 +29,27 @@ def images(count: int, seed: int) -> Tensor:
     return (2 * fall * torch.randn(count, 64, generator=generator).double()).view(count, *SHAPE)
 
 
-def flow_of(c: float, c_fine: float, count: int = 4000) -> SlowFlow:
+def flow_of(c: float, c_fine: float, count: int = 4000, most: int = 64, seed: int = 0) -> SlowFlow:
     """As if the coarse states were those of (1 - c) t, and the fine ones of (1 - c_fine) t."""
-    features = LinearFeatures(SHAPE, 64)
-    data = features(images(50_000, 9))
+    features = LinearFeatures(SHAPE, most)
+    data = features(images(20_000, 999))
     estimate = MarginalTime(data.mean(0), data.T.cov(), features.noise_variance)
-    ends = {
-        seed: (features(images(count, seed)), features(torch.randn(
-            count, *SHAPE, generator=torch.Generator().manual_seed(100 + seed)))) for seed in (0, 1)
-    }  # fmt: skip
+    ends = {}
+    for place in range(1 + NULLS):
+        own = 10 * seed + place
+        generator = torch.Generator().manual_seed(10_000 + own)
+        noise = torch.randn(count, *SHAPE, generator=generator)
+        ends[place] = features(images(count, own)), features(noise)
 
-    def at(seed: int, m: float, t: float) -> Marginal:
-        return estimate(m * ends[seed][0] + (1 - m) * ends[seed][1], t)
+    def at(place: int, m: float, t: float) -> Marginal:
+        return estimate(m * ends[place][0] + (1 - m) * ends[place][1], t)
 
     def points(slow: float) -> tuple[MarginalPoint, ...]:
         found = []
         for t in TIMES:
             m = (1 - slow) * t
-            found.append(MarginalPoint(t, at(0, m, t), at(1, m, m).m / m, 0.0))
+            null = sum(at(1 + draw, m, m).m / m for draw in range(NULLS)) / NULLS
+            found.append(MarginalPoint(t, at(0, m, t), null, 0.0))
         return tuple(found)
 
     band = Band([], [], [], [])
@@ -59,6 +63,16 @@ def test_the_rule_is_twice_what_the_coarse_grid_adds(c: float, c_fine: float) ->
     assert found.value == pytest.approx(2 * (c - c_fine), abs=0.02)
     assert found.low <= 2 * (c - c_fine) + 0.01 and found.high >= 2 * (c - c_fine) - 0.01
     assert f"{100 * c:.0f}" in found.why and found.steps == 5
+
+
+def test_the_interval_is_the_spread_between_draws() -> None:
+    """Of coarse and fine states that share their noise, as those of a measurement do."""
+    found = [
+        recommend_gamma(flow_of(0.12, 0.02, count=300, most=16, seed=seed)) for seed in range(1, 41)
+    ]
+    spread = float(torch.tensor([one.value for one in found]).std())
+    half = sum(one.high - one.value for one in found) / len(found)
+    assert half == pytest.approx(1.96 * spread, rel=0.35)
 
 
 def test_the_rule_is_clipped_and_says_so() -> None:
