@@ -33,6 +33,7 @@ from mixflow_fast.cli import (
     report,
     sample,
     settings,
+    slowflow,
     train,
     verify_resume,
 )
@@ -57,8 +58,8 @@ _NO_OPTIONS = {
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, evaluate, reference, demo, inspect, export, doctor,
-    report, verify_resume, consolidate, ema,
+    train, recipes, settings, data, sample, evaluate, reference, slowflow, demo, inspect, export,
+    doctor, report, verify_resume, consolidate, ema,
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,33 +131,42 @@ class ValidationLoss:
         self._points = [(t, t) for t in bin_centers(TIMES)]
         self._points += [(g[column], g[row]) for row, column in self._grid]
 
-    @torch.no_grad()
     def __call__(self, net: Network) -> Losses:
         """The losses of one set of weights; every rank must call it."""
-        tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(self._points))]
-        # Every n-th task: the ranks' shares differ by one forward pass at most.
-        mine = [(c, p, self._losses(net, c, p)) for c, p in tasks[self._rank :: self._ranks]]
-        # One read of the device for all of them.
-        sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
-        parts = [(c, p, total) for (c, p, _), total in zip(mine, sums, strict=True)]
-        found = {(c, p): total for part in self._all_gather(parts) for c, p, total in part}
-        means = [
-            sum(found[c, p] for c in range(len(self._chunks))) / self.examples
-            for p in range(len(self._points))
-        ]
+        means = self.at(net, self._points)
         grid: list[list[float | None]] = [[None] * GRID for _ in range(GRID)]
         for (row, column), value in zip(self._grid, means[TIMES:], strict=True):
             grid[row][column] = value
         at_times = means[:TIMES]
-        self._held = None
         return Losses(sum(at_times) / TIMES, at_times, grid)
 
-    def _losses(self, net: Network, chunk: int, point: int) -> Tensor:
+    @torch.no_grad()
+    def at(self, net: Network, points: Sequence[tuple[float, float]]) -> list[float]:
+        """Mean losses at pairs (label t, input time m) of the engine's clock.
+
+        Every rank must call it.
+        """
+        tasks = [(c, p) for c in range(len(self._chunks)) for p in range(len(points))]
+        # Every n-th task: the ranks' shares differ by one forward pass at most.
+        mine = [
+            (c, p, self._losses(net, c, points[p])) for c, p in tasks[self._rank :: self._ranks]
+        ]
+        # One read of the device for all of them.
+        sums = torch.stack([losses for *_, losses in mine]).tolist() if mine else []
+        parts = [(c, p, total) for (c, p, _), total in zip(mine, sums, strict=True)]
+        found = {(c, p): total for part in self._all_gather(parts) for c, p, total in part}
+        self._held = None
+        return [
+            sum(found[c, p] for c in range(len(self._chunks))) / self.examples
+            for p in range(len(points))
+        ]
+
+    def _losses(self, net: Network, chunk: int, point: tuple[float, float]) -> Tensor:
         """Sum of a chunk's losses at one pair of times, float64 on the device."""
         held = self._on_device(chunk)
         t, m = (
             torch.full((len(held.y),), value, device=self._device)
-            for value in (self._own(time) for time in self._points[point])
+            for value in (self._own(time) for time in point)
         )
         it = self._mix.prepare(held.x1, ids=held.positions, x0=held.noise, t=t, slowed_t=m)
         output = net(it.x, it.t, held.y)
