@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.data import build_dataset
 from mixflow_fast.demo import METRIC_OF_FEATURE, SETTINGS, Arm, Measure, arm_config, base_config
 from mixflow_fast.evaluation.examples import read_examples
@@ -144,7 +145,7 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[110, 111, 112, 113, 114])
     parser.add_argument("--gammas", type=float, nargs="+", default=list(GAMMAS))
@@ -160,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for gamma in options.gammas:
                 measure_distances(train_arm(options.out, seed, gamma), seed, measure)
     print(table(rows(options.out)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(quiet_without_reader(main))
