@@ -427,6 +427,20 @@ def test_features_of_a_set_are_paired_by_number_and_mirror(tmp_path):
         Latents(tmp_path / "set", features=tmp_path / "set")
 
 
+def test_rows_of_unknown_images_are_paired_with_nothing(tmp_path):
+    """LightningDiT's shards do not name their images: -1, which is no place in an array."""
+    unknown = write_store(tmp_path / "set", source=np.full(5, -1))
+    np.save(tmp_path / "images.npy", np.zeros((5, 3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="do not say which image a row is of"):
+        Latents(unknown, images=tmp_path / "images.npy")
+    rows = torch.ones(10, 4, 3)
+    write_store(tmp_path / "features", rows, kind="features", source=np.full(5, -1))
+    for latents in (unknown, write_store(tmp_path / "known")):
+        with pytest.raises(ValueError, match="do not say which image a row is of"):
+            Latents(latents, features=tmp_path / "features")
+    assert len(Latents(unknown)) == 5
+
+
 def test_plain_files_hold_no_mirrors(tmp_path):
     with pytest.raises(ValueError, match="mirrors=2 needs latents of the mirrored images"):
         Latents(write_npz(tmp_path, MOMENTS), moments=True, mirrors=2)
