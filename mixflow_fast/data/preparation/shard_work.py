@@ -17,7 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from mixflow_fast.data.set_files import DONE, MANIFEST, WORK, sha256_of, size_of
+from mixflow_fast.data.set_files import (
+    DONE,
+    MANIFEST,
+    WORK,
+    check_sizes,
+    read_manifest,
+    set_format,
+    sha256_of,
+    size_of,
+)
 from mixflow_fast.files import sync
 from mixflow_fast.folder_lock import FolderLock
 
@@ -93,7 +102,8 @@ class ShardWork:
         self.redone = sorted(n for n, record in records.items() if not self._holds(n, record))
         for number in self.redone:
             self._done_file(number).unlink(missing_ok=True)
-        if was_complete and len(records) - len(self.redone) < self.shards:
+        missing = len(records) - len(self.redone) < self.shards
+        if was_complete and (missing or _lacks_files(self.out)):
             (self.out / MANIFEST).unlink(missing_ok=True)
         self.complete = (self.out / MANIFEST).is_file()
 
@@ -261,6 +271,15 @@ def _check_folder(out: Path) -> None:
             f"{out} is not empty and no set was begun there (it holds {min(names)!r}): choose "
             "another --out"
         )
+
+
+def _lacks_files(out: Path) -> bool:
+    """Whether a manifest is damaged, or a file that it lists is missing or has another size."""
+    try:
+        check_sizes(out, read_manifest(out, set_format(out) or ""))
+    except ValueError:
+        return True
+    return False
 
 
 def _compare(out: Path, wanted: Mapping[str, object]) -> None:
