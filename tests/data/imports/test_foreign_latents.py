@@ -273,6 +273,10 @@ def test_values_that_cannot_be_stored_are_named(tmp_path: Path) -> None:
 
 
 def test_refused(tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/latents_rank00_shard000.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="must be a safetensors file .*a header of 18,446"):
+        open_foreign_latents(tmp_path / "damaged", ImportOptions())
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds nothing that is imported"):
         open_foreign_latents(tmp_path / "empty", ImportOptions())
