@@ -68,6 +68,8 @@ class StartRow(_Step, total=False):
         clock: "data_at_1" or "noise_at_1", the network's.
         environment: the fields of `environment.Environment`.
         objective, network, averages, data: sentences.
+        decoder: whose decoder gives the images, where they are decoded: "pil/13.0.0",
+            "dali/2.4.0/cuda".
     """
 
     kind: Literal["start"]
@@ -81,6 +83,7 @@ class StartRow(_Step, total=False):
     network: str
     averages: str
     data: str
+    decoder: str
     environment: dict[str, str | int | None]
 
 
