@@ -114,6 +114,12 @@ class Latents:
         self._images: PairedImages | None = None
         if images is not None:
             self._images = PairedImages(images, *self._numbers())
+            side = None if self.info is None else self.info.size
+            if side not in (None, self._images.size):
+                raise ValueError(
+                    f"the latents of {str(path)!r} are of images of {side} pixels, those of "
+                    f"{str(images)!r} have {self._images.size}: give the images that were encoded"
+                )
         row = self._store.info.shape if self._store else self._files.x.shape[1:]
         self.shape = (row[0] // 2 if self.moments else row[0], row[1], row[2])
         self.name = f"latents-{root.resolve().stem}"

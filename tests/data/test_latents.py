@@ -363,7 +363,9 @@ def test_samples_are_normalised_by_channel_where_the_set_says_so(tmp_path):
 def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
     pixels = np.random.RandomState(5).randint(0, 256, (21, 3, 8, 8), np.uint8)
     np.save(tmp_path / "images.npy", pixels)
-    dataset = Latents(write_store(tmp_path / "set"), images=tmp_path / "images.npy")
+    dataset = Latents(write_store(tmp_path / "set", size=8), images=tmp_path / "images.npy")
+    with pytest.raises(ValueError, match="are of images of 24 pixels, those of .* have 8: give"):
+        Latents(write_store(tmp_path / "larger"), images=tmp_path / "images.npy")
     indices, positions = torch.arange(20) % 5, torch.arange(20)
     batch = dataset.get(indices, positions, 3)
     flipped = (uniform(3, Stream.FLIP, positions)[:, 0] < 0.5).numpy()
@@ -376,7 +378,7 @@ def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
 def test_images_may_be_the_prepared_set(tmp_path):
     write_prepared(tmp_path / "images")
     rows = ROWS[:1].repeat(14, 1, 1, 1)
-    store = {"labels": PREPARED_LABELS, "source": PREPARED_SOURCE}
+    store = {"labels": PREPARED_LABELS, "source": PREPARED_SOURCE, "size": None}
     dataset = Latents(write_store(tmp_path / "set", rows, **store), images=tmp_path / "images")
     indices, positions = torch.arange(21) % 7, torch.arange(21)
     flipped = uniform(0, Stream.FLIP, positions)[:, 0] < 0.5
