@@ -135,6 +135,12 @@ class ShardWork:
         done = self._done()
         return [n for n in range(self._rank, self.shards, self._world) if n not in done]
 
+    def make_again(self, unwanted: Callable[[Mapping[str, object]], bool]) -> None:
+        """Take those of this process's shards as not done whose done file is `unwanted`."""
+        for number in self._done() & set(range(self._rank, self.shards, self._world)):
+            if unwanted(self._record(number)):
+                self._done_file(number).unlink(missing_ok=True)
+
     def unfinished(self) -> int:
         """How many shards are not done, of whatever process."""
         return self.shards - len(self._done())
