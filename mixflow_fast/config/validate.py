@@ -192,8 +192,8 @@ def _check_alignment(
         raise ValueError(f"{given[0]} has no meaning with data.features: leave it out")
     if taught and d.kind == "latents" and not d.images:
         raise ValueError(
-            "teacher.path needs the images of the latents: add data.images=PATH (REPA's folder "
-            "with dataset.json, or a .npy or .npz of uint8)"
+            "teacher.path needs the images of the latents: add data.images=PATH (a prepared "
+            "set, REPA's folder with dataset.json, or a .npy or .npz of uint8)"
         )
     if taught and d.kind in ("photos", "digits") and m.in_channels != 3:
         raise ValueError(

@@ -123,6 +123,7 @@ class _Ring:
                         part.result()
                     self.send(slot)
                     self.ready.put(slot)
+            self.finish()  # of a loader that nobody closed, too: its memory goes with this thread
         except BaseException as error:  # the training thread raises it in its place
             self.ready.put(error)
         finally:

@@ -114,6 +114,12 @@ class Latents:
         self._images: PairedImages | None = None
         if images is not None:
             self._images = PairedImages(images, *self._numbers())
+            side = None if self.info is None else self.info.size
+            if side not in (None, self._images.size):
+                raise ValueError(
+                    f"the latents of {str(path)!r} are of images of {side} pixels, those of "
+                    f"{str(images)!r} have {self._images.size}: give the images that were encoded"
+                )
         row = self._store.info.shape if self._store else self._files.x.shape[1:]
         self.shape = (row[0] // 2 if self.moments else row[0], row[1], row[2])
         self.name = f"latents-{root.resolve().stem}"
@@ -121,7 +127,7 @@ class Latents:
     def _numbers(self) -> tuple[list[int], Tensor, bool]:
         """What the latents' images are found by: numbers, labels, whether these are rows."""
         if self._store is not None:
-            return self._store.source.tolist(), self._y, False
+            return _paired_numbers(self._store), self._y, False
         if isinstance(self._files.x, FilePerSample):
             return self._files.x.numbers(str(self._root / "dataset.json")), self._y, False
         return list(range(len(self))), self._y, True
@@ -296,20 +302,33 @@ class _PairedFeatures:
             raise ValueError(
                 f"the latents have 2 mirrors, the features {where!r} 1: set data.mirrors=1"
             )
-        place = {number: row for row, number in enumerate(store.source.tolist())}
-        missing = [n for n in latents.source.tolist() if n not in place]
+        wanted = _paired_numbers(latents)
+        place = {number: row for row, number in enumerate(_paired_numbers(store))}
+        missing = [n for n in wanted if n not in place]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {latents.info.count} latents have no features in {where!r}, "
                 f"the first is number {missing[0]}: make them of the same prepared set"
             )
         self.store = store
-        self._place = torch.tensor([place[n] for n in latents.source.tolist()])
+        self._place = torch.tensor([place[n] for n in wanted])
 
     def take(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
         """(B, T, z) of some latents."""
         rows = self._place[indices] * self.store.info.mirrors
         return self.store.take(rows if flipped is None else rows + flipped)
+
+
+def _paired_numbers(store: LatentsStore) -> list[int]:
+    """What samples are paired by; ValueError where nobody knows what they were made of."""
+    numbers = store.source.tolist()
+    if min(numbers) < 0:
+        raise ValueError(
+            f"the files that {str(store.root)!r} was imported from do not say which image a row is "
+            "of, so that neither images nor features can be paired with it: use a set of "
+            "`mixflow-fast data encode`, or leave data.images and data.features out"
+        )
+    return numbers
 
 
 def _check_agrees(

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from mixflow_fast import __version__
 from mixflow_fast.data.npy_files import load_npy
-from mixflow_fast.data.set_files import check_sizes, read_manifest
+from mixflow_fast.data.set_files import MANIFEST, check_sizes, read_manifest
 from mixflow_fast.data.summary import sample_rows
+from mixflow_fast.files import check_inside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,6 +197,8 @@ class LatentsStore:
         self.root, self.info = root, LatentsInfo.read(root)
         check_sizes(root, read_manifest(root, FORMAT))
         info = self.info
+        tables = (shard.offsets for shard in info.shards if isinstance(shard.offsets, str))
+        check_inside(tables, root / MANIFEST)
         self.shape = (info.count * info.mirrors, *info.shape)
         self.dtype: torch.dtype = getattr(torch, info.dtype)
         self.labels = self._per_sample(LABELS)

@@ -208,8 +208,13 @@ def _shards(root: Path) -> list[Path]:
     names = sorted(os.listdir(root)) if root.is_dir() else [root.name]
     parent = root if root.is_dir() else root.parent
     found = [parent / name for name in names if name.lower().endswith(".tar") and name[0] != "."]
-    compressed = [name for name in names if name.lower().endswith(_COMPRESSED)]
-    if compressed and not found:
+    # Those that were unpacked may lie beside what came of them.
+    compressed = [
+        name
+        for name in names
+        if name.lower().endswith(_COMPRESSED) and _unpacked(name) not in names
+    ]
+    if compressed:
         raise ValueError(
             f"{root} holds compressed archives ({compressed[0]}), of which a sample cannot be read "
             "at random: unpack them to .tar (gunzip)"
@@ -218,6 +223,11 @@ def _shards(root: Path) -> list[Path]:
         shards = " (the shards of a set are in its folder shards)" if root.is_dir() else ""
         raise ValueError(f"{root} holds no .tar shard{shards}: give the folder of the shards")
     return found
+
+
+def _unpacked(name: str) -> str:
+    """What a compressed archive is called after it was unpacked: x.tar of x.tar.gz and of x.tgz."""
+    return name[: name.lower().rindex(".t")] + ".tar"
 
 
 def _stamp(paths: list[Path]) -> str:

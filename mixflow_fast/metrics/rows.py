@@ -69,6 +69,8 @@ class StartRow(_Step, total=False):
         clock: "data_at_1" or "noise_at_1", the network's.
         environment: the fields of `environment.Environment`.
         objective, network, averages, data: sentences.
+        decoder: whose decoder gives the images, where they are decoded: "pil/13.0.0",
+            "dali/2.4.0/cuda".
     """
 
     kind: Literal["start"]
@@ -82,6 +84,7 @@ class StartRow(_Step, total=False):
     network: str
     averages: str
     data: str
+    decoder: str
     environment: dict[str, str | int | None]
 
 

@@ -14,7 +14,7 @@ from mixflow_fast.config.data_sections import DataConfig
 from mixflow_fast.config.schema import TrainConfig
 from mixflow_fast.data import Batch, Dataset, Latents
 from mixflow_fast.data.copy_stream import WaitTimes
-from mixflow_fast.data.dali import DaliLoader, choose_loader
+from mixflow_fast.data.dali import DaliLoader, choose_loader, preprocessing_version
 from mixflow_fast.data.device_loader import DeviceLoader
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.data.resident import Resident, fits, resident_problem
@@ -104,6 +104,23 @@ def check_loading(section: DataConfig, dataset: Dataset, device: torch.device) -
     choose_loader(section.loader, dataset, device)
     if section.resident == "on" and (problem := resident_problem(dataset)):
         raise ValueError(f"data.resident=on cannot be had: {problem}: set data.resident=off")
+
+
+def describe_loader(section: DataConfig, dataset: Dataset, device: torch.device) -> str:
+    """Whose decoder gives the pixels of a run, "pil/13.0.0"; "" where nothing is decoded.
+
+    Args:
+        section: the section `data` of the configuration.
+        dataset: the examples.
+        device: where they are used.
+    """
+    if not getattr(dataset, "encoded", False):
+        return ""
+    if choose_loader(section.loader, dataset, device) == "dali":
+        return preprocessing_version(device)
+    import PIL
+
+    return f"pil/{PIL.__version__}"
 
 
 def build_loader(

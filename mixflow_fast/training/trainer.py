@@ -42,7 +42,13 @@ from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import Engine
-from mixflow_fast.training.loading import Loader, LoaderOrder, build_loader, ways_out
+from mixflow_fast.training.loading import (
+    Loader,
+    LoaderOrder,
+    build_loader,
+    describe_loader,
+    ways_out,
+)
 from mixflow_fast.training.nonfinite_guard import (
     GuardState,
     NonFiniteGuard,
@@ -394,6 +400,8 @@ class Trainer:
             "averages": describe_averages(self.config.optim, self.config.steps),
             "data": self._data.what,
         }
+        if decoder := describe_loader(self.config.data, self.dataset, self.device):
+            facts["decoder"] = decoder
         if self.inputs.encoder is not None:
             facts["encoder"] = describe_encoder(self.config.encoder, self.inputs.encoder)
         log.start(

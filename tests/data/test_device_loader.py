@@ -317,6 +317,20 @@ def test_no_thread_is_left_after_collection() -> None:
     assert not loader_threads()
 
 
+def test_memory_of_a_collected_ring_outlives_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, ended = LateCopies(copy_s=0.05), list[bool]()
+    monkeypatch.setattr(device_loader, "CopyStream", lambda device: copies)
+    synchronize = copies.synchronize
+    monkeypatch.setattr(copies, "synchronize", lambda: ended.append(synchronize() is None))
+    ring = DeviceLoader(Table(), torch.device("cuda"), **SIZES)
+    next(ring)
+    del ring
+    gc.collect()
+    for thread in loader_threads():
+        thread.join(timeout=5)
+    assert ended == [True], "the thread ended with copies on their way"
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -363,7 +363,9 @@ def test_samples_are_normalised_by_channel_where_the_set_says_so(tmp_path):
 def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
     pixels = np.random.RandomState(5).randint(0, 256, (21, 3, 8, 8), np.uint8)
     np.save(tmp_path / "images.npy", pixels)
-    dataset = Latents(write_store(tmp_path / "set"), images=tmp_path / "images.npy")
+    dataset = Latents(write_store(tmp_path / "set", size=8), images=tmp_path / "images.npy")
+    with pytest.raises(ValueError, match="are of images of 24 pixels, those of .* have 8: give"):
+        Latents(write_store(tmp_path / "larger"), images=tmp_path / "images.npy")
     indices, positions = torch.arange(20) % 5, torch.arange(20)
     batch = dataset.get(indices, positions, 3)
     flipped = (uniform(3, Stream.FLIP, positions)[:, 0] < 0.5).numpy()
@@ -376,7 +378,7 @@ def test_images_of_a_set_are_paired_by_number_and_mirrored_along(tmp_path):
 def test_images_may_be_the_prepared_set(tmp_path):
     write_prepared(tmp_path / "images")
     rows = ROWS[:1].repeat(14, 1, 1, 1)
-    store = {"labels": PREPARED_LABELS, "source": PREPARED_SOURCE}
+    store = {"labels": PREPARED_LABELS, "source": PREPARED_SOURCE, "size": None}
     dataset = Latents(write_store(tmp_path / "set", rows, **store), images=tmp_path / "images")
     indices, positions = torch.arange(21) % 7, torch.arange(21)
     flipped = uniform(0, Stream.FLIP, positions)[:, 0] < 0.5
@@ -425,6 +427,20 @@ def test_features_of_a_set_are_paired_by_number_and_mirror(tmp_path):
         Latents(tmp_path / "features")
     with pytest.raises(ValueError, match="must be a set of features"):
         Latents(tmp_path / "set", features=tmp_path / "set")
+
+
+def test_rows_of_unknown_images_are_paired_with_nothing(tmp_path):
+    """LightningDiT's shards do not name their images: -1, which is no place in an array."""
+    unknown = write_store(tmp_path / "set", source=np.full(5, -1))
+    np.save(tmp_path / "images.npy", np.zeros((5, 3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="do not say which image a row is of"):
+        Latents(unknown, images=tmp_path / "images.npy")
+    rows = torch.ones(10, 4, 3)
+    write_store(tmp_path / "features", rows, kind="features", source=np.full(5, -1))
+    for latents in (unknown, write_store(tmp_path / "known")):
+        with pytest.raises(ValueError, match="do not say which image a row is of"):
+            Latents(latents, features=tmp_path / "features")
+    assert len(Latents(unknown)) == 5
 
 
 def test_plain_files_hold_no_mirrors(tmp_path):

@@ -132,6 +132,10 @@ def test_members_of_a_stored_zip_are_read_where_they_lie(tmp_path):
     assert torch.equal(store.take(PICKED), ROWS[PICKED])
     files = [entry["file"] for entry in read_manifest(tmp_path, "mixflow-latents/1")["files"]]
     assert files == ["labels.npy", "source.npy", "offsets/00000.npy"]
+    change(tmp_path, shards=[record | {"offsets": "../elsewhere.npy"}])
+    with pytest.raises(ValueError, match="names '../elsewhere.npy', which is not below"):
+        LatentsStore(tmp_path)
+    change(tmp_path, shards=[record])
     np.save(tmp_path / "offsets/00000.npy", offsets + 4000)
     with pytest.raises(ValueError, match="set.zip' must have at least .* bytes for its 10 rows"):
         in_place(tmp_path, [record])

@@ -133,6 +133,15 @@ def test_compressed_damaged_and_missing_shards(tmp_path):
         WebDataset(tmp_path / "empty", 32)
 
 
+@pytest.mark.parametrize("name", ["02.tar.gz", "02.TGZ"])
+def test_a_shard_that_was_not_unpacked_is_not_passed_over(shards, name):
+    (shards / name).write_bytes(gzip.compress((shards / "01.tar").read_bytes()))
+    with pytest.raises(ValueError, match=rf"compressed archives \({name}\).*unpack them to .tar"):
+        WebDataset(shards, 32)
+    (shards / name).rename(shards / name.replace("02", "01"))  # one that was, may stay
+    assert len(WebDataset(shards, 32)) == 14
+
+
 def test_a_bad_image_is_named(tmp_path):
     for kind in ("noise", "half", "animated"):
         content, reason = bad_images()[kind]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixflow_fast.data.dali import DaliLoader
+from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.trainer import Trainer
 from tests.support.prepared import SIDE, write_prepared
 from tests.support.runs import assert_same_bits, tiny
@@ -38,6 +39,8 @@ def test_the_same_bits_and_resumed_in_turns(tmp_path, settings) -> None:
     assert train(tmp_path / "both", *settings, "data.loader=dali", "train.images=16")
     assert not train(tmp_path / "both", *settings, "data.loader=threads")
     assert_same_bits(tmp_path / "threads", tmp_path / "both")
+    starts = read_metrics(tmp_path / "both" / "metrics.jsonl", kind="start")
+    assert [row["decoder"].partition("/")[0] for row in starts] == ["dali", "pil"]
 
 
 def test_a_damaged_image_ends_the_run_with_its_name(tmp_path, settings) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +86,22 @@ def test_dali_that_is_demanded_and_missing(tmp_path: Path, monkeypatch: pytest.M
     section = DataConfig(kind="folder", path="x", loader="dali")
     with pytest.raises(ValueError, match=r'data.loader=dali .*pip install "mixflow_fast\[gpu\]"'):
         build_loader(section, images, ORDER, CPU)
+
+
+def test_whose_decoder_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_classes(tmp_path / "images", cat=6)
+    images = ImageFolder(tmp_path / "images", 8)
+    monkeypatch.setattr(dali, "is_installed", lambda: True)
+    monkeypatch.setattr(loading, "preprocessing_version", lambda device: f"dali/1/{device.type}")
+    for name, device, expected in (
+        ("auto", "cpu", f"pil/{PIL.__version__}"),
+        ("auto", "cuda", "dali/1/cuda"),
+        ("threads", "cuda", f"pil/{PIL.__version__}"),
+        ("dali", "cpu", "dali/1/cpu"),
+    ):
+        section = DataConfig(kind="folder", path="x", loader=name)
+        assert loading.describe_loader(section, images, torch.device(device)) == expected
+    assert not loading.describe_loader(DataConfig(kind="digits"), Digits(), CPU)
 
 
 @pytest.mark.parametrize("room", [True, False])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -116,6 +116,7 @@ def copy_latents(
         "kind": info.kind,
         "source": _digest(latents),
         "scale": info.scale,
+        "normalisation": None if info.normalisation is None else asdict(info.normalisation),
         "input_range": list(info.input_range),
         "shard_samples": shard_samples,
     }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixflow_fast.data.foreign import is_split
 from mixflow_fast.data.imports.archive import INDEX, Archive, list_files, open_archive
 from mixflow_fast.data.paired_images import numbered
 from mixflow_fast.data.preparation.imagenet import Scheme
@@ -93,7 +94,9 @@ def _list_archive(archive: Archive, no_labels: bool) -> Source:
 
 
 def _list_tables(path: Path, scheme: Scheme | None, trust_labels: bool) -> Source:
-    tables = _Tables(sorted(path.glob("*.parquet")) if path.is_dir() else [path])
+    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    _check_one_split(paths)
+    tables = _Tables(paths)
     names = tables.class_names
     if names is None:
         if not trust_labels or scheme == "imagenet":
@@ -138,6 +141,18 @@ def _list_tables(path: Path, scheme: Scheme | None, trust_labels: bool) -> Sourc
         ),
         content=tables.read,
     )
+
+
+def _check_one_split(paths: list[Path]) -> None:
+    """ValueError for tables of several parts of a data set: the hub keeps all in one folder."""
+    names = [path.name.partition("-")[0].partition(".")[0] for path in paths]
+    splits = sorted({name for name in names if is_split(name)})
+    if len(splits) > 1:
+        raise ValueError(
+            f"{paths[0].parent} holds the parts {', '.join(splits)} of a data set, which would "
+            f"become one: move the tables of one of them ({splits[0]}-*.parquet) into a folder of "
+            "their own (links will do), and give that"
+        )
 
 
 class _Tables:

@@ -128,6 +128,8 @@ def _open(path: Path) -> _File:
     try:
         with path.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
+            if size > path.stat().st_size:  # damaged: so much memory may not be there
+                raise ValueError(f"a header of {size:,} bytes")
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         names = [name for name in ("latents", "latents_flip") if name in header]

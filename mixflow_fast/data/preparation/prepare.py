@@ -176,6 +176,8 @@ def prepare(
     with ShardWork(out, record, count, suffix, rank, world, folder=folder) as work:
         if work.complete:
             return Prepared(True, count, 0, 0, len(_known_bad(work)))
+        if on_bad == "refuse":  # an earlier start left out what may be a good file by now
+            work.make_again(lambda record: bool(_Done.of(record).skipped))
         mine = work.remaining()
         maker = _Maker(work, source, settings, on_bad, max_bad, threads or core_count())
         with (

@@ -17,7 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from mixflow_fast.data.set_files import DONE, MANIFEST, WORK, sha256_of, size_of
+from mixflow_fast.data.set_files import (
+    DONE,
+    MANIFEST,
+    WORK,
+    check_sizes,
+    read_manifest,
+    set_format,
+    sha256_of,
+    size_of,
+)
 from mixflow_fast.files import sync
 from mixflow_fast.folder_lock import FolderLock
 
@@ -99,7 +108,9 @@ class ShardWork:
             self.redone = []
         for number in self.redone:
             self._done_file(number).unlink(missing_ok=True)
-        if was_complete and len(records) - len(self.redone) < self.shards:
+        missing = len(records) - len(self.redone) < self.shards
+        lacks = self._manifest.name == MANIFEST and _lacks_files(self.out)
+        if was_complete and (missing or lacks):
             self._manifest.unlink(missing_ok=True)
         self.complete = self._manifest.is_file()
 
@@ -130,6 +141,12 @@ class ShardWork:
         """
         done = self._done()
         return [n for n in range(self._rank, self.shards, self._world) if n not in done]
+
+    def make_again(self, unwanted: Callable[[Mapping[str, object]], bool]) -> None:
+        """Take those of this process's shards as not done whose done file is `unwanted`."""
+        for number in self._done() & set(range(self._rank, self.shards, self._world)):
+            if unwanted(self._record(number)):
+                self._done_file(number).unlink(missing_ok=True)
 
     def unfinished(self) -> int:
         """How many shards are not done, of whatever process."""
@@ -279,6 +296,15 @@ def _check_folder(out: Path, manifest: str, folder: str) -> None:
 
 def _names(folder: Path) -> set[str]:
     return {n for n in os.listdir(folder) if not n.startswith(_TEMPORARY)} - _IGNORED
+
+
+def _lacks_files(out: Path) -> bool:
+    """Whether a manifest is damaged, or a file that it lists is missing or has another size."""
+    try:
+        check_sizes(out, read_manifest(out, set_format(out) or ""))
+    except ValueError:
+        return True
+    return False
 
 
 def _compare(out: Path, wanted: Mapping[str, object]) -> None:

@@ -172,6 +172,14 @@ def test_lightningdit(tmp_path: Path) -> None:
     assert "up to 1 images occur twice" in note
 
 
+def test_another_normalisation_is_another_set(tmp_path: Path) -> None:
+    """It stands in the manifest alone, which is not written again."""
+    write_lightningdit(tmp_path / "va")
+    copied(tmp_path / "va", tmp_path / "out", multiplier=0.5)
+    with pytest.raises(ValueError, match="was begun with normalisation = .*0.5"):
+        copied(tmp_path / "va", tmp_path / "out", multiplier=1.0)
+
+
 def test_lightningdit_without_statistics(tmp_path: Path) -> None:
     write_lightningdit(tmp_path / "va", stats=False)
     with pytest.raises(ValueError, match="latents_stats.pt.*--scale X"):
@@ -265,6 +273,10 @@ def test_values_that_cannot_be_stored_are_named(tmp_path: Path) -> None:
 
 
 def test_refused(tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/latents_rank00_shard000.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="must be a safetensors file .*a header of 18,446"):
+        open_foreign_latents(tmp_path / "damaged", ImportOptions())
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds nothing that is imported"):
         open_foreign_latents(tmp_path / "empty", ImportOptions())

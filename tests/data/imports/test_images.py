@@ -71,6 +71,18 @@ def test_tables(tmp_path: Path) -> None:
     assert [int(images.labels(np.array([n]))) for n in range(7)] == labels
 
 
+def test_parts_of_a_data_set_do_not_become_one(tmp_path: Path) -> None:
+    """The hub's folder of ImageNet holds train-*, validation-* and test-*."""
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
+        write_table(tmp_path / f"{name}.parquet", [png(pictures(1)[0])], [0], ["a"])
+    with pytest.raises(ValueError, match="the parts train, validation .* into a folder of their"):
+        list_packed(tmp_path)
+    (tmp_path / "train").mkdir()
+    for file in tmp_path.glob("train-*"):
+        (tmp_path / "train" / file.name).symlink_to(file)
+    assert len(list_packed(tmp_path / "train")) == 2
+
+
 def test_class_names_of_tables(tmp_path: Path) -> None:
     contents = [png(image) for image in pictures(2)]
     file = tmp_path / "train.parquet"

@@ -14,7 +14,7 @@ from PIL import Image
 from mixflow_fast.data.image_folder import adm_center_crop
 from mixflow_fast.data.preparation import prepare as module
 from mixflow_fast.data.preparation.prepare import BadImages, Settings, prepare
-from mixflow_fast.data.preparation.source import list_source
+from mixflow_fast.data.preparation.source import list_source, read_crop
 from mixflow_fast.data.prepared_images import PreparedImages
 from mixflow_fast.data.set_files import read_manifest, verify
 from tests.support.image_folders import bad_images, write_folder
@@ -273,6 +273,30 @@ def test_what_was_skipped_is_not_passed_over_when_it_is_refused(damaged, tmp_pat
     with pytest.raises(BadImages) as error:
         prepare(source, tmp_path / "set", SETTINGS)
     assert len(error.value.bad) == 8
+
+
+def test_files_that_were_replaced_after_a_skip_complete_the_set(damaged, tmp_path):
+    with pytest.raises(BadImages, match="More than --max-bad 7"):
+        prepare(list_source(damaged), tmp_path / "set", SETTINGS, on_bad="skip", max_bad=7)
+    assert any((tmp_path / "set/done").iterdir())
+    source = list_source(damaged)
+    good = next(source.read(n) for n in range(len(source)) if is_good(source.read(n)))
+    for number, name in enumerate(source.files):
+        if not is_good(source.read(number)):
+            (damaged / name).write_bytes(good)
+    done = prepare(source, tmp_path / "set", SETTINGS)
+    assert done.complete and not done.skipped
+    assert prepare(source, tmp_path / "anew", SETTINGS).complete
+    assert read_manifest(tmp_path / "set", "mixflow-images/1") == read_manifest(
+        tmp_path / "anew", "mixflow-images/1"
+    )
+
+
+def is_good(content):
+    try:
+        return read_crop(content, 32) is not None
+    except ValueError:
+        return False
 
 
 def test_nothing_but_bad_images(tmp_path):

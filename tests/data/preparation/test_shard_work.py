@@ -10,7 +10,7 @@ import pytest
 
 from mixflow_fast import folder_lock
 from mixflow_fast.data.preparation.shard_work import ShardWork, ranks_of_environment
-from mixflow_fast.data.set_files import read_manifest, verify, write_manifest
+from mixflow_fast.data.set_files import file_record, read_manifest, verify, write_manifest
 from mixflow_fast.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,6 +105,29 @@ def test_a_shard_that_does_not_hold_its_record_is_made_again(tmp_path, damage):
         make(work, [1])
         assert complete(work)
     assert tree(tmp_path) == whole
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "manifest"])
+def test_files_beside_the_shards_are_written_again(tmp_path, damage):
+    def write(records: list[dict[str, object]]) -> None:
+        (tmp_path / "labels").write_bytes(b"0 1")
+        files = [file_record(tmp_path, "labels")]
+        write_manifest(tmp_path, {"format": "test/1", "shards": records, "files": files})
+
+    with ShardWork(tmp_path, SETTINGS, 2, ".bin") as work:
+        make(work, [0, 1])
+        assert work.complete_with(write)
+    whole = tree(tmp_path)
+    if damage == "missing":
+        (tmp_path / "labels").unlink()
+    elif damage == "truncated":
+        (tmp_path / "labels").write_bytes(b"0")
+    else:
+        (tmp_path / "manifest.json").write_text("{")
+    with ShardWork(tmp_path, SETTINGS, 2, ".bin") as work:
+        assert not work.complete and work.remaining() == []
+        assert work.complete_with(write)
+    assert tree(tmp_path) == whole and verify(tmp_path) == []
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
