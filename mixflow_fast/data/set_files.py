@@ -55,7 +55,8 @@ def read_manifest(root: Path, format_: str) -> dict[str, object]:
                 "command that makes it once more, which goes on from there"
             )
         raise ValueError(
-            f"{root} holds no {MANIFEST}: it is no set that `mixflow-fast data` has made"
+            f"{root} holds no {MANIFEST}: it is no set that `mixflow-fast data` has made (prepare "
+            "makes one of images, encode one of latents, import one of other programs' files)"
         )
     manifest = _load(root / MANIFEST)
     found = manifest.get("format")
