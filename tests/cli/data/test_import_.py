@@ -39,3 +39,15 @@ def test_a_folder_of_images_is_not_called_latents(tmp_path, capsys):
     code, _, error = run(*command, capsys=capsys)
     assert code == 2 and "holds nothing that is imported" in error
     assert "which holds latents" not in error and not (tmp_path / "set").exists()
+
+
+def test_files_that_are_mapped_and_gone_are_not_to_be_deleted(tmp_path, capsys):
+    values = np.random.default_rng(0).standard_normal((6, 4, 2, 2)).astype(np.float32)
+    np.save(tmp_path / "some.npy", values)
+    np.save(tmp_path / "some_labels.npy", np.arange(6) % 3)
+    command = ("data", "import", tmp_path / "some.npy", "--out", tmp_path / "set", "--in-place")
+    assert run(*command, capsys=capsys)[0] == 0
+    (tmp_path / "some.npy").rename(tmp_path / "elsewhere.npy")
+    code, said, _ = run("data", "verify", tmp_path / "set", capsys=capsys)
+    assert code == 1 and f"it is a link to {tmp_path / 'some.npy'}" in said
+    assert "put those back as they were" in said and "Delete them" not in said
