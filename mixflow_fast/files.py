@@ -109,13 +109,17 @@ def check_writable(path: Path, force: bool) -> None:
     _check_place(path, path.absolute().parents, "--out")
 
 
-def check_folder_writable(path: Path) -> None:
+def check_folder_writable(path: Path, option: str = "out=") -> None:
     """Refuse a folder to be written into, `out=` of a run, before there is anything to write.
+
+    Args:
+        path: the folder; it need not exist.
+        option: how the user gave it.
 
     Raises:
         ValueError: it is a file, or it could not be made or written.
     """
-    _check_place(path, (path.absolute(), *path.absolute().parents), "out=")
+    _check_place(path, (path.absolute(), *path.absolute().parents), option)
 
 
 def _check_place(path: Path, places: Iterable[Path], option: str) -> None:

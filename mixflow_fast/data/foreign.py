@@ -115,6 +115,11 @@ def _set(look: _Look, kind: Kind) -> str:
     """What `mixflow-fast data` has made; incomplete ones have work.json alone."""
     if not {"manifest.json", "work.json"} & set(look.files) or "done" not in look.folders:
         return ""
+    if "images" in look.folders:
+        return (
+            "it is a set in REPA's layout, for REPA's code: `mixflow-fast data import` reads its "
+            "folder `images`"
+        )
     found = "latents" if "moments" in look.folders else "images"
     return f"it is a set that `mixflow-fast data` makes: read it with data.kind={found}"
 

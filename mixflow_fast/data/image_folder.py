@@ -86,10 +86,11 @@ class ImageFolder:
             # An empty folder would shift no label, but a class that is never seen is a mistake.
             found = scan.images(root / name)
             if not found:
+                foreign = describe_foreign(root, "folder")
                 raise ValueError(
                     f"class folder {name!r} in {str(path)!r} holds no image "
-                    f"({', '.join(IMAGE_SUFFIXES)}): remove it or fill it"
-                    f"{_because(describe_foreign(root, 'folder'))}"
+                    # What is no class folder is not to be removed.
+                    f"({', '.join(IMAGE_SUFFIXES)}): {foreign or 'remove it or fill it'}"
                 )
             self.files += found
             labels += [label] * len(found)

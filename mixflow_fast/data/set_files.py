@@ -25,6 +25,11 @@ from mixflow_fast.files import check_inside, write_json
 
 MANIFEST, WORK, DONE = "manifest.json", "work.json", "done"
 _BLOCK = 1 << 20
+# How one comes by a set of a format.
+_WAYS = {
+    "mixflow-images": "give images, which `mixflow-fast data prepare` makes",
+    "mixflow-latents": "give latents, which `mixflow-fast data encode` makes of prepared images",
+}
 
 
 def write_manifest(root: Path, manifest: Mapping[str, object]) -> None:
@@ -55,7 +60,8 @@ def read_manifest(root: Path, format_: str) -> dict[str, object]:
                 "command that makes it once more, which goes on from there"
             )
         raise ValueError(
-            f"{root} holds no {MANIFEST}: it is no set that `mixflow-fast data` has made"
+            f"{root} holds no {MANIFEST}: it is no set that `mixflow-fast data` has made (prepare "
+            "makes one of images, encode one of latents, import one of other programs' files)"
         )
     manifest = _load(root / MANIFEST)
     found = manifest.get("format")
@@ -64,7 +70,7 @@ def read_manifest(root: Path, format_: str) -> dict[str, object]:
         reason = (
             "it was made by another version of mixflow-fast: make it again, or use that version"
             if same
-            else "give a set of the expected format"
+            else _WAYS.get(format_.rpartition("/")[0], "give a set of the expected format")
         )
         raise ValueError(f"{root} has the format {found!r}, expected {format_!r}: {reason}")
     if manifest.get("checksum") != _checksum(manifest):
@@ -209,7 +215,9 @@ def _size_fault(root: Path, record: Mapping[str, object]) -> str:
     try:
         size = size_of(root / str(record["file"]))
     except OSError as error:
-        return f"{record['file']} cannot be read ({error.strerror})"
+        path = root / str(record["file"])
+        link = f"; it is a link to {os.readlink(path)}" if path.is_symlink() else ""
+        return f"{record['file']} cannot be read ({error.strerror}){link}"
     if size != record["bytes"]:
         return f"{record['file']} has {size:,} bytes, expected {record['bytes']:,}"
     return ""

@@ -77,7 +77,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _check_numbers(options)
-    check_folder_writable(options.out)
+    check_folder_writable(options.out, "--out")
     from mixflow_fast.data.preparation.encode import EncodeOptions
     from mixflow_fast.data.preparation.scan import core_count
     from mixflow_fast.data.preparation.shard_work import ranks_of_environment
@@ -87,6 +87,11 @@ def run(options: argparse.Namespace) -> int:
 
     rank, world = ranks_of_environment()
     size = int(str(read_manifest(options.prepared, IMAGES_FORMAT)["size"]))
+    if options.out.resolve().is_relative_to(options.prepared.resolve()):
+        raise ValueError(
+            f"--out {options.out} is inside of the images {options.prepared}: choose a folder "
+            "beside them"
+        )
     device = _device(options.device)
     vae = SDVAE(options.vae, size, precision=options.precision, name="--vae").to(device)
     how = EncodeOptions(

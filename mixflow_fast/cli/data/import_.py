@@ -80,12 +80,18 @@ def _range(text: str) -> tuple[float, float]:
 
 def run(options: argparse.Namespace) -> int:
     from mixflow_fast.data.imports.images import is_packed
-    from mixflow_fast.data.imports.recognise import holds_images
+    from mixflow_fast.data.imports.recognise import (
+        holds_images,
+        is_foreign_latents,
+        nothing_to_import,
+    )
 
     path = existing_path(options.path)
     if is_packed(path) and holds_images(path):
         _refuse(options, _OF_LATENTS, "images")
         return _import_images(options)
+    if not is_foreign_latents(path):
+        raise ValueError(nothing_to_import(path))
     _refuse(options, _OF_IMAGES, "latents")
     return _import_latents(options)
 
@@ -128,7 +134,7 @@ def _import_latents(options: argparse.Namespace) -> int:
     from mixflow_fast.metrics.progress import Progress
 
     rank, world = ranks_of_environment()
-    check_folder_writable(options.out)
+    check_folder_writable(options.out, "--out")
     latents = open_foreign_latents(
         options.path,
         ImportOptions(

@@ -75,6 +75,8 @@ def _lines(values: Mapping[str, object], indent: int = 2) -> list[str]:
 
     lines = []
     for name, value in values.items():
+        if value is None or value == "" or value == {}:  # not known, or there is none
+            continue
         if name in _LEFT_OUT and not isinstance(value, int):
             if name == "class_names" and isinstance(value, list):
                 lines.append(f"{'':{indent}}classes: {shorten(map(str, value))}")

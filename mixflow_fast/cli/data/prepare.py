@@ -113,7 +113,7 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
-    check_folder_writable(options.out)
+    check_folder_writable(options.out, "--out")
 
 
 def _prepare(
@@ -175,9 +175,16 @@ def _say_complete(options: argparse.Namespace, done: Prepared) -> None:
     manifest = read_manifest(options.out, set_format(options.out) or "")
     how = "complete" if done.made else "complete already"
     skipped = f", {done.skipped:,} left out (skipped.jsonl)" if done.skipped else ""
+    if done.skipped and not done.made:
+        skipped += "; once good files are in their place, make the set in another --out"
     print(
         f"{options.out}: {how}, {manifest['count']:,} images of {manifest['size']} px in "
         f"{done.shards:,} shards, {size_text(total_bytes(manifest))}{skipped}"
     )
     if manifest["layout"] == "shards":
-        print(f"  train on it with data.kind=images data.path={options.out}")
+        print(
+            f"  make its latents with `mixflow-fast data encode {options.out} --vae FOLDER --out "
+            f"LATENTS`, or train on it with data.kind=images data.path={options.out}"
+        )
+    else:
+        print("  REPA's own code reads it; for mixflow-fast make one without --layout repa")

@@ -58,6 +58,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"{root}: whole, {manifest['format']}, {files:,} files, {size_text(size)}")
         return WHOLE
     print("\n".join(faults))
+    if any((root / str(record["file"])).is_symlink() for record in listed_files(manifest)):
+        # Nobody is told to delete files that were not made here.
+        print(
+            f"{root}: {len(faults)} of {files:,} files are damaged. It maps files of another "
+            f"program where they are: put those back as they were, or delete {root} (not what its "
+            "links lead to) and import them again"
+        )
+        return DAMAGED
     print(
         f"{root}: {len(faults)} of {files:,} files are damaged. Delete them and {MANIFEST}, and "
         "run the command that made the set again: it makes what is missing and nothing else"

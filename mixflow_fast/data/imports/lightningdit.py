@@ -97,8 +97,8 @@ class LightningDiTLatents:
             source={"imported": "LightningDiT's shards", "ranks": ranks},
         )
         self.notes = (
-            f"extracted by {ranks} rank{'s' * (ranks != 1)}: up to {ranks - 1} images occur twice, "
-            "and rows cannot be paired with images",
+            "rows cannot be paired with images: the files do not say which one each is of",
+            *([f"{ranks} ranks extracted: up to {ranks - 1} images may occur twice"] * (ranks > 1)),
         )
 
     def read(self, samples: range) -> Tensor:

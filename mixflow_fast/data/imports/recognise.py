@@ -73,17 +73,31 @@ def open_foreign_latents(path: Path, options: ImportOptions) -> ForeignLatents:
                 "[0, 1], under the same names: give --vae-input-range=-1,1 or --vae-input-range=0,1"
             )
         return DatasetJsonLatents(open_archive(path), options.input_range, options.no_labels)
-    if path.suffix in (".npz", ".npy") or any((path / name).is_file() for name in _ARRAYS):
+    if _is_arrays(path):
         scale = options.scale
         if scale is None:
             scale = SD_VAE_SCALE if options.moments else 1.0
         return ArrayLatents(path, options.moments, scale, options.input_range or SIGNED_RANGE)
+    raise ValueError(nothing_to_import(path))
+
+
+def is_foreign_latents(path: Path) -> bool:
+    """Whether `open_foreign_latents` knows the layout of a path; its content is not looked at."""
+    return is_lightningdit(path) or _has_index(path) or _is_arrays(path)
+
+
+def nothing_to_import(path: Path) -> str:
+    """What is said of a path that is of no layout that is imported."""
     foreign = describe_foreign(path, "latents")
-    raise ValueError(
+    return (
         f"{path} holds nothing that is imported: REPA's or EDM2's dataset.json (folder or zip), "
         "LightningDiT's latents_rank*_shard*.safetensors, .npz, .npy, or .parquet of images"
         f"{f'; {foreign}' if foreign else ''}"
     )
+
+
+def _is_arrays(path: Path) -> bool:
+    return path.suffix in (".npz", ".npy") or any((path / name).is_file() for name in _ARRAYS)
 
 
 def warnings_about(latents: ForeignLatents) -> list[str]:

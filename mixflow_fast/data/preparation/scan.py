@@ -233,8 +233,11 @@ def describe_scan(source: Source, found: Scan, size: int | None) -> list[str]:
     lines.append(f"formats   {_counted(found.formats)}")
     lines.append(f"modes     {_counted(found.modes)}")
     if size is not None:
-        halved = ", ".join(f"{n} times {k:,}" for n, k in sorted(found.halvings.items()))
-        lines.append(f"crop      at {size} px: halved {halved}; enlarged {found.enlarged:,}")
+        halved = "; ".join(
+            f"{k:,} halved {'once' if n == 1 else f'{n} times'}" if n else f"{k:,} not halved"
+            for n, k in sorted(found.halvings.items())
+        )
+        lines.append(f"crop      at {size} px: {halved or 'none'}; {found.enlarged:,} enlarged")
     for what, names in sorted(found.oddities.items()):
         lines.append(f"odd       {what}: {len(names):,}{_known(what, names, source)}")
     if found.exif_warnings:

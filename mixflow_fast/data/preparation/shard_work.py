@@ -33,6 +33,12 @@ from mixflow_fast.folder_lock import FolderLock
 _LOCKS, _TEMPORARY = ".locks", ".tmp-"
 # All that a set's folder may hold besides its files before this command was there.
 _IGNORED = {".DS_Store", "lost+found"}
+# What settings are called on the command line, where that is another name.
+_OPTIONS = {
+    "shard_rows": "--shard-images",
+    "shard_samples": "--shard-samples",
+    "image_format": "--format",
+}
 
 
 def ranks_of_environment() -> tuple[int, int]:
@@ -321,9 +327,10 @@ def _compare(out: Path, wanted: Mapping[str, object]) -> None:
     for name in names:
         before, now = begun.get(name), wanted.get(name)
         if before != now:
+            option = f" ({_OPTIONS[name]})" if name in _OPTIONS else ""
             raise ValueError(
-                f"{out} was begun with {name} = {before!r}, now it is {now!r}: go on with what it "
-                "was begun with, choose another --out, or delete the folder"
+                f"{out} was begun with {name} = {before!r}, now it is {now!r}{option}: "
+                "go on with what it was begun with, choose another --out, or delete the folder"
             )
 
 

@@ -64,6 +64,8 @@ def test_refusals_are_one_line(files, tmp_path, capsys):
         assert encode(files, tmp_path / "out", *more) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    assert encode(files, files / "images" / "latents") == 2
+    assert "is inside of the images" in capsys.readouterr().err
     command = ["data", "encode", tmp_path, "--vae", files / "vae", "--out", tmp_path / "other"]
     assert main(list(map(str, command))) == 2
     assert "it is no set that `mixflow-fast data` has made" in capsys.readouterr().err

@@ -49,7 +49,8 @@ def test_a_folder_becomes_a_set(images, tmp_path, capsys, image_format):
     code, said, error = prepare(images, out, *more, capsys=capsys)
     assert code == 0 and error == ""
     assert said.startswith(f"{out}: complete, 14 images of 32 px in 4 shards, ")
-    assert said.endswith(f"  train on it with data.kind=images data.path={out}\n")
+    assert f"\n  make its latents with `mixflow-fast data encode {out} --vae FOLDER" in said
+    assert said.endswith(f", or train on it with data.kind=images data.path={out}\n")
     assert PreparedImages(out).encoded == (image_format != "raw")
     code, said, _ = prepare(images, out, *more, capsys=capsys)
     assert code == 0 and "complete already, 14 images" in said

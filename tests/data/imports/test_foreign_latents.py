@@ -168,8 +168,9 @@ def test_lightningdit(tmp_path: Path) -> None:
         assert (store.info.kind, store.info.mirrors, store.info.count) == ("sample", 2, 10)
         norm = store.info.normalisation
         assert (norm.mean, norm.std, norm.multiplier) == (tuple(range(6)), (2.0,) * 6, 0.5)
-    (note,) = open_foreign_latents(tmp_path / "va", ImportOptions()).notes
-    assert "up to 1 images occur twice" in note
+    pairing, twice = open_foreign_latents(tmp_path / "va", ImportOptions()).notes
+    assert "cannot be paired with images" in pairing
+    assert twice == "2 ranks extracted: up to 1 images may occur twice"
 
 
 def test_another_normalisation_is_another_set(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_scan_counts_what_is_there(tmp_path):
     assert not found.bad
     text = "\n".join(describe_scan(source, found, 32))
     assert "19 in 2 classes (7 to 12 each)" in text
-    assert "halved 0 times 6, 1 times 11, 2 times 2; enlarged 0" in text
+    assert "6 not halved; 11 halved once; 2 halved 2 times; 0 enlarged" in text
     assert "CMYK: 1, such as b/x cmyk.JPEG" in text and "bad       0" in text
     assert scan_source(source, 64).enlarged == 6
 
