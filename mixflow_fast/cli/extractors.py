@@ -38,6 +38,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="the same projected to 128 dimensions, for about 1,000 images: fd_effnet_lite0_p128",
     )
     group.add_argument(
+        "--effnet-side",
+        type=int,
+        metavar="N",
+        help="resize images to N x N for it; default: as they are, at least 32",
+    )
+    group.add_argument(
         "--pixels",
         action="store_true",
         help="averaged pixels and a random network, without weights: fd_pooled_pixels, "
@@ -77,9 +83,9 @@ def chosen(options: argparse.Namespace) -> list[Extractor]:
     if options.dinov2 is not None:
         found.append(DinoV2Features(options.dinov2, device, allow_unknown=unknown))
     if options.effnet:
-        found.append(EffNetLite0(device=device))
+        found.append(EffNetLite0(side=options.effnet_side, device=device))
     if options.effnet_p128:
-        found.append(EffNetLite0(projected=True, device=device))
+        found.append(EffNetLite0(True, options.effnet_side, device=device))
     if options.pixels:
         found += [PixelFeatures(name) for name in FEATURES]
     if not found:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mixflow_fast.evaluation.features.extractor import Features, exact_float32
+from mixflow_fast.evaluation.features.inception import KNOWN_SHA256_PREFIX
 from mixflow_fast.evaluation.metrics import (
     SPLIT,
     frechet,
@@ -243,6 +244,12 @@ def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n
     if constant := features[0].constant:
         names = shorten(str(place) for place in constant)
         found.append(f"{len(constant):,} images have a single colour, ids {names}")
+    for each in features:
+        known = (each.extractor.sha256 or "").startswith(KNOWN_SHA256_PREFIX)
+        if each.extractor.name == "inception" and not known:
+            found.append(
+                "the Inception weights are not FID's: no number compares with published ones"
+            )
     dims = {name: int(each.to_record().get("dim", 0)) for name, each in estimates.items()}
     for name, dim in dims.items():
         if n <= dim:
@@ -252,8 +259,8 @@ def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n
             )
     if n < _FEW and any(dims.values()):
         found.append(
-            f"a Frechet distance of {n:,} samples compares with others of as many; kid does not "
-            "depend on their number"
+            f"a Frechet distance of {n:,} samples compares only with those of as many: published "
+            "ones are of 50,000"
         )
     if "is" in estimates and n < SPLIT:
         found.append(f"is: one split of {n:,} images, published ones have splits of {SPLIT:,}")

@@ -16,7 +16,7 @@ from mixflow_fast.evaluation.protocol import Protocol
 from mixflow_fast.evaluation.reference import Reference
 from mixflow_fast.metrics.metrics_file import read_metrics
 
-INCEPTION = ExtractorId("inception", "ab12", "none")
+INCEPTION = ExtractorId("inception", "6726825d", "none")
 
 
 def features(seed: int = 0, count: int = 60, extractor: ExtractorId = INCEPTION) -> Features:
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_left_out_or_named() -> None:
 
 def test_unlike_features_are_refused() -> None:
     other = replace(INCEPTION, sha256="cd34")
-    with pytest.raises(ValueError, match="sha256 'ab12' against 'cd34'"):
+    with pytest.raises(ValueError, match="sha256 '6726825d' against 'cd34'"):
         evaluate([features()], reference((other.to_record(),)))
     evaluate([features()], reference((INCEPTION.to_record(),)))
     dinov2 = ExtractorId("dinov2", None, "")
@@ -92,7 +92,7 @@ def test_row_is_one_of_metrics_jsonl(tmp_path: Path) -> None:
     fid = again["metrics"]["fid"]
     assert {"value", "bias", "se", "low", "high", "mean_term", "cov_term", "inf"} <= set(fid)
     assert again["reference"]["sha256"] == "f" * 64
-    assert again["extractors"] == [{"id": "inception", "sha256": "ab12", "dtype": "float32",
+    assert again["extractors"] == [{"id": "inception", "sha256": "6726825d", "dtype": "float32",
                                     "resize": "none"}]  # fmt: skip
     assert read_metrics(tmp_path / "metrics.jsonl") == []  # no row of training
     plain = found.to_row("a.npz")
@@ -114,11 +114,14 @@ def test_protocol_of_the_numbers_is_that_of_the_set_and_more() -> None:
 def test_warnings() -> None:
     said = evaluate([replace(features(), constant=(3, 5))], reference()).warnings
     assert any("2 images have a single colour, ids 3, 5" in line for line in said)
-    assert any("compares with others of as many" in line for line in said)
+    assert any("compares only with those of as many" in line for line in said)
     assert any("one split of 60 images" in line for line in said)
     assert not any("no full rank" in line for line in said)
     said = evaluate([features(count=6)], reference(), ["fid"]).warnings
     assert any("fid: 6 samples in 6 dimensions" in line for line in said)
+    other = replace(INCEPTION, sha256="ab12")
+    said = evaluate([features(extractor=other)], reference(), ["fid"]).warnings
+    assert any("not FID's" in line for line in said)
     many = evaluate([features(count=10_000)], reference(), ["fid", "is"])
     assert many.warnings == []
 

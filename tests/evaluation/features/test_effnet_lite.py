@@ -82,9 +82,21 @@ def test_projection_is_fixed_and_keeps_distances(extractor: EffNetLite0) -> None
     assert 0.75 < ratio < 1.25  # 1 within 4 of its standard deviations, 1 / sqrt(256)
 
 
+def test_resizing_is_pillow_s_without_its_rounding(extractor: EffNetLite0) -> None:
+    """From 427 pixels to 224; the size is a part of what the extractor is."""
+    resizing = EffNetLite0(side=224)
+    assert "224" in resizing.id.resize and resizing.id != extractor.id
+    with torch.inference_mode():
+        features = resizing(photo("flower.jpg", 427))["mean"]
+        assert int(resizing.network.classify(features).argmax()) == 985
+        assert relative_rms(features, extractor(photo("flower.jpg", 224))["mean"]) < 0.1
+
+
 def test_refusals(extractor: EffNetLite0, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 32 x 32 pixels, got .16, 16.: enlarge"):
+    with pytest.raises(ValueError, match="at least 32 x 32 pixels, got .16, 16.: .*--effnet-side"):
         extract([torch.zeros(1, 3, 16, 16, dtype=torch.uint8)], extractor)
+    with pytest.raises(ValueError, match="side must be at least 32"):
+        EffNetLite0(side=16)
     (tmp_path / "w.pth").write_bytes(b"other")
     with pytest.raises(ValueError, match="57934424"):
         EffNetLite0(path=tmp_path / "w.pth")
