@@ -159,8 +159,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _drawer(options: argparse.Namespace) -> Drawer:
     """The networks, on this process's device, and how they are sampled."""
+    from mixflow_fast.cli.data.encode import device_of_rank
     from mixflow_fast.cli.picture_sets import Drawer
-    from mixflow_fast.distributed.process_group import local_device
     from mixflow_fast.models import load_model
     from mixflow_fast.models.autoencoders.decoding import load_decoder
 
@@ -186,7 +186,7 @@ def _drawer(options: argparse.Namespace) -> Drawer:
             "the autoencoder that they were made by with --decoder FOLDER, or use --out FILE.npz "
             f"and decode them elsewhere; {_UNDO_SCALE}"
         )
-    device, guide = local_device(), None
+    device, guide = device_of_rank("auto"), None
     if chosen.guide is not None:
         guide = load_model(chosen.guide, options.weights, clock=options.clock).to(device)
     return Drawer(

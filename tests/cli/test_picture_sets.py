@@ -103,12 +103,15 @@ def test_two_ranks_make_the_bytes_of_one(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a launcher's variables, one after the other; shards for both."""
+    """By launchers' variables, one after the other; shards for both. They need not meet."""
     command = ["sample", files / "pixels.pt", "-n", "1001", "--steps", "1", "--batch-size", "250"]
     assert run(*command, "--out", tmp_path / "1/a", capsys=capsys)[0] == 0
-    for rank in (1, 0):
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
-            monkeypatch.setenv(name, str(value))
+    torchrun, srun = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    for rank, (number, ranks) in ((1, torchrun), (0, srun)):
+        for name in torchrun:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(number, str(rank))
+        monkeypatch.setenv(ranks, "2")
         code, said, err = run(*command, "--out", tmp_path / "2/a", capsys=capsys)
         assert code == 0, err
         assert ("sampler: euler" in said) == (rank == 0)
