@@ -8,7 +8,7 @@ recommended. Finished parts are kept: the same command goes on, and more seeds o
 
     python -m benchmarks.slow_flow_rule --seeds 110 111 112 113 114 --out runs/slow-flow-rule
 
-`--report` trains nothing. Either way the table of what is there is printed, and OUT/rows.json is it.
+`--report` trains nothing. Either way what is there is printed as a table and written to rows.json.
 """
 
 from __future__ import annotations
