@@ -29,7 +29,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "samples",
         type=user_path,
         metavar="SET",
-        help=".npz (arr_0 as ADM writes it, or x as `sample` does), or a folder of images",
+        help="a set's folder or .npz, any .npz (arr_0 as ADM writes it, or x as `sample` does), or "
+        "a folder of images",
     )
     command.add_argument(
         "--reference",
@@ -80,17 +81,23 @@ def run(options: argparse.Namespace) -> int:
         reference = _with_image_features(reference, networks)
     device = extractors.device_of(options)
     found = evaluate(features, reference, wanted, fid_inf=options.fid_inf, device=device)
-    row = found.to_row(str(options.samples), features=str(folder))
+    protocol = found.protocol(pictures.protocol)
+    row = found.to_row(
+        str(options.samples),
+        protocol=None if protocol is None else protocol.sha256,
+        weights=pictures.origin or None,
+        features=str(folder),
+    )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-    _print(found)
+    _print(found, "no protocol is recorded" if protocol is None else f"protocol {protocol.short}")
     return 0
 
 
 def _beside(path: Path) -> Path:
-    """sets/a.npz -> sets/a.features, runs/images -> runs/images.features."""
+    """sets/a or sets/a.npz -> sets/a.features."""
     path = path.absolute()
     name = path.name if path.is_dir() else path.stem
     return path.with_name(f"{name}.features")
@@ -112,8 +119,8 @@ def _with_image_features(reference: Reference, networks: list[Extractor]) -> Ref
     return replace(reference, features={POOL: found.arrays["pool"]})
 
 
-def _print(found: Evaluation) -> None:
-    print(f"{found.n:,} samples against {found.reference.path.name}")
+def _print(found: Evaluation, protocol: str) -> None:
+    print(f"{found.n:,} samples against {found.reference.path.name}, {protocol}")
     for name, each in found.estimates.items():
         low, high = each.interval()
         bias = f", without its bias {each.corrected:.5g}" if each.bias else ""

@@ -41,42 +41,6 @@ def open_npz(path: Path) -> NpzFile:
     return _load(path, None)
 
 
-def npz_array(path: Path, name: str) -> np.ndarray:
-    """One array of a .npz, mapped from the file where it is stored as it is, read otherwise.
-
-    numpy's own reader ignores `mmap_mode` for a .npz and copies.
-
-    Raises:
-        ValueError: no .npz, no array of that name, or one of Python objects.
-    """
-    import zipfile
-
-    import numpy as np
-
-    with open_npz(path) as arrays:
-        if name not in arrays:
-            raise ValueError(f"{str(path)!r} holds no array {name!r}, but {', '.join(arrays)}")
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            member = archive.getinfo(f"{name}.npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                return arrays[name]
-            # The local header's lengths: its extra field is not that of the directory.
-            file.seek(member.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")
-            file.seek(member.header_offset + 30 + int(lengths.sum()))
-            version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                return arrays[name]
-            major = version[0]
-            read = (np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0)
-            shape, fortran, dtype = read[major - 1](file)
-            if dtype.hasobject or not np.prod(shape, dtype=np.int64):
-                return arrays[name]  # refused there
-            order = "F" if fortran else "C"
-            # "c", copy on write: PyTorch warns of memory that may not be written.
-            return np.memmap(path, dtype, "c", file.tell(), shape, order)
-
-
 def _load(path: Path, mmap_mode: Literal["r"] | None) -> np.ndarray | NpzFile:
     import numpy as np
 

@@ -26,11 +26,12 @@ from mixflow_fast.evaluation.metrics import (
     inception_score,
     kid,
 )
-from mixflow_fast.evaluation.precision_recall import precision_recall
+from mixflow_fast.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from mixflow_fast.evaluation.protocol import Protocol
 from mixflow_fast.evaluation.reference import CLASS_TOKEN, POOL, SPATIAL, Reference
 from mixflow_fast.evaluation.uncertainty import Estimate
 from mixflow_fast.messages import did_you_mean, shorten
-from mixflow_fast.metrics.rows import EvaluationRow, WeightsRecord
+from mixflow_fast.metrics.rows import EvaluationRow
 
 LOGITS = "inception.logits"
 FRECHET = {
@@ -67,11 +68,19 @@ class Evaluation:
     reference: Reference
     seconds: float
 
+    def protocol(self, of_set: Protocol | None) -> Protocol | None:
+        """How the numbers came about, from how the set did; None where that is not recorded."""
+        if of_set is None:
+            return None
+        sections = {"extractors": self.extractors, "reference": self.reference.to_record()}
+        metrics = {"ddof": 1, "splits": SPLIT, "k": NEIGHBOURS, "pr_fp16": False}
+        return of_set.with_sections({**sections, "metrics": metrics})
+
     def to_row(
         self,
         set_name: str,
         protocol: str | None = None,
-        weights: WeightsRecord | None = None,
+        weights: Mapping[str, object] | None = None,
         features: str | None = None,
     ) -> EvaluationRow:
         """A row of `metrics.jsonl`.
@@ -79,15 +88,16 @@ class Evaluation:
         Args:
             set_name: path of the samples.
             protocol: hash of how set and numbers were made, where it is recorded.
-            weights: what was sampled from, where it is recorded.
+            weights: what was sampled from, where it is recorded; its "step" is the row's.
             features: folder of the kept features.
         """
+        step = (weights or {}).get("step")
         return {
-            "step": 0 if weights is None else weights["step"],
+            "step": step if isinstance(step, int) else 0,
             "kind": "evaluation",
             "time": time.time(),
             "protocol": protocol,
-            "weights": weights,
+            "weights": None if weights is None else dict(weights),
             "set": set_name,
             "n": self.n,
             "metrics": {name: each.to_record() for name, each in self.estimates.items()},

@@ -241,8 +241,8 @@ def _kernel_sums(x: np.ndarray, y: np.ndarray, device: str | torch.device) -> np
     """sum_j k(x_i, y_j), (N,) float64, block by block."""
     sums = torch.zeros(len(x), dtype=torch.float64, device=device)
     for j in range(0, len(y), _CHUNK):
-        right = torch.from_numpy(y[j : j + _CHUNK]).to(device, torch.float64)
+        right = torch.from_numpy(np.array(y[j : j + _CHUNK])).to(device, torch.float64)
         for i in range(0, len(x), _CHUNK):
-            left = torch.from_numpy(x[i : i + _CHUNK]).to(device, torch.float64)
+            left = torch.from_numpy(np.array(x[i : i + _CHUNK])).to(device, torch.float64)
             sums[i : i + _CHUNK] += (left @ right.T / x.shape[1] + 1).pow(3).sum(dim=1)
     return sums.cpu().numpy()

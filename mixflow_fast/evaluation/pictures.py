@@ -1,11 +1,11 @@
-"""Sets of pictures to be measured: arrays of a .npz, or a folder of image files."""
+"""Sets of pictures to be measured: a set made here, a .npz, or a folder of image files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,13 @@ from torch import Tensor
 
 from mixflow_fast.data.decoding import IMAGE_SUFFIXES, decode_rgb
 from mixflow_fast.data.image_folder import adm_center_crop
-from mixflow_fast.data.npy_files import load_npy, npz_array, open_npz
+from mixflow_fast.data.npy_files import load_npy, open_npz
+from mixflow_fast.data.set_files import WORK
+from mixflow_fast.evaluation.pictures_npz import map_npz
+from mixflow_fast.evaluation.protocol import Protocol
+from mixflow_fast.evaluation.sample_sets import SET, SampleSet, read_set
 from mixflow_fast.files import existing_path
+from mixflow_fast.models.autoencoders.decoding import quantise
 
 _ROWS = 64
 
@@ -30,6 +35,8 @@ class Pictures:
         source: a fingerprint: names, sizes and times of the files.
         labels: (count,) integers, or None.
         batches: gives them as (B, 3, H, W) uint8, from the start at each call.
+        protocol: how they came about; None where nothing says it.
+        origin: which weights, as plain values; empty where nothing says it.
     """
 
     name: str
@@ -37,25 +44,29 @@ class Pictures:
     source: str
     labels: np.ndarray | None
     batches: Callable[[], Iterator[Tensor]]
+    protocol: Protocol | None = None
+    origin: Mapping[str, object] = field(default_factory=dict)
 
 
 def open_pictures(path: str | os.PathLike[str], size: int | None = None) -> Pictures:
     """A set of pictures, which are read when they are asked for.
 
-    A .npz holds `arr_0`, (N, H, W, 3) uint8, as ADM's evaluator takes it, or `x`, (N, C, H, W)
-    uint8 or floating in [-1, 1], as `mixflow-fast sample` writes it; C is 3, or 1 for grey. Floats
-    are rounded to floor(clamp(127.5 x + 128, 0, 255)). Labels are `y`, `arr_1` or NAME.labels.npy
-    beside it. A folder is searched for image files at any depth, in the order of their paths.
+    A set of `mixflow-fast sample --out FOLDER` is given by its folder or its .npz. Any other .npz
+    holds `arr_0`, (N, H, W, C) uint8, as ADM's evaluator takes it, or `x`, (N, C, H, W) uint8 or
+    floating in [-1, 1], as `mixflow-fast sample` writes it; C is 3, or 1 for grey. Floats become
+    bytes by the rule "round" of `quantise`. Labels are `y`, `arr_1` or NAME.labels.npy beside it.
+    Any other folder is searched for image files at any depth, in the order of their paths.
 
     Args:
-        path: .npz or folder.
-        size: side in pixels of ADM's centre crop; None: as they are. Of folders only.
+        path: a set, a .npz, or a folder of images.
+        size: side in pixels of ADM's centre crop; None: as they are. Of image files only.
 
     Raises:
-        ValueError: nothing there, arrays of another kind, no image files.
+        ValueError: nothing there, arrays of another kind, no image files, an unfinished set.
     """
     found = existing_path(path)
-    if found.is_dir():
+    is_set = any((found / name).exists() for name in (SET, WORK))
+    if found.is_dir() and not is_set:
         return _folder(found, str(path), size)
     if size is not None:
         raise ValueError(f"{path} has pictures of one size: leave --size out")
@@ -63,48 +74,73 @@ def open_pictures(path: str | os.PathLike[str], size: int | None = None) -> Pict
 
 
 def _arrays(path: Path, name: str) -> Pictures:
-    with open_npz(path) as archive:
-        names = set(archive)
-        labels = next((archive[key] for key in ("y", "arr_1") if key in names), None)
-    key = next((key for key in ("arr_0", "x") if key in names), None)
-    if key is None:
+    names = set()
+    labels = None
+    if path.is_file():
+        with open_npz(path) as archive:
+            names = set(archive)
+            labels = next((archive[key] for key in ("y", "arr_1") if key in names), None)
+        if not names & {"arr_0", "x"}:
+            raise ValueError(
+                f"{name} must hold arr_0, (N, H, W, 3) uint8, or x, (N, C, H, W), got "
+                f"{sorted(names)}"
+            )
+    if "x" in names and "arr_0" not in names:
+        return _planes(path, name, labels)
+    made = read_set(path)
+    if made.labels is not None:
+        labels = made.labels
+    path = made.path
+    _check_count(made, name)
+
+    def batches() -> Iterator[Tensor]:
+        for rows in made.batches(_ROWS):
+            yield rows.expand(-1, 3, -1, -1).contiguous()
+
+    source = _fingerprint([path], path.parent)
+    labels = _labels(path, name, len(made), labels)
+    return Pictures(name, len(made), source, labels, batches, made.protocol, made.origin)
+
+
+def _check_count(made: SampleSet, name: str) -> None:
+    section = made.protocol.record.get("set") if made.protocol is not None else None
+    wanted = section.get("n") if isinstance(section, Mapping) else None
+    if wanted is not None and wanted != len(made):
         raise ValueError(
-            f"{name} must hold arr_0, (N, H, W, 3) uint8, or x, (N, C, H, W), got {sorted(names)}"
+            f"{name} holds {len(made):,} pictures, and its protocol says {wanted}: make it again"
         )
-    array = npz_array(path, key)
-    channels = array.shape[3 if key == "arr_0" else 1] if array.ndim == 4 else 0
-    is_pixels = array.dtype == np.uint8 or (key == "x" and array.dtype.kind == "f")
-    if channels not in (1, 3) or not is_pixels:
+
+
+def _planes(path: Path, name: str, labels: np.ndarray | None) -> Pictures:
+    """Of `x`, (N, C, H, W)."""
+    array = map_npz(path, "x")
+    channels = array.shape[1] if array.ndim == 4 else 0
+    if channels not in (1, 3) or not (array.dtype == np.uint8 or array.dtype.kind == "f"):
         raise ValueError(
-            f"{key} of {name} must be pictures of 3 channels (1: grey), uint8 or, of x, floating "
-            f"in [-1, 1], got {array.shape} {array.dtype}: latents have to be decoded first"
+            f"x of {name} must be pictures of 3 channels (1: grey), uint8 or floating in [-1, 1], "
+            f"got {array.shape} {array.dtype}: latents have to be decoded first"
         )
-    beside = path.with_suffix(".labels.npy")
-    if labels is None and beside.exists():
-        labels = load_npy(beside)
-    if labels is not None and labels.shape != (len(array),):
-        raise ValueError(f"labels of {name} must be ({len(array)},), got {labels.shape}")
 
     def batches() -> Iterator[Tensor]:
         for start in range(0, len(array), _ROWS):
             rows = torch.from_numpy(np.array(array[start : start + _ROWS]))
-            rows = rows.permute(0, 3, 1, 2) if key == "arr_0" else _to_bytes(rows)
+            rows = rows if rows.dtype == torch.uint8 else quantise(rows)
             yield rows.expand(-1, 3, -1, -1).contiguous()
 
-    return Pictures(name, len(array), _fingerprint([path], path.parent), labels, batches)
+    source = _fingerprint([path], path.parent)
+    return Pictures(name, len(array), source, _labels(path, name, len(array), labels), batches)
 
 
-def _to_bytes(x: Tensor) -> Tensor:
-    if x.dtype == torch.uint8:
-        return x
-    if not x.isfinite().all():
-        raise ValueError("x must be finite, got NaN or infinity")
-    return (127.5 * x + 128).clamp(0, 255).floor().to(torch.uint8)
+def _labels(path: Path, name: str, count: int, labels: np.ndarray | None) -> np.ndarray | None:
+    beside = path.with_suffix(".labels.npy")
+    if labels is None and beside.exists():
+        labels = load_npy(beside)
+    if labels is not None and labels.shape != (count,):
+        raise ValueError(f"labels of {name} must be ({count},), got {labels.shape}")
+    return labels
 
 
 def _folder(path: Path, name: str, size: int | None) -> Pictures:
-    if (path / "set.json").exists():
-        raise ValueError(f"{name} is a sample set in shards: give the .npz that was made of it")
     files = sorted(
         Path(root) / file
         for root, _, names in os.walk(path)

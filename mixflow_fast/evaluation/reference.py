@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixflow_fast.data.npy_files import npz_array, open_npz
+from mixflow_fast.data.npy_files import open_npz
 from mixflow_fast.evaluation.features.extractor import Features, sha256_of
 from mixflow_fast.evaluation.metrics import Gaussian
+from mixflow_fast.evaluation.pictures_npz import map_npz
 from mixflow_fast.files import existing_path, replacing
 
 KEPT = 10_000  # images whose features are kept for KID, precision and recall
@@ -117,7 +118,7 @@ def _read_own(path: Path, arrays: Mapping[str, np.ndarray]) -> Reference:
             key: _gaussian(path, key, arrays[f"mu/{key}"], arrays[f"sigma/{key}"], n)
             for key in keys
         }
-        features = {key: npz_array(path, f"features/{key}") for key in header["kept"]}
+        features = {key: map_npz(path, f"features/{key}") for key in header["kept"]}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"the reference {path} is damaged: {error!r}") from error
     return Reference(path, sha256_of(path), gaussians, features, extractors=extractors)

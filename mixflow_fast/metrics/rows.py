@@ -135,20 +135,12 @@ class ValidationRow(_Step, total=False):
     model: Losses
 
 
-class WeightsRecord(TypedDict):
-    """What was sampled from: hash of the file, which average of the weights, after which step."""
-
-    sha256: str
-    average: str
-    step: int
-
-
 class EvaluationRow(_Step, total=False):
     """Numbers of a sample set; "step" is that of the weights, 0 where it is not known.
 
     Keys:
         protocol: hash of how the set and the numbers were made; None: not recorded.
-        weights: what was sampled from; None: not recorded.
+        weights: what was sampled from, as the set records it; None: not recorded.
         set: path of the samples.
         n: samples.
         metrics: "fid", "is", ... -> value, bias, se, low, high (a 95% interval of value - bias) and
@@ -161,7 +153,7 @@ class EvaluationRow(_Step, total=False):
     kind: Literal["evaluation"]
     time: float
     protocol: str | None
-    weights: WeightsRecord | None
+    weights: dict[str, object] | None
     set: str
     n: int
     metrics: dict[str, dict[str, float | int]]

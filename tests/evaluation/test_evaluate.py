@@ -12,6 +12,7 @@ from mixflow_fast.evaluation.evaluate import METRICS, evaluate
 from mixflow_fast.evaluation.features.extractor import ExtractorId, Features
 from mixflow_fast.evaluation.metrics import Gaussian, frechet, inception_score, kid
 from mixflow_fast.evaluation.precision_recall import precision_recall
+from mixflow_fast.evaluation.protocol import Protocol
 from mixflow_fast.evaluation.reference import Reference
 from mixflow_fast.metrics.metrics_file import read_metrics
 
@@ -96,6 +97,18 @@ def test_row_is_one_of_metrics_jsonl(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []  # no row of training
     plain = found.to_row("a.npz")
     assert plain["protocol"] is None and plain["weights"] is None and plain["step"] == 0
+
+
+def test_protocol_of_the_numbers_is_that_of_the_set_and_more() -> None:
+    found = evaluate([features()], reference())
+    assert found.protocol(None) is None
+    of_set = Protocol({"set": {"n": 60}})
+    whole = found.protocol(of_set)
+    assert whole.record["set"] == {"n": 60} and whole.record["metrics"]["ddof"] == 1
+    assert whole.record["extractors"] == [INCEPTION.to_record()]
+    assert whole.part("sampling") == of_set
+    other = evaluate([features()], replace(reference(), sha256="0" * 64)).protocol(of_set)
+    assert other.sha256 != whole.sha256
 
 
 def test_warnings() -> None:

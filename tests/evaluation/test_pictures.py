@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from mixflow_fast.evaluation.pictures import Pictures, open_pictures
+from mixflow_fast.evaluation.sample_sets import write_set
+from tests.support.sample_sets import make, pictures, plan
 
 
 def pixels(count: int = 5, side: int = 8) -> np.ndarray:
@@ -94,6 +96,16 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image files"):
         open_pictures(tmp_path / "empty")
-    (tmp_path / "empty" / "set.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"give the \.npz"):
+    (tmp_path / "empty" / "work.json").write_text("{}")
+    with pytest.raises(ValueError, match="no finished set"):
         open_pictures(tmp_path / "empty")
+
+
+def test_sets_that_were_made_here_bring_their_protocol(tmp_path: Path) -> None:
+    made = plan()
+    write_set(make, made, tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path / "a.npz"):
+        found = open_pictures(path)
+        assert torch.equal(all_of(found), pictures(torch.arange(11)))
+        assert found.protocol == made.protocol and found.origin == {"weights": "aa"}
+        assert np.array_equal(found.labels, np.arange(11) % 3)
