@@ -8,7 +8,7 @@ recommended. Finished parts are kept: the same command goes on, and more seeds o
 
     python -m benchmarks.slow_flow_rule --seeds 110 111 112 113 114 --out runs/slow-flow-rule
 
-`--report` trains nothing, and prints the table of what is there.
+`--report` trains nothing. Either way what is there is printed as a table and written to rows.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure_distances(base, seed, measure)
             for gamma in options.gammas:
                 measure_distances(train_arm(options.out, seed, gamma), seed, measure)
-    print(table(rows(options.out)))
+    found = rows(options.out)
+    write_json(options.out / "rows.json", [asdict(row) for row in found])
+    print(table(found))
     return 0
 
 

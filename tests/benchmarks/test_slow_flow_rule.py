@@ -29,3 +29,4 @@ def test_a_table_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert row.rule == pytest.approx(0.15) and row.band == pytest.approx(0.66)
     main(["--report", "--out", str(tmp_path)])
     assert "| 110 | 5 | 0.15 | 0.66 | 3.10 | **2.40** | 2.50 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["distances"]["0.15"] == 2.4
