@@ -60,6 +60,9 @@ class Stream(IntEnum):
     CROP = 9  # place of a crop
     INIT = 10  # seeds of weight initialisation
     VALIDATION_NOISE = 11  # x0 of validation losses
+    SAMPLE_SDE = 12  # noise of stochastic samplers
+    PERTURBATION = 13  # noise that input perturbation adds
+    ROLLOUT = 14  # size of the step that makes a rolled-out input
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

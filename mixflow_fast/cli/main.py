@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (inspect: the weights do not fit; doctor: something failed; verify-resume: bits differ; data
         scan: images that cannot be used; data verify: damage); 2 refused input, or a full disk; 130
         interrupted; 141 nobody reads the output any more. A second signal to a training run ends it
-        with 128 + its number (130, 143), and so does the first one to `data prepare`.
+        with 128 + its number (130, 143), and so does the first one to `data prepare`
+        and to `sample` of a set.
     """
     return exit_code(lambda: _run(argv))
 

@@ -145,6 +145,12 @@ class ObjectiveConfig(Section, name="objective"):
     """SiT's weights of noise and score predictions."""
     interval: Interval = "shifted"
     """Where m is drawn: shifted and raw say in which time it is slowed, full is m ~ U[0, 1]."""
+    input_perturbation: NotNegativeFloat = 0.0
+    """Noise added to the network's input, relative to the noise that is in it, the target unchanged
+    (Ning et al. 2023: 0.1); a rival of slowing. 0 is none."""
+    rollout_steps: NotNegative = 0
+    """Scheduled sampling, an ablation: the input is an Euler step of the network itself, as long as
+    those of a sampler of this many steps at most; one more forward pass. 0 is none."""
     impl: Impl = "auto"
     """auto takes the Triton kernels on a GPU and PyTorch elsewhere."""
     alignment_weight: NotNegativeFloat = 0.0

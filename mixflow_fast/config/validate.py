@@ -44,7 +44,26 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_communication(c.train)
     _check_model(c.model, c.train)
     _check_alignment(c.objective, c.model, c.data, c.teacher, c.train.zero_stage)
+    _check_rollout(c.objective, c.train.zero_stage)
     _check_watching(c.train, c.model, c.objective, c.latent)
+
+
+def _check_rollout(o: ObjectiveConfig, zero_stage: int) -> None:
+    if not o.rollout_steps:
+        return
+    needed = {"path": "linear", "prediction": "velocity", "gamma": 0.0, "input_perturbation": 0.0}
+    wrong = [name for name, value in needed.items() if getattr(o, name) != value]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"objective.rollout_steps = {o.rollout_steps} makes the input in another way: it needs "
+            f"objective.{name}={needed[name]}, got {getattr(o, name)}"
+        )
+    if zero_stage == 3:
+        raise ValueError(
+            "objective.rollout_steps runs the network twice a step, which is not tested under ZeRO "
+            "3: set train.zero_stage=2, or objective.rollout_steps=0"
+        )
 
 
 def _check_batch(t: TrainConfig, m: ModelConfig, world_size: int) -> None:

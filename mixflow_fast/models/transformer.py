@@ -101,6 +101,7 @@ class Transformer(nn.Module):
         float32_names: parameters that stay float32 in a network of half precision.
         config: the constructor's arguments as a JSON-able dict; `type(model)(**model.config)`.
         prediction: what the network was trained to give; set by `load_model` alone.
+        path: interpolation path of its training, None where that is not known; set likewise.
         execution: see `set_execution`.
     """
 
@@ -115,6 +116,7 @@ class Transformer(nn.Module):
     float32_names: tuple[str, ...] = ()
     config: Mapping[str, object]
     prediction: str
+    path: str | None
     blocks: nn.ModuleList
 
     def set_execution(

@@ -242,3 +242,12 @@ def check_weight(weight: Tensor | float, x1: Tensor) -> Tensor:
             f"{tuple(weight.shape)}"
         )
     return weight
+
+
+def check_strength(value: float) -> None:
+    """ValueError unless the strength of input perturbation is a finite number >= 0."""
+    good = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not good:
+        raise ValueError(
+            f"input_perturbation must be a number >= 0 (Ning et al. 2023: 0.1), got {value!r}"
+        )

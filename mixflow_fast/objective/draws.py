@@ -1,4 +1,4 @@
-"""Seeds and positions of the draws, as tensors that stay on the device between calls.
+"""Seeds and positions of the draws, as tensors that stay on the device between calls; noise.
 
 On the device because kernels read them there, and a captured CUDA graph reads them at every replay.
 """
@@ -12,7 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mixflow_fast.flow.clock import engine_times
+from mixflow_fast.flow.path import Path, per_sample
 from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.layout import to_tokens
+from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.kernels.runtime import compute_dtype
 
 # 2^64 over the golden ratio: its multiples lie evenly and far apart.
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -25,6 +30,41 @@ def seed_on(seed: int, device: torch.device) -> Tensor:
         _refuse_in_capture(device, "the seed")
         _SEEDS[seed, device] = _cached(lambda: philox.seed_tensor(seed, device))
     return _SEEDS[seed, device]
+
+
+def draw_noise(seed: Tensor, ids: Tensor, like: Tensor, impl: str, stream: Stream) -> Tensor:
+    """(B, ...) normal numbers for data like `like`: float32, float64 for float64 data."""
+    noise = philox.normal(seed, stream, ids, like.shape[1:].numel(), impl)
+    return noise.view(like.shape).to(compute_dtype(like))
+
+
+def perturbed(
+    x: Tensor,
+    strength: float,
+    path: Path,
+    clock: str,
+    slowed_t: Tensor,
+    noise: Tensor,
+    patch_size: int,
+) -> Tensor:
+    """x + sigma_m g noise: as if the noise end were x0 + g noise; the target is not changed.
+
+    Input perturbation (Ning et al. 2023, arXiv 2301.11706), which stands for a sampler's errors.
+
+    Args:
+        x: (B, ...) interpolation at `slowed_t`, or its (B, N, p p C) tokens.
+        strength: g (the paper: 0.1, CIFAR-10 0.15).
+        path, clock: of the interpolation; `slowed_t` (B,) is in this clock.
+        noise: (B, ...) in the shape of the data.
+        patch_size: p where x is tokens, 0 where it is not.
+
+    Returns:
+        in x's shape and dtype; the sum is made in the noise's.
+    """
+    sigma = path.coefficients(*engine_times(slowed_t, clock)).sigma
+    added = strength * per_sample(sigma, noise).to(noise.dtype) * noise
+    added = to_tokens(added, patch_size) if patch_size else added
+    return (x.to(noise.dtype) + added).to(x.dtype)
 
 
 def next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:

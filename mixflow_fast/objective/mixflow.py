@@ -31,7 +31,6 @@ from mixflow_fast.kernels.interpolate import (
 )
 from mixflow_fast.kernels.layout import from_tokens
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.kernels.runtime import compute_dtype
 from mixflow_fast.kernels.velocity_loss.op import REDUCTIONS, velocity_loss
 from mixflow_fast.kernels.velocity_loss.reference import reduce, velocity_loss_reference
 from mixflow_fast.objective.checks import (
@@ -43,10 +42,11 @@ from mixflow_fast.objective.checks import (
     check_patch_size,
     check_prediction,
     check_slowing,
+    check_strength,
     check_times,
     check_weight,
 )
-from mixflow_fast.objective.draws import next_ids, seed_on
+from mixflow_fast.objective.draws import draw_noise, next_ids, perturbed, seed_on
 
 # Counters of `mixflow_loss` calls without ids, by seed and device.
 _COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
@@ -91,13 +91,7 @@ class Interpolation:
         if self._x0 is not None:
             return self._x0
         like = self.data.mean if isinstance(self.data, Moments) else self.data
-        return _noise(self._seed, self.ids, like, self._impl)
-
-
-def _noise(seed: Tensor, ids: Tensor, like: Tensor, impl: str) -> Tensor:
-    """(B, ...) normal numbers for data like `like`."""
-    x0 = philox.normal(seed, Stream.NOISE, ids, like.shape[1:].numel(), impl)
-    return x0.view(like.shape).to(compute_dtype(like))
+        return draw_noise(self._seed, self.ids, like, self._impl, Stream.NOISE)
 
 
 class MixFlow:
@@ -121,6 +115,8 @@ class MixFlow:
         seed: of the counter-based draws, in [0, 2**64).
         impl: "reference" is plain PyTorch; "triton" the fused kernels; "auto" takes the kernels
             on CUDA devices (float32, bf16, fp16; Triton installed) and else the reference.
+        input_perturbation: g >= 0 adds noise to the input, as if x0 were x0 + g xi, and leaves
+            the target (Ning et al. 2023: 0.1). Not where `prepare` is given x0.
         interval: "shifted" slows in shifted time (RAE's published patch), "raw" slows before the
             shift and shifts both times, "full" draws m ~ U[0, 1] whatever t is (the paper's
             ablation; gamma is not used).
@@ -143,6 +139,7 @@ class MixFlow:
         seed: int = 0,
         impl: str = "auto",
         interval: str = "shifted",
+        input_perturbation: float = 0.0,
     ) -> None:
         if not isinstance(gamma, Real) or isinstance(gamma, bool) or not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be a number in [0, 1], got {gamma!r}")
@@ -150,6 +147,7 @@ class MixFlow:
             raise ValueError(
                 f"shift must be a number >= 1 (RAE: sqrt(C*h*w / 4096)), got {shift!r}"
             )
+        check_strength(input_perturbation)
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("target_at", target_at, get_args(TargetAt))
         check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
@@ -176,6 +174,7 @@ class MixFlow:
         self.target_at = target_at
         self.loss_weight = loss_weight
         self.impl = impl
+        self.input_perturbation = float(input_perturbation)
         self._counters: dict[torch.device, Tensor] = {}
 
     @property
@@ -240,17 +239,23 @@ class MixFlow:
         x0 = None if x0 is None else check_noise(x0, like)
         patch_size = check_patch_size(patch_size, like)
         seed, path = seed_on(self.seed, like.device), self.path.name
+        perturb = self.input_perturbation > 0 and x0 is None
         if kernels:
             x, t, slowed_t = interpolate(
                 x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, "triton", dtype
             )
         else:
             # Kept in the result, where the loss finds it: only kernels are faster without.
-            x0 = _noise(seed, ids, like, "reference") if x0 is None else x0
+            if x0 is None:
+                x0 = draw_noise(seed, ids, like, "reference", Stream.NOISE)
             x, t, slowed_t = interpolate_reference(
                 x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, dtype
             )
         impl = "triton" if kernels else "reference"
+        if perturb:
+            xi = draw_noise(seed, ids, like, impl, Stream.PERTURBATION)
+            strength = self.input_perturbation
+            x = perturbed(x, strength, self.path, self.clock, slowed_t, xi, patch_size)
         made_by = self.clock, path
         return Interpolation(x, t, slowed_t, x1, ids, x0, seed, impl, made_by, _versions(x1, ids))
 

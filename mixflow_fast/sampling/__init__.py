@@ -1,14 +1,22 @@
-"""Samples from a network: solvers, guidance, draws."""
+"""Samples from a network: solvers, grids, guidance, remedies, presets, draws."""
 
-from mixflow_fast.sampling.guidance import model_velocity
+from mixflow_fast.sampling.grids import time_grid
+from mixflow_fast.sampling.guidance import Guidance, guided_velocity, model_velocity
+from mixflow_fast.sampling.remedies import Remedy, parse_remedy
+from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import SampleResult, draw_labels, sample
-from mixflow_fast.sampling.solvers import integrate, time_grid
+from mixflow_fast.sampling.solvers import integrate
 
 __all__ = [
+    "Guidance",
+    "Remedy",
     "SampleResult",
+    "Sampler",
     "draw_labels",
+    "guided_velocity",
     "integrate",
     "model_velocity",
+    "parse_remedy",
     "sample",
     "time_grid",
 ]

@@ -1,17 +1,27 @@
-"""The velocity of a network in the engine's clock, with classifier-free guidance."""
+"""The velocity of a network in the engine's clock, with guidance.
+
+Classifier-free guidance, v = u + g (c - u) with u from the null class, and autoguidance (arXiv
+2406.02507), v = b + g (m - b) with b from a smaller or less trained network on the same labels.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import DATA_AT_1, check_clock
 from mixflow_fast.flow.path import per_sample
+from mixflow_fast.sampling.remedies import Remedy
 from mixflow_fast.sampling.solvers import Velocity
+
+Kind = Literal["cfg", "autoguidance"]
+# (x, t, labels) -> velocity in the engine's clock.
+_Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Network(Protocol):
@@ -29,13 +39,77 @@ class Network(Protocol):
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]: ...
 
 
-class _Guidance(NamedTuple):
-    """Classifier-free guidance where low <= t <= high, of the first `channels` (None: of all)."""
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, where and when a sampler is guided.
 
-    scale: float
-    channels: int | None
-    low: float
-    high: float
+    Attributes:
+        scale: g; 1 is none, and computes no second velocity.
+        channels: number of leading channels to guide, the others keep the conditional velocity;
+            None all; "auto" the network's attribute `cfg_channels`, all without one and under
+            autoguidance. SiT and LightningDiT guide 3, REPA and RAE all.
+        interval: (low, high) in the engine's clock, inclusive; outside it one velocity is computed.
+            REPA's guidance_high = 0.7 counts from the data end: (0.3, 1.0) here.
+        kind: "cfg" or "autoguidance".
+        by_step: test the interval at the time when the solver's step began, for every velocity of
+            the step, as REPA's Heun does; otherwise at each velocity's own time.
+    """
+
+    scale: float = 1.0
+    channels: int | str | None = "auto"
+    interval: tuple[float, float] = (0.0, 1.0)
+    kind: Kind = "cfg"
+    by_step: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"cfg_scale must be finite, got {self.scale}")
+        low, high = self.interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(
+                "guidance_interval must be (low, high) with 0 <= low <= high <= 1, 0 = noise, "
+                f"got {self.interval}"
+            )
+        count = self.channels
+        if count not in ("auto", None) and (not isinstance(count, int) or count < 1):
+            raise ValueError(
+                f'cfg_channels must be >= 1, None for all channels or "auto", got {self.channels!r}'
+            )
+        if self.kind not in ("cfg", "autoguidance"):
+            raise ValueError(f"kind must be 'cfg' or 'autoguidance', got {self.kind!r}")
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the interval is all of [0, 1]."""
+        return self.interval[0] == 0.0 and self.interval[1] == 1.0
+
+    def channels_of(self, model: Network) -> int | None:
+        """How many leading channels of this network are guided; None: all."""
+        if not isinstance(self.channels, str):
+            return self.channels
+        return getattr(model, "cfg_channels", None) if self.kind == "cfg" else None
+
+    def to_record(self) -> dict[str, float | str | int | bool | list[float] | None]:
+        """All fields, for a protocol."""
+        return {
+            "kind": self.kind,
+            "scale": float(self.scale),
+            "channels": self.channels,
+            "interval": [float(end) for end in self.interval],
+            "by_step": self.by_step,
+        }
+
+    def describe(self) -> str:
+        if self.scale == 1.0:
+            return "no guidance"
+        name = "autoguidance" if self.kind == "autoguidance" else "classifier-free guidance"
+        channels = {"auto": "the network's channels", None: "all channels"}.get(
+            self.channels, f"the first {self.channels} channels"
+        )
+        low, high = self.interval
+        when = "" if self.everywhere else f", for {low:g} <= t <= {high:g} (0 = noise)"
+        tested = ", tested where the step began" if self.by_step and when else ""
+        return f"{name} {self.scale:g} on {channels}{when}{tested}"
 
 
 def model_velocity(
@@ -45,45 +119,57 @@ def model_velocity(
     cfg_channels: int | str | None = "auto",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
+    """`guided_velocity` with classifier-free guidance; arguments as the fields of `Guidance`."""
+    return guided_velocity(model, y, Guidance(cfg_scale, cfg_channels, guidance_interval))
+
+
+def guided_velocity(
+    model: Network,
+    y: Tensor | None,
+    guidance: Guidance,
+    guide: Network | None = None,
+    remedy: Remedy | None = None,
+) -> Velocity:
     """The velocity in the engine's clock of a network that runs in its own.
 
     A "noise_at_1" network (REPA, RAE, SD3) sees the time 1 - t, and its output is negated. A
     network that returns a tuple (REPA: velocity, projections) gives its first item.
 
-    Classifier-free guidance: v = u + cfg_scale (c - u), u with the null class, both in one forward
-    of 2B rows. The official SiT guides the first three channels only and the others keep c; REPA
-    and RAE guide all. "auto" follows the network's own `cfg_channels`. Guidance is applied where
-    lo <= t <= hi of `guidance_interval`, and where no sample is inside, the second half is not
-    computed. REPA's published guidance_high = 0.7 counts from the data end: (0.3, 1.0) here. Heun's
-    second velocity is guided by its own time (REPA's corrector tests the time of the first).
+    Under classifier-free guidance both velocities come from one forward of 2B rows. Where no
+    sample is inside the interval, the second velocity is not computed.
 
     Args:
         model: called as model(x, t, y), or model(x, t) when y is None; has `clock`
-            ("data_at_1" | "noise_at_1") and, for guidance, `null_class` (int).
+            ("data_at_1" | "noise_at_1") and, for classifier-free guidance, `null_class` (int).
         y: (B,) int64 labels, or None for a network without classes.
-        cfg_scale: 1 = no guidance, no second forward.
-        cfg_channels: number of leading channels to guide; None = all; "auto" = the network's
-            attribute `cfg_channels`, all without one.
-        guidance_interval: (lo, hi) in the engine's clock.
+        guidance: how it is guided.
+        guide: the other network of autoguidance, called with the same x and labels.
+        remedy: changes the time that the networks are told, and the guided velocity.
 
     Returns:
         velocity(x, t): x (B, C, ...), t (B,) float32 -> (B, C, ...) in x's dtype.
 
     Raises:
         ValueError: unknown clock, a prediction that is not a velocity, no null class, no labels,
-            channels or interval out of range.
+            no guide or one without use, more channels than there are.
     """
-    call = _in_engine_clock(model)
-    guidance = _check_guidance(model, cfg_scale, cfg_channels, guidance_interval)
-    if cfg_scale == 1.0:
-        return lambda x, t: call(x, t, y)
-    null = _null_class(model)
-    if y is None:
-        raise ValueError("cfg_scale other than 1 needs labels y, got None")
-    return _guided(call, y, null, guidance)
+    call = _in_engine_clock(model, remedy)
+    if (guide is not None) != (guidance.kind == "autoguidance"):
+        raise ValueError(
+            "a guide network belongs to kind='autoguidance', which needs one: got "
+            f"kind={guidance.kind!r} {'without' if guide is None else 'with'} a guide"
+        )
+    if guidance.scale == 1.0:
+        pair = None
+    elif guide is not None:
+        pair = _pair_of_networks(call, _in_engine_clock(guide, remedy), y)
+    else:
+        pair = _pair_of_labels(call, y, _null_class(model))
+    channels = guidance.channels_of(model)
+    return _GuidedVelocity(lambda x, t: call(x, t, y), pair, guidance, channels, remedy)
 
 
-def _in_engine_clock(model: Network) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def _in_engine_clock(model: Network, remedy: Remedy | None) -> _Call:
     """(x, t, labels) -> the network's velocity in the engine's clock, in x's dtype."""
     clock = check_clock(getattr(model, "clock", None))
     prediction = getattr(model, "prediction", "velocity")
@@ -92,32 +178,13 @@ def _in_engine_clock(model: Network) -> Callable[[Tensor, Tensor, Tensor | None]
     network = getattr(model, "velocity", model)  # REPA's SiT: without its projectors
 
     def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        t = t if remedy is None else remedy.told(x, t)
         own_t = t if clock == DATA_AT_1 else 1.0 - t
         out = network(x, own_t) if labels is None else network(x, own_t, labels)
         out = out[0] if isinstance(out, tuple) else out
         return (out if clock == DATA_AT_1 else -out).to(x.dtype)
 
     return call
-
-
-def _check_guidance(
-    model: Network, scale: float, channels: int | str | None, interval: tuple[float, float]
-) -> _Guidance:
-    if not math.isfinite(scale):
-        raise ValueError(f"cfg_scale must be finite, got {scale}")
-    low, high = interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(
-            "guidance_interval must be (low, high) with 0 <= low <= high <= 1, 0 = noise, "
-            f"got {interval}"
-        )
-    if channels == "auto":
-        channels = getattr(model, "cfg_channels", None)
-    if isinstance(channels, str) or (channels is not None and channels < 1):
-        raise ValueError(
-            f'cfg_channels must be >= 1, None for all channels or "auto", got {channels!r}'
-        )
-    return _Guidance(scale, channels, low, high)
 
 
 def _null_class(model: Network) -> int:
@@ -130,30 +197,64 @@ def _null_class(model: Network) -> int:
     return int(null)
 
 
-def _guided(
-    call: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    y: Tensor,
-    null: int,
-    guidance: _Guidance,
-) -> Velocity:
-    scale, channels, low, high = guidance
-    everywhere = low == 0.0 and high == 1.0
+# (x, t) -> the velocity that is guided, and the one that it is led away from.
+_Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
+
+def _pair_of_labels(call: _Call, y: Tensor | None, null: int) -> _Pair:
+    if y is None:
+        raise ValueError("cfg_scale other than 1 needs labels y, got None")
+
+    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        labels = torch.cat([y, torch.full_like(y, null)])
+        both = call(torch.cat([x, x]), torch.cat([t, t]), labels)
+        cond, uncond = both.chunk(2)
+        return cond, uncond
+
+    return pair
+
+
+def _pair_of_networks(main: _Call, guide: _Call, y: Tensor | None) -> _Pair:
+    return lambda x, t: (main(x, t, y), guide(x, t, y))
+
+
+class _GuidedVelocity:
+    """other + g (main - other) inside the interval and on the guided channels, main elsewhere."""
+
+    def __init__(
+        self,
+        main: Velocity,
+        pair: _Pair | None,
+        guidance: Guidance,
+        channels: int | None,
+        remedy: Remedy | None,
+    ) -> None:
+        self._main, self._pair = main, pair
+        self._guidance, self._channels, self._remedy = guidance, channels, remedy
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.in_step(x, t, t)
+
+    def in_step(self, x: Tensor, t: Tensor, began: Tensor) -> Tensor:
+        """The velocity at (x, t) inside a solver's step that began at the times `began` (B,)."""
+        v = self._guided(x, t, began if self._guidance.by_step else t)
+        return v if self._remedy is None else self._remedy.corrected(v, x, t)
+
+    def _guided(self, x: Tensor, t: Tensor, tested: Tensor) -> Tensor:
+        if self._pair is None:
+            return self._main(x, t)
+        channels, everywhere = self._channels, self._guidance.everywhere
         if channels is not None and channels > x.shape[1]:
             raise ValueError(
                 f"cfg_channels must be at most the {x.shape[1]} channels of x, got {channels}"
             )
-        inside = (t >= low) & (t <= high)
-        # Reading `inside` waits for the device, which costs less than the second half.
+        low, high = self._guidance.interval
+        inside = (tested >= low) & (tested <= high)
+        # Reading `inside` waits for the device, which costs less than the second velocity.
         if not everywhere and not bool(inside.any()):
-            return call(x, t, y)
-        labels = torch.cat([y, torch.full_like(y, null)])
-        both = call(torch.cat([x, x]), torch.cat([t, t]), labels)
-        cond, uncond = both.chunk(2)
-        out = uncond + scale * (cond - uncond)
+            return self._main(x, t)
+        main, other = self._pair(x, t)
+        out = other + self._guidance.scale * (main - other)
         if channels is not None and channels < x.shape[1]:
-            out = torch.cat([out[:, :channels], cond[:, channels:]], dim=1)
-        return out if everywhere else torch.where(per_sample(inside, x), out, cond)
-
-    return velocity
+            out = torch.cat([out[:, :channels], main[:, channels:]], dim=1)
+        return out if everywhere else torch.where(per_sample(inside, x), out, main)

@@ -1,7 +1,8 @@
 """Reproducible sample sets: noise and labels by id, batches, the network in evaluation mode.
 
 A sample is a pure function of (seed, id): its noise and its label come from counter-based streams,
-so sample 17 is the same image whether 18 or 50,000 are asked for.
+so sample 17 is the same image whether 18 or 50,000 are asked for. So does the noise that a
+stochastic sampler adds on its way.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal, random_words
 from mixflow_fast.metrics.progress import Progress
-from mixflow_fast.sampling.guidance import Network, model_velocity
-from mixflow_fast.sampling.solvers import integrate, time_grid
+from mixflow_fast.sampling.guidance import Guidance, Network, guided_velocity
+from mixflow_fast.sampling.remedies import Remedy
+from mixflow_fast.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,23 @@ def _sample_shape(model: Network, shape: tuple[int, ...] | None) -> tuple[int, .
     return tuple(shape)
 
 
+def _check_path(model: Network, sampler: Sampler, remedy: Remedy | None) -> None:
+    """Refuse formulas of another path than the network's, where that is known."""
+    own = getattr(model, "path", None)
+    if own is None:
+        return
+    if sampler.path_matters and sampler.path != own:
+        raise ValueError(
+            f"{sampler.method} for the path {sampler.path!r}, but the network was trained on "
+            f"{own!r}: use Sampler(..., path={own!r}), or a method such as 'heun' that does not ask"
+        )
+    if remedy is not None and remedy.linear_path and own != "linear":
+        raise ValueError(
+            f"the remedy {remedy.name} is written for the linear path, and the network was trained "
+            f"on {own!r}"
+        )
+
+
 def draw_labels(seed: int, ids: Tensor, num_classes: int, balanced: bool = False) -> Tensor:
     """Class labels of the samples `ids`: (B,) int64 in [0, num_classes).
 
@@ -70,14 +90,25 @@ def draw_labels(seed: int, ids: Tensor, num_classes: int, balanced: bool = False
     return (random_words(seed, Stream.SAMPLE_LABEL, ids)[:, 0] * num_classes) >> 32
 
 
+def sde_noise(seed: int, ids: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise of a stochastic sampler's interval `step`: (B, *shape) float32, from (seed, id, step).
+
+    The interval's own key comes from Stream.SAMPLE_SDE at the position `step`.
+    """
+    low, high = random_words(seed, Stream.SAMPLE_SDE, torch.tensor([step]), 2)[0].tolist()
+    own_seed = low | high << 32
+    return normal(own_seed, Stream.SAMPLE_SDE, ids, math.prod(shape)).view(-1, *shape)
+
+
 @contextmanager
-def _evaluating(model: Network) -> Iterator[None]:
+def _evaluating(*models: Network) -> Iterator[None]:
     """Evaluation mode inside; afterwards every submodule has the training flag that it had."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    networks = [model for model in models if isinstance(model, nn.Module)]
+    modules = [module for network in networks for module in network.modules()]
     flags = [module.training for module in modules]
     try:
-        for module in modules[:1]:
-            module.eval()
+        for network in networks:
+            network.eval()
         with torch.inference_mode():
             yield
     finally:
@@ -154,6 +185,10 @@ def sample(
     shape: tuple[int, int, int] | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    sampler: Sampler | None = None,
+    guidance: Guidance | None = None,
+    guide: Network | None = None,
+    remedy: Remedy | None = None,
 ) -> SampleResult:
     """Draw samples: a pure function of the network, the settings, `seed` and `ids`.
 
@@ -169,23 +204,36 @@ def sample(
         labels: (B,) int64 classes; None draws them as `draw_labels` does, or passes none to a
             network without num_classes.
         num: number of samples, when neither labels nor ids say it; ids default to 0 .. num - 1.
-        steps: intervals of the grid (SiT's num_steps - 1); "dopri5" uses only its ends.
-        method, shift: see `integrate` and `time_grid`.
-        cfg_scale, cfg_channels, guidance_interval: see `model_velocity`.
+        steps, method, shift: a `Sampler` of these; steps are intervals of the grid (SiT's
+            num_steps - 1), of which "dopri5" uses only the ends.
+        cfg_scale, cfg_channels, guidance_interval: a `Guidance` of these.
         ids: (B,) int64 >= 0.
         balanced: drawn labels are id % num_classes.
         batch_size: rows per forward (twice that under guidance).
         shape: (C, H, W) of one sample.
         device: where to run; default: where the network's first parameter is.
         progress: say on stderr how far it is.
+        sampler: instead of steps, method and shift.
+        guidance: instead of cfg_scale, cfg_channels and guidance_interval.
+        guide: the other network of Guidance(kind="autoguidance").
+        remedy: one of `mixflow_fast.sampling.remedies`.
 
     Raises:
-        ValueError: counts that disagree, labels outside [0, num_classes], unknown shape, and what
-            the functions named above raise.
+        ValueError: both a sampler or guidance and what it stands for; a sampler or remedy for
+            another path than `model.path`; counts that disagree; labels outside [0, num_classes];
+            unknown shape; what the functions named above raise.
     """
+    if sampler is None:
+        sampler = Sampler(method, steps, shift)
+    elif (steps, method, shift) != (50, "euler", 1.0):
+        raise ValueError("give a sampler, or steps, method and shift, but not both")
+    if guidance is None:
+        guidance = Guidance(cfg_scale, cfg_channels, guidance_interval)
+    elif (cfg_scale, cfg_channels, guidance_interval) != (1.0, "auto", (0.0, 1.0)):
+        raise ValueError("give guidance, or cfg_scale and what belongs to it, but not both")
+    _check_path(model, sampler, remedy)
     ids = _check_ids(ids, labels, num)
     shape = _sample_shape(model, shape)
-    times = time_grid(steps, shift)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
     device = _device_of(model) if device is None else device
@@ -198,13 +246,16 @@ def sample(
     # Allocated outside inference mode: the caller may differentiate through what comes back.
     x = torch.empty(total, *shape, dtype=torch.float32, device="cpu")
     nfe = 0
-    with _evaluating(model), Progress(total, "sampling", "samples", quiet=not progress) as counted:
+    counted = Progress(total, "sampling", "samples", quiet=not progress)
+    with _evaluating(model, *([] if guide is None else [guide])), counted:
         for start in range(0, total, batch_size):
             chunk = slice(start, start + batch_size)
             y = None if padded_labels is None else padded_labels[chunk].to(device)
-            noise = normal(seed, Stream.SAMPLE_NOISE, padded[chunk].to(device), math.prod(shape))
-            velocity = model_velocity(model, y, cfg_scale, cfg_channels, guidance_interval)
-            out, evaluations = integrate(velocity, noise.view(-1, *shape), times, method)
+            own = padded[chunk].to(device)
+            noise = normal(seed, Stream.SAMPLE_NOISE, own, math.prod(shape)).view(-1, *shape)
+            velocity = guided_velocity(model, y, guidance, guide, remedy)
+            on_the_way = partial(sde_noise, seed, own, shape=shape)
+            out, evaluations = sampler.run(velocity, noise, on_the_way)
             nfe = max(nfe, evaluations)
             x[chunk] = out[: total - start].to("cpu", torch.float32)
             counted.advance(min(batch_size, total - start))

@@ -153,7 +153,8 @@ def build_execution(section: ModelConfig, zero_stage: int, device: torch.device)
 def build_objective(section: ObjectiveConfig, clock: str, seed: int) -> MixFlow:
     """The objective of a configuration, in the clock of its model."""
     options = dataclasses.asdict(section)
-    for name in ("alignment_weight", "alignment_input"):  # belong to alignment.py
+    # Belong to alignment.py and to objective/rollout.py.
+    for name in ("alignment_weight", "alignment_input", "rollout_steps"):
         options.pop(name)
     return MixFlow(**options, clock=clock, seed=seed)
 

@@ -33,6 +33,7 @@ from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops, train_flops
 from mixflow_fast.models.weights.metadata import Metadata
+from mixflow_fast.objective.rollout import roll_in
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
@@ -126,6 +127,7 @@ class Trainer:
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
+        self._rollout_steps = config.objective.rollout_steps
         self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
         # After the parts: a rank whose data are not there ends before the others wait for it.
         process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
@@ -260,6 +262,8 @@ class Trainer:
             batch: M examples, of the loader: some labels are dropped already.
         """
         it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype)
+        if self._rollout_steps:
+            it = roll_in(self.mix, net, it, batch.y, self._rollout_steps)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)

@@ -14,6 +14,9 @@ IMPOSSIBLE = [
     ("model.class_dropout_prob=0", "null class"),
     ("objective.alignment_weight=1", "z_dims"),
     ("data.kind=latents", "data.path"),
+    ("objective={gamma: 0.3, rollout_steps: 5}", "needs objective.gamma=0"),
+    ("objective={gamma: 0, rollout_steps: 5, path: gvp}", "needs objective.path=linear"),
+    ("objective={gamma: 0, rollout_steps: 5, input_perturbation: 0.1}", "input_perturbation=0"),
     ("data.moments=true", "data.moments has no meaning"),
     ("data={kind: latents, path: x, flip: true}", "data.flip has no meaning"),
     ("data={kind: latents, path: x, features: y}", "without objective.alignment_weight"),
@@ -32,6 +35,7 @@ def test_impossible_combinations(override: str, message: str) -> None:
     [
         (["model.mode=fused", "train.zero_stage=3"], r"model.mode=fused .* train.zero_stage=2"),
         (["model.checkpointing=full", "train.zero_stage=3"], "model.checkpointing=full"),
+        (["objective={gamma: 0, rollout_steps: 5}", "train.zero_stage=3"], "rollout_steps=0"),
     ],
 )
 def test_refuses_networks_that_cannot_run(overrides: list[str], message: str) -> None:

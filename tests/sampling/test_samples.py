@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal, uniform
+from mixflow_fast.sampling.grids import time_grid
 from mixflow_fast.sampling.guidance import model_velocity
+from mixflow_fast.sampling.remedies import parse_remedy
+from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import draw_labels, sample
-from mixflow_fast.sampling.solvers import integrate, time_grid
+from mixflow_fast.sampling.solvers import integrate
 from tests.support.networks import Net, relative
 
 
@@ -100,7 +103,7 @@ def test_without_classes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "rk4"}, "method must be one of euler, heun, dopri5"),
+        ({"method": "heun2"}, "method must be one of euler, heun, .*, sde_heun"),
         ({"steps": 0}, "steps must be an integer >= 1"),
         ({"shift": 0.5}, "shift must be >= 1"),
         ({"batch_size": 0}, "batch_size"),
@@ -144,3 +147,18 @@ def test_bad_networks() -> None:
     with pytest.raises(ValueError, match="shape="):
         del net.config
         sample(net, num=1)
+
+
+def test_formulas_of_another_path_are_refused() -> None:
+    """Where the network says what it was trained on; a plain ODE solver does not ask."""
+    net = Net()
+    net.path = "gvp"
+    arguments = dict(num=1, batch_size=1)
+    for sampler in (Sampler("sde_euler", 4), Sampler("dpmpp2m", 4)):
+        with pytest.raises(ValueError, match="the network was trained on 'gvp'"):
+            sample(net, sampler=sampler, **arguments)
+    sample(net, sampler=Sampler("sde_euler", 4, path="gvp"), **arguments)
+    for remedy in ("epsilon", "time_shift"):
+        with pytest.raises(ValueError, match=f"the remedy {remedy} is written for the linear"):
+            sample(net, steps=1, remedy=parse_remedy(remedy), **arguments)
+    sample(net, steps=1, remedy=parse_remedy("ssc"), **arguments)

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
     rank, world = ranks_of_environment()
     size = int(str(read_manifest(options.prepared, IMAGES_FORMAT)["size"]))
-    device = _device(options.device)
+    device = device_of_rank(options.device)
     vae = SDVAE(options.vae, size, precision=options.precision, name="--vae").to(device)
     how = EncodeOptions(
         mirrors=options.mirrors,
@@ -138,8 +138,8 @@ def _encode(
     return 0
 
 
-def _device(name: str) -> torch.device:
-    """The device of this process; ValueError where there is none."""
+def device_of_rank(name: str) -> torch.device:
+    """The device of one of several processes that need not meet; ValueError where there is none."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

@@ -111,12 +111,14 @@ class NetworkSpec:
         kwargs: constructor arguments, the clock excepted.
         clock: as recorded in the file; None leaves it to the class.
         prediction: what its output is.
+        path: interpolation path of its training; None where the file does not say it.
     """
 
     class_name: ClassName
     kwargs: Mapping[str, object]
     clock: str | None
     prediction: str
+    path: str | None
 
     def on_meta(self, clock: str | None = None) -> Transformer:
         """The network without storage; `clock` overrides its own."""
@@ -154,13 +156,18 @@ def network_spec(
             kwargs=recorded.kwargs,
             clock=recorded.clock,
             prediction=recorded.prediction,
+            path=recorded.path,
         )
     official = file.official
     if encoder_depth is None and kind_of(state) == "REPA SiT":
         encoder_depth = official.encoder_depth
     class_name, kwargs = infer_kwargs(state, num_heads, encoder_depth)
     return NetworkSpec(
-        class_name=class_name, kwargs=kwargs, clock=None, prediction=official.prediction
+        class_name=class_name,
+        kwargs=kwargs,
+        clock=None,
+        prediction=official.prediction,
+        path=official.path,
     )
 
 
@@ -212,7 +219,7 @@ def load_model(
         clock: overrides the recorded clock, or the one that the class implies.
 
     Returns:
-        a `SiT` or `DiTDH` in eval mode; `prediction` is set on it.
+        a `SiT` or `DiTDH` in eval mode; `prediction` and `path` are set on it.
 
     Raises:
         ValueError: whatever `load_weights`, `infer_kwargs` and `load_into` refuse.
@@ -223,7 +230,7 @@ def load_model(
     model = spec.on_meta(clock)
     file.check_values(key, state)
     load_into(model, state)  # copies, so that nothing hangs on the mapped file
-    model.prediction = spec.prediction
+    model.prediction, model.path = spec.prediction, spec.path
     return model.eval()
 
 

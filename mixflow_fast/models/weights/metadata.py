@@ -10,6 +10,8 @@ from pathlib import Path
 # What `save_weights` and a JSON file can hold under a name.
 Scalar = str | int | float | bool | None
 _OFFICIAL_PREDICTIONS = ("velocity", "noise", "score")
+# SiT's and REPA's `path_type`, in small letters.
+_OFFICIAL_PATHS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,13 @@ class Metadata:
             return record | {"prediction": self.prediction}
         return record | {"config": self.config}
 
+    @property
+    def path(self) -> str | None:
+        """Interpolation path of the run; None outside one, and in a record from before there was
+        a choice."""
+        run = json.loads(self.config) if self.config is not None else {}
+        return run.get("objective", {}).get("path")
+
     def at(self, steps: int | None) -> Metadata:
         """The same record after `steps` steps, which a .pt file keeps outside `args`."""
         return self if steps is None else replace(self, steps=steps)
@@ -89,17 +98,20 @@ class OfficialArgs:
     Attributes:
         prediction: "velocity" (REPA writes "v"), "noise" or "score".
         encoder_depth: number of the block that REPA projects; None where the file does not say it.
+        path: "linear", "gvp" (REPA writes "cosine") or "vp"; None where the file does not say it.
     """
 
     prediction: str = "velocity"
     encoder_depth: int | None = None
+    path: str | None = None
 
     @classmethod
     def from_args(cls, args: Mapping[str, object]) -> OfficialArgs:
         recorded, depth = args.get("prediction"), args.get("encoder_depth")
         prediction = str(recorded) if recorded in _OFFICIAL_PREDICTIONS else "velocity"
         # A bool is an int too, and no number of a block.
-        return cls(prediction, depth if type(depth) is int else None)
+        path = _OFFICIAL_PATHS.get(str(args.get("path_type")).lower())
+        return cls(prediction, depth if type(depth) is int else None, path)
 
 
 def _arguments(record: Mapping[str, object]) -> object:

@@ -41,6 +41,22 @@ def test_official_settings_are_no_record() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [("Linear", "linear"), ("GVP", "gvp"), ("cosine", "gvp"), ("VP", "vp"), ("x", None), (3, None)],
+)
+def test_official_names_of_paths(written: object, path: str | None) -> None:
+    assert OfficialArgs.from_args({"path_type": written}).path == path
+    assert OfficialArgs.from_args({}).path is None
+
+
+def test_the_path_is_that_of_the_run() -> None:
+    assert Metadata(kwargs={}, clock=None).path is None
+    assert Metadata(kwargs={}, clock=None, config="{}").path is None
+    config = json.dumps({"objective": {"path": "gvp"}})
+    assert Metadata(kwargs={}, clock=None, config=config).path == "gvp"
+
+
 @pytest.mark.parametrize("damage", [{"model": "{"}, {"config": "{"}, {"config": "[]"}])
 def test_damaged_records_are_refused(damage: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="what a.pt says of its network is damaged"):
