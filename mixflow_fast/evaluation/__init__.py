@@ -1,4 +1,4 @@
-"""Evaluation: sets of samples and their protocols, features, numbers and their errors."""
+"""Evaluation: sets of samples, their protocols, features of them, numbers and their errors."""
 
 from mixflow_fast.evaluation.features.extractor import Extractor, Features, extract
 from mixflow_fast.evaluation.frechet import (

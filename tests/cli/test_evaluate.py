@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from mixflow_fast.evaluation.frechet import frechet_distance, moments, pooled_pixels
+from mixflow_fast.evaluation.protocol import Protocol
+from mixflow_fast.evaluation.sample_sets import Made, SetPlan, write_set
 from tests.support.command_line import run
 
 CROPS = 260  # more than the 192 dimensions of pooled_pixels
 
 
-def write_set(path: Path, seed: int, shift: int) -> np.ndarray:
+def write_noise(path: Path, seed: int, shift: int) -> np.ndarray:
     """Noise as arr_0, (CROPS, 8, 8, 3) uint8, brighter by `shift`."""
     g = np.random.default_rng(seed)
     x = g.integers(0, 200, (CROPS, 8, 8, 3), np.uint8) + np.uint8(shift)
@@ -27,7 +29,7 @@ def pooled(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    real, fake = write_set(tmp_path / "real.npz", 0, 0), write_set(tmp_path / "a.npz", 1, 9)
+    real, fake = write_noise(tmp_path / "real.npz", 0, 0), write_noise(tmp_path / "a.npz", 1, 9)
     code, out, err = run("reference", tmp_path / "real.npz", "--pixels", "--out",
                          tmp_path / "ref.npz", capsys=capsys)  # fmt: skip
     assert code == 0 and "260 images, pooled_pixels.features, random_conv.features" in out, err
@@ -49,7 +51,7 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         and "fd_random_conv" not in again
         and kept.stat().st_mtime_ns == stamp
     )
-    write_set(tmp_path / "a.npz", 2, 30)
+    write_noise(tmp_path / "a.npz", 2, 30)
     code, other, _ = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
     assert code == 0 and kept.stat().st_mtime_ns != stamp
     first, second = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
@@ -59,7 +61,7 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_refusals_come_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_set(tmp_path / "a.npz", 0, 0)
+    write_noise(tmp_path / "a.npz", 0, 0)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     a, adm = tmp_path / "a.npz", tmp_path / "adm.npz"
     cases = [
@@ -95,7 +97,7 @@ def test_images_of_an_adm_file_give_precision_and_recall(
             return {"pool": images.float().mean(dim=(2, 3))}
 
     monkeypatch.setattr(inception, "Inception", Colours)
-    x = write_set(tmp_path / "a.npz", 0, 0)
+    x = write_noise(tmp_path / "a.npz", 0, 0)
     np.savez(tmp_path / "adm.npz", mu=np.full(3, 99.5), sigma=np.eye(3), arr_0=x[:100])
     line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "adm.npz", "--inception"]
     code, out, err = run(*line, "w.pth", "--out", tmp_path / "r.jsonl", capsys=capsys)
@@ -105,3 +107,27 @@ def test_images_of_an_adm_file_give_precision_and_recall(
     # A third of the samples is the reference, which all of its own points are within reach of.
     assert found["recall"]["value"] == 1.0 and found["precision"]["value"] > 100 / CROPS
     assert (tmp_path / "adm.features" / "inception.json").exists()
+
+
+def test_a_set_brings_its_protocol_and_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(ids: torch.Tensor) -> Made:
+        g = np.random.default_rng(int(ids[0]))
+        x = g.integers(0, 256, (len(ids), 3, 8, 8), np.uint8)
+        return Made(torch.from_numpy(x), None)
+
+    protocol = Protocol({"set": {"n": 40}, "image": {"size": 8, "quantisation": "floor"}})
+    origin = {"weights_sha256": "aa", "average": "ema"}
+    write_set(make, SetPlan(protocol=protocol, shape=(3, 8, 8), origin=origin), tmp_path / "set")
+    line = ["reference", tmp_path / "set.npz", "--pixels", "--out", tmp_path / "r.npz"]
+    code, _, err = run(*line, capsys=capsys)
+    assert code == 0, err
+    rows = tmp_path / "rows.jsonl"
+    for path in ("set", "set.npz"):
+        line = ["evaluate", tmp_path / path, "--reference", tmp_path / "r.npz", "--pixels"]
+        code, out, err = run(*line, "--out", rows, capsys=capsys)
+        assert code == 0, err
+    first, second = map(json.loads, rows.read_text().splitlines())
+    assert first["protocol"] == second["protocol"] != protocol.sha256
+    assert first["weights"] == origin and f"protocol {first['protocol'][:12]}" in out

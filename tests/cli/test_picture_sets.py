@@ -106,6 +106,8 @@ def test_two_ranks_make_the_bytes_of_one(
     """By launchers' variables, one after the other; shards for both. They need not meet."""
     command = ["sample", files / "pixels.pt", "-n", "1001", "--steps", "1", "--batch-size", "250"]
     assert run(*command, "--out", tmp_path / "1/a", capsys=capsys)[0] == 0
+    # Another test of this process may have left a group of its own.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     torchrun, srun = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     for rank, (number, ranks) in ((1, torchrun), (0, srun)):
         for name in torchrun:
