@@ -22,6 +22,7 @@ from mixflow_fast.reports.slow_flow_plots import (
 )
 
 _STYLE = """
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .warn{border-left:4px solid #ea7317;background:var(--soft);padding:.6rem .9rem;margin:.8rem 0}
 """
 LEAD = (
