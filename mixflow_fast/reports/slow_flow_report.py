@@ -22,12 +22,14 @@ from mixflow_fast.reports.slow_flow_plots import (
 )
 
 _STYLE = """
+.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .warn{border-left:4px solid #ea7317;background:var(--soft);padding:.6rem .9rem;margin:.8rem 0}
 """
 LEAD = (
     "The rule gamma = 2 (deficit - fine deficit) was found on one small network and one data set, "
     "and the fine term was added after its numbers had been seen. It is a lead, not a law: the "
-    "paper's best gammas on ImageNet are 0.7 to 1. What decides is a pilot (option --pilot)."
+    "paper's best gammas on ImageNet are 0.7 to 1. A pilot (option --pilot) trains and compares; "
+    "being short, it may prefer larger gammas than the whole training would."
 )
 
 
@@ -315,7 +317,9 @@ def _pilot(report: SlowFlowReport) -> str:
         + f'<p class="note">The smallest gamma that is not significantly worse than the best. '
         f"{pilot.images:,} training images an arm, {pilot.samples:,} samples of the same noise and "
         f"labels, {html.escape(pilot.features)}. The intervals cover the drawing of samples; each "
-        "arm was trained once, and another training would differ by more.</p>"
+        "arm was trained once, and another training would differ by more. Short "
+        "training learns a part of the slowing only, and may prefer larger gammas than the whole "
+        "training.</p>"
     )
 
 
