@@ -119,6 +119,8 @@ def test_warnings() -> None:
     assert not any("no full rank" in line for line in said)
     said = evaluate([features(count=6)], reference(), ["fid"]).warnings
     assert any("fid: 6 samples in 6 dimensions" in line for line in said)
+    said = evaluate([features(count=5_002)], reference(), ["is"]).warnings
+    assert any("is: the last of 2 splits has 2 images" in line for line in said)
     many = evaluate([features(count=10_000)], reference(), ["fid", "is"])
     assert many.warnings == []
 
