@@ -183,6 +183,13 @@ def test_another_protocol_or_other_weights_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="was begun with origin = {'weights': 'aa'}, now"):
             write_set(make, weights, folder)
         assert content(folder) == before
+    # Of a finished set that was copied without its work.json, `set.json` says the same.
+    (folder / "work.json").unlink()
+    with pytest.raises(ValueError, match="another protocol.*image.quantisation = 'round' aga"):
+        write_set(make, plan(image={"size": 4, "quantisation": "floor"}), folder)
+    with pytest.raises(ValueError, match="was begun with origin = {'weights': 'aa'}, now"):
+        write_set(make, weights, folder)
+    assert write_set(_never, plan(), folder)
 
 
 def test_nothing_is_ever_replaced(tmp_path: Path, whole: dict[str, bytes]) -> None:
