@@ -192,7 +192,8 @@ def write_set(
         total = sum(len(plan.ids(number)) for number in mine)
         with Progress(total, folder.name, "pictures", quiet=quiet or not total) as counted:
             for number in mine:
-                _make_shard(make, plan, work, number, batch_size, counted)
+                if number in work.remaining():  # else another start, with other ranks, made it
+                    _make_shard(make, plan, work, number, batch_size, counted)
             while True:
                 try:
                     done = work.complete_with(lambda records: _write_whole(folder, plan, records))

@@ -216,6 +216,22 @@ def test_nothing_is_ever_replaced(tmp_path: Path, whole: dict[str, bytes]) -> No
             use()
 
 
+def test_another_start_with_more_or_fewer_ranks_may_be_quicker(tmp_path: Path) -> None:
+    """It finishes the set, and deletes the shards, while this process still makes some."""
+    folder, large, made = tmp_path / "a", plan(n=24), []
+
+    def slow(ids: Tensor) -> Made:
+        if not made:
+            assert write_set(make, large, folder)
+        made.append(ids)
+        return make(ids)
+
+    assert write_set(slow, large, folder, rank=1, world=2)
+    assert len(made) == 1
+    assert write_set(make, large, tmp_path / "truth" / "a")
+    assert content(folder)["a.npz"] == content(tmp_path / "truth" / "a")["a.npz"]
+
+
 def test_shards_stay_where_they_are_wanted(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     assert write_set(make, plan(), folder, keep_shards=True)
