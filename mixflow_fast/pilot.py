@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mixflow_fast.checkpoints.resume import FREE
 from mixflow_fast.config.loading import flatten, load_config
@@ -149,8 +150,9 @@ def _sample(
     done: Path, plan: PilotPlan, shift: float, features: LinearFeatures, quiet: bool
 ) -> None:
     """Write features (n, d) of an arm's samples beside its weights, whole or not at all."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drawn = sample(
-        load_model(done.parent / "weights.pt"),
+        load_model(done.parent / "weights.pt").to(device),
         num=plan.samples,
         steps=plan.steps,
         method=plan.method,

@@ -38,6 +38,17 @@ def test_a_plan_of_nothing_is_refused() -> None:
             replace(plan, **{name: 0})
 
 
+class Recorded:
+    """A network that only notes where it is taken."""
+
+    def __init__(self) -> None:
+        self.devices: list[str] = []
+
+    def to(self, device: torch.device | str) -> Recorded:
+        self.devices.append(torch.device(device).type)
+        return self
+
+
 def test_arms_are_sampled_on_the_grid_of_the_rule_and_kept_for_one_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,13 +68,15 @@ def test_arms_are_sampled_on_the_grid_of_the_rule_and_kept_for_one_configuration
 
     monkeypatch.setattr(pilot, "train", train)
     monkeypatch.setattr(pilot, "sample", sample)
-    monkeypatch.setattr(pilot, "load_model", lambda path: None)
+    model = Recorded()
+    monkeypatch.setattr(pilot, "load_model", lambda path: model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = ["data.size=8", "model.input_size=8", "objective.shift=3"]
     config = load_config("photos", settings)
     plan = PilotPlan(gammas=(0.0, 0.8), images=64, steps=2, samples=100)
     arguments = (tmp_path / "w.pt", plan, Examples(torch.randn(50, 3, 8, 8), None), tmp_path / "p")
     table = run_pilot(config, *arguments, quiet=True)
-    assert shifts == [3.0, 3.0]
+    assert shifts == [3.0, 3.0] and set(model.devices) == {"cuda"}
     assert run_pilot(config.replace(**{"train.log_every": 7}), *arguments, quiet=True) == table
     with pytest.raises(ValueError, match=r"p/gamma_0 .*objective.shift: 3.0 -> 2.0.*another --out"):
         run_pilot(config.replace(**{"objective.shift": 2.0}), *arguments, quiet=True)
