@@ -7,12 +7,15 @@ from the same noise and labels. Arms that are done are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from mixflow_fast.checkpoints.resume import FREE
+from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.evaluation.examples import Examples
 from mixflow_fast.evaluation.gamma import choose_gamma
@@ -36,7 +39,7 @@ class PilotPlan:
     Attributes:
         gammas: of the arms.
         images: training images of each arm.
-        steps: intervals of the sampler; method: its solver.
+        steps: intervals of the sampler, on the objective's shifted grid; method: its solver.
         samples: generated images of each arm.
         batch_size: of the sampler.
     """
@@ -91,7 +94,8 @@ def run_pilot(
         quiet: no progress.
 
     Raises:
-        ValueError: what the configuration or the sampler refuses; a folder of another pilot.
+        ValueError: what the configuration or the sampler refuses; a folder of another pilot, or
+            arms of another configuration.
         KeyboardInterrupt: a signal ended a training, with a checkpoint.
     """
     _claim(out, checkpoint, plan)
@@ -113,7 +117,8 @@ def run_pilot(
         if not done.exists():
             if not train(arm, quiet=quiet).finished:
                 raise KeyboardInterrupt("the same command goes on with the arms that are left")
-            _sample(done, plan, features, quiet)
+            _sample(done, plan, config.objective.shift, features, quiet)
+        _check_same_arm(flatten(arm.to_dict()), done.parent)
         found = np.load(done)
         scores[gamma] = frechet(found, reference)
         kernel = kid(found, some)
@@ -129,13 +134,29 @@ def run_pilot(
     )
 
 
-def _sample(done: Path, plan: PilotPlan, features: LinearFeatures, quiet: bool) -> None:
+def _check_same_arm(settings: Mapping[str, object], arm: Path) -> None:
+    """Refuse an arm that is done and was trained otherwise; training refuses one that is not."""
+    old = flatten(load_config(str(arm / "config.yaml")).to_dict())
+    names = sorted(n for n in settings.keys() - FREE if old.get(n) != settings[n])
+    if names:
+        listed = ", ".join(f"{n}: {old.get(n)!r} -> {settings[n]!r}" for n in names[:5])
+        raise ValueError(
+            f"{arm} is an arm of another configuration ({listed}): choose another --out, or delete "
+            f"{arm.parent}"
+        )
+
+
+def _sample(
+    done: Path, plan: PilotPlan, shift: float, features: LinearFeatures, quiet: bool
+) -> None:
     """Write features (n, d) of an arm's samples beside its weights, whole or not at all."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drawn = sample(
-        load_model(done.parent / "weights.pt"),
+        load_model(done.parent / "weights.pt").to(device),
         num=plan.samples,
         steps=plan.steps,
         method=plan.method,
+        shift=shift,
         balanced=True,
         batch_size=min(plan.batch_size, plan.samples),
         progress=not quiet,

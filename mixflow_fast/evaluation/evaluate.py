@@ -264,4 +264,9 @@ def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n
         )
     if "is" in estimates and n < SPLIT:
         found.append(f"is: one split of {n:,} images, published ones have splits of {SPLIT:,}")
+    elif "is" in estimates and (rest := n % SPLIT):
+        found.append(
+            f"is: the last of {-(-n // SPLIT)} splits has {rest:,} images, whose score is lower "
+            f"and counts as much as the others': take a multiple of {SPLIT:,}"
+        )
     return found

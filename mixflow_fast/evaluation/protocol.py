@@ -51,6 +51,8 @@ class Difference:
     values: tuple[object, ...]
 
     def __str__(self) -> str:
+        if all(value is None for value in self.values):
+            return f"{self.field} = None against absent"
         return f"{self.field} = {' against '.join(map(repr, self.values))}"
 
 
@@ -125,8 +127,13 @@ def differences(protocols: Sequence[Protocol]) -> list[Difference]:
     """The fields, sorted, that are not the same in all of these protocols."""
     flat = [dict(_fields(protocol.record)) for protocol in protocols]
     names = sorted({name for fields in flat for name in fields})
-    found = (Difference(name, tuple(fields.get(name) for fields in flat)) for name in names)
-    return [d for d in found if any(_text(value) != _text(d.values[0]) for value in d.values)]
+    # A field that is null and one that is absent have different hashes.
+    texts = ({_text(fields[name]) if name in fields else "" for fields in flat} for name in names)
+    return [
+        Difference(name, tuple(fields.get(name) for fields in flat))
+        for name, different in zip(names, texts, strict=True)
+        if len(different) > 1
+    ]
 
 
 def check_comparable(

@@ -192,7 +192,8 @@ def write_set(
         total = sum(len(plan.ids(number)) for number in mine)
         with Progress(total, folder.name, "pictures", quiet=quiet or not total) as counted:
             for number in mine:
-                _make_shard(make, plan, work, number, batch_size, counted)
+                if number in work.remaining():  # else another start, with other ranks, made it
+                    _make_shard(make, plan, work, number, batch_size, counted)
             while True:
                 try:
                     done = work.complete_with(lambda records: _write_whole(folder, plan, records))
@@ -216,9 +217,10 @@ class _DamagedShard(Exception):
 
 
 def _check_same(folder: Path, plan: SetPlan) -> None:
-    """Refuse a folder that was begun as another set, by the fields that differ."""
+    """Refuse a folder that was begun or made as another set, by the fields that differ."""
+    said = folder / WORK
     try:
-        begun = json.loads((folder / WORK).read_text(encoding="utf-8"))
+        begun = json.loads((said if said.exists() else folder / SET).read_text(encoding="utf-8"))
         other = Protocol(begun["protocol"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         return  # nothing was begun, or `ShardWork` says what is there
@@ -419,7 +421,8 @@ def read_set(path: str | os.PathLike[str]) -> SampleSet:
         return SampleSet(found, _pictures(found), None, None, {})
     _finish_renaming(folder)
     content = _read_json(folder / SET)
-    npz = folder.parent / str(content["npz"]["path"])
+    # Beside the folder, whatever the file of a stranger says.
+    npz = folder.parent / Path(str(content["npz"]["path"])).name
     labels = np.load(labels_of(folder), allow_pickle=False) if "labels" in content else None
     return SampleSet(npz, _pictures(npz), labels, Protocol(content["protocol"]), content["origin"])
 

@@ -59,11 +59,19 @@ def _sample_shape(model: Network, shape: tuple[int, ...] | None) -> tuple[int, .
     return tuple(shape)
 
 
-def _check_path(model: Network, sampler: Sampler, remedy: Remedy | None) -> None:
-    """Refuse formulas of another path than the network's, where that is known."""
+def _check_path(
+    model: Network, sampler: Sampler, remedy: Remedy | None, guide: Network | None
+) -> None:
+    """Refuse formulas, and a guide, of another path than the network's, where that is known."""
     own = getattr(model, "path", None)
     if own is None:
         return
+    theirs = getattr(guide, "path", None)
+    if theirs not in (None, own):
+        raise ValueError(
+            f"the guide was trained on the path {theirs!r}, the network on {own!r}: their "
+            "velocities at one state and time belong to different distributions, give another guide"
+        )
     if sampler.path_matters and sampler.path != own:
         raise ValueError(
             f"{sampler.method} for the path {sampler.path!r}, but the network was trained on "
@@ -219,9 +227,9 @@ def sample(
         remedy: one of `mixflow_fast.sampling.remedies`.
 
     Raises:
-        ValueError: both a sampler or guidance and what it stands for; a sampler or remedy for
-            another path than `model.path`; counts that disagree; labels outside [0, num_classes];
-            unknown shape; what the functions named above raise.
+        ValueError: both a sampler or guidance and what it stands for; a sampler, remedy or
+            guide for another path than `model.path`; counts that disagree; labels outside
+            [0, num_classes]; unknown shape; what the functions named above raise.
     """
     if sampler is None:
         sampler = Sampler(method, steps, shift)
@@ -231,7 +239,7 @@ def sample(
         guidance = Guidance(cfg_scale, cfg_channels, guidance_interval)
     elif (cfg_scale, cfg_channels, guidance_interval) != (1.0, "auto", (0.0, 1.0)):
         raise ValueError("give guidance, or cfg_scale and what belongs to it, but not both")
-    _check_path(model, sampler, remedy)
+    _check_path(model, sampler, remedy, guide)
     ids = _check_ids(ids, labels, num)
     shape = _sample_shape(model, shape)
     if not isinstance(batch_size, int) or batch_size < 1:

@@ -122,6 +122,8 @@ def test_warnings() -> None:
     other = replace(INCEPTION, sha256="ab12")
     said = evaluate([features(extractor=other)], reference(), ["fid"]).warnings
     assert any("not FID's" in line for line in said)
+    said = evaluate([features(count=5_002)], reference(), ["is"]).warnings
+    assert any("is: the last of 2 splits has 2 images" in line for line in said)
     many = evaluate([features(count=10_000)], reference(), ["fid", "is"])
     assert many.warnings == []
 

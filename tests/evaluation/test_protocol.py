@@ -112,6 +112,12 @@ def test_equal_protocols_are_compared_and_unknown_things_refused() -> None:
         ("image.quantisation", None),
         ("image.size", None),
     ]
+    # A field that is null is another record than none, and has another hash.
+    none = {"sampler": {"method": "euler", "remedy": None}}
+    pair = [Protocol(none), Protocol({"sampler": {"method": "euler"}})]
+    assert pair[0] != pair[1] and [d.field for d in differences(pair)] == ["sampler.remedy"]
+    with pytest.raises(ValueError, match="sampler.remedy = None against absent"):
+        check_comparable(dict(zip("ab", pair, strict=True)))
     with pytest.raises(ValueError, match="no section 'samplers'; did you mean 'sampler'"):
         Protocol({"samplers": {}})
     with pytest.raises(ValueError, match="guidance.scale of a protocol must be finite, got nan"):

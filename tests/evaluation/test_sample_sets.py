@@ -183,6 +183,13 @@ def test_another_protocol_or_other_weights_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="was begun with origin = {'weights': 'aa'}, now"):
             write_set(make, weights, folder)
         assert content(folder) == before
+    # Of a finished set that was copied without its work.json, `set.json` says the same.
+    (folder / "work.json").unlink()
+    with pytest.raises(ValueError, match="another protocol.*image.quantisation = 'round' aga"):
+        write_set(make, plan(image={"size": 4, "quantisation": "floor"}), folder)
+    with pytest.raises(ValueError, match="was begun with origin = {'weights': 'aa'}, now"):
+        write_set(make, weights, folder)
+    assert write_set(_never, plan(), folder)
 
 
 def test_nothing_is_ever_replaced(tmp_path: Path, whole: dict[str, bytes]) -> None:
@@ -207,6 +214,22 @@ def test_nothing_is_ever_replaced(tmp_path: Path, whole: dict[str, bytes]) -> No
     for use in (lambda: write_set(_never, plan(), folder), lambda: read_set(folder)):
         with pytest.raises(ValueError, match="a.npz is gone, which .*: put it back, or delete"):
             use()
+
+
+def test_another_start_with_more_or_fewer_ranks_may_be_quicker(tmp_path: Path) -> None:
+    """It finishes the set, and deletes the shards, while this process still makes some."""
+    folder, large, made = tmp_path / "a", plan(n=24), []
+
+    def slow(ids: Tensor) -> Made:
+        if not made:
+            assert write_set(make, large, folder)
+        made.append(ids)
+        return make(ids)
+
+    assert write_set(slow, large, folder, rank=1, world=2)
+    assert len(made) == 1
+    assert write_set(make, large, tmp_path / "truth" / "a")
+    assert content(folder)["a.npz"] == content(tmp_path / "truth" / "a")["a.npz"]
 
 
 def test_shards_stay_where_they_are_wanted(tmp_path: Path) -> None:

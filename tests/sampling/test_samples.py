@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal, uniform
 from mixflow_fast.sampling.grids import time_grid
-from mixflow_fast.sampling.guidance import model_velocity
+from mixflow_fast.sampling.guidance import Guidance, model_velocity
 from mixflow_fast.sampling.remedies import parse_remedy
 from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import draw_labels, sample
@@ -158,6 +158,13 @@ def test_formulas_of_another_path_are_refused() -> None:
         with pytest.raises(ValueError, match="the network was trained on 'gvp'"):
             sample(net, sampler=sampler, **arguments)
     sample(net, sampler=Sampler("sde_euler", 4, path="gvp"), **arguments)
+    guide = Net()
+    guide.path = "linear"
+    guidance = Guidance(1.5, kind="autoguidance")
+    with pytest.raises(ValueError, match="the guide was trained on the path 'linear', the .*'gvp'"):
+        sample(net, steps=1, guidance=guidance, guide=guide, **arguments)
+    guide.path = "gvp"
+    sample(net, steps=1, guidance=guidance, guide=guide, **arguments)
     for remedy in ("epsilon", "time_shift"):
         with pytest.raises(ValueError, match=f"the remedy {remedy} is written for the linear"):
             sample(net, steps=1, remedy=parse_remedy(remedy), **arguments)

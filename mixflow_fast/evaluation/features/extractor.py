@@ -88,6 +88,8 @@ class Features:
     def save(self, folder: Path) -> None:
         """Write NAME.OUTPUT.npy, NAME.ids.npy and, last, NAME.json into a folder."""
         name = self.extractor.name
+        # That of other features would stand for these arrays, were this stopped on its way.
+        (folder / f"{name}.json").unlink(missing_ok=True)
         for part, array in {**self.arrays, "ids": self.ids}.items():
             with replacing(folder / f"{name}.{part}.npy") as partial, partial.open("wb") as file:
                 np.save(file, array)

@@ -13,6 +13,7 @@ from mixflow_fast.evaluation.features.extractor import (
     PixelFeatures,
     exact_float32,
     extract,
+    kept_or_extracted,
     sha256_of,
 )
 from mixflow_fast.evaluation.frechet import pooled_pixels
@@ -69,6 +70,28 @@ def test_files(tmp_path: Path) -> None:
         Features.load(tmp_path, "mean")
     with pytest.raises(ValueError, match=r"cannot read the features .*other.json"):
         Features.load(tmp_path, "other")
+
+
+def test_a_kill_while_features_are_written_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays of one set under the header of another would be taken for the other's."""
+    extract([some(5)], Mean(), source="a").save(tmp_path)
+    other = extract([some(5, 6)], Mean(), source="b")
+    plain, written = np.save, []
+
+    def save(file: object, array: np.ndarray) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(array)
+        plain(file, array)
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(tmp_path)
+    monkeypatch.setattr(np, "save", plain)
+    again = kept_or_extracted(tmp_path, Mean(), lambda: [some(5)], "a")
+    assert np.array_equal(again.arrays["rgb"], extract([some(5)], Mean()).arrays["rgb"])
 
 
 def test_refusals() -> None:
