@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
-from mixflow_fast.files import check_writable, user_path
+from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from mixflow_fast.cli.picture_sets import Drawer
     from mixflow_fast.sampling.samples import SampleResult
 
 _UNDO_SCALE = (
@@ -24,9 +24,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "sample",
         help="generate from a checkpoint",
-        description="Generates a picture, or arrays x (N, C, H, W) and y (N,) of a .npz. The "
-        "samples of a seed are the same however many are drawn.",
-        epilog="example: mixflow-fast sample runs/post --out samples.npz --num 50000 --steps 10",
+        description="Generates a picture of some; arrays x (N, C, H, W) and y (N,) as the network "
+        "makes them, in a .npz; or a set of 8-bit pictures of any size: a folder, and beside it a "
+        ".npz that ADM's evaluator reads (arr_0) with the labels in a file of their own. A set is "
+        "made in shards by any number of ranks (torchrun or srun), and the same command goes on "
+        "after a stop. The samples of a seed are the same however many are drawn.",
+        epilog="examples: mixflow-fast sample runs/post --out samples.npz --steps 10; torchrun "
+        "--nproc-per-node 8 -m mixflow_fast.cli sample runs/post --decoder sd-vae-ft-ema -n "
+        "50000 --out sets/post",
     )
     command.add_argument(
         "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
@@ -35,10 +40,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--out",
         type=user_path,
         default="samples.png",
-        help=".png grid or .npz arrays x, y (default %(default)s)",
+        help=".png: a grid; .npz: arrays x, y, or with --decoder or --quantise a set of pictures; "
+        "without an ending: a set, SET/ and SET.npz (default %(default)s)",
     )
     command.add_argument("--force", action="store_true", help="replace what is at --out")
-    command.add_argument("--num", type=int, default=32, help="how many (default %(default)s)")
+    command.add_argument(
+        "-n",
+        "--num",
+        type=int,
+        default=32,
+        help="how many (default %(default)s); -n under torchrun, which takes --num for a prefix of "
+        "an option of its own",
+    )
     command.add_argument(
         "--label",
         type=int,
@@ -54,70 +67,140 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--clock", choices=("data_at_1", "noise_at_1"), help="if the file does not say it"
     )
+    pixels = command.add_argument_group("pixels")
+    pixels.add_argument(
+        "--decoder",
+        metavar="FOLDER",
+        help="local folder that decodes latents: a diffusers AutoencoderKL (SiT: sd-vae-ft-ema, "
+        "REPA: sd-vae-ft-mse), or RAE's config.json and model.pt",
+    )
+    pixels.add_argument("--decoder-stats", metavar="FILE", help="RAE's stat.pt")
+    pixels.add_argument(
+        "--decoder-scale",
+        type=float,
+        metavar="F",
+        help="what training latents were multiplied by (SD-VAE; default: its scaling_factor)",
+    )
+    pixels.add_argument(
+        "--decoder-precision", choices=("fp32", "bf16"), help="of an SD-VAE (default fp32)"
+    )
+    pixels.add_argument(
+        "--quantise",
+        choices=("round", "floor", "round_even"),
+        help="to 8 bits: round as SiT, floor as REPA, RAE and ADM, round_even as diffusers "
+        "(default: the preset's, else round)",
+    )
+    pixels.add_argument(
+        "--keep-shards", action="store_true", help="of a set, beside its file of all pictures"
+    )
     add_sampler_options(command)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     out = options.out
-    if options.num < 1:
-        raise ValueError(f"--num must be >= 1, got {options.num}")
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out must end in .png (picture) or .npz (array), got {out}")
-    check_writable(out, options.force)
+    _check(options)
+    from mixflow_fast.cli.picture_sets import make_set
+    from mixflow_fast.distributed.process_group import rank, world_size
+
+    pictures = _makes_set(options)
+    if not pictures and world_size() > 1:
+        raise ValueError(
+            f"{world_size()} processes make a set of pictures together, and {out} is made by one: "
+            "give a folder as --out, or start one process"
+        )
+    drawer = _drawer(options)
+    if rank() == 0:
+        print(drawer.chosen.describe())
+    if pictures:
+        return make_set(drawer, options.num, out.with_suffix(""), keep_shards=options.keep_shards)
     import torch
 
+    result = drawer.samples(torch.arange(options.num), progress=True)
+    picture = out.suffix == ".png"
+    save(out, replace(result, x=drawer.to_pixels(result.x)) if picture else result)
+    print(f"{out}: {options.num} samples, {result.nfe} network evaluations each")
+    if drawer.latent and drawer.decoder is None:
+        print(f"  {_UNDO_SCALE}")
+    return 0
+
+
+def _makes_set(options: argparse.Namespace) -> bool:
+    """Whether a set of pictures is made: a folder, or a .npz of what is decoded or rounded."""
+    rounded = options.decoder is not None or options.quantise is not None
+    return not options.out.suffix or (options.out.suffix == ".npz" and rounded)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what the options alone show to be wrong, before anything is read."""
+    out = options.out
+    if options.num < 1:
+        raise ValueError(f"--num must be >= 1, got {options.num}")
+    if out.suffix not in (".png", ".npz", ""):
+        raise ValueError(
+            f"--out must end in .png (picture) or .npz (array), or be a folder's name without a "
+            f"dot (a set), got {out}"
+        )
+    for name in ("decoder_stats", "decoder_scale", "decoder_precision"):
+        if options.decoder is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --decoder FOLDER")
+    if not _makes_set(options):
+        if options.keep_shards:
+            raise ValueError("--keep-shards belongs to a set of pictures: give a folder as --out")
+        check_writable(out, options.force)
+        return
+    if options.force:
+        raise ValueError(
+            f"a set is never replaced: leave --force out, and delete {out.with_suffix('')} and "
+            "what lies beside it under its name to make it again"
+        )
+    check_folder_writable(out.with_suffix(""))
+
+
+def _drawer(options: argparse.Namespace) -> Drawer:
+    """The networks, on this process's device, and how they are sampled."""
+    from mixflow_fast.cli.picture_sets import Drawer
+    from mixflow_fast.distributed.process_group import local_device
     from mixflow_fast.models import load_model
-    from mixflow_fast.sampling.samples import sample
+    from mixflow_fast.models.autoencoders.decoding import load_decoder
 
     chosen = chosen_sampler(options)
     model = load_model(options.checkpoint, options.weights, clock=options.clock)
     if options.path is None:
         chosen = chosen.for_network(model.path)
-    if out.suffix == ".png" and model.in_channels not in (1, 3):
-        raise ValueError(
-            f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: use "
-            f"--out FILE.npz and decode them with the autoencoder they were made by; {_UNDO_SCALE}"
+    preset = chosen.preset
+    rule = options.quantise or ("round" if preset is None else preset.quantisation)
+    decoder, latent = None, model.in_channels not in (1, 3)
+    if options.decoder is not None:
+        decoder = load_decoder(
+            options.decoder,
+            stats=options.decoder_stats,
+            scale=options.decoder_scale,
+            precision=options.decoder_precision or "fp32",
+            quantisation=rule,
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    guide = None
+        decoder.check((model.in_channels, model.input_size, model.input_size))
+    elif latent and (options.out.suffix != ".npz" or options.quantise is not None):
+        raise ValueError(
+            f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: give "
+            "the autoencoder that they were made by with --decoder FOLDER, or use --out FILE.npz "
+            f"and decode them elsewhere; {_UNDO_SCALE}"
+        )
+    device, guide = local_device(), None
     if chosen.guide is not None:
         guide = load_model(chosen.guide, options.weights, clock=options.clock).to(device)
-    labels = None
-    if options.label is not None:
-        # Repeated rather than grouped: a few samples already show every class.
-        labels = torch.tensor([options.label[i % len(options.label)] for i in range(options.num)])
-    print(chosen.describe())
-    result = sample(
-        model.to(device),
-        labels=labels,
-        num=options.num,
-        sampler=chosen.sampler,
-        guidance=chosen.guidance,
+    return Drawer(
+        model=model.to(device),
+        chosen=chosen,
         guide=guide,
-        remedy=chosen.remedy,
+        weights=options.weights,
         seed=options.seed,
-        balanced=chosen.preset is None or chosen.preset.labels == "balanced",
+        labels=options.label,
+        balanced=preset is None or preset.labels == "balanced",
         batch_size=options.batch_size,
-        progress=True,
+        decoder=None if decoder is None else decoder.to(device),
+        quantisation=rule,
     )
-    _refuse_not_finite(result.x)
-    save(out, result)
-    print(f"{out}: {options.num} samples, {result.nfe} network evaluations each")
-    if model.in_channels not in (1, 3):
-        print(f"  {_UNDO_SCALE}")
-    return 0
-
-
-def _refuse_not_finite(x: Tensor) -> None:
-    """Nothing is written of samples that are no numbers: a picture would show them as black."""
-    wrong = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} of {len(x)} samples are not finite (the first has id {wrong[0]}), and "
-            "nothing was written: the weights are finite, so what the network makes of them is "
-            "too large; check --clock, --cfg-scale and --steps, or choose another checkpoint"
-        )
 
 
 def save(out: Path, result: SampleResult) -> None:

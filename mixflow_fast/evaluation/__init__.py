@@ -21,4 +21,6 @@ __all__ = [
     "moments",
     "pooled_pixels",
     "random_conv_features",
+    "read_set",
+    "write_set",
 ]

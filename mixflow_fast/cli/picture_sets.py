@@ -1,0 +1,236 @@
+"""Pictures of `mixflow-fast sample`: decoded, in 8 bits, of a protocol; sets of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixflow_fast.cli.data.resumable import resumable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixflow_fast.cli.sampler_options import SamplerChoice
+    from mixflow_fast.evaluation.protocol import Protocol
+    from mixflow_fast.evaluation.sample_sets import Made
+    from mixflow_fast.models import Transformer
+    from mixflow_fast.models.autoencoders.decoding import Decoder, Quantisation
+    from mixflow_fast.sampling.samples import SampleResult
+
+_GRID = 64  # pictures of a set that are shown in one PNG
+# Work that is over sooner is not worth being predicted, in evaluations of the network.
+_SHORT, _FIRST_STEPS = 200, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """What draws samples of ids, as the options of the command say.
+
+    Attributes:
+        model: on its device.
+        chosen: sampler, guidance, remedy.
+        guide: the other network of autoguidance, on the same device.
+        weights: "ema" or "model".
+        seed: of noise and labels.
+        labels: classes, repeated over the ids; None draws them.
+        balanced: drawn labels are id mod classes.
+        batch_size: of the network.
+        decoder: of latents, on the same device; None for pixels.
+        quantisation: the rule that rounds to 8 bits.
+    """
+
+    model: Transformer
+    chosen: SamplerChoice
+    guide: Transformer | None
+    weights: str
+    seed: int
+    labels: Sequence[int] | None
+    balanced: bool
+    batch_size: int
+    decoder: Decoder | None
+    quantisation: Quantisation
+
+    def samples(self, ids: Tensor, progress: bool = False) -> SampleResult:
+        """(B, C, h, w) float32 of ids, as the network makes them.
+
+        Raises:
+            ValueError: some are not finite.
+        """
+        import torch
+
+        from mixflow_fast.sampling.samples import sample
+
+        labels = None
+        if self.labels is not None:
+            # Repeated rather than grouped: a few samples already show every class.
+            labels = torch.tensor([self.labels[i % len(self.labels)] for i in ids.tolist()])
+        result = sample(
+            self.model,
+            ids=ids,
+            labels=labels,
+            sampler=self.chosen.sampler,
+            guidance=self.chosen.guidance,
+            guide=self.guide,
+            remedy=self.chosen.remedy,
+            seed=self.seed,
+            balanced=self.balanced,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+        refuse_not_finite(result.x, ids)
+        return result
+
+    def pictures(self, ids: Tensor) -> Made:
+        """(B, C, H, W) uint8 of ids."""
+        from mixflow_fast.evaluation.sample_sets import Made
+
+        drawn = self.samples(ids)
+        return Made(self.to_pixels(drawn.x), drawn.labels)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Samples -> 8-bit pictures."""
+        from mixflow_fast.models.autoencoders.decoding import quantise
+
+        return quantise(x, self.quantisation) if self.decoder is None else self.decoder(x)
+
+    @property
+    def latent(self) -> bool:
+        """Whether samples are latents, which cannot be looked at as they are."""
+        return self.model.in_channels not in (1, 3)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a picture."""
+        side = self.model.input_size
+        if self.decoder is None:
+            return self.model.in_channels, side, side
+        return 3, self.decoder.size(side), self.decoder.size(side)
+
+    def protocol(self, n: int) -> Protocol:
+        """How `n` pictures with the ids 0 .. n - 1 come about."""
+        import torch
+
+        from mixflow_fast.evaluation.protocol import Protocol
+        from mixflow_fast.models.weights.digest import weights_sha256
+
+        chosen, decoder = self.chosen, self.decoder
+        remedy = None if chosen.remedy is None else chosen.remedy.to_record()
+        guide = None if self.guide is None else weights_sha256(self.guide)
+        # "auto" is what it is for this network.
+        guidance = replace(chosen.guidance, channels=chosen.guidance.channels_of(self.model))
+        drawn = "balanced" if self.balanced else "random"
+        return Protocol(
+            {
+                "sampler": {**chosen.sampler.to_record(), "remedy": remedy},
+                "guidance": {**guidance.to_record(), "guide_sha256": guide},
+                "precision": {
+                    "network": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+                    "state": "float32",
+                    "decode": None if decoder is None else decoder.network.precision,
+                    "tf32": torch.backends.cuda.matmul.allow_tf32,
+                },
+                "set": {
+                    "n": n,
+                    "seed": self.seed,
+                    "ids": "0..n-1",
+                    "labels": drawn if self.labels is None else list(self.labels),
+                    "K": self.model.num_classes,
+                },
+                "decoder": {"kind": "none"} if decoder is None else decoder.record(),
+                "image": {"size": self.shape[1], "quantisation": self.quantisation},
+            }
+        )
+
+
+def refuse_not_finite(x: Tensor, ids: Tensor) -> None:
+    """Nothing is written of samples that are no numbers: a picture would show them as black."""
+    wrong = ids[(~x.isfinite()).flatten(1).any(1)].tolist()
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(x)} samples are not finite (the first has id {wrong[0]}), and "
+            "nothing was written: the weights are finite, so what the network makes of them is "
+            "too large; check --clock, --cfg-scale and --steps, or choose another checkpoint"
+        )
+
+
+def make_set(drawer: Drawer, n: int, folder: Path, *, keep_shards: bool) -> int:
+    """A set of n pictures in a folder, by this process and those that were started with it.
+
+    Returns:
+        the exit code.
+    """
+    from mixflow_fast.data.preparation.shard_work import ranks_of_environment
+    from mixflow_fast.distributed.one_voice import is_first_to_say
+    from mixflow_fast.evaluation.sample_sets import SetPlan, npz_of, read_set, write_set
+    from mixflow_fast.models.weights.digest import weights_sha256
+    from mixflow_fast.reports.images import save_grid
+
+    rank, world = ranks_of_environment()
+    origin = {"weights_sha256": weights_sha256(drawer.model), "average": drawer.weights}
+    plan = SetPlan(protocol=drawer.protocol(n), shape=drawer.shape, origin=origin)
+
+    def begins(mine: int) -> None:
+        if rank == 0 and (seconds := predicted_seconds(drawer, mine)) is not None:
+            print(_expected(seconds, mine, world), flush=True)
+
+    def work() -> int:
+        whole = write_set(
+            drawer.pictures,
+            plan,
+            folder,
+            rank=rank,
+            world=world,
+            batch_size=drawer.batch_size,
+            keep_shards=keep_shards,
+            quiet=rank != 0,
+            begins=begins,
+        )
+        if whole and not (folder / "grid.png").is_file():
+            pictures = next(read_set(folder).batches(_GRID))
+            scale = max(1, 64 // pictures.shape[-1])
+            save_grid(folder / "grid.png", pictures, columns=8, scale=scale)
+        said = f"{npz_of(folder)}: {n:,} pictures, protocol {plan.protocol.short}"
+        if whole and is_first_to_say(said):
+            print(said)
+        elif not whole and rank == 0:
+            print(f"{folder}: the other processes make the rest, and the last one the whole set")
+        return 0
+
+    return resumable(work, folder, speaks=rank == 0)
+
+
+def predicted_seconds(drawer: Drawer, pictures: int) -> float | None:
+    """How long so many pictures take here, from a few steps; None where it is not worth a try.
+
+    The first step is not counted: it compiles and warms up.
+    """
+    import torch
+
+    from mixflow_fast.sampling.sampler import Sampler
+
+    calls, batches = drawer.chosen.sampler.network_calls, -(-pictures // drawer.batch_size)
+    if calls is None or calls * batches < _SHORT:
+        return None
+    ids, taken = torch.arange(drawer.batch_size), []
+    for steps in (1, _FIRST_STEPS):
+        short = replace(drawer.chosen, sampler=Sampler("euler", steps))
+        began = time.perf_counter()
+        drawn = replace(drawer, chosen=short).samples(ids)
+        sampled = time.perf_counter()
+        drawer.to_pixels(drawn.x).cpu()
+        taken = [(sampled - began) / steps, time.perf_counter() - sampled]
+    step, pixels = taken
+    return batches * (calls * step + pixels)
+
+
+def _expected(seconds: float, pictures: int, world: int) -> str:
+    from mixflow_fast.messages import duration
+
+    whose = f", this process's part of {world}," if world > 1 else ""
+    return (
+        f"{pictures:,} pictures{whose} take about {duration(seconds)} "
+        f"({pictures / seconds:.3g} pictures/s, from {_FIRST_STEPS} steps)"
+    )
