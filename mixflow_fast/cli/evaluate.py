@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "evaluate",
         help="FID and other numbers of a sample set, with standard errors",
         description="Computes features of the samples once, keeps them in a folder, and makes the "
-        "numbers of them: value, bias of a set of this size, standard error, 95%% interval.",
+        "numbers of them: value, bias of a set of this size, standard error, 95% interval.",
         epilog="example: mixflow-fast evaluate samples.npz --reference "
         "VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth",
     )

@@ -21,6 +21,4 @@ __all__ = [
     "moments",
     "pooled_pixels",
     "random_conv_features",
-    "read_set",
-    "write_set",
 ]
