@@ -92,7 +92,10 @@ def run(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-    _print(found, "no protocol is recorded" if protocol is None else f"protocol {protocol.short}")
+    said = "no protocol is recorded"
+    if pictures.protocol is not None and protocol is not None:
+        said = f"set of protocol {pictures.protocol.short}, numbers of protocol {protocol.short}"
+    _print(found, said)
     return 0
 
 

@@ -185,6 +185,11 @@ def chosen_sampler(options: argparse.Namespace) -> SamplerChoice:
     if options.cfg_channels is not None:
         channels = None if options.cfg_channels == "all" else options.cfg_channels
         guidance = replace(guidance, channels=channels)
+    without_scale = guidance.scale == 1.0 and options.cfg_scale is None and options.guide is None
+    if without_scale and (interval is not None or options.cfg_channels is not None):
+        raise ValueError(
+            "--cfg-interval and --cfg-channels do nothing without guidance: give --cfg-scale"
+        )
     if guidance.kind == "autoguidance" and options.guide is None:
         if guidance.scale != 1.0:
             raise ValueError(

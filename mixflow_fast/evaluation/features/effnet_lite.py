@@ -159,7 +159,7 @@ class EffNetLite0:
         if min(images.shape[2:]) < MIN_SIDE:
             raise ValueError(
                 f"EfficientNet-Lite0 needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels, got "
-                f"{tuple(images.shape[2:])}: enlarge them, or take pooled_pixels"
+                f"{tuple(images.shape[2:])}: enlarge them, or take pooled_pixels (--pixels)"
             )
         features = self.network((images.float() - 127) / 128)
         return {"mean": features if self._projection is None else features @ self._projection}
