@@ -68,6 +68,11 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.evaluation.pictures import open_pictures
     from mixflow_fast.evaluation.reference import read_reference
 
+    if options.out is not None:
+        # Before the work, so that a wrong place costs nothing.
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.is_dir():
+            raise ValueError(f"--out must be a file, and {options.out} is a folder")
     pictures = open_pictures(options.samples)
     reference = read_reference(options.reference)
     networks = extractors.chosen(options)
@@ -89,7 +94,6 @@ def run(options: argparse.Namespace) -> int:
         features=str(folder),
     )
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
     said = "no protocol is recorded"

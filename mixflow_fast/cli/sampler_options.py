@@ -142,7 +142,9 @@ class SamplerChoice:
         if self.remedy is not None:
             lines.append(f"remedy: {self.remedy.describe()}")
         if self.preset is not None:
-            lines.append(f"preset: {self.preset.note}")
+            named = (self.preset.sampler, self.preset.guidance)
+            changed = "" if named == (self.sampler, self.guidance) else "; here changed by options"
+            lines.append(f"preset: {self.preset.note}{changed}")
         return "\n".join(lines)
 
 
