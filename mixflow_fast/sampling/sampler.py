@@ -200,7 +200,10 @@ class Sampler:
             words.append(f"from {grid[0]:g} to {grid[-1]:g} (0 = noise)")
         else:
             words = [f"{self.method}, {self.steps} intervals, {self.nfe} network calls"]
-            words.append(f"grid {grid[0]:g}, {grid[1]:g} .. {grid[-2]:g}, {grid[-1]:g} (0 = noise)")
+            times = [f"{t:g}" for t in grid]
+            if len(times) > 4:
+                times[1:-1] = [f"{times[1]} .. {times[-2]}"]
+            words.append(f"grid {', '.join(times)} (0 = noise)")
         if self.shift != 1.0:
             words.append(f"shift {self.shift:g}")
         if self.stochastic:
