@@ -53,6 +53,7 @@ DOCUMENTS = (
     "docs/design.md",
     "docs/drop-in.md",
     "docs/many_gpus.md",
+    "docs/sampling.md",
 )
 
 

@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "evaluate",
         help="FID and other numbers of a sample set, with standard errors",
         description="Computes features of the samples once, keeps them in a folder, and makes the "
-        "numbers of them: value, bias of a set of this size, standard error, 95%% interval.",
+        "numbers of them: value, bias of a set of this size, standard error, 95% interval.",
         epilog="example: mixflow-fast evaluate samples.npz --reference "
         "VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth",
     )
@@ -68,6 +68,11 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.evaluation.pictures import open_pictures
     from mixflow_fast.evaluation.reference import read_reference
 
+    if options.out is not None:
+        # Before the work, so that a wrong place costs nothing.
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.is_dir():
+            raise ValueError(f"--out must be a file, and {options.out} is a folder")
     pictures = open_pictures(options.samples)
     reference = read_reference(options.reference)
     networks = extractors.chosen(options)
@@ -89,10 +94,12 @@ def run(options: argparse.Namespace) -> int:
         features=str(folder),
     )
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-    _print(found, "no protocol is recorded" if protocol is None else f"protocol {protocol.short}")
+    said = "no protocol is recorded"
+    if pictures.protocol is not None and protocol is not None:
+        said = f"set of protocol {pictures.protocol.short}, numbers of protocol {protocol.short}"
+    _print(found, said)
     return 0
 
 

@@ -58,10 +58,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def device_of(options: argparse.Namespace) -> str:
-    """The device by name."""
+    """The device by name.
+
+    Raises:
+        ValueError: PyTorch knows no such device.
+    """
     import torch
 
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be such as cpu, cuda or cuda:1, got {name!r}") from error
+    return name
 
 
 def chosen(options: argparse.Namespace) -> list[Extractor]:

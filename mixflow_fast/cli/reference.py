@@ -38,6 +38,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, got {options.out}")
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"--size must be >= 1, got {options.size}")
     if options.keep < 0:
         raise ValueError(f"--keep must be >= 0, got {options.keep}")
     check_writable(options.out, options.force)

@@ -65,7 +65,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--weights", choices=("ema", "model"), default="ema", help="default %(default)s"
     )
     command.add_argument(
-        "--clock", choices=("data_at_1", "noise_at_1"), help="if the file does not say it"
+        "--clock",
+        choices=("data_at_1", "noise_at_1"),
+        help="if the file does not say it, or in place of what it says",
     )
     pixels = command.add_argument_group("pixels")
     pixels.add_argument(

@@ -142,7 +142,9 @@ class SamplerChoice:
         if self.remedy is not None:
             lines.append(f"remedy: {self.remedy.describe()}")
         if self.preset is not None:
-            lines.append(f"preset: {self.preset.note}")
+            named = (self.preset.sampler, self.preset.guidance)
+            changed = "" if named == (self.sampler, self.guidance) else "; here changed by options"
+            lines.append(f"preset: {self.preset.note}{changed}")
         return "\n".join(lines)
 
 
@@ -185,6 +187,11 @@ def chosen_sampler(options: argparse.Namespace) -> SamplerChoice:
     if options.cfg_channels is not None:
         channels = None if options.cfg_channels == "all" else options.cfg_channels
         guidance = replace(guidance, channels=channels)
+    without_scale = guidance.scale == 1.0 and options.cfg_scale is None and options.guide is None
+    if without_scale and (interval is not None or options.cfg_channels is not None):
+        raise ValueError(
+            "--cfg-interval and --cfg-channels do nothing without guidance: give --cfg-scale"
+        )
     if guidance.kind == "autoguidance" and options.guide is None:
         if guidance.scale != 1.0:
             raise ValueError(

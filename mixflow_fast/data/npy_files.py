@@ -48,6 +48,8 @@ def _load(path: Path, mmap_mode: Literal["r"] | None) -> np.ndarray | NpzFile:
         # A pickle runs code, and data come from anywhere.
         return np.load(path, allow_pickle=False, mmap_mode=mmap_mode)
     except (ValueError, OSError, EOFError, BadZipFile) as error:
+        if "allow_pickle" in str(error):  # numpy's advice for what is neither .npy nor .npz
+            error = ValueError("it is no whole .npy or .npz, or holds Python objects")
         raise ValueError(f"cannot read the arrays of {str(path)!r}: {error}") from error
 
 

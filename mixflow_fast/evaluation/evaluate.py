@@ -157,7 +157,7 @@ def evaluate(
     return Evaluation(
         n=n,
         estimates={name: estimates[name] for name in METRICS if name in chosen},
-        warnings=_warnings(features, estimates, n),
+        warnings=_unused(features, chosen, reference, metrics) + _warnings(features, estimates, n),
         extractors=[each.extractor.to_record() for each in features],
         reference=reference,
         seconds=time.monotonic() - started,
@@ -239,6 +239,24 @@ def _choose(
     return found
 
 
+def _unused(
+    features: Sequence[Features],
+    chosen: Sequence[str],
+    reference: Reference,
+    metrics: Sequence[str] | None,
+) -> list[str]:
+    """Extractors that were asked for and gave no number, as the reference lacks them."""
+    if metrics is not None:
+        return []
+    used = {FRECHET.get(name, LOGITS if name == "is" else POOL).partition(".")[0]
+            for name in chosen}  # fmt: skip
+    return [
+        f"{name}: no number, as the reference {reference.path.name} was made without it"
+        for name in (each.extractor.name for each in features)
+        if name not in used
+    ]
+
+
 def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n: int) -> list[str]:
     found = []
     if constant := features[0].constant:
@@ -258,9 +276,10 @@ def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n
                 "bias and standard error are not to be relied on"
             )
     if n < _FEW and any(dims.values()):
+        other = "; kid does not depend on their number" if "kid" in estimates else ""
         found.append(
-            f"a Frechet distance of {n:,} samples compares only with those of as many: published "
-            "ones are of 50,000"
+            f"a Frechet distance of {n:,} samples compares only with those of as many{other}: "
+            "published ones are of 50,000"
         )
     if "is" in estimates and n < SPLIT:
         found.append(f"is: one split of {n:,} images, published ones have splits of {SPLIT:,}")

@@ -81,11 +81,13 @@ def read_reference(path: Path) -> Reference:
         ValueError: no such file, another kind, a pickle of anything but arrays, moments that do not
             fit each other.
     """
-    found = existing_path(path)
+    found = existing_path(path, "reference")
     if not found.is_file():
         raise ValueError(f"the reference {path} is not a file: `mixflow-fast reference` makes one")
     with found.open("rb") as file:
         is_zip = file.read(2) == b"PK"
+    if not is_zip and found.suffix == ".npz":
+        raise ValueError(f"the reference {path} is no ZIP file, as a .npz is: it is damaged")
     return _read_npz(found) if is_zip else _read_pickle(found)
 
 

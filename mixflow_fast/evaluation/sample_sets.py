@@ -224,7 +224,10 @@ def _check_same(folder: Path, plan: SetPlan) -> None:
         other = Protocol(begun["protocol"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         return  # nothing was begun, or `ShardWork` says what is there
-    way_out = "go on with what it was begun with, choose another --out, or delete the folder"
+    way_out = (
+        "go on with what it was begun with, choose another --out, or delete the folder and what "
+        "lies beside it under its name"
+    )
     if found := differences([other, plan.protocol]):
         raise ValueError(
             f"{folder} was begun with another protocol, {other.short}, now it is "

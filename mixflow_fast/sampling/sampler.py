@@ -195,9 +195,15 @@ class Sampler:
     def describe(self) -> str:
         """The whole sampler in a sentence, its grid's ends included."""
         grid = self.grid().tolist()
-        calls = "adaptive" if self.nfe is None else f"{self.nfe} network calls"
-        words = [f"{self.method}, {self.steps} intervals, {calls}"]
-        words.append(f"grid {grid[0]:g}, {grid[1]:g} .. {grid[-2]:g}, {grid[-1]:g} (0 = noise)")
+        if self.nfe is None:
+            words = [f"{self.method}, which chooses its steps itself"]
+            words.append(f"from {grid[0]:g} to {grid[-1]:g} (0 = noise)")
+        else:
+            words = [f"{self.method}, {self.steps} intervals, {self.nfe} network calls"]
+            times = [f"{t:g}" for t in grid]
+            if len(times) > 4:
+                times[1:-1] = [f"{times[1]} .. {times[-2]}"]
+            words.append(f"grid {', '.join(times)} (0 = noise)")
         if self.shift != 1.0:
             words.append(f"shift {self.shift:g}")
         if self.stochastic:

@@ -51,10 +51,13 @@ def test_presets_and_what_replaces_them() -> None:
     preset = PRESETS["sit-paper-sde"]
     assert (choice.sampler, choice.guidance) == (preset.sampler, preset.guidance)
     changed = _choice("--preset sit-paper-sde --steps 50 --cfg-scale 1")
+    assert "changed by options" in changed.describe() and "changed" not in choice.describe()
     assert changed.sampler == Sampler("sde_euler", 50) and changed.guidance == Guidance(1.0, 3)
     guided = _choice("--preset rae-ag --guide small.pt")
     assert guided.guidance.kind == "autoguidance" and guided.guide == Path("small.pt")
     assert _choice("--preset rae-ag --cfg-scale 1").guidance.kind == "cfg"
+    # A scale that is given may be 1: a loop over scales keeps its interval.
+    assert _choice("--cfg-scale 1 --cfg-interval 0.3 1").guidance.scale == 1.0
     assert _choice("--guide small.pt --cfg-scale 2").guidance == Guidance(2.0, kind="autoguidance")
 
 
@@ -65,6 +68,8 @@ def test_presets_and_what_replaces_them() -> None:
         ("--preset rae-ag", "--guide CHECKPOINT"),
         ("--preset sit-paper-ode --guide small.pt", "guides otherwise"),
         ("--guide small.pt", "nothing at scale 1"),
+        ("--cfg-interval 0.3 1", "nothing without guidance: give --cfg-scale"),
+        ("--preset rae --cfg-channels all", "nothing without guidance: give --cfg-scale"),
         ("--sde-form linear", "no meaning for euler"),
         ("--remedy ssc=x", "with numbers"),
     ],

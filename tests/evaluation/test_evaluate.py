@@ -67,6 +67,13 @@ def test_what_is_not_there_is_left_out_or_named() -> None:
         evaluate([dinov2], theirs, ["fd_dinov2"])
     with pytest.raises(ValueError, match="nothing in common"):
         evaluate([dinov2], theirs)
+    both = [mine, dinov2]
+    assert "dinov2: no number, as the reference ref.npz was made without it" in (
+        evaluate(both, theirs).warnings
+    )
+    for found in (evaluate(both, theirs, ["fid"]), evaluate([mine], theirs)):
+        assert not any("no number" in line for line in found.warnings)
+        assert not any("kid" in line for line in found.warnings)
 
 
 def test_unlike_features_are_refused() -> None:

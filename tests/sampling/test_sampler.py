@@ -188,6 +188,13 @@ def test_a_sampler_counts_its_network_calls(method: str) -> None:
     assert json.loads(json.dumps(sampler.to_record())) == sampler.to_record()
 
 
+def test_a_description_names_the_times_and_says_which_method_has_its_own() -> None:
+    assert "1 intervals, 1 network calls; grid 0, 1 (" in Sampler("euler", 1).describe()
+    assert "grid 0, 0.5, 1 (" in Sampler("euler", 2).describe()
+    assert "grid 0, 0.25 .. 0.75, 1 (" in Sampler("euler", 4).describe()
+    assert "4 intervals" not in Sampler("dopri5", 4).describe()
+
+
 def test_records_tell_samplers_apart() -> None:
     changes = [{}, {"steps": 9}, {"shift": 2.0}, {"end": 0.99}, {"start": 0.01}, {"form": "linear"}]
     changes += [{"norm": 0.5}, {"last": "euler"}, {"last_size": 0.05}, {"path": "gvp"}]

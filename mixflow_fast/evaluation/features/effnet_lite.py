@@ -171,7 +171,8 @@ class EffNetLite0:
         elif min(images.shape[2:]) < MIN_SIDE:
             raise ValueError(
                 f"EfficientNet-Lite0 needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels, got "
-                f"{tuple(images.shape[2:])}: have them enlarged, with --effnet-side 64"
+                f"{tuple(images.shape[2:])}: have them enlarged, with --effnet-side 64, or take "
+                "--pixels"
             )
         features = self.network((x - 127) / 128)
         return {"mean": features if self._projection is None else features @ self._projection}
