@@ -7,8 +7,9 @@ delta is the mean of 1 - m/t by the marginal estimator (E3). m ~ U[(1 - gamma) t
 solve has too is the network's own error, which slowing does not mend.
 
 The rule was found on one small network and data set: it is a lead and not a law, and the paper's
-best gammas on ImageNet are larger (0.7 to 1). A pilot trains and compares, but briefly: it learns
-a part of the slowing, and may prefer larger gammas than the whole training (docs/evidence).
+best gammas on ImageNet are larger (0.7 to 1 for SiT, 0.4 for RAE). A pilot trains and compares, but
+briefly: it learns a part of the slowing, and may prefer larger gammas than the whole training
+(docs/evidence).
 """
 
 from __future__ import annotations
