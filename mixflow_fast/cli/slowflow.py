@@ -190,6 +190,11 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning without --pilot")
     if options.grid == 1 or options.grid < 0:
         raise ValueError(f"--grid must be 0 or >= 2, got {options.grid}")
+    if options.pilot and options.weights != "ema":
+        raise ValueError(
+            f"--pilot starts its arms from the EMA weights and measures theirs, got --weights "
+            f"{options.weights}: leave one of the two out"
+        )
     if options.pilot_steps is not None and options.pilot_steps not in options.steps:
         raise ValueError(
             f"--pilot-steps must be one of --steps {','.join(map(str, options.steps))}, for which "

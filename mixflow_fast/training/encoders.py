@@ -69,13 +69,15 @@ def build_encoder(section: EncoderConfig, model: ModelConfig) -> Encoder | None:
     return SDVAE(section.path, image_size(section, model), precision=section.precision)
 
 
-def describe_encoder(section: EncoderConfig, encoder: Encoder) -> str:
-    """What makes the latents, and what it takes on the device.
+def describe_encoder(section: EncoderConfig, encoder: Encoder | None) -> str:
+    """What makes the latents, and what it takes on the device; "" without an encoder.
 
     Args:
         section: the section `encoder` of the configuration.
         encoder: as `build_encoder` made it.
     """
+    if encoder is None:
+        return ""
     parameters = list(encoder.model.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     normalised = f", normalised by {section.stats}" if section.stats is not None else ""

@@ -338,15 +338,14 @@ class Trainer:
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
-        c, group = self.config.train, self.host_group
+        config, c, group = self.config, self.config.train, self.host_group
         self._train_flops = flops = train_flops(self.model)
         fused = runtime.use_kernels(self.mix.impl, self.device)
         self.objective = "Triton kernels" if fused else "PyTorch reference"
         on_gpu = self.device.type == "cuda" and c.precision == "bf16"
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None
-        shift, latents = self.config.objective.shift, self.config.latent
-        stats = self.config.encoder.stats
-        self._previews = PreviewOptions.of(c, self.config.model, shift, latents, stats)
+        shift, latents, stats = config.objective.shift, config.latent, config.encoder.stats
+        self._previews = PreviewOptions.of(c, config.model, shift, latents, stats)
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
@@ -399,14 +398,12 @@ class Trainer:
             "network": self.describe_network(),
             "averages": describe_averages(self.config.optim, self.config.steps),
             "data": self._data.what,
+            "decoder": describe_loader(self.config.data, self.dataset, self.device),
+            "encoder": describe_encoder(self.config.encoder, self.inputs.encoder),
         }
-        if decoder := describe_loader(self.config.data, self.dataset, self.device):
-            facts["decoder"] = decoder
-        if self.inputs.encoder is not None:
-            facts["encoder"] = describe_encoder(self.config.encoder, self.inputs.encoder)
         log.start(
             self.step,
-            facts,
+            {name: fact for name, fact in facts.items() if fact},
             ranks=self.host_group.ranks,
             clock=self.model.clock,
             train_gflops_per_image=self._train_flops / 1e9,

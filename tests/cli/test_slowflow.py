@@ -79,6 +79,7 @@ def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([base, "--states", "10"], "states must be >= 100"),
         ([base, "--grid", "1"], "--grid must be 0 or >= 2, got 1"),
         ([base, "--pilot-images", "5"], "--pilot-images has no meaning without --pilot"),
+        ([base, "--pilot", "--weights", "model"], "--pilot starts its arms from the EMA weights"),
         ([base, "--pilot", "--pilot-steps", "7"], "--pilot-steps must be one of --steps 5,10"),
         ([tmp_path / "nothing"], "does not exist"),
         ([tmp_path / "official.pt"], "does not say which data it was trained on: name a recipe"),
