@@ -151,6 +151,11 @@ class ImageDataset(Dataset, Protocol):
         ...
 
 
+def take(dataset: Dataset, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+    """What a run takes of a dataset: `get`, of images as bytes alone where it gives both."""
+    return getattr(dataset, "get_images", dataset.get)(indices, positions, seed)
+
+
 def fill(dataset: Dataset, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
     """Writes samples into given memory: what `get` returns.
 
@@ -170,7 +175,8 @@ def fill(dataset: Dataset, out: Batch, indices: Tensor, positions: Tensor, seed:
         direct(out, indices, positions, seed)
         out.positions.copy_(positions)
     else:
-        copy_batch(out, dataset.get(indices, positions, seed))
+        given = indices, positions, seed
+        copy_batch(out, take(dataset, *given) if out.x is None else dataset.get(*given))
 
 
 def copy_batch(out: Batch, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -106,7 +107,12 @@ class ImageFolder:
         return len(self.files)
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
-        """As `Dataset.get`: images (B, 3, size, size), and no x."""
+        """As `Dataset.get`: images (B, 3, size, size), and x = images / 127.5 - 1, float32."""
+        batch = self.get_images(indices, positions, seed)
+        return dataclasses.replace(batch, x=batch.images.float() / 127.5 - 1.0)
+
+    def get_images(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+        """`get` without x: what a run takes, which scales images on the device."""
         check_indices(indices, positions, len(self))
         pixels = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
         for row, index in enumerate(indices.tolist()):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset, fill
+from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset, fill, take
 from mixflow_fast.data.summary import DataSummary
 from mixflow_fast.kernels.philox import Stream, uniform
 
@@ -68,7 +68,7 @@ class LabelDropout:
 
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
         """As the dataset's, with some labels dropped."""
-        batch = self.dataset.get(indices, positions, seed)
+        batch = take(self.dataset, indices, positions, seed)
         return dataclasses.replace(batch, y=self._dropped(batch.y, positions, seed))
 
     def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mixflow_fast.data import ImageFolder, adm_center_crop
 from mixflow_fast.data.image_folder import is_folder
+from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.kernels.philox import Stream, uniform
 from tests.support.datasets import get
 
@@ -65,6 +66,9 @@ def test_folder_reads_classes_in_order_and_pixels_exactly(image_folder):
     file = image_folder / "b_china" / "sub" / "2.png"
     pixels = np.asarray(Image.open(file))[:, 1:19]
     np.testing.assert_array_equal(batch.images[5].numpy(), pixels.transpose(2, 0, 1))
+    assert torch.equal(batch.x, batch.images.float() / 127.5 - 1)
+    # A run takes the bytes, and scales them on the device.
+    assert LabelDropout(dataset, 0.0, None).get(torch.tensor([5]), torch.tensor([5]), 0).x is None
 
 
 def test_flips_follow_the_position_alone(image_folder):
