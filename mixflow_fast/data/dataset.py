@@ -124,7 +124,7 @@ class Dataset(Protocol):
 
 
 class ImageDataset(Dataset, Protocol):
-    """A dataset of images, which gives them as uint8: its batches have x None.
+    """A dataset of images, which gives them as uint8: what `take` gets of it has x None.
 
     Attributes:
         size: side of the images in pixels.
