@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from mixflow_fast.evaluation.features.extractor import Extractor
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(command: argparse.ArgumentParser, title: str = "features, at least one of") -> None:
     """The options, which `chosen` reads."""
-    group = command.add_argument_group("features, at least one of")
+    group = command.add_argument_group(title)
     group.add_argument(
         "--inception",
         type=user_path,
