@@ -103,7 +103,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--no-slow-flow", action="store_true", help="leave slow flow and maps of losses out"
     )
-    command.add_argument("--states", type=int, help="of slow flow (default 400)")
+    command.add_argument("--states", type=int, help="of slow flow (default 250)")
     command.set_defaults(run=run)
 
 
@@ -124,10 +124,16 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.cli.compared_networks import plan_of_networks
     from mixflow_fast.cli.compared_sets import plan_of_sets
     from mixflow_fast.comparison.work import compare
+    from mixflow_fast.distributed.process_group import world_size
     from mixflow_fast.files import write_json, write_text
     from mixflow_fast.reports.comparison_report import render
     from mixflow_fast.reports.comparison_result import record, verdict_words
 
+    if world_size() > 1:
+        raise ValueError(
+            f"compare is one process, and {world_size()} were started: make sets with torchrun and "
+            "`mixflow-fast sample`, and compare these"
+        )
     paths = _paths(options)
     kinds = {key: _is_set(path) for key, path in paths.items()}
     if len(set(kinds.values())) > 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixflow_fast.cli import extractors
-from mixflow_fast.cli.compared import chosen_extractors, labels_of, shown_command
+from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
 from mixflow_fast.cli.sampler_options import chosen_sampler
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _STEPS = (5, 10, 20, 50)
 _NUM = 1000
-_STATES = 400  # of slow flow
+_BATCH = 64
+_STATES = 250  # of slow flow
 _NETWORK = "network"
 
 
@@ -46,6 +47,14 @@ class _Checkpoint:
     why: str
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all arms are sampled with, on the device."""
+
+    guide: Transformer | None
+    decoder: Decoder | None
+
+
 def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> Plan:
     """Of checkpoints."""
     from mixflow_fast.comparison.plan import Plan
@@ -55,7 +64,10 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     loaded = {key: _load(options, path, device) for key, path in paths.items()}
     allow = [field for field in options.allow_different if field != _NETWORK]
     notes = _check_networks(paths, loaded, _NETWORK in options.allow_different)
-    decoder = _decoder(options, paths["after"], loaded["after"].model, choices)
+    shared = _Shared(
+        _guide(options, device),
+        _decoder(options, paths["after"], loaded["after"].model, choices),
+    )
     remedy = None
     if options.remedy is not None:
         from mixflow_fast.sampling.remedies import parse_remedy
@@ -65,13 +77,14 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     labels = labels_of(paths)
     drawers: dict[str, Drawer] = {}
     for key, checkpoint in loaded.items():
-        own = {steps: c.for_network(checkpoint.model.path) for steps, c in choices.items()}
+        path = checkpoint.model.path if options.path is None else None
+        own = {steps: chosen.for_network(path) for steps, chosen in choices.items()}
         remedies = {key: None}
         if remedy is not None and key != "before":
             remedies[f"{key}_remedy"] = remedy
         for name, correction in remedies.items():
             with_remedy = {s: replace(c, remedy=correction) for s, c in own.items()}
-            made = _drawers(options, checkpoint.model, with_remedy, decoder, device)
+            made = _drawers(options, checkpoint.model, with_remedy, shared)
             label = labels[key]
             if correction is not None:
                 label = f"{label} + {correction.describe()}"
@@ -83,9 +96,11 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     slow, slow_note = _slow_flow(options, loaded, labels, tuple(choices))
     sampler = next(iter(choices.values())).describe().split("\n")
     sampler[0] = f"{sampler[0]}; the same with {', '.join(map(str, choices))} intervals"
+    features = chosen_features(options, shape[1:], options.num or _NUM, reference)
     return Plan(
         arms={name: arms[name] for name in order},
-        extractors=chosen_extractors(options, shape[1:], options.num or _NUM, reference),
+        extractors=features.extractors,
+        aside=features.aside,
         reference=reference,
         allow=allow,
         slow=slow,
@@ -167,9 +182,19 @@ def _check_networks(
             )
         if unlike:
             notes.append(f"Different networks by consent: {key} ({unlike}).")
-        if key.startswith("after") and checkpoint.sha256 == loaded["before"].sha256:
-            notes.append(f"Identical weights: {key} holds the weights of before.")
+        others = ("before", "control") if key.startswith("after") else ()
+        same = [o for o in others if o in loaded and loaded[o].sha256 == checkpoint.sha256]
+        notes += [f"Identical weights: {key} holds the weights of {other}." for other in same]
     return notes
+
+
+def _guide(options: argparse.Namespace, device: str) -> Transformer | None:
+    """The other network of autoguidance."""
+    from mixflow_fast.models import load_model
+
+    if options.guide is None:
+        return None
+    return load_model(options.guide, options.weights or "ema", clock=options.clock).to(device)
 
 
 def _decoder(
@@ -209,31 +234,26 @@ def _drawers(
     options: argparse.Namespace,
     model: Transformer,
     choices: Mapping[int, SamplerChoice],
-    decoder: Decoder | None,
-    device: str,
+    shared: _Shared,
 ) -> dict[int, Drawer]:
     """What draws the samples of a network, by number of steps."""
     from mixflow_fast.cli.picture_sets import Drawer
-    from mixflow_fast.models import load_model
 
-    found, guides = {}, {}
-    for steps, chosen in choices.items():
-        if chosen.guide is not None and chosen.guide not in guides:
-            guide = load_model(chosen.guide, options.weights or "ema", clock=options.clock)
-            guides[chosen.guide] = guide.to(device)
-        found[steps] = Drawer(
+    return {
+        steps: Drawer(
             model=model,
             chosen=chosen,
-            guide=None if chosen.guide is None else guides[chosen.guide],
+            guide=shared.guide,
             weights=options.weights or "ema",
             seed=options.seed or 0,
             labels=None,
             balanced=chosen.preset is None or chosen.preset.labels == "balanced",
-            batch_size=options.batch_size or 64,
-            decoder=decoder,
+            batch_size=options.batch_size or _BATCH,
+            decoder=shared.decoder,
             quantisation=_rounding(options, chosen),
         )
-    return found
+        for steps, chosen in choices.items()
+    }
 
 
 def _arm(
@@ -272,7 +292,7 @@ def _reference(
     options: argparse.Namespace, path: Path, after: _Checkpoint, shape: tuple[int, int, int]
 ) -> tuple[Reference | RealImages, list[str]]:
     """What to measure against, and notes on it."""
-    from mixflow_fast.comparison.real_data import real_images
+    from mixflow_fast.comparison.real_data import missing_data, real_images
     from mixflow_fast.evaluation.reference import read_reference
 
     if options.reference is not None:
@@ -282,7 +302,12 @@ def _reference(
             f"{after.why}, so there are no images of its data to compare with: give --reference "
             "FILE (`mixflow-fast reference` makes one of images)"
         )
-    images = real_images(after.config, shape)
+    if (missing := missing_data(after.config)) is not None:
+        raise ValueError(
+            f"the data that {path} was trained on cannot be opened: {missing}: give --reference "
+            "FILE (`mixflow-fast reference` makes one of images)"
+        )
+    images = real_images(after.config, shape, options.num or _NUM)
     note = (
         "The reference is training images, which the network has seen: a network that repeats them "
         "would look good. Give --reference FILE of images that it has not seen."
@@ -297,13 +322,15 @@ def _slow_flow(
     steps: Sequence[int],
 ) -> tuple[SlowFlowPlan | None, str]:
     """What is measured of slow flow, or why nothing is."""
-    from mixflow_fast.comparison.real_data import SlowFlowPlan, slow_flow_settings
+    from mixflow_fast.comparison.real_data import SlowFlowPlan, missing_data, slow_flow_settings
 
     if options.no_slow_flow:
         return None, "Left out by --no-slow-flow."
     after = loaded["after"]
     if after.config is None:
         return None, f"Left out: {after.why}, and it is measured on training data."
+    if (missing := missing_data(after.config)) is not None:
+        return None, f"Left out: its data cannot be opened: {missing}"
     settings = slow_flow_settings(
         after.config, steps, options.states or _STATES, options.method or "euler", options.seed or 0
     )

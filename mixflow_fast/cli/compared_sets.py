@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixflow_fast.cli import extractors
-from mixflow_fast.cli.compared import chosen_extractors, labels_of, shown_command
+from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
 
 if TYPE_CHECKING:
     from mixflow_fast.comparison.plan import Plan
@@ -65,9 +65,11 @@ def plan_of_sets(options: argparse.Namespace, paths: Mapping[str, Path]) -> Plan
     steps = _intervals(paths["after"], protocols["after"])
     size = read_set(paths["after"]).pictures.shape
     reference = read_reference(options.reference)
+    features = chosen_features(options, size[1:3], size[0], reference)
     return Plan(
         arms={key: Arm(record=r, sets={steps: made}) for key, (r, made) in arms.items()},
-        extractors=chosen_extractors(options, size[1:3], size[0], reference),
+        extractors=features.extractors,
+        aside=features.aside,
         reference=reference,
         allow=options.allow_different,
         slow_note="Left out: sets hold samples and no networks.",

@@ -40,7 +40,7 @@ def put_together(
 ) -> Comparison:
     arms, pairs = plan.arms, pairs_of(list(plan.arms))
     metrics = list(next(iter(cells.values())).found.estimates)
-    primary = primary_metric(metrics)
+    primary = primary_metric(metrics, plan.aside)
     between = {
         (pair, steps, metric): _paired(plan, cells, pair, steps, metric)
         for pair in pairs
@@ -149,7 +149,11 @@ def _warnings(plan: Plan, cells: Mapping[tuple[str, int], Cell]) -> list[str]:
     for place, cell in cells.items():
         for text in cell.found.warnings:
             said.setdefault(text, []).append(place)
-    found = []
+    found = [
+        f"{metric_name(name)}: the images were enlarged for a network that was trained on larger "
+        "ones; the number is shown and does not decide"
+        for name in plan.aside
+    ]
     for text, places in said.items():
         whose = shorten(f"{plan.arms[key].record.label}, {steps} steps" for key, steps in places)
         found.append(text if len(places) == len(cells) else f"{whose}: {text}")

@@ -76,6 +76,7 @@ class Plan:
         arms: by key: before, control, after, after_2, ..., and KEY_remedy.
         extractors: feature networks.
         reference: a file that was read, or images.
+        aside: metrics that decide only where no other is there.
         allow: fields of protocols that may differ.
         slow: None leaves it out; `slow_note` says why.
         device: of sums over pairs.
@@ -85,6 +86,7 @@ class Plan:
     arms: Mapping[str, Arm]
     extractors: Sequence[Extractor]
     reference: Reference | RealImages
+    aside: Sequence[str] = ()
     allow: Sequence[str] = ()
     slow: SlowFlowPlan | None = None
     slow_note: str = ""

@@ -25,7 +25,9 @@ from mixflow_fast.training.build import (
 )
 from mixflow_fast.training.inputs import Inputs
 
-REFERENCE_IMAGES = 10_000  # at most, of a run's own data
+# Images of a run's own data: so many times the samples, within these bounds. A reference has a bias
+# of its own, by its number, that should be small beside the samples'.
+_TIMES, _LEAST, _MOST = 5, 5_000, 50_000
 GRID = 8  # rows of the map of losses
 _ROWS = 250
 
@@ -49,12 +51,23 @@ class RealImages:
     batches: Callable[[], Iterator[Tensor]]
 
 
-def real_images(config: Config, shape: tuple[int, int, int]) -> RealImages:
+def missing_data(config: Config) -> str | None:
+    """Why the data of a run, or the encoder before them, cannot be opened; None if they can."""
+    try:
+        build_data(config.data, config.model, config.encoder)
+        build_encoder(config.encoder, config.model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def real_images(config: Config, shape: tuple[int, int, int], samples: int) -> RealImages:
     """Held-out images of a run's data where they have some, else training images.
 
     Args:
         config: of the run.
         shape: (C, H, W) of the pictures that are measured.
+        samples: how many of them.
 
     Raises:
         ValueError: data that are not there, that are latents, or of another shape.
@@ -70,7 +83,7 @@ def real_images(config: Config, shape: tuple[int, int, int]) -> RealImages:
             f"the run's data give images of shape {tuple(images.shape)}, the samples are {shape}: "
             f"{way_out}"
         )
-    count = min(len(images), REFERENCE_IMAGES)
+    count = min(len(images), max(_LEAST, _TIMES * samples), _MOST)
     index = torch.arange(count) * len(images) // count
 
     def batches() -> Iterator[Tensor]:

@@ -31,10 +31,16 @@ MINIMUM = 50  # samples of a class that is shown
 _DRAWS, _SEED = 2000, 0
 
 
-def primary_metric(names: Iterable[str]) -> str:
-    """The number that decides; of names outside PRIMARY the first."""
+def primary_metric(names: Iterable[str], aside: Iterable[str] = ()) -> str:
+    """The number that decides; of names outside PRIMARY the first.
+
+    Args:
+        names: what there is, at least one.
+        aside: what decides only where nothing else is there.
+    """
     there = list(names)
-    return next((name for name in PRIMARY if name in there), there[0])
+    wanted = [name for name in PRIMARY if name in there and name not in set(aside)]
+    return next(iter([*wanted, *(name for name in PRIMARY if name in there), *there]))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mixflow_fast.reports.plots import (
 )
 
 _SIZE = 5.0, 3.3
+_ASIDE = 1.02
 
 
 def nfe_curves(
@@ -37,8 +38,10 @@ def nfe_curves(
     """
     canvas, axes = figure(*_SIZE)
     intervals = {key: [found.interval() for _, found in points] for key, points in curves.items()}
-    for (key, points), place in zip(curves.items(), places, strict=True):
-        nfe, values = [each for each, _ in points], [found.corrected for _, found in points]
+    for number, ((key, points), place) in enumerate(zip(curves.items(), places, strict=True)):
+        # A little aside, so that intervals at one number of evaluations do not hide each other.
+        aside = _ASIDE ** (number - (len(curves) - 1) / 2)
+        nfe, values = [each * aside for each, _ in points], [found.corrected for _, found in points]
         ends = zip(intervals[key], values, strict=True)
         errors = [(value - low, high - value) for (low, high), value in ends]
         axes.errorbar(

@@ -19,7 +19,7 @@ from mixflow_fast.reports.comparison_result import (
     Pair,
     config_differences,
     direction,
-    interval_words,
+    disagreement,
     metric_name,
     own_configs,
     signed,
@@ -36,6 +36,9 @@ _STYLE = f"""{PANEL_STYLE}
 .better{{color:#15803d;font-weight:700}}.worse{{color:#dc2626;font-weight:700}}
 @media(prefers-color-scheme:dark){{.better{{color:#4ade80}}.worse{{color:#f87171}}}}
 td small{{display:block;color:var(--faint)}}
+.verdicts td:nth-child(2),.verdicts th:nth-child(2){{text-align:left}}
+.verdicts td:nth-child(3) small{{white-space:normal;max-width:14rem}}
+.verdicts td:first-child,.verdicts th:first-child{{min-width:4rem}}
 tr.gap td{{border-top:2px solid var(--line)}}
 .text td{{text-align:left;white-space:normal}}.text th{{text-align:left}}
 code{{font-size:.8rem;overflow-wrap:anywhere}}
@@ -120,7 +123,11 @@ def _verdicts(c: Comparison) -> str:
     name, way = metric_name(c.primary), direction(c.primary)
     return (
         f"<h2>Verdict by {_e(name)} ({way}), n = {c.n:,}</h2>"
-        + _table(["steps", "", "against", "verdict", name, "difference (95%)"], rows)
+        + _table(
+            ["steps", "compared", "verdict", "difference (95%)", "first", "second"],
+            rows,
+            "verdicts",
+        )
         + f'<p class="note">Differences are paired by image and without the bias of a set of this '
         f"size. {COVERS} {_e(_rule(c))}</p>"
     )
@@ -139,12 +146,19 @@ def _verdict_cells(c: Comparison, pair: Pair, steps: int, found: Paired) -> list
     nfe = " / ".join(str(value) for value in dict.fromkeys(cell.nfe for cell in cells))
     return [
         f"{steps}<small>{nfe} NFE</small>",
-        _e(c.arms[pair.a].label),
-        _e(c.arms[pair.b].label),
-        _verdict(found),
-        f"{a} against {b}",
-        _e(interval_words(found)),
+        f"{_e(c.arms[pair.a].label)}<small>against {_e(c.arms[pair.b].label)}</small>",
+        f"{_verdict(found)}<small>{_e(disagreement(c, pair, steps).removeprefix('; '))}</small>",
+        _apart(found),
+        a,
+        b,
     ]
+
+
+def _apart(found: Paired) -> str:
+    if found.low is None or found.high is None:
+        return f"{signed(found.value)}<small>no interval</small>"
+    interval = f"{signed(found.low)} to {signed(found.high)}"
+    return f"{signed(found.corrected)}<small>{interval}</small>"
 
 
 def _numbers(c: Comparison) -> str:

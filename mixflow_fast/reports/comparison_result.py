@@ -193,7 +193,20 @@ def verdict_words(comparison: Comparison, pair: Pair, steps: int) -> str:
         f"{steps} steps ({nfe}): {arms[pair.a].label} against {arms[pair.b].label}: "
         f"{found.verdict}; {metric_name(comparison.primary)} {values}, "
         f"difference {interval_words(found)}, n = {comparison.n:,}"
+        f"{disagreement(comparison, pair, steps)}"
     )
+
+
+def disagreement(comparison: Comparison, pair: Pair, steps: int) -> str:
+    """Which of the other numbers say the opposite of the deciding one, or nothing."""
+    own = comparison.differences[pair, steps, comparison.primary].verdict
+    opposite = {"better": "worse", "worse": "better"}.get(own)
+    found = [
+        metric_name(name)
+        for name in comparison.metrics
+        if comparison.differences[pair, steps, name].verdict == opposite
+    ]
+    return f"; but {opposite} by {', '.join(found)}" if found else ""
 
 
 def interval_words(found: Paired) -> str:
