@@ -94,8 +94,8 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     shape = drawers["after"].shape
     reference, more = _reference(options, paths["after"], loaded["after"], shape)
     slow, slow_note = _slow_flow(options, loaded, labels, tuple(choices))
-    sampler = next(iter(choices.values())).describe().split("\n")
-    sampler[0] = f"{sampler[0]}; the same with {', '.join(map(str, choices))} intervals"
+    sampler = [f"sampler: {chosen.sampler.describe()}" for chosen in choices.values()]
+    sampler += next(iter(choices.values())).describe().split("\n")[1:]
     features = chosen_features(options, shape[1:], options.num or _NUM, reference)
     return Plan(
         arms={name: arms[name] for name in order},

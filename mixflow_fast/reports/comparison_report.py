@@ -41,7 +41,9 @@ td small{{display:block;color:var(--faint)}}
 .verdicts td:first-child,.verdicts th:first-child{{min-width:4rem}}
 tr.gap td{{border-top:2px solid var(--line)}}
 .text td{{text-align:left;white-space:normal}}.text th{{text-align:left}}
-code{{font-size:.8rem;overflow-wrap:anywhere}}
+.text td{{overflow-wrap:anywhere;min-width:6rem}}
+code{{font-size:.75rem;overflow-wrap:anywhere}}
+.wide+.wide{{margin-top:1.2rem}}
 .grids.pairs{{grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}}
 h2+.note{{margin-top:0}}
 """
