@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from mixflow_fast.files import check_writable, user_path
 if TYPE_CHECKING:
     from mixflow_fast.reports.comparison_result import Comparison
 
-# What the page and its twin were when they were written, in the folder of what is kept.
+# What the page and its twin were when they were written, in the folder where all is kept.
 _PAGE = "page.json"
 
 
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.cli.compared_sets import plan_of_sets
     from mixflow_fast.comparison.work import compare
     from mixflow_fast.distributed.process_group import world_size
-    from mixflow_fast.files import write_json, write_text
+    from mixflow_fast.files import json_text, write_text
     from mixflow_fast.reports.comparison_report import render
     from mixflow_fast.reports.comparison_result import record, verdict_words
 
@@ -146,9 +147,13 @@ def run(options: argparse.Namespace) -> int:
 
     def work() -> int:
         found = compare(plan, folder, _log, options.fresh)
-        write_text(out, render(found))
-        write_json(out.with_suffix(".json"), record(found))
-        write_json(folder / _PAGE, _digests(out))
+        texts = {
+            out.with_suffix(".json"): json_text(record(found)),
+            out: render(found),
+        }
+        _note_own(folder, texts)
+        for path, text in texts.items():
+            write_text(path, text)
         lines = [
             verdict_words(found, pair, steps)
             for steps in found.steps
@@ -170,10 +175,24 @@ def _first_lines(found: Comparison) -> list[str]:
     return [*lines, *([] if "control" in found.arms else [NO_CONTROL])]
 
 
-def _digests(out: Path) -> dict[str, str]:
-    """SHA-256 of the page and its twin, so that another start knows its own."""
-    paths = (out, out.with_suffix(".json"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+def _note_own(folder: Path, texts: Mapping[Path, str]) -> None:
+    """Add what is about to be written to what this comparison wrote, so that it knows its own."""
+    from mixflow_fast.files import write_json
+
+    known = _known(folder)
+    for path, text in texts.items():
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        known[path.name] = sorted({*known.get(path.name, []), digest})
+    write_json(folder / _PAGE, known)
+
+
+def _known(folder: Path) -> dict[str, list[str]]:
+    """SHA-256 of all that was written, by the file's name."""
+    try:
+        found = json.loads((folder / _PAGE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check(options: argparse.Namespace, folder: Path) -> None:
@@ -196,11 +215,8 @@ def _check(options: argparse.Namespace, folder: Path) -> None:
 
 def _is_own(path: Path, folder: Path) -> bool:
     """Whether a file is what an earlier start of this comparison wrote, and nobody changed."""
-    try:
-        known = json.loads((folder / _PAGE).read_text(encoding="utf-8")).get(path.name)
-        return known == hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, ValueError, AttributeError):
-        return False
+    known = _known(folder).get(path.name, [])
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() in known
 
 
 def _paths(options: argparse.Namespace) -> dict[str, Path]:

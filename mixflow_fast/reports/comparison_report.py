@@ -296,7 +296,7 @@ def _configurations(c: Comparison) -> str:
     ]
     parts = ["<h2>Configuration</h2>"]
     if silent:
-        words = f"Not recorded in its file: how {', '.join(silent)} came about."
+        words = f"Not recorded: how {', '.join(silent)} came about."
         parts.append(f'<p class="note">{_e(words)}</p>')
     if len(own) > 1:
         rows = config_differences(c.arms)

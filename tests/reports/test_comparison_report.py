@@ -147,4 +147,4 @@ def test_settings_of_arms_that_say_nothing_are_passed_over(comparison: Compariso
     assert config_differences(arms) == [("objective.gamma", [0.0, 0.3])]
     shown = assert_loads_nothing(render(replace(comparison, arms={**comparison.arms,
                                                                    "before": silent})))  # fmt: skip
-    assert "Not recorded in its file: how before: <before> came about." in shown.words
+    assert "Not recorded: how before: <before> came about." in shown.words
