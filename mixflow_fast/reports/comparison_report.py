@@ -311,14 +311,18 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+def _code(text: str) -> str:
+    return f"<code>{_e(text)}</code>"
+
+
 def _origins(c: Comparison) -> str:
     rows = [
-        _row([_e(arm.label), _e(arm.path), _e(arm.average or "–"), f"<code>{arm.sha256}</code>"])
+        _row([_e(arm.label), _e(arm.path), _e(arm.average or "–"), _code(arm.sha256 or "–")])
         for arm in c.arms.values()
     ]
-    hashes = [_row([_e(what), f"<code>{_e(value)}</code>"]) for what, value in c.hashes]
+    hashes = [_row([_e(what), _code(value)]) for what, value in c.hashes]
     protocols = [
-        _row([f"{steps} steps", _e(c.arms[key].label), f"<code>{cell.protocol.sha256}</code>"])
+        _row([f"{steps} steps", _e(c.arms[key].label), _code(cell.protocol.sha256)])
         for (key, steps), cell in c.cells.items()
     ]
     sampler = "".join(f"<li>{_e(line)}</li>" for line in c.sampler)
