@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,19 +115,17 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
 def _choices(options: argparse.Namespace) -> dict[int, SamplerChoice]:
     """The sampler of each number of steps."""
     single = argparse.Namespace(**{**vars(options), "steps": None, "remedy": None})
-    counts: Iterable[int] = options.steps or _STEPS
-    if options.preset is not None and options.steps is None:
-        counts = (chosen_sampler(single).sampler.steps,)
-    found = {}
-    for steps in counts:
-        single.steps = steps
-        found[steps] = chosen_sampler(single)
-        if found[steps].sampler.nfe is None:
-            raise ValueError(
-                f"--method {found[steps].sampler.method} chooses its steps itself, so nothing can "
-                "be compared at a number of steps: choose a method with fixed steps"
-            )
-    return found
+    chosen = chosen_sampler(single)
+    if chosen.sampler.nfe is None:
+        raise ValueError(
+            f"--method {chosen.sampler.method} chooses its steps itself, so nothing can be "
+            "compared at a number of steps: choose a method with fixed steps"
+        )
+    counts: Sequence[int] = _STEPS if options.preset is None else (chosen.sampler.steps,)
+    return {
+        steps: replace(chosen, sampler=replace(chosen.sampler, steps=steps))
+        for steps in options.steps or counts
+    }
 
 
 def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
