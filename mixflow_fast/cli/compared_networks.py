@@ -68,37 +68,22 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
         _guide(options, device),
         _decoder(options, paths["after"], loaded["after"].model, choices),
     )
-    remedy = None
-    if options.remedy is not None:
-        from mixflow_fast.sampling.remedies import parse_remedy
-
-        remedy = parse_remedy(options.remedy)
-    arms: dict[str, Arm] = {}
     labels = labels_of(paths)
-    drawers: dict[str, Drawer] = {}
-    for key, checkpoint in loaded.items():
-        path = checkpoint.model.path if options.path is None else None
-        own = {steps: chosen.for_network(path) for steps, chosen in choices.items()}
-        remedies = {key: None}
-        if remedy is not None and key != "before":
-            remedies[f"{key}_remedy"] = remedy
-        for name, correction in remedies.items():
-            with_remedy = {s: replace(c, remedy=correction) for s, c in own.items()}
-            made = _drawers(options, checkpoint.model, with_remedy, shared)
-            label = labels[key]
-            if correction is not None:
-                label = f"{label} + {correction.describe()}"
-            arms[name] = _arm(options, name, label, paths[key], checkpoint, made)
-            drawers[name] = next(iter(made.values()))
-    order = sorted(arms, key=lambda name: name.endswith("_remedy"))
-    shape = drawers["after"].shape
+    drawers = _all_drawers(options, loaded, choices, shared)
+    arms = {}
+    for key, made in drawers.items():
+        own = key.removesuffix("_remedy")
+        remedy = next(iter(made.values())).chosen.remedy
+        label = labels[own] if remedy is None else f"{labels[own]} + {remedy.describe()}"
+        arms[key] = _arm(options, key, label, paths[own], loaded[own], made)
+    shape = next(iter(drawers["after"].values())).shape
     reference, more = _reference(options, paths["after"], loaded["after"], shape)
     slow, slow_note = _slow_flow(options, loaded, labels, tuple(choices))
     sampler = [f"sampler: {chosen.sampler.describe()}" for chosen in choices.values()]
     sampler += next(iter(choices.values())).describe().split("\n")[1:]
     features = chosen_features(options, shape[1:], options.num or _NUM, reference)
     return Plan(
-        arms={name: arms[name] for name in order},
+        arms=arms,
         extractors=features.extractors,
         aside=features.aside,
         reference=reference,
@@ -110,6 +95,27 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
         notes=[*notes, *more],
         command=shown_command(options),
     )
+
+
+def _all_drawers(
+    options: argparse.Namespace,
+    loaded: Mapping[str, _Checkpoint],
+    choices: Mapping[int, SamplerChoice],
+    shared: _Shared,
+) -> dict[str, dict[int, Drawer]]:
+    """What draws the samples of each arm, by number of steps; those with a remedy come last."""
+    from mixflow_fast.sampling.remedies import parse_remedy
+
+    remedy = None if options.remedy is None else parse_remedy(options.remedy)
+    plain, remedied = {}, {}
+    for key, checkpoint in loaded.items():
+        path = checkpoint.model.path if options.path is None else None
+        own = {steps: chosen.for_network(path) for steps, chosen in choices.items()}
+        plain[key] = _drawers(options, checkpoint.model, own, shared)
+        if remedy is not None and key != "before":
+            corrected = {steps: replace(chosen, remedy=remedy) for steps, chosen in own.items()}
+            remedied[f"{key}_remedy"] = _drawers(options, checkpoint.model, corrected, shared)
+    return {**plain, **remedied}
 
 
 def _choices(options: argparse.Namespace) -> dict[int, SamplerChoice]:
