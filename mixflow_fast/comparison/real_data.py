@@ -30,6 +30,7 @@ from mixflow_fast.training.inputs import Inputs
 _TIMES, _LEAST, _MOST = 5, 5_000, 50_000
 GRID = 8  # rows of the map of losses
 _ROWS = 250
+_BATCH = 64  # states of slow flow at a time: few, so that progress can be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,7 @@ def slow_flow_settings(
         shift=config.objective.shift,
         seed=seed,
         path=config.objective.path,
+        batch_size=_BATCH,
     )
 
 
