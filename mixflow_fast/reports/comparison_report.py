@@ -36,7 +36,8 @@ _STYLE = f"""{PANEL_STYLE}
 .better{{color:#15803d;font-weight:700}}.worse{{color:#dc2626;font-weight:700}}
 @media(prefers-color-scheme:dark){{.better{{color:#4ade80}}.worse{{color:#f87171}}}}
 td small{{display:block;color:var(--faint)}}
-.verdicts td:nth-child(2),.verdicts th:nth-child(2){{text-align:left}}
+.verdicts td:nth-child(2),.verdicts th:nth-child(2),.verdicts td:nth-child(3),
+.verdicts th:nth-child(3){{text-align:left}}
 .verdicts td:nth-child(3) small{{white-space:normal;max-width:14rem}}
 .verdicts td:first-child,.verdicts th:first-child{{min-width:4rem}}
 tr.gap td{{border-top:2px solid var(--line)}}
