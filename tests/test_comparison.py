@@ -61,16 +61,15 @@ def reference(tmp_path: Path) -> Reference:
     return read_reference(path)
 
 
-def page(of: Plan, folder: Path) -> tuple[str, str]:
-    found = compare(of, folder, lambda text: None)
-    return render(found), json.dumps(record(found))
+def twin(of: Plan, folder: Path) -> str:
+    return json.dumps(record(compare(of, folder, lambda text: None)))
 
 
 def test_a_kill_at_any_file_loses_nothing(tmp_path: Path, reference: Reference) -> None:
-    """The process kills itself at every third rename; the next start ends in the same bytes."""
-    whole = page(plan(reference), tmp_path / "whole")
+    """The process kills itself at every fourth rename; the next start ends in the same bytes."""
+    whole = twin(plan(reference), tmp_path / "whole")
     killed = 0
-    for moment in range(1, 40, 3):
+    for moment in range(1, 40, 4):
         folder = tmp_path / f"killed_{moment}"
 
         def work(moment: int = moment, folder: Path = folder) -> None:
@@ -83,25 +82,26 @@ def test_a_kill_at_any_file_loses_nothing(tmp_path: Path, reference: Reference) 
                 replace(source, target, **options)
 
             os.replace = stepping
-            page(plan(reference), folder)
+            twin(plan(reference), folder)
 
         killed += ended(in_child(work)) == -signal.SIGKILL
-        assert page(plan(reference), folder) == whole, moment
+        assert twin(plan(reference), folder) == whole, moment
     assert killed >= 5
 
 
 def test_a_folder_takes_more_arms_and_refuses_others(tmp_path: Path, reference: Reference) -> None:
     folder = tmp_path / "files"
-    page(plan(reference), folder)
+    twin(plan(reference), folder)
     there = plan(reference).arms
     more = {"before": there["before"], "control": arm("control", "c" * 64, 5), **there}
-    text, _ = page(plan(reference, arms=more), folder)
-    assert "no control" not in text.lower()
+    found = compare(plan(reference, arms=more), folder, lambda text: None)
+    assert list(found.arms) == ["before", "control", "after"]
+    assert "no control" not in render(found).lower()
     with pytest.raises(ValueError, match="another comparison .other weights of after.*--fresh"):
-        page(plan(reference, arms={**there, "after": arm("after", "d" * 64, 3)}), folder)
+        twin(plan(reference, arms={**there, "after": arm("after", "d" * 64, 3)}), folder)
     (folder / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json is damaged"):
-        page(plan(reference), folder)
+        twin(plan(reference), folder)
 
 
 def test_sets_of_different_sizes_are_never_compared(reference: Reference) -> None:
