@@ -70,13 +70,23 @@ def claim(folder: Path, plan: Plan, fresh: bool) -> None:
     mark, arms = folder / _SETTINGS, _settings(plan)
     if mark.exists():
         if fresh:
-            shutil.rmtree(folder)
+            _empty(folder)
         else:
             arms = _with_those_there(folder, arms)
-    elif folder.exists() and any(folder.iterdir()):
+    # Names with a dot are what a kill leaves.
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no comparison: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"format": _FORMAT, "arms": arms})
+
+
+def _empty(folder: Path) -> None:
+    """Delete all but the settings, by which a folder that a kill left half empty is known."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _SETTINGS:
+            path.unlink()
 
 
 def _with_those_there(

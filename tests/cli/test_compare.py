@@ -241,7 +241,7 @@ def test_wrong_input(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([base, base, "--control", "nothing.pt"], "nothing.pt does not exist"),
         ([base, base, "-n", "1"], "--num must be >= 2, got 1"),
         ([base, tmp_path / "classes.pt"], "num_classes 2"),
-        ([base, official], "are different networks (hidden_size 32 against 384"),
+        ([base, official], "hidden_size 32 against 384"),
         ([official, official], "does not say how it was trained, so there are no images"),
         ([latents, latents], "4-channel latents, not pictures: give the autoencoder"),
         ([base, base, "--decoder-scale", "2"], "--decoder-scale needs --decoder"),
