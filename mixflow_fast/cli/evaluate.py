@@ -13,6 +13,7 @@ from mixflow_fast.files import user_path
 if TYPE_CHECKING:
     from mixflow_fast.evaluation.evaluate import Evaluation
     from mixflow_fast.evaluation.features.extractor import Extractor
+    from mixflow_fast.evaluation.protocol import Protocol
     from mixflow_fast.evaluation.reference import Reference
 
 
@@ -65,7 +66,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     from mixflow_fast.evaluation.evaluate import evaluate
     from mixflow_fast.evaluation.features.extractor import kept_or_extracted
-    from mixflow_fast.evaluation.pictures import open_pictures
+    from mixflow_fast.evaluation.pictures import open_pictures, protocol_of
     from mixflow_fast.evaluation.reference import read_reference
 
     if options.out is not None:
@@ -86,20 +87,17 @@ def run(options: argparse.Namespace) -> int:
         reference = _with_image_features(reference, networks)
     device = extractors.device_of(options)
     found = evaluate(features, reference, wanted, fid_inf=options.fid_inf, device=device)
-    protocol = found.protocol(pictures.protocol)
+    protocol = protocol_of(pictures, folder)
     row = found.to_row(
         str(options.samples),
-        protocol=None if protocol is None else protocol.sha256,
+        protocol,
         weights=pictures.origin or None,
         features=str(folder),
     )
     if options.out is not None:
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-    said = "no protocol is recorded"
-    if pictures.protocol is not None and protocol is not None:
-        said = f"set of protocol {pictures.protocol.short}, numbers of protocol {protocol.short}"
-    _print(found, said)
+    _print(found, protocol, pictures.protocol is not None)
     return 0
 
 
@@ -126,12 +124,18 @@ def _with_image_features(reference: Reference, networks: list[Extractor]) -> Ref
     return replace(reference, features={POOL: found.arrays["pool"]})
 
 
-def _print(found: Evaluation, protocol: str) -> None:
-    print(f"{found.n:,} samples against {found.reference.path.name}, {protocol}")
+def _print(found: Evaluation, of_set: Protocol, recorded: bool) -> None:
+    print(f"{found.n:,} samples of protocol {of_set.short} against {found.reference.path.name}")
+    if not recorded:
+        print("  how they were sampled is not known: their content stands in their protocol")
     for name, each in found.estimates.items():
         low, high = each.interval()
         bias = f", without its bias {each.corrected:.5g}" if each.bias else ""
-        print(f"  {name:21s}{each.value:.5g} (se {each.se:.2g}{bias}, 95% {low:.5g} .. {high:.5g})")
+        own = found.protocol(of_set, name).short
+        print(
+            f"  {name:21s}{each.value:.5g} (se {each.se:.2g}{bias}, 95% {low:.5g} .. {high:.5g}), "
+            f"protocol {own}"
+        )
         infinity = each.to_record().get("inf")
         if infinity is not None:
             print(f"  {'':21s}{infinity:.5g} at infinitely many samples, by extrapolation")

@@ -69,18 +69,26 @@ class Evaluation:
     reference: Reference
     seconds: float
 
-    def protocol(self, of_set: Protocol | None) -> Protocol | None:
-        """How the numbers came about, from how the set did; None where that is not recorded."""
-        if of_set is None:
-            return None
-        sections = {"extractors": self.extractors, "reference": self.reference.to_record()}
+    def protocol(self, of_set: Protocol, metric: str) -> Protocol:
+        """How a number came about: how the set did, with that number's own extractor.
+
+        So the hash that stands beside a number does not depend on which others were asked for.
+
+        Raises:
+            ValueError: a metric that was not computed.
+        """
+        if metric not in self.estimates:
+            raise ValueError(f"metric must be of {', '.join(self.estimates)}, got {metric!r}")
+        name = _extractor_of(metric)
+        own = [record for record in self.extractors if record["id"] == name]
+        sections = {"extractors": own, "reference": self.reference.to_record()}
         metrics = {"ddof": 1, "splits": SPLIT, "k": NEIGHBOURS, "pr_fp16": False}
         return of_set.with_sections({**sections, "metrics": metrics})
 
     def to_row(
         self,
         set_name: str,
-        protocol: str | None = None,
+        of_set: Protocol,
         weights: Mapping[str, object] | None = None,
         features: str | None = None,
     ) -> EvaluationRow:
@@ -88,7 +96,7 @@ class Evaluation:
 
         Args:
             set_name: path of the samples.
-            protocol: hash of how set and numbers were made, where it is recorded.
+            of_set: how the set was made.
             weights: what was sampled from, where it is recorded; its "step" is the row's.
             features: folder of the kept features.
         """
@@ -97,11 +105,15 @@ class Evaluation:
             "step": step if isinstance(step, int) else 0,
             "kind": "evaluation",
             "time": time.time(),
-            "protocol": protocol,
+            "protocol": of_set.sha256,
+            "pictures": of_set.record,
             "weights": None if weights is None else dict(weights),
             "set": set_name,
             "n": self.n,
-            "metrics": {name: each.to_record() for name, each in self.estimates.items()},
+            "metrics": {
+                name: {**each.to_record(), "protocol": self.protocol(of_set, name).sha256}
+                for name, each in self.estimates.items()
+            },
             "extractors": [dict(record) for record in self.extractors],
             "reference": self.reference.to_record(),
             "warnings": list(self.warnings),
@@ -201,6 +213,11 @@ def _check_extractors(features: Sequence[Features], reference: Reference) -> Non
             )
 
 
+def _extractor_of(metric: str) -> str:
+    """The name of the network whose features a metric is made of."""
+    return FRECHET.get(metric, LOGITS if metric == "is" else POOL).partition(".")[0]
+
+
 def _missing(name: str, arrays: set[str], reference: Reference) -> str | None:
     """What a metric lacks, in words; None: nothing."""
     key = FRECHET.get(name, LOGITS if name == "is" else POOL)
@@ -248,8 +265,7 @@ def _unused(
     """Extractors that were asked for and gave no number, as the reference lacks them."""
     if metrics is not None:
         return []
-    used = {FRECHET.get(name, LOGITS if name == "is" else POOL).partition(".")[0]
-            for name in chosen}  # fmt: skip
+    used = {_extractor_of(name) for name in chosen}
     return [
         f"{name}: no number, as the reference {reference.path.name} was made without it"
         for name in (each.extractor.name for each in features)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixflow_fast.evaluation.frechet import frechet_distance, moments, pooled_pixels
-from mixflow_fast.evaluation.protocol import Protocol
+from mixflow_fast.evaluation.protocol import Protocol, differences
 from mixflow_fast.evaluation.sample_sets import Made, SetPlan, write_set
 from tests.support.command_line import run
 
@@ -40,7 +40,13 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     row = json.loads((tmp_path / "rows.jsonl").read_text())
     expected = frechet_distance(*pooled(fake), *pooled(real))
     assert row["metrics"]["fd_pooled_pixels"]["value"] == pytest.approx(expected, rel=1e-6)
-    assert row["kind"] == "evaluation" and row["n"] == CROPS and row["protocol"] is None
+    assert row["kind"] == "evaluation" and row["n"] == CROPS
+    # Where the samples come from is not known, so their content is in their protocol.
+    assert row["pictures"]["sampler"] == {"method": "unknown"}
+    assert row["pictures"]["image"] == {"size": 8, "quantisation": "unknown"}
+    number = row["metrics"]["fd_pooled_pixels"]["protocol"]
+    assert re.search(rf"fd_pooled_pixels .*protocol {number[:12]}\n", out)
+    assert f"of protocol {row['protocol'][:12]}" in out
 
     # The features are kept and used again, until the set is another.
     kept = tmp_path / "a.features" / "pooled_pixels.features.npy"
@@ -56,6 +62,8 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     code, other, _ = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
     assert code == 0 and kept.stat().st_mtime_ns != stamp
     first, second = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    changed = differences([Protocol(r["pictures"]) for r in (first, second)])
+    assert [each.field for each in changed] == ["set.sha256"]
     values = [r["metrics"]["fd_pooled_pixels"]["value"] for r in (first, second)]
     # What 192 means are apart, in units of 127.5 grey levels.
     assert values[1] - values[0] == pytest.approx(192 * (30**2 - 9**2) / 127.5**2, abs=1.5)
@@ -136,5 +144,7 @@ def test_a_set_brings_its_protocol_and_weights(
         code, out, err = run(*line, "--out", rows, capsys=capsys)
         assert code == 0, err
     first, second = map(json.loads, rows.read_text().splitlines())
-    assert first["protocol"] == second["protocol"] != protocol.sha256
-    assert first["weights"] == origin and f"protocol {first['protocol'][:12]}" in out
+    assert first["protocol"] == second["protocol"] == protocol.sha256
+    assert first["weights"] == origin and f"of protocol {protocol.short}" in out
+    numbers = first["metrics"]["fd_pooled_pixels"]["protocol"]
+    assert numbers == second["metrics"]["fd_pooled_pixels"]["protocol"] != protocol.sha256
