@@ -47,6 +47,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="fid, sfid, is, precision, recall, kid, fd_...; default: all that can be computed",
     )
     command.add_argument(
+        "--reconstructions",
+        action="store_true",
+        help="SET holds an autoencoder's reconstructions of the validation images and not "
+        "generated samples: its fid is rFID, and the reference must be of --split val",
+    )
+    command.add_argument(
         "--fid-inf",
         action="store_true",
         help="extrapolate Frechet distances to infinitely many samples (minutes)",
@@ -86,7 +92,14 @@ def run(options: argparse.Namespace) -> int:
     if reference.has_images and (wanted is None or {"precision", "recall", "kid"} & set(wanted)):
         reference = _with_image_features(reference, networks)
     device = extractors.device_of(options)
-    found = evaluate(features, reference, wanted, fid_inf=options.fid_inf, device=device)
+    found = evaluate(
+        features,
+        reference,
+        wanted,
+        fid_inf=options.fid_inf,
+        device=device,
+        reconstructions=options.reconstructions,
+    )
     protocol = protocol_of(pictures, folder)
     row = found.to_row(
         str(options.samples),
@@ -125,9 +138,10 @@ def _with_image_features(reference: Reference, networks: list[Extractor]) -> Ref
 
 
 def _print(found: Evaluation, of_set: Protocol, recorded: bool) -> None:
-    print(f"{found.n:,} samples of protocol {of_set.short} against {found.reference.path.name}")
+    what = "reconstructions" if found.reconstructions else "samples"
+    print(f"{found.n:,} {what} of protocol {of_set.short} against {found.reference.path.name}")
     if not recorded:
-        print("  how they were sampled is not known: their content stands in their protocol")
+        print("  how they were made is not known: their content stands in their protocol")
     for name, each in found.estimates.items():
         low, high = each.interval()
         bias = f", without its bias {each.corrected:.5g}" if each.bias else ""

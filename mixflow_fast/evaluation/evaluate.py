@@ -60,6 +60,7 @@ class Evaluation:
         extractors: what made the features.
         reference: what the set was measured against.
         seconds: that the numbers took, without the features.
+        reconstructions: the set is of an autoencoder's reconstructions: rFID, not gFID.
     """
 
     n: int
@@ -68,6 +69,7 @@ class Evaluation:
     extractors: Sequence[Mapping[str, str | None]]
     reference: Reference
     seconds: float
+    reconstructions: bool = False
 
     def protocol(self, of_set: Protocol, metric: str) -> Protocol:
         """How a number came about: how the set did, with that number's own extractor.
@@ -83,6 +85,8 @@ class Evaluation:
         own = [record for record in self.extractors if record["id"] == name]
         sections = {"extractors": own, "reference": self.reference.to_record()}
         metrics = {"ddof": 1, "splits": SPLIT, "k": NEIGHBOURS, "pr_fp16": False}
+        if self.reconstructions:
+            metrics["reconstructions"] = True
         return of_set.with_sections({**sections, "metrics": metrics})
 
     def to_row(
@@ -129,6 +133,7 @@ def evaluate(
     *,
     fid_inf: bool = False,
     device: str | torch.device = "cpu",
+    reconstructions: bool = False,
 ) -> Evaluation:
     """Numbers of a set from its features.
 
@@ -139,12 +144,16 @@ def evaluate(
         metrics: names of METRICS; None: all for which features and reference are there.
         fid_inf: also extrapolate the Frechet distances to infinitely many samples; some minutes.
         device: of the sums over pairs.
+        reconstructions: the set is of reconstructions of validation images (rFID), and not of
+            generated samples (gFID).
 
     Raises:
         ValueError: unknown metrics, or some whose features or reference are missing; features of
-            different sets, or of other weights than the reference's.
+            different sets, or of other weights than the reference's; reconstructions against
+            anything but validation images, or samples against them.
     """
     started = time.monotonic()
+    _check_split(reference, reconstructions)
     arrays = {f"{f.extractor.name}.{name}": a for f in features for name, a in f.arrays.items()}
     _check_one_set(features)
     _check_extractors(features, reference)
@@ -173,6 +182,7 @@ def evaluate(
         extractors=[each.extractor.to_record() for each in features],
         reference=reference,
         seconds=time.monotonic() - started,
+        reconstructions=reconstructions,
     )
 
 
@@ -184,6 +194,23 @@ def _frechet(features: np.ndarray, reference: Reference, name: str, fid_inf: boo
         if fid_inf:
             found = replace(found, infinity=frechet_infinity(features, gaussian))
     return found
+
+
+def _check_split(reference: Reference, reconstructions: bool) -> None:
+    """rFID is against the validation images that were reconstructed, gFID against training ones."""
+    name = reference.path.name
+    if reconstructions and reference.split != "val":
+        said = f"is of {reference.split} images" if reference.split else "does not say which it has"
+        raise ValueError(
+            f"reconstructions are measured against the validation images, and the reference {name} "
+            f"{said}: make one of them by `mixflow-fast reference VAL --split val`"
+        )
+    if not reconstructions and reference.split == "val":
+        raise ValueError(
+            f"the reference {name} is of validation images, against which reconstructions are "
+            "measured (--reconstructions); generated samples are against the training images: "
+            "make a reference of those by `mixflow-fast reference TRAIN --split train`"
+        )
 
 
 def _check_one_set(features: Sequence[Features]) -> None:

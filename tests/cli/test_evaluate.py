@@ -148,3 +148,17 @@ def test_a_set_brings_its_protocol_and_weights(
     assert first["weights"] == origin and f"of protocol {protocol.short}" in out
     numbers = first["metrics"]["fd_pooled_pixels"]["protocol"]
     assert numbers == second["metrics"]["fd_pooled_pixels"]["protocol"] != protocol.sha256
+
+
+def test_a_reference_of_validation_images_is_for_reconstructions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_noise(tmp_path / "val.npz", 0, 0)
+    write_noise(tmp_path / "a.npz", 1, 9)
+    made = ["reference", tmp_path / "val.npz", "--pixels", "--split", "val"]
+    assert run(*made, "--out", tmp_path / "r.npz", capsys=capsys)[0] == 0
+    line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "r.npz", "--pixels"]
+    code, _, err = run(*line, capsys=capsys)
+    assert code == 2 and "r.npz is of validation images" in err
+    code, out, err = run(*line, "--reconstructions", capsys=capsys)
+    assert code == 0 and "260 reconstructions of protocol" in out, err

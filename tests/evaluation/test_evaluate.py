@@ -160,3 +160,17 @@ def test_the_caller_s_tf32_setting_stays() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     evaluate([features()], reference(), ["kid"])
     assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_reconstructions_and_samples_have_references_of_their_own() -> None:
+    of_set = Protocol({"set": {"n": 60}})
+    unsaid, train, val = (replace(reference(), split=split) for split in (None, "train", "val"))
+    for theirs in (unsaid, train):
+        with pytest.raises(ValueError, match="reconstructions are measured against the validation"):
+            evaluate([features()], theirs, reconstructions=True)
+    with pytest.raises(ValueError, match="ref.npz is of validation images.*--split train"):
+        evaluate([features()], val)
+    plain, again = evaluate([features()], unsaid), evaluate([features()], train)
+    assert plain.protocol(of_set, "fid") == again.protocol(of_set, "fid")
+    r_fid = evaluate([features()], val, reconstructions=True)
+    assert r_fid.protocol(of_set, "fid") != plain.protocol(of_set, "fid")
