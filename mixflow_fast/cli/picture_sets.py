@@ -34,6 +34,7 @@ class Drawer:
         chosen: sampler, guidance, remedy.
         guide: the other network of autoguidance, on the same device.
         weights: "ema" or "model".
+        step: optimizer steps of the weights; None where their file does not say it.
         seed: of noise and labels.
         labels: classes, repeated over the ids; None draws them.
         balanced: drawn labels are id mod classes.
@@ -46,6 +47,7 @@ class Drawer:
     chosen: SamplerChoice
     guide: Transformer | None
     weights: str
+    step: int | None
     seed: int
     labels: Sequence[int] | None
     balanced: bool
@@ -170,7 +172,7 @@ def make_set(drawer: Drawer, n: int, folder: Path, *, keep_shards: bool) -> int:
 
     rank, world = ranks_of_environment()
     origin = {"weights_sha256": weights_sha256(drawer.model), "average": drawer.weights}
-    plan = SetPlan(protocol=drawer.protocol(n), shape=drawer.shape, origin=origin)
+    plan = SetPlan(protocol=drawer.protocol(n), shape=drawer.shape, origin=origin, step=drawer.step)
 
     def begins(mine: int) -> None:
         if rank == 0 and (seconds := predicted_seconds(drawer, mine)) is not None:

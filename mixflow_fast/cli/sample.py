@@ -12,6 +12,7 @@ from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
     from mixflow_fast.cli.picture_sets import Drawer
+    from mixflow_fast.models import Transformer
     from mixflow_fast.sampling.samples import SampleResult
 
 _UNDO_SCALE = (
@@ -67,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--clock",
         choices=("data_at_1", "noise_at_1"),
-        help="if the file does not say it, or in place of what it says",
+        help="of a file that does not say it (the guide's, too)",
     )
     pixels = command.add_argument_group("pixels")
     pixels.add_argument(
@@ -163,11 +164,10 @@ def _drawer(options: argparse.Namespace) -> Drawer:
     """The networks, on this process's device, and how they are sampled."""
     from mixflow_fast.cli.data.encode import device_of_rank
     from mixflow_fast.cli.picture_sets import Drawer
-    from mixflow_fast.models import load_model
     from mixflow_fast.models.autoencoders.decoding import load_decoder
 
     chosen = chosen_sampler(options)
-    model = load_model(options.checkpoint, options.weights, clock=options.clock)
+    model, step = _network(options.checkpoint, options)
     if options.path is None:
         chosen = chosen.for_network(model.path)
     preset = chosen.preset
@@ -190,12 +190,13 @@ def _drawer(options: argparse.Namespace) -> Drawer:
         )
     device, guide = device_of_rank("auto"), None
     if chosen.guide is not None:
-        guide = load_model(chosen.guide, options.weights, clock=options.clock).to(device)
+        guide = _network(chosen.guide, options, guide=True)[0].to(device)
     return Drawer(
         model=model.to(device),
         chosen=chosen,
         guide=guide,
         weights=options.weights,
+        step=step,
         seed=options.seed,
         labels=options.label,
         balanced=preset is None or preset.labels == "balanced",
@@ -203,6 +204,32 @@ def _drawer(options: argparse.Namespace) -> Drawer:
         decoder=None if decoder is None else decoder.to(device),
         quantisation=rule,
     )
+
+
+def _network(
+    path: Path, options: argparse.Namespace, guide: bool = False
+) -> tuple[Transformer, int | None]:
+    """A network and the optimizer steps of its weights, where its file says them.
+
+    A guide that says its clock has it, whatever --clock says of the network.
+
+    Raises:
+        ValueError: the file says another clock than --clock.
+    """
+    from mixflow_fast.models.weights.files import WeightsFile
+    from mixflow_fast.models.weights.loading import model_of
+
+    file, clock = WeightsFile.open(path), options.clock
+    recorded = None if file.metadata is None else file.metadata.clock
+    if clock is not None and recorded is not None and recorded != clock:
+        if not guide:
+            raise ValueError(
+                f"{path} records the clock {recorded}, and --clock says {clock}: leave --clock "
+                "out, it is for files that do not say theirs (where a record is wrong, "
+                f"mixflow_fast.models.load_model(path, clock={clock!r}) overrides it in Python)"
+            )
+        clock = recorded
+    return model_of(file, options.weights, clock=clock), file.steps
 
 
 def save(out: Path, result: SampleResult) -> None:

@@ -67,12 +67,15 @@ class SetPlan:
         origin: what is compared and not hashed: which weights, by plain values. A set that was
             begun with others is refused.
         shard: ids in a shard.
+        step: optimizer steps of the weights, where their file says it. It is noted beside the
+            origin and not compared: an export of the same weights may not know it.
     """
 
     protocol: Protocol
     shape: tuple[int, int, int]
     origin: Mapping[str, object]
     shard: int = SHARD
+    step: int | None = None
 
     def __post_init__(self) -> None:
         channels, height, width = self.shape
@@ -307,7 +310,8 @@ def _write_whole(folder: Path, plan: SetPlan, records: list[dict[str, object]]) 
         record = file_record(folder.parent, _partial(path).name)
         found[name] = {"path": path.name, "bytes": record["bytes"], "sha256": record["sha256"]}
     shards = [{"name": record.pop("file"), **record} for record in records]
-    write_json(folder / SET, {**plan.settings(), "shards": shards, **found})
+    step = {} if plan.step is None else {"step": plan.step}
+    write_json(folder / SET, {**plan.settings(), **step, "shards": shards, **found})
 
 
 def _copy_shard(path: Path, record: Mapping[str, object], number: int, writer: NpzWriter) -> None:
@@ -383,7 +387,8 @@ class SampleSet:
         pictures: (n, H, W, C) uint8, C = 1 or 3, mapped read-only; the id is the row.
         labels: (n,) int64; None where there are none.
         protocol: how they came about; None for a file that does not say it.
-        origin: which weights, as plain values; empty for such a file.
+        origin: which weights, as plain values, with "step" where it is known; empty for such a
+            file.
     """
 
     path: Path
@@ -427,7 +432,9 @@ def read_set(path: str | os.PathLike[str]) -> SampleSet:
     # Beside the folder, whatever the file of a stranger says.
     npz = folder.parent / Path(str(content["npz"]["path"])).name
     labels = np.load(labels_of(folder), allow_pickle=False) if "labels" in content else None
-    return SampleSet(npz, _pictures(npz), labels, Protocol(content["protocol"]), content["origin"])
+    step = {"step": content["step"]} if "step" in content else {}
+    origin = {**content["origin"], **step}
+    return SampleSet(npz, _pictures(npz), labels, Protocol(content["protocol"]), origin)
 
 
 def _pictures(path: Path) -> np.ndarray:

@@ -83,6 +83,11 @@ def test_a_decoded_set_is_that_of_diffusers(
 
     # A .npz of pictures is the same set; again: nothing is made; with other settings: refused.
     whole = content(tmp_path / "a" / "set")
+    state = torch.load(files / "latents.pt")
+    torch.save({"ema": state, "train_steps": 40}, tmp_path / "run.pt")
+    from_run = ["sample", tmp_path / "run.pt", *command[2:], "--out", tmp_path / "c" / "set"]
+    code, _, err = run(*from_run, capsys=capsys)
+    assert code == 0 and read_set(tmp_path / "c" / "set").origin == {**found.origin, "step": 40}
     code, _, _ = run(*command, "--out", tmp_path / "b" / "set.npz", capsys=capsys)
     assert code == 0 and content(tmp_path / "b" / "set") == whole
     code, _, _ = run(*command, "--out", tmp_path / "b" / "set.npz", capsys=capsys)

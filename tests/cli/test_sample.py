@@ -43,6 +43,22 @@ def test_recorded_clock_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert run("sample", tmp_path / f"{clock}.pt", *arguments, capsys=capsys)[0] == 0
         arrays[clock] = np.load(out)["x"]
     assert not np.allclose(arrays["data_at_1"], arrays["noise_at_1"])
+    again = ["--num", "2", "--steps", "2", "--batch-size", "2", "--out", tmp_path / "again.npz"]
+    path = tmp_path / "noise_at_1.pt"
+    code, _, err = run("sample", path, *again, "--clock", "data_at_1", capsys=capsys)
+    assert code == 2 and "records the clock noise_at_1, and --clock says data_at_1" in err
+    code, _, _ = run("sample", path, *again, "--clock", "noise_at_1", capsys=capsys)
+    assert code == 0 and np.array_equal(np.load(again[-1])["x"], arrays["noise_at_1"])
+    # A file that does not say it takes the option's, and a guide that says it keeps its own.
+    torch.save(model.state_dict(), tmp_path / "silent.pt")
+    silent = [tmp_path / "silent.pt", "--clock", "noise_at_1"]
+    guided = [*silent, "--guide", tmp_path / "data_at_1.pt", "--cfg-scale", "2"]
+    found = []
+    for line in ([tmp_path / "data_at_1.pt"], silent, guided):
+        code, _, err = run("sample", *line, *again, "--steps", "1", "--force", capsys=capsys)
+        assert code == 0, err
+        found.append(np.load(again[-1])["x"])
+    assert np.allclose(found[2], 2 * found[1] - found[0], atol=1e-4)
 
 
 def test_samples_that_are_not_finite_are_not_written(

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,15 @@ def test_another_protocol_or_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was begun with origin = {'weights': 'aa'}, now"):
         write_set(make, weights, folder)
     assert write_set(_never, plan(), folder)
+
+
+def test_the_step_of_the_weights_is_noted_and_not_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    assert write_set(make, replace(plan(), step=7), folder)
+    assert read_set(folder).origin == {"weights": "aa", "step": 7}
+    # The same weights in a file that does not say their step.
+    assert write_set(_never, plan(), folder)
+    assert read_set(folder).origin["step"] == 7
 
 
 def test_nothing_is_ever_replaced(tmp_path: Path, whole: dict[str, bytes]) -> None:
