@@ -169,14 +169,16 @@ class Sampler:
     def to_record(self) -> dict[str, object]:
         """What the samples depend on, for a protocol; plain JSON values."""
         start, end = self.ends
+        # An adaptive method uses the grid's ends alone.
+        adaptive = self.nfe is None
         record: dict[str, object] = {
             "method": self.method,
-            "intervals": self.steps,
+            "intervals": None if adaptive else self.steps,
             "grid": {
                 "shift": float(self.shift),
                 "start": start,
                 "end": end,
-                "last_size": self.last_interval,
+                "last_size": None if adaptive else self.last_interval,
             },
             "nfe": self.nfe,
             "network_calls": self.network_calls,
