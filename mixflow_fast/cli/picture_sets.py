@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 from mixflow_fast.cli.data.resumable import resumable
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from mixflow_fast.cli.sampler_options import SamplerChoice
+    from mixflow_fast.evaluation.features.extractor import Extractor
     from mixflow_fast.evaluation.protocol import Protocol
+    from mixflow_fast.evaluation.reference import Reference
     from mixflow_fast.evaluation.sample_sets import Made
+    from mixflow_fast.evaluation.shard_features import ShardFeatures
     from mixflow_fast.models import Transformer
     from mixflow_fast.models.autoencoders.decoding import Decoder, Quantisation
     from mixflow_fast.sampling.samples import SampleResult
@@ -90,7 +94,8 @@ class Drawer:
         from mixflow_fast.evaluation.sample_sets import Made
 
         drawn = self.samples(ids)
-        return Made(self.to_pixels(drawn.x), drawn.labels)
+        latents = None if self.decoder is None else drawn.x
+        return Made(self.to_pixels(drawn.x), drawn.labels, latents)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """Samples -> 8-bit pictures."""
@@ -158,7 +163,39 @@ def refuse_not_finite(x: Tensor, ids: Tensor) -> None:
         )
 
 
-def make_set(drawer: Drawer, n: int, folder: Path, *, keep_shards: bool) -> int:
+@dataclass(frozen=True)
+class Measure:
+    """What a set is measured with when it is whole.
+
+    Attributes:
+        reference: what against.
+        networks: feature extractors, on this process's device.
+        device: its name.
+    """
+
+    reference: Reference
+    networks: Sequence[Extractor]
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What is made of a set beside its file of all pictures.
+
+    Attributes:
+        keep_shards: the shards stay.
+        keep_latents: float16 latents of each shard.
+        png: an image file of each picture.
+        measure: numbers; None: none.
+    """
+
+    keep_shards: bool = False
+    keep_latents: bool = False
+    png: bool = False
+    measure: Measure | None = None
+
+
+def make_set(drawer: Drawer, n: int, folder: Path, extras: Extras) -> int:
     """A set of n pictures in a folder, by this process and those that were started with it.
 
     Returns:
@@ -167,12 +204,29 @@ def make_set(drawer: Drawer, n: int, folder: Path, *, keep_shards: bool) -> int:
     from mixflow_fast.data.preparation.shard_work import ranks_of_environment
     from mixflow_fast.distributed.one_voice import is_first_to_say
     from mixflow_fast.evaluation.sample_sets import SetPlan, npz_of, read_set, write_set
+    from mixflow_fast.evaluation.shard_features import ShardFeatures
+    from mixflow_fast.evaluation.shard_pngs import ShardPngs
     from mixflow_fast.models.weights.digest import weights_sha256
     from mixflow_fast.reports.images import save_grid
 
     rank, world = ranks_of_environment()
     origin = {"weights_sha256": weights_sha256(drawer.model), "average": drawer.weights}
-    plan = SetPlan(protocol=drawer.protocol(n), shape=drawer.shape, origin=origin, step=drawer.step)
+    side, channels = drawer.model.input_size, drawer.model.in_channels
+    plan = SetPlan(
+        protocol=drawer.protocol(n),
+        shape=drawer.shape,
+        origin=origin,
+        step=drawer.step,
+        latents=(channels, side, side) if extras.keep_latents else None,
+    )
+    pngs = ShardPngs(folder, plan.shard)
+    networks = () if extras.measure is None else extras.measure.networks
+    features = ShardFeatures(folder / "features", networks, plan.shard)
+
+    def on_shard(number: int, pictures: np.ndarray) -> None:
+        if extras.png:
+            pngs.on_shard(number, pictures)
+        features.on_shard(number, pictures)
 
     def begins(mine: int) -> None:
         if rank == 0 and (seconds := predicted_seconds(drawer, mine)) is not None:
@@ -186,10 +240,13 @@ def make_set(drawer: Drawer, n: int, folder: Path, *, keep_shards: bool) -> int:
             rank=rank,
             world=world,
             batch_size=drawer.batch_size,
-            keep_shards=keep_shards,
+            keep_shards=extras.keep_shards,
             quiet=rank != 0,
             begins=begins,
+            on_shard=on_shard,
         )
+        if whole and extras.png:
+            pngs.complete(read_set(folder))
         if whole and not (folder / "grid.png").is_file():
             pictures = next(read_set(folder).batches(_GRID))
             scale = max(1, 64 // pictures.shape[-1])
@@ -197,11 +254,33 @@ def make_set(drawer: Drawer, n: int, folder: Path, *, keep_shards: bool) -> int:
         said = f"{npz_of(folder)}: {n:,} pictures, protocol {plan.protocol.short}"
         if whole and is_first_to_say(said):
             print(said)
+            if extras.measure is not None:
+                _measure(folder, features, extras.measure)
         elif not whole and rank == 0:
             print(f"{folder}: the other processes make the rest, and the last one the whole set")
         return 0
 
     return resumable(work, folder, speaks=rank == 0)
+
+
+def _measure(folder: Path, of_shards: ShardFeatures, measure: Measure) -> None:
+    """The numbers of a whole set, from the features of its shards."""
+    from mixflow_fast.cli.evaluate import place_of_features, say, with_image_features
+    from mixflow_fast.evaluation.evaluate import evaluate
+    from mixflow_fast.evaluation.features.extractor import kept_features
+    from mixflow_fast.evaluation.pictures import open_pictures
+    from mixflow_fast.evaluation.sample_sets import read_set
+
+    pictures, place = open_pictures(folder), place_of_features(folder, None)
+    features = [kept_features(place.folder, e, pictures.source) for e in measure.networks]
+    if None in features:
+        features = of_shards.gather(read_set(folder).pictures, pictures.source)
+        for each in features:
+            each.save(place.folder)
+    of_shards.delete()
+    reference = with_image_features(measure.reference, measure.networks, None)
+    found = evaluate(features, reference, device=measure.device)
+    say(found, pictures, str(folder), place, folder.with_name(f"{folder.name}.metrics.jsonl"))
 
 
 def predicted_seconds(drawer: Drawer, pictures: int) -> float | None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixflow_fast.cli import extractors
 from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
 from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
-    from mixflow_fast.cli.picture_sets import Drawer
+    from mixflow_fast.cli.picture_sets import Drawer, Measure
     from mixflow_fast.models import Transformer
     from mixflow_fast.sampling.samples import SampleResult
 
@@ -93,17 +94,40 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="to 8 bits: round as SiT, floor as REPA, RAE and ADM, round_even as diffusers "
         "(default: the preset's, else round)",
     )
-    pixels.add_argument(
-        "--keep-shards", action="store_true", help="of a set, beside its file of all pictures"
+    sets = command.add_argument_group("sets of pictures")
+    sets.add_argument(
+        "--keep-shards", action="store_true", help="keep SET/shards beside the file of all pictures"
+    )
+    sets.add_argument(
+        "--keep-latents",
+        action="store_true",
+        help="keep what was decoded, as SET/latents/00000.npy, float16 (1000, C, h, w) each",
+    )
+    sets.add_argument(
+        "--png", action="store_true", help="write each picture as SET/png/000000.png, too"
+    )
+    sets.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="compute features of each shard when it is made, and the numbers of `mixflow-fast "
+        "evaluate` when all are; they are appended to SET.metrics.jsonl; needs --reference and "
+        "features",
+    )
+    sets.add_argument(
+        "--reference",
+        type=user_path,
+        metavar="FILE",
+        help="of --evaluate: ADM's .npz, EDM2's .pkl, or what `mixflow-fast reference` made",
     )
     add_sampler_options(command)
+    extractors.add_options(command, "features for --evaluate", device=False)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     out = options.out
     _check(options)
-    from mixflow_fast.cli.picture_sets import make_set
+    from mixflow_fast.cli.picture_sets import Extras, make_set
     from mixflow_fast.distributed.process_group import rank, world_size
 
     pictures = _makes_set(options)
@@ -112,11 +136,23 @@ def run(options: argparse.Namespace) -> int:
             f"{world_size()} processes make a set of pictures together, and {out} is made by one: "
             "give a folder as --out, or start one process"
         )
+    measure = _measure(options)
     drawer = _drawer(options)
+    if options.keep_latents and drawer.decoder is None:
+        raise ValueError(
+            f"--keep-latents keeps what --decoder decodes, and {options.checkpoint} is sampled "
+            "without one: leave it out"
+        )
     if rank() == 0:
         print(drawer.chosen.describe())
     if pictures:
-        return make_set(drawer, options.num, out.with_suffix(""), keep_shards=options.keep_shards)
+        extras = Extras(
+            keep_shards=options.keep_shards,
+            keep_latents=options.keep_latents,
+            png=options.png,
+            measure=measure,
+        )
+        return make_set(drawer, options.num, out.with_suffix(""), extras)
     import torch
 
     result = drawer.samples(torch.arange(options.num), progress=True)
@@ -147,9 +183,14 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("decoder_stats", "decoder_scale", "decoder_precision"):
         if options.decoder is None and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs --decoder FOLDER")
+    _check_measure(options)
     if not _makes_set(options):
-        if options.keep_shards:
-            raise ValueError("--keep-shards belongs to a set of pictures: give a folder as --out")
+        for name in ("keep_shards", "keep_latents", "png", "evaluate"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} belongs to a set of pictures: give a folder as "
+                    "--out"
+                )
         check_writable(out, options.force)
         return
     if options.force:
@@ -158,6 +199,31 @@ def _check(options: argparse.Namespace) -> None:
             "what lies beside it under its name to make it again"
         )
     check_folder_writable(out.with_suffix(""))
+
+
+def _check_measure(options: argparse.Namespace) -> None:
+    """Refuse --evaluate without what it needs, and what does nothing without it."""
+    chosen = extractors.given(options)
+    if options.evaluate and options.reference is None:
+        raise ValueError("--evaluate needs --reference FILE, which the set is measured against")
+    if not options.evaluate and (options.reference is not None or chosen):
+        what = "--reference" if options.reference is not None else chosen[0]
+        raise ValueError(f"{what} does nothing without --evaluate")
+
+
+def _measure(options: argparse.Namespace) -> Measure | None:
+    """What --evaluate asks for, read and checked before anything is sampled."""
+    if not options.evaluate:
+        return None
+    from mixflow_fast.cli.data.encode import device_of_rank
+    from mixflow_fast.cli.picture_sets import Measure
+    from mixflow_fast.evaluation.evaluate import check_measurable
+    from mixflow_fast.evaluation.reference import read_reference
+
+    reference, device = read_reference(options.reference), str(device_of_rank("auto"))
+    networks = extractors.chosen(options, device)
+    check_measurable(networks, reference)
+    return Measure(reference, networks, device)
 
 
 def _drawer(options: argparse.Namespace) -> Drawer:

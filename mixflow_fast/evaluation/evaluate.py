@@ -18,7 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mixflow_fast.evaluation.features.extractor import Features, exact_float32
+from mixflow_fast.evaluation.features.extractor import (
+    Extractor,
+    ExtractorId,
+    Features,
+    exact_float32,
+)
 from mixflow_fast.evaluation.features.inception import KNOWN_SHA256_PREFIX
 from mixflow_fast.evaluation.metrics import (
     SPLIT,
@@ -47,6 +52,7 @@ FRECHET = {
 # In the order of print.
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", *list(FRECHET)[2:])
 _FEW = 10_000
+_SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,10 @@ def evaluate(
             anything but validation images, or samples against them.
     """
     started = time.monotonic()
-    _check_split(reference, reconstructions)
     arrays = {f"{f.extractor.name}.{name}": a for f in features for name, a in f.arrays.items()}
     _check_one_set(features)
-    _check_extractors(features, reference)
+    _check_split(reference, reconstructions)
+    _check_extractors([each.extractor for each in features], reference)
     chosen = _choose(metrics, set(arrays), reference)
     estimates: dict[str, Estimate] = {}
     for name in chosen:
@@ -184,6 +190,27 @@ def evaluate(
         seconds=time.monotonic() - started,
         reconstructions=reconstructions,
     )
+
+
+def check_measurable(
+    extractors: Sequence[Extractor],
+    reference: Reference,
+    metrics: Sequence[str] | None = None,
+    reconstructions: bool = False,
+) -> None:
+    """Refuse before any work what `evaluate` would refuse after it.
+
+    Args:
+        extractors: of the features that are to be made.
+        reference, metrics, reconstructions: as `evaluate`; features of an ADM file's images are
+            taken to be made by then.
+    """
+    _check_split(reference, reconstructions)
+    _check_extractors([each.id for each in extractors], reference)
+    arrays = {f"{each.id.name}.{output}" for each in extractors for output in each.outputs}
+    if reference.has_images and POOL in arrays:
+        reference = replace(reference, features={**reference.features, POOL: np.empty((0, 0))})
+    _choose(metrics, arrays, reference)
 
 
 def _frechet(features: np.ndarray, reference: Reference, name: str, fid_inf: bool) -> Estimate:
@@ -225,11 +252,11 @@ def _check_one_set(features: Sequence[Features]) -> None:
             )
 
 
-def _check_extractors(features: Sequence[Features], reference: Reference) -> None:
+def _check_extractors(extractors: Sequence[ExtractorId], reference: Reference) -> None:
     """Refuse features of other weights than the reference's, where it says which those were."""
     theirs = {record["id"]: record for record in reference.extractors}
-    for each in features:
-        mine = each.extractor.to_record()
+    for each in extractors:
+        mine = each.to_record()
         other = theirs.get(mine["id"])
         if other is not None and other != mine:
             unlike = shorten(f"{k} {mine[k]!r} against {other[k]!r}" for k in mine
@@ -310,6 +337,13 @@ def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n
         if each.extractor.name == "inception" and not known:
             found.append(
                 "the Inception weights are not FID's: no number compares with published ones"
+            )
+    for name, each in estimates.items():
+        # Two draws of one law are apart by about the bias, never by a thousandth of it.
+        if name in FRECHET and each.bias and each.value < _SAME * each.bias:
+            found.append(
+                f"{name}: the set has the mean and covariance of the reference, as the same images "
+                "have: a set measured against itself says nothing of its quality"
             )
     dims = {name: int(each.to_record().get("dim", 0)) for name, each in estimates.items()}
     for name, dim in dims.items():

@@ -27,6 +27,9 @@ from mixflow_fast.models.autoencoders.decoding import quantise
 
 _ROWS = 64
 _CONTENT = "pictures.json"  # beside the features
+# Networks overshoot a little; latents have a standard deviation of 1, and 13% of a normal
+# distribution are beyond 1.5.
+_FAR, _FAR_SHARE, _ENOUGH = 1.5, 0.05, 1000
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,8 @@ def _planes(path: Path, name: str, labels: np.ndarray | None) -> Pictures:
             f"x of {name} must be pictures of 3 channels (1: grey), uint8 or floating in [-1, 1], "
             f"got {array.shape} {array.dtype}: latents have to be decoded first"
         )
+    if array.dtype != np.uint8:
+        _refuse_latents(array, name)
 
     def batches() -> Iterator[Tensor]:
         for start in range(0, len(array), _ROWS):
@@ -209,6 +214,18 @@ def _planes(path: Path, name: str, labels: np.ndarray | None) -> Pictures:
     labels = _labels(path, name, len(array), labels)
     rule = "unknown" if array.dtype == np.uint8 else "round"
     return Pictures(name, len(array), source, labels, batches, content, rule)
+
+
+def _refuse_latents(array: np.ndarray, name: str) -> None:
+    """Refuse floats that are no pictures in [-1, 1], looking at some; NaN is refused later."""
+    some = np.asarray(array[:: max(1, len(array) // _ROWS)], np.float32)
+    outside = float((np.abs(some) > _FAR).mean()) if some.size else 0.0
+    if some.size >= _ENOUGH and outside > _FAR_SHARE:
+        raise ValueError(
+            f"x of {name} must be pictures in [-1, 1], and {100 * outside:.0f}% of its values are "
+            f"beyond {_FAR:g}: latents have to be decoded first (`mixflow-fast sample --decoder`); "
+            "pictures are better given in 8 bits (`mixflow-fast sample --quantise round`)"
+        )
 
 
 def _labels(path: Path, name: str, count: int, labels: np.ndarray | None) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,14 @@ def test_images_of_an_adm_file_give_precision_and_recall(
     # A third of the samples is the reference, which all of its own points are within reach of.
     assert found["recall"]["value"] == 1.0 and found["precision"]["value"] > 100 / CROPS
     assert (tmp_path / "adm.features" / "inception.json").exists()
+    # Where it cannot be written to, the numbers are the same; with --features, kept apart.
+    shutil.rmtree(tmp_path / "adm.features")
+    (tmp_path / "adm.features").write_text("mine")
+    code, again, err = run(*line, "w.pth", capsys=capsys)
+    assert code == 0 and again == out and "features of adm.npz are not kept" in err
+    code, again, err = run(*line, "w.pth", "--features", tmp_path / "kept", capsys=capsys)
+    assert code == 0 and again == out and err == ""
+    assert len(list((tmp_path / "kept").glob("reference-*/inception.json"))) == 1
 
 
 def test_a_set_brings_its_protocol_and_weights(
@@ -162,3 +171,43 @@ def test_a_reference_of_validation_images_is_for_reconstructions(
     assert code == 2 and "r.npz is of validation images" in err
     code, out, err = run(*line, "--reconstructions", capsys=capsys)
     assert code == 0 and "260 reconstructions of protocol" in out, err
+
+
+def test_a_set_against_itself_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_noise(tmp_path / "a.npz", 0, 0)
+    write_noise(tmp_path / "b.npz", 1, 0)
+    for name in "ab":
+        made = [
+            "reference",
+            tmp_path / f"{name}.npz",
+            "--pixels",
+            "--out",
+            tmp_path / f"{name}.r.npz",
+        ]
+        assert run(*made, capsys=capsys)[0] == 0
+    for name in "ab":
+        line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / f"{name}.r.npz"]
+        _, out, _ = run(*line, "--pixels", capsys=capsys)
+        # Another draw of the same law is no reason for it.
+        assert ("has the mean and covariance of the reference" in out) == (name == "a")
+
+
+def test_a_place_that_cannot_be_written_to_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file lies where features would be kept: the numbers are made, and --features keeps them."""
+    write_noise(tmp_path / "a.npz", 0, 9)
+    write_noise(tmp_path / "real.npz", 1, 0)
+    made = ["reference", tmp_path / "real.npz", "--pixels", "--out", tmp_path / "r.npz"]
+    assert run(*made, capsys=capsys)[0] == 0
+    (tmp_path / "a.features").write_text("mine")
+    line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "r.npz", "--pixels"]
+    code, out, err = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
+    assert code == 0 and "fd_pooled_pixels" in out
+    assert "a.features cannot be written to: features of a.npz are not kept" in err
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["features"] is None
+    code, again, err = run(*line, "--features", tmp_path / "kept", capsys=capsys)
+    assert code == 0 and err == "" and again == out
+    assert (tmp_path / "kept" / "pooled_pixels.json").exists()

@@ -89,6 +89,12 @@ def test_refusals(tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             open_pictures(tmp_path / "a.npz")
+    latents = np.random.default_rng(0).normal(size=(20, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=latents)
+    with pytest.raises(ValueError, match=r"1[234]% of its values are beyond 1.5: latents have to"):
+        open_pictures(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", x=latents.clip(-1.4, 1.4))
+    assert open_pictures(tmp_path / "a.npz").count == 20
     np.savez(tmp_path / "a.npz", x=np.full((1, 3, 2, 2), np.nan))
     with pytest.raises(ValueError, match="finite"):
         all_of(open_pictures(tmp_path / "a.npz"))
