@@ -96,8 +96,8 @@ def device_of(options: argparse.Namespace) -> str:
     return name
 
 
-def chosen(options: argparse.Namespace, device: str) -> list[Extractor]:
-    """The networks that were asked for, on a device.
+def chosen(options: argparse.Namespace, device: str | None = None) -> list[Extractor]:
+    """The networks that were asked for, on a device; None: that of `device_of`.
 
     Raises:
         ValueError: none were, or one cannot be loaded.
@@ -108,7 +108,7 @@ def chosen(options: argparse.Namespace, device: str) -> list[Extractor]:
     from mixflow_fast.evaluation.features.inception import Inception
     from mixflow_fast.evaluation.frechet import FEATURES
 
-    unknown = options.allow_unknown_weights
+    device, unknown = device or device_of(options), options.allow_unknown_weights
     found: list[Extractor] = []
     if options.inception is not None:
         found.append(Inception(options.inception, device, allow_unknown=unknown))

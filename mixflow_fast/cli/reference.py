@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.evaluation.reference import read_reference, write_reference
 
     pictures = open_pictures(options.data, options.size)
-    networks = extractors.chosen(options, extractors.device_of(options))
+    networks = extractors.chosen(options)
     features = [extract(pictures.batches(), each, source=pictures.source) for each in networks]
     crop = "" if options.size is None else f", ADM's centre crop of {options.size} pixels"
     description = f"{pictures.name}{crop}"
