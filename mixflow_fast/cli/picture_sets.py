@@ -51,7 +51,7 @@ class Drawer:
     chosen: SamplerChoice
     guide: Transformer | None
     weights: str
-    step: int | None
+    step: int | None = None
     seed: int
     labels: Sequence[int] | None
     balanced: bool

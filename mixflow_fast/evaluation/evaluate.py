@@ -77,18 +77,21 @@ class Evaluation:
     seconds: float
     reconstructions: bool = False
 
-    def protocol(self, of_set: Protocol, metric: str) -> Protocol:
+    def protocol(self, of_set: Protocol, metric: str | None = None) -> Protocol:
         """How a number came about: how the set did, with that number's own extractor.
 
         So the hash that stands beside a number does not depend on which others were asked for.
 
+        Args:
+            of_set: how the set did.
+            metric: the number; None: all of them, with all extractors.
+
         Raises:
             ValueError: a metric that was not computed.
         """
-        if metric not in self.estimates:
+        if metric not in (None, *self.estimates):
             raise ValueError(f"metric must be of {', '.join(self.estimates)}, got {metric!r}")
-        name = _extractor_of(metric)
-        own = [record for record in self.extractors if record["id"] == name]
+        own = [r for r in self.extractors if metric is None or r["id"] == _extractor_of(metric)]
         sections = {"extractors": own, "reference": self.reference.to_record()}
         metrics = {"ddof": 1, "splits": SPLIT, "k": NEIGHBOURS, "pr_fp16": False}
         if self.reconstructions:

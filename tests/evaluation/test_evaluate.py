@@ -137,6 +137,7 @@ def test_protocol_of_a_number_has_its_own_extractor_alone() -> None:
     other = together.protocol(of_set, "fd_dinov2")
     assert other != together.protocol(of_set, "fid")
     assert other.record["extractors"] == [dinov2.extractor.to_record()]
+    assert len(together.protocol(of_set).record["extractors"]) == 2
 
 
 def test_warnings() -> None:
