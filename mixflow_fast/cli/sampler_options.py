@@ -47,7 +47,7 @@ def add_sampler_options(command: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--list-presets", action=_ListPresets, nargs=0, help="print all presets in full and exit"
     )
-    steps.add_argument("--steps", type=int, help="intervals (default 50); not of dopri5")
+    steps.add_argument("--steps", type=int, help="intervals (default 50)")
     steps.add_argument("--method", choices=METHODS, help="default euler")
     steps.add_argument("--shift", type=float, help="RAE's time shift of the grid (default 1)")
     steps.add_argument("--grid-start", type=float, metavar="T", help="raw first time (default 0)")
