@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     networks = extractors.chosen(options)
     features = [extract(pictures.batches(), each, source=pictures.source) for each in networks]
     crop = "" if options.size is None else f", ADM's centre crop of {options.size} pixels"
-    description = f"{pictures.name}{crop}"
+    # Its name alone: the same images elsewhere make the same file, which is known by its hash.
+    description = f"{options.data.resolve().name}{crop}"
     write_reference(options.out, features, description, options.keep, options.split)
     made = read_reference(options.out)
     print(f"{options.out}: {pictures.count:,} images, {', '.join(made.gaussians)}")

@@ -92,7 +92,9 @@ class Evaluation:
         if metric not in (None, *self.estimates):
             raise ValueError(f"metric must be of {', '.join(self.estimates)}, got {metric!r}")
         own = [r for r in self.extractors if metric is None or r["id"] == _extractor_of(metric)]
-        sections = {"extractors": own, "reference": self.reference.to_record()}
+        # By content: what its file is called is no part of what it is.
+        reference = {"sha256": self.reference.sha256, "n": self.reference.n}
+        sections = {"extractors": own, "reference": reference}
         metrics = {"ddof": 1, "splits": SPLIT, "k": NEIGHBOURS, "pr_fp16": False}
         if self.reconstructions:
             metrics["reconstructions"] = True

@@ -74,7 +74,7 @@ class Reference:
         return next((gaussian.n for gaussian in self.gaussians.values()), None)
 
     def to_record(self) -> dict[str, str | int | None]:
-        """Its part of a protocol."""
+        """What it is called, and what of it is part of a protocol."""
         return {"name": self.path.name, "sha256": self.sha256, "n": self.n}
 
 

@@ -35,6 +35,11 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     code, out, err = run("reference", tmp_path / "real.npz", "--pixels", "--out",
                          tmp_path / "ref.npz", capsys=capsys)  # fmt: skip
     assert code == 0 and "260 images, pooled_pixels.features, random_conv.features" in out, err
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "real.npz", tmp_path / "moved" / "real.npz")
+    again = ["reference", tmp_path / "moved" / "real.npz", "--pixels", "--out"]
+    assert run(*again, tmp_path / "moved" / "other.npz", capsys=capsys)[0] == 0
+    assert (tmp_path / "moved" / "other.npz").read_bytes() == (tmp_path / "ref.npz").read_bytes()
     line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "ref.npz", "--pixels"]
     code, out, err = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
     assert code == 0 and err == "" and "fd_pooled_pixels" in out and "se " in out, err

@@ -98,7 +98,8 @@ def test_row_is_one_of_metrics_jsonl(tmp_path: Path) -> None:
     assert again["step"] == 7 and again["protocol"] == of_set.sha256 and again["n"] == 60
     # The hash beside a number can be checked from the row alone.
     parts = {"metrics": {"ddof": 1, "splits": 5000, "k": 3, "pr_fp16": False}}
-    parts |= {name: again[name] for name in ("extractors", "reference")}
+    parts |= {"extractors": again["extractors"]}
+    parts |= {"reference": {name: again["reference"][name] for name in ("sha256", "n")}}
     whole = Protocol(again["pictures"]).with_sections(parts)
     assert again["metrics"]["fid"]["protocol"] == whole.sha256 != of_set.sha256
     assert list(again["metrics"]) == [name for name in METRICS if name in found.estimates]
@@ -121,6 +122,8 @@ def test_protocol_of_the_numbers_is_that_of_the_set_and_more() -> None:
     assert whole.part("sampling") == of_set
     other = evaluate([features()], replace(reference(), sha256="0" * 64))
     assert other.protocol(of_set, "fid").sha256 != whole.sha256
+    renamed = evaluate([features()], replace(reference(), path=Path("copy.npz")))
+    assert renamed.protocol(of_set, "fid") == whole
     with pytest.raises(ValueError, match="metric must be of fid, .*got 'fd_dinov2'"):
         found.protocol(of_set, "fd_dinov2")
 
