@@ -244,6 +244,7 @@ def make_set(drawer: Drawer, n: int, folder: Path, extras: Extras) -> int:
             quiet=rank != 0,
             begins=begins,
             on_shard=on_shard,
+            on_shard_bytes=plan.bytes // plan.n if extras.png else 0,
         )
         if whole and extras.png:
             pngs.complete(read_set(folder))

@@ -155,6 +155,7 @@ def write_set(
     quiet: bool = True,
     begins: Callable[[int], None] | None = None,
     on_shard: OnShard | None = None,
+    on_shard_bytes: int = 0,
 ) -> bool:
     """Make this process's shards of a set, and the whole set where all of them are done.
 
@@ -171,6 +172,7 @@ def write_set(
         quiet: print no progress.
         begins: called with the number of this process's pictures before the first is made.
         on_shard: called with each shard that this process makes, before it counts as done.
+        on_shard_bytes: that it writes at most for a picture, for the check of the free space.
 
     Returns:
         whether the set is whole now, by this process or another.
@@ -200,7 +202,7 @@ def write_set(
         if plan.latents is not None:
             work.make_again(lambda record: not _has_latents(folder, record))
         mine = work.remaining()
-        _check_space(folder, plan, work.unfinished())
+        _check_space(folder, plan, work.unfinished(), on_shard_bytes)
         if begins is not None:
             begins(sum(len(plan.ids(number)) for number in mine))
         total = sum(len(plan.ids(number)) for number in mine)
@@ -250,12 +252,11 @@ def _check_same(folder: Path, plan: SetPlan) -> None:
             )
 
 
-def _check_space(folder: Path, plan: SetPlan, unfinished: int) -> None:
+def _check_space(folder: Path, plan: SetPlan, unfinished: int, beside: int) -> None:
     """Refuse to begin what cannot end: shards that are not there yet, and the file of all."""
-    rows = min(plan.n, unfinished * plan.shard)
-    need = rows * (plan.bytes // plan.n) + _HEADROOM
-    if plan.latents is not None:
-        need += rows * 2 * math.prod(plan.latents)
+    latents = 0 if plan.latents is None else 2 * math.prod(plan.latents)
+    each = plan.bytes // plan.n + latents + beside
+    need = min(plan.n, unfinished * plan.shard) * each + _HEADROOM
     partial = partial_of(npz_of(folder))
     if not (folder / SET).is_file():
         need += plan.bytes - (partial.stat().st_size if partial.is_file() else 0)

@@ -279,6 +279,14 @@ def test_a_disk_that_is_or_becomes_full(
         with pytest.raises(OSError, match="needs .* GB more .* are free: free some, or") as error:
             write_set(_never, plan(), folder)
         assert error.value.errno == errno.ENOSPC
+        # With 64 KB for the set itself there is no room for what is written beside it.
+        free = (1 << 20) + (1 << 16)
+        m.setattr(sample_sets.shutil, "disk_usage", lambda path: usage._replace(free=free))
+        for wanted, beside in ((plan(), 10_000), (replace(plan(), latents=(4, 64, 64)), 0)):
+            with pytest.raises(OSError, match="GB more .* are free"):
+                write_set(_never, wanted, tmp_path / "b", on_shard_bytes=beside)
+            shutil.rmtree(tmp_path / "b")
+        assert write_set(make, plan(), tmp_path / "c")
     # A limit of the system on the size of a file, as a disk that is full: a shard fits (368
     # bytes), the file of all does not.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
