@@ -85,7 +85,9 @@ def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for name, change in (("deeper", {"depth": 2}), ("more", {"num_classes": 5})):
         kwargs = {"input_size": 8, "in_channels": 3, "depth": 1, "num_classes": 2, **change}
         kwargs |= {"hidden_size": config.model.hidden_size, "num_heads": 1}
-        torch.save(build("SiT-S/2", **kwargs).state_dict(), tmp_path / f"{name}.pt")
+        other = build("SiT-S/2", **kwargs)
+        args = {"clock": "data_at_1", "model": json.dumps(other.config)}
+        save_weights(tmp_path / f"{name}.pt", other.state_dict(), other.state_dict(), args)
     out = tmp_path / "slow.html"
     taken = tmp_path / "taken.html"
     taken.write_text("mine")

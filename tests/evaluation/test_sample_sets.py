@@ -286,7 +286,8 @@ def test_a_disk_that_is_or_becomes_full(
             with pytest.raises(OSError, match="GB more .* are free"):
                 write_set(_never, wanted, tmp_path / "b", on_shard_bytes=beside)
             shutil.rmtree(tmp_path / "b")
-        assert write_set(make, plan(), tmp_path / "c")
+        assert write_set(make, plan(), tmp_path / "b" / "c")
+        shutil.rmtree(tmp_path / "b")
     # A limit of the system on the size of a file, as a disk that is full: a shard fits (368
     # bytes), the file of all does not.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
