@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -230,10 +232,12 @@ def _drawer(options: argparse.Namespace) -> Drawer:
     """The networks, on this process's device, and how they are sampled."""
     from mixflow_fast.cli.data.encode import device_of_rank
     from mixflow_fast.cli.picture_sets import Drawer
+    from mixflow_fast.distributed.process_group import rank
     from mixflow_fast.models.autoencoders.decoding import load_decoder
 
     chosen = chosen_sampler(options)
-    model, step = _network(options.checkpoint, options)
+    loaded = _network(options.checkpoint, options)
+    model = loaded.model
     if options.path is None:
         chosen = chosen.for_network(model.path)
     preset = chosen.preset
@@ -254,15 +258,23 @@ def _drawer(options: argparse.Namespace) -> Drawer:
             "the autoencoder that they were made by with --decoder FOLDER, or use --out FILE.npz "
             f"and decode them elsewhere; {_UNDO_SCALE}"
         )
+    elif loaded.latent and not latent and rank() == 0 and options.out.suffix != ".npz":
+        # By the channels alone these might be pictures.
+        print(
+            f"note: {options.checkpoint} was trained on latents of {model.in_channels} channels, "
+            "which are taken for pictures as they are: give their autoencoder with --decoder "
+            "FOLDER if they are none",
+            file=sys.stderr,
+        )
     device, guide = device_of_rank("auto"), None
     if chosen.guide is not None:
-        guide = _network(chosen.guide, options, guide=True)[0].to(device)
+        guide = _network(chosen.guide, options, guide=True).model.to(device)
     return Drawer(
         model=model.to(device),
         chosen=chosen,
         guide=guide,
         weights=options.weights,
-        step=step,
+        step=loaded.step,
         seed=options.seed,
         labels=options.label,
         balanced=preset is None or preset.labels == "balanced",
@@ -272,10 +284,23 @@ def _drawer(options: argparse.Namespace) -> Drawer:
     )
 
 
-def _network(
-    path: Path, options: argparse.Namespace, guide: bool = False
-) -> tuple[Transformer, int | None]:
-    """A network and the optimizer steps of its weights, where its file says them.
+@dataclass(frozen=True)
+class _Loaded:
+    """A network, and what its file says of it.
+
+    Attributes:
+        model: on the CPU.
+        step: optimizer steps of the weights; None where the file does not say them.
+        latent: whether it says that its run trained on latents.
+    """
+
+    model: Transformer
+    step: int | None
+    latent: bool
+
+
+def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _Loaded:
+    """Read a network in the clock that its file says, or else that of --clock.
 
     A guide that says its clock has it, whatever --clock says of the network.
 
@@ -295,7 +320,10 @@ def _network(
                 f"mixflow_fast.models.load_model(path, clock={clock!r}) overrides it in Python)"
             )
         clock = recorded
-    return model_of(file, options.weights, clock=clock), file.steps
+    run = {} if file.metadata is None else json.loads(file.metadata.config or "{}")
+    latent = run.get("data", {}).get("kind") == "latents"
+    latent |= run.get("encoder", {}).get("kind", "none") != "none"
+    return _Loaded(model_of(file, options.weights, clock=clock), file.steps, latent)
 
 
 def save(out: Path, result: SampleResult) -> None:

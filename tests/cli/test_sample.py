@@ -105,3 +105,21 @@ def test_a_home_folder_is_found(
     ):
         code, _, err = run(*command, capsys=capsys)
         assert code == 2 and f"{tmp_path / 'y.pt'} does not exist" in err, command
+
+
+def test_latents_of_three_channels_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A VQ-f4 latent looks like a picture by its shape; the run's record says what it is."""
+    model = build("SiT-S/8", input_size=8, in_channels=3, depth=1, num_classes=3)
+    state = model.state_dict()
+    for kind, said in (("latents", True), ("photos", False)):
+        config = {"data": {"kind": kind}, "encoder": {"kind": "none"}}
+        args = {"model": json.dumps(model.config), "config": json.dumps(config)}
+        save_weights(tmp_path / "x.pt", state, state, {**args, "clock": "data_at_1"})
+        for name in ("x.png", "x.npz"):
+            line = ["--num", "1", "--steps", "1", "--out", tmp_path / name, "--force"]
+            code, _, err = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
+            assert code == 0
+            note = "was trained on latents of 3 channels, which are taken for pictures" in err
+            assert note == (said and name == "x.png")
