@@ -243,6 +243,7 @@ def _drawer(options: argparse.Namespace) -> Drawer:
     preset = chosen.preset
     rule = options.quantise or ("round" if preset is None else preset.quantisation)
     decoder, latent = None, model.in_channels not in (1, 3)
+    shown = options.out.suffix != ".npz" or options.quantise is not None  # and not kept as floats
     if options.decoder is not None:
         decoder = load_decoder(
             options.decoder,
@@ -252,13 +253,13 @@ def _drawer(options: argparse.Namespace) -> Drawer:
             quantisation=rule,
         )
         decoder.check((model.in_channels, model.input_size, model.input_size))
-    elif latent and (options.out.suffix != ".npz" or options.quantise is not None):
+    elif latent and shown:
         raise ValueError(
             f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: give "
             "the autoencoder that they were made by with --decoder FOLDER, or use --out FILE.npz "
             f"and decode them elsewhere; {_UNDO_SCALE}"
         )
-    elif loaded.latent and not latent and rank() == 0 and options.out.suffix != ".npz":
+    elif loaded.latent and not latent and shown and rank() == 0:
         # By the channels alone these might be pictures.
         print(
             f"note: {options.checkpoint} was trained on latents of {model.in_channels} channels, "
