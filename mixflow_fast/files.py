@@ -184,7 +184,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], obj: object) -> None:
-    """Write `obj` as indented JSON, whole or not at all.
+    """Write `json_text` of an object, whole or not at all.
+
+    Raises:
+        ValueError: something that JSON cannot hold, NaN and infinity included.
+    """
+    write_text(path, json_text(obj, Path(path).name))
+
+
+def json_text(obj: object, name: str = "the record") -> str:
+    """Indented JSON and the end of its last line.
+
+    Args:
+        obj: plain values.
+        name: what it is called in the error.
 
     Raises:
         ValueError: something that JSON cannot hold, NaN and infinity included.
@@ -194,10 +207,10 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{Path(path).name}: not representable in JSON ({error}); "
+            f"{name}: not representable in JSON ({error}); "
             "give plain dicts, lists, strings, finite numbers and None"
         ) from error
-    write_text(path, text + "\n")
+    return text + "\n"
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from mixflow_fast import __version__
 from mixflow_fast.cli import (
+    compare,
     consolidate,
     data,
     demo,
@@ -54,12 +55,13 @@ _NO_OPTIONS = {
     "recipe",
     "overrides",
     "checkpoint",
+    "before",
     "part",
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, evaluate, reference, slowflow, demo, inspect, export,
-    doctor, report, verify_resume, consolidate, ema,
+    train, recipes, settings, data, sample, evaluate, reference, slowflow, compare, demo, inspect,
+    export, doctor, report, verify_resume, consolidate, ema,
 )  # fmt: skip
 
 

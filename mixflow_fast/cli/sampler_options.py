@@ -34,8 +34,14 @@ PATHS = ("linear", "gvp", "vp")
 REMEDIES = ("ssc", "label_scale", "time_shift", "epsilon")
 
 
-def add_sampler_options(command: argparse.ArgumentParser) -> None:
-    """The options; without a preset 50 Euler intervals and no guidance."""
+def add_sampler_options(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The options; without a preset 50 Euler intervals and no guidance.
+
+    Args:
+        command: gets them.
+        several: it samples with several numbers of steps, with and without a remedy, and has
+            `--steps` and `--remedy` of its own.
+    """
     steps = command.add_argument_group(
         "sampler", "Times run from 0, noise, to 1, data. What is given here replaces a preset's."
     )
@@ -47,7 +53,8 @@ def add_sampler_options(command: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--list-presets", action=_ListPresets, nargs=0, help="print all presets in full and exit"
     )
-    steps.add_argument("--steps", type=int, help="intervals (default 50)")
+    if not several:
+        steps.add_argument("--steps", type=int, help="intervals (default 50)")
     steps.add_argument("--method", choices=METHODS, help="default euler")
     steps.add_argument("--shift", type=float, help="RAE's time shift of the grid (default 1)")
     steps.add_argument("--grid-start", type=float, metavar="T", help="raw first time (default 0)")
@@ -88,11 +95,12 @@ def add_sampler_options(command: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="autoguidance by this smaller or less trained network; --cfg-scale is its scale",
     )
-    guidance.add_argument(
-        "--remedy",
-        metavar="NAME[=NUMBERS]",
-        help=f"{', '.join(REMEDIES)}: without training, e.g. ssc=0.1,1 or label_scale=0.9",
-    )
+    if not several:
+        guidance.add_argument(
+            "--remedy",
+            metavar="NAME[=NUMBERS]",
+            help=f"{', '.join(REMEDIES)}: without training, e.g. ssc=0.1,1 or label_scale=0.9",
+        )
 
 
 class _ListPresets(argparse.Action):

@@ -53,7 +53,9 @@ def precision_recall(
         )
     mean = reference.mean(axis=0, dtype=np.float64)
     mine, theirs = (
-        torch.from_numpy((x - mean).astype(np.float32)).to(device) for x in (features, reference)
+        # Copied into memory that PyTorch aligns: the bits of a product may depend on it.
+        torch.tensor((x - mean).astype(np.float32), device=device)
+        for x in (features, reference)
     )
     if not (mine.isfinite().all() and theirs.isfinite().all()):
         raise ValueError("features must be finite, got NaN or infinity")

@@ -166,6 +166,18 @@ class LinearFeatures:
         return pooled if self._turn is None else pooled @ self._turn
 
 
+def _parabola(values: list[float], step: float) -> tuple[float, float]:
+    """(bend, slope) of bend x^2 + slope x + c through five values at x = -2 step .. 2 step.
+
+    Least squares by orthogonal polynomials. LAPACK's solver (`torch.linalg.lstsq`) gives other last
+    digits from process to process.
+    """
+    places = (-2, -1, 0, 1, 2)
+    slope = math.fsum(k * v for k, v in zip(places, values, strict=True)) / (10 * step)
+    bend = math.fsum((k * k - 2) * v for k, v in zip(places, values, strict=True)) / (14 * step**2)
+    return bend, slope
+
+
 @dataclass(frozen=True)
 class Marginal:
     """E3 of one set of states.
@@ -238,10 +250,7 @@ class MarginalTime:
             return float(shift + trace + spread.square().sum() - 2 * cross)
 
         places, found = self._descend(distance, round(near / STEP))
-        # Around the middle, so that the fit is well conditioned.
-        offset = (torch.tensor(places, dtype=torch.float64) - places[2]) * STEP
-        powers = torch.stack([offset**2, offset, torch.ones_like(offset)], dim=1)
-        bend, slope, _ = torch.linalg.lstsq(powers, torch.tensor(found).double()).solution.tolist()
+        bend, slope = _parabola(found, STEP)
         # A parabola that does not open upwards says nothing: the best point of the grid is left.
         best = places[min(range(5), key=found.__getitem__)] * STEP
         if bend <= 0:

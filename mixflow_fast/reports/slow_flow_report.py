@@ -21,7 +21,7 @@ from mixflow_fast.reports.slow_flow_plots import (
     pair_band,
 )
 
-_STYLE = """
+PANEL_STYLE = """
 .plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .warn{border-left:4px solid #ea7317;background:var(--soft);padding:.6rem .9rem;margin:.8rem 0}
 """
@@ -181,7 +181,13 @@ def render(report: SlowFlowReport) -> str:
         _pilot(report),
         _conditions(report),
     ]
-    return page("Slow flow", "\n".join(sections), _STYLE)
+    return page("Slow flow", "\n".join(sections), PANEL_STYLE)
+
+
+def panels(report: SlowFlowReport) -> str:
+    """The figures alone, E3 first, and the maps of losses; for a page that has `PANEL_STYLE`."""
+    parts = [_marginal(report), _pairs(report), _lags(report), _noise(report), _losses(report)]
+    return "\n".join(parts)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

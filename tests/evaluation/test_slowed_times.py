@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mixflow_fast.evaluation.slowed_times import (
+    STEP,
     LinearFeatures,
     MarginalTime,
     NoiseLevel,
+    _parabola,
     coefficients,
     dct,
     effective_time,
@@ -158,3 +161,13 @@ def test_projection_of_the_ends() -> None:
     x1, x0 = images(4, 0), noise(4, 0)
     assert torch.allclose(projection(x1, x0, x1), torch.ones(4).double())
     assert torch.allclose(projection(x0, x0, x1), torch.zeros(4).double())
+
+
+def test_the_parabola_of_the_marginal_estimator_is_least_squares() -> None:
+    """Against numpy's fit, on values that no parabola goes through."""
+    values = [0.31, 0.12, 0.05, 0.11, 0.27]
+    x = STEP * np.arange(-2, 3)
+    bend, slope, _ = np.polyfit(x, values, 2)
+    assert _parabola(values, STEP) == pytest.approx((bend, slope), rel=1e-9)
+    exact = [float(3 * v**2 - 0.2 * v + 1) for v in x]
+    assert _parabola(exact, STEP) == pytest.approx((3.0, -0.2), rel=1e-9)
