@@ -73,7 +73,9 @@ class PlannedVelocity(StepVelocity, Protocol):
 
     def guided_at(self, t: float, began: float) -> bool: ...
 
-    def planned(self, x: Tensor, t: Tensor, guided: bool, scale: Number | None = None) -> Tensor: ...
+    def planned(
+        self, x: Tensor, t: Tensor, guided: bool, scale: Number | None = None
+    ) -> Tensor: ...
 
 
 class Counted:
