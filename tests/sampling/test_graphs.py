@@ -8,9 +8,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixflow_fast.flow.path import per_sample
 from mixflow_fast.models import SiT
 from mixflow_fast.sampling.graphs import GraphLoop
 from mixflow_fast.sampling.guidance import Guidance, guided_velocity
@@ -31,12 +31,20 @@ GUIDANCE = {
 }
 
 
+class Pointwise(Net):
+    """Without a convolution, whose first call of a process is slow."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.rows.append(x.shape[0])
+        return torch.tanh(x + 0.3 * x.flip(1)) + self.embed(y)[:, :, None, None] * per_sample(t, x)
+
+
 def _both(sampler: Sampler, guidance: Guidance, remedy: str | None = None) -> PreparedSampling:
     """Hold replays to the loop in Python, over two draws of several batches of other seeds."""
-    guide = Mirrored(Net()) if guidance.kind == "autoguidance" else None
+    guide = Mirrored(Pointwise(classes=7)) if guidance.kind == "autoguidance" else None
     made = {
         capture: PreparedSampling(
-            Net(),
+            Pointwise(),
             sampler,
             guidance,
             guide=guide,
@@ -87,7 +95,7 @@ def test_a_table_names_every_method_once() -> None:
         ("euler", "interval", 2, {2, 4}),  # B and 2B rows
         ("heun", "interval by step", 2, {2, 4}),
         ("heun_last_euler", "none", 1, {2}),  # the last step occurs once and is no graph
-        ("dpmpp2m", "none", 1, {2}),
+        ("dpmpp2m", "none", 2, {2}),  # one for the first and the last step
         ("sde_euler", "none", 1, {2}),
     ],
 )
@@ -102,7 +110,12 @@ def test_graphs_for_each_kind_of_step(
 def test_replays_call_no_python() -> None:
     """The network is entered by first steps, by recordings and by the one check of each graph."""
     prepared = PreparedSampling(
-        Net(), Sampler("sde_euler", 20), Guidance(), batch_size=2, mode="graph", capture=record
+        Pointwise(),
+        Sampler("sde_euler", 20),
+        Guidance(),
+        batch_size=2,
+        mode="graph",
+        capture=record,
     )
     prepared.draw(torch.arange(8))
     first, recording, check, last_step = 1, 1, 1, 4
@@ -110,19 +123,19 @@ def test_replays_call_no_python() -> None:
 
 
 def test_what_is_frozen_at_the_capture_is_found() -> None:
-    class Counting(Net):
+    class Counting(Pointwise):
         """Reads a number that Python changes."""
 
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return super().forward(x, t, y) * (1 + 0.1 * len(self.rows))
 
-    class Reading(Net):
+    class Reading(Pointwise):
         """Asks the device."""
 
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return super().forward(x, t, y) * float(t[0])
 
-    def draw(net: Net) -> None:
+    def draw(net: Pointwise) -> None:
         options = dict(batch_size=2, mode="graph", capture=record)
         PreparedSampling(net, Sampler("euler", 5), Guidance(), **options).draw(torch.arange(2))
 
@@ -133,7 +146,7 @@ def test_what_is_frozen_at_the_capture_is_found() -> None:
 
 
 class _Places(TorchDispatchMode):
-    """Operators that bring something from one device to another, or make what is not on a GPU."""
+    """Operators whose result is not on the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,16 +154,16 @@ class _Places(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.device.type != "cuda":
+        if isinstance(out, Tensor) and out.device.type != "meta":
             self.found.append(f"{func} on {out.device}")
         return out
 
 
 @pytest.mark.parametrize("method", ["heun", "dpmpp2m", "sde_euler", "sde_heun"])
-def test_all_that_a_step_touches_is_on_the_gpu(
+def test_all_that_a_step_touches_is_on_the_device(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tensors without data that say they are a GPU's: no copy, and no reading by the host."""
+    """On a device without data nothing can be read by the host, and no other device has a part."""
     replays: list[int] = []
 
     def capture(step) -> object:
@@ -162,24 +175,23 @@ def test_all_that_a_step_touches_is_on_the_gpu(
     places, sampler = _Places(), Sampler(method, 6)
     guidance = Guidance(1.5, 3, (0.2, 0.7))
     sizes = dict(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = SiT(**sizes).to("cuda")
-        remedies = [None, *map(parse_remedy, ("ssc", "time_shift", "epsilon"))]
-        for remedy in remedies:
-            loop = GraphLoop(
-                sampler.plan(),
-                sampler.memory,
-                lambda y, remedy=remedy: guided_velocity(model, y, guidance, remedy=remedy),
-                (2, 4, 4, 4),
-                True,
-                guidance.scale,
-                torch.device("cuda"),
-                capture,
-            )
-            x, ids = torch.zeros(2, 4, 4, 4, device="cuda"), torch.arange(2, device="cuda")
-            out = loop.run(x, ids, ids, torch.arange(len(sampler.plan())))
-            assert out.device.type == "cuda" and out.dtype == torch.float32
-    assert places.found == [] and len(replays) >= 2 * len(remedies)
+    with torch.device("meta"):
+        model, x, ids = SiT(**sizes), torch.zeros(2, 4, 4, 4), torch.arange(2)
+    remedies = (None, parse_remedy("time_shift"), parse_remedy("epsilon"))
+    for remedy in remedies:
+        loop = GraphLoop(
+            sampler.plan(),
+            sampler.memory,
+            lambda y, remedy=remedy: guided_velocity(model, y, guidance, remedy=remedy),
+            (2, 4, 4, 4),
+            True,
+            guidance.scale,
+            torch.device("meta"),
+            capture,
+        )
+        out = loop.run(x, ids, ids, torch.arange(len(sampler.plan())))
+        assert out.device.type == "meta" and out.dtype == torch.float32
+    assert places.found == [] and len(replays) >= len(remedies)
 
 
 def test_plans_are_of_the_grid() -> None:

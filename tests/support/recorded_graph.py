@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # What reads the device's memory from the host.
-_WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_assert_async")
+_WAITS = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_assert_async")
 
 
 @dataclass
@@ -71,9 +70,3 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
         step()
     recorded.restore()
     return recorded.replay
-
-
-def frozen(step: Callable[[], None]) -> Callable[[], None]:
-    """A replay that does nothing: what a graph that reads other memory would come to."""
-    with torch.inference_mode():
-        return lambda: None
