@@ -211,7 +211,7 @@ class SamplingSuite:
     def _calls(
         self, cell: Cell, model: Transformer, out: CellRows
     ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-        """What takes turns, warm, and a note on each; what cannot be run gets a row that says so."""
+        """What takes turns, warm, and a note on each; what cannot be run has a row with why."""
         makers = {
             OFFICIAL: partial(official, cell, model),
             OURS: partial(ours, cell, model, "eager"),

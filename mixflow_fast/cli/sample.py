@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
     drawer = _drawer(options)
     if rank() == 0:
         print(drawer.chosen.describe())
+        print(f"network: {drawer.prepared.describe()}")
     if pictures:
         return make_set(drawer, options.num, out.with_suffix(""), keep_shards=options.keep_shards)
     import torch

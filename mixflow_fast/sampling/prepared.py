@@ -145,6 +145,19 @@ class PreparedSampling:
             return network_dtype(self._model)
         return next((p.dtype for p in self._model.parameters()), torch.float32)
 
+    def describe(self) -> str:
+        """How the network is run."""
+        how = {
+            "eager": "eager" if not self._runs_compiled else "as it is compiled",
+            "compile": "compiled blocks",
+            "graph": "a CUDA graph for each kind of step, compiled blocks in it",
+        }[self.mode]
+        return f"{str(self.dtype).removeprefix('torch.')}, {how}; float32 state"
+
+    @property
+    def _runs_compiled(self) -> bool:
+        return isinstance(self._model, Transformer) and self._model.execution.compiles
+
     def with_sampler(self, sampler: Sampler) -> PreparedSampling:
         """Another sampler on the same prepared networks, in an eager loop."""
         return PreparedSampling(
