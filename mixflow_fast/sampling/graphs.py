@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,9 @@ class GraphLoop:
         device: torch.device,
         capture: Capture | None = None,
     ) -> None:
-        self._capture = CudaCapture() if capture is None else capture
+        self._device = device
+        with self._on_device():
+            self._capture = CudaCapture() if capture is None else capture
         self._shape = shape
         self._states = tuple(torch.zeros(shape, device=device) for _ in range(1 + memory))
         self._ids = torch.zeros(shape[0], dtype=torch.int64, device=device)
@@ -124,9 +127,15 @@ class GraphLoop:
         if keys is not None:
             self._keys.copy_(keys)
         self._index.zero_()
-        for kind in self._kinds:
-            self._advance(kind)
+        with self._on_device():
+            for kind in self._kinds:
+                self._advance(kind)
         return self._states[0].clone()
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Streams, captures and pools are those of the current GPU."""
+        on_gpu = self._device.type == "cuda"
+        return torch.cuda.device(self._device) if on_gpu else nullcontext()
 
     @property
     def captured(self) -> int:

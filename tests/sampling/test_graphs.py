@@ -159,7 +159,7 @@ class _Places(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("method", ["heun", "dpmpp2m", "sde_euler", "sde_heun"])
+@pytest.mark.parametrize("method", ["heun", "dpmpp2m", "sde_euler"])
 def test_all_that_a_step_touches_is_on_the_device(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +177,7 @@ def test_all_that_a_step_touches_is_on_the_device(
     sizes = dict(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
     with torch.device("meta"):
         model, x, ids = SiT(**sizes), torch.zeros(2, 4, 4, 4), torch.arange(2)
-    remedies = (None, parse_remedy("time_shift"), parse_remedy("epsilon"))
+    remedies = (None, parse_remedy("time_shift"))
     for remedy in remedies:
         loop = GraphLoop(
             sampler.plan(),
