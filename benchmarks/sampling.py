@@ -163,6 +163,7 @@ class SamplingSuite:
         self._device, self._writer, self._deadline = device, writer, deadline
         self._smoke, self._rounds = smoke, 2 if smoke else rounds
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._matmul = timing.matmul_tflops(8192) if device.type == "cuda" else None
 
     def run(self) -> None:
         expected = rows.Expectation(first=1.0 if self._smoke else 60.0)
@@ -200,6 +201,8 @@ class SamplingSuite:
                 # Of the calls that are needed: those that the official SDE makes twice count once.
                 reached = latency.rate(flops * cell.batch / 1e9)
                 out.add(provider, "model_tflops", reached, notes[provider])
+                of_matmul = reached.times(100 / self._matmul)
+                out.add(provider, "percent_of_matmul", of_matmul, notes[provider])
                 out.add(provider, "percent_of_989", reached.times(100 / PEAK_TFLOPS),
                         notes[provider])  # fmt: skip
         for provider in times:
