@@ -92,6 +92,7 @@ class PreparedSampling:
     Args:
         model, sampler, guidance, guide, remedy, batch_size, shape, device, mode, precision: as
             `mixflow_fast.sampling.sample` takes them.
+        calls: of the network that are to come in all, for mode "auto".
         capture: what makes a graph of a step, in place of a CUDA graph; for mode "graph".
 
     Attributes:
