@@ -42,7 +42,6 @@ def describe(device: torch.device) -> list[str]:
             f"{found.name}: sm_{found.major}{found.minor}, {found.multi_processor_count} "
             f"multiprocessors, {found.total_memory / 2**30:.1f} GiB"
         )
-    lines.append(rows.conditions(device))
     versions = []
     for name in PACKAGES:
         try:
@@ -148,19 +147,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     note = "smoke: not a speed" if options.smoke else ""
     writer = rows.Writer(options.out / "rows.jsonl", environment, note)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    print("\n".join(describe(device)), flush=True)
+    before = rows.conditions(device)
+    print("\n".join([*describe(device), before]), flush=True)
     wrong = []
     count = SMOKE_COUNT if options.smoke else COUNT
-    before = {
+    first = {
         "rates": partial(write_rates, device, writer),
         "approximations": partial(write_approximations, device, writer, count),
     }
-    for name, write in before.items():
+    for name, write in first.items():
         try:
             write()
         except Exception as error:  # the kernels are worth knowing all the same
             wrong.append(f"{name}: {error_line(error)}")
     wrong += write_kernels(device, writer, deadline, options.op or KERNEL_OPS)
+    state = environment | {"before": before, "after": rows.conditions(device)}
+    rows.keep_state(options.out, "first contact", state)
     if deadline.left_out:
         print(deadline.report())
     if wrong:

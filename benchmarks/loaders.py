@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     note = "smoke: not a speed" if options.smoke else ""
     writer = rows.Writer(options.out / "rows.jsonl", environment, note)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    print(rows.conditions(device), flush=True)
+    before = rows.conditions(device)
+    print(before, flush=True)
     failed = []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except Exception as error:  # the other parts are worth having
                     failed.append(f"{part}: {error_line(error)}")
                     print(f"RED {failed[-1]}", flush=True)
+    state = environment | {"before": before, "after": rows.conditions(device)}
+    rows.keep_state(options.out, "loaders", state)
     if deadline.left_out:
         print(deadline.report())
     print(f"{writer.count} rows in {writer.path}, {deadline.spent():.1f} s")

@@ -266,8 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = rows.conditions(device)
     print("times faster than the official loop, paired by round [95% interval]:", flush=True)
     suite = SamplingSuite(device, writer, deadline, options.smoke, options.rounds)
+    rows.keep_state(options.out, "sampling", environment | {"before": before, "after": None})
     suite.run()
-    print(f"device before: {before}\ndevice after:  {rows.conditions(device)}")
+    after = rows.conditions(device)
+    rows.keep_state(options.out, "sampling", environment | {"before": before, "after": after})
+    print(f"device before: {before}\ndevice after:  {after}")
     print(f"{writer.count} rows in {writer.path}")
     if deadline.left_out:
         print(deadline.report())

@@ -1,8 +1,10 @@
 """`benchmarks/gpu_suite.sh` by a stand-in for Python, and what only a GPU would find missing."""
 
+import inspect
 import os
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -175,7 +177,9 @@ def test_what_is_called_on_a_gpu_only_is_there() -> None:
         *("synchronize", "empty_cache", "memory_stats", "memory_allocated"),
         *("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"),
         *("get_device_name", "get_device_properties", "is_available"),
+        *("graph_pool_handle", "device"),
     )
+    assert {"pool", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph).parameters)
     assert [name for name in cuda if not hasattr(torch.cuda, name)] == []
     assert '"num_alloc_retries"' in torch.cuda.memory_stats.__doc__
     assert issubclass(torch.OutOfMemoryError, RuntimeError)
@@ -187,3 +191,18 @@ def test_what_is_called_on_a_gpu_only_is_there() -> None:
     # Set only where a GPU is measured; reading it back shows that the name is not a new attribute.
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         assert isinstance(backend.allow_tf32, bool)
+
+
+@pytest.mark.long
+def test_the_whole_suite_on_the_cpu(tmp_path) -> None:
+    """Every part with the real Python; few files come back, and the page has all of them."""
+    script, out = str(ROOT / "benchmarks" / "gpu_suite.sh"), tmp_path / "out"
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", script, "--smoke", str(out)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(out.iterdir())) == 7
+    text = (out / "page.html").read_text()
+    assert "no number here is a speed" in text and "not measured" not in text
+    assert text.count("data:image/png;base64") == 10  # eight ops of kernels, the step, sampling
