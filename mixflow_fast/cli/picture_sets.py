@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from mixflow_fast.evaluation.shard_features import ShardFeatures
     from mixflow_fast.models import Transformer
     from mixflow_fast.models.autoencoders.decoding import Decoder, Quantisation
-    from mixflow_fast.sampling.samples import SampleResult
+    from mixflow_fast.sampling.execution import Mode, Precision
+    from mixflow_fast.sampling.prepared import PreparedSampling, SampleResult
 
 _GRID = 64  # pictures of a set that are shown in one PNG
 # Work that is over sooner is not worth being predicted, in evaluations of the network.
@@ -45,6 +47,8 @@ class Drawer:
         batch_size: of the network.
         decoder: of latents, on the same device; None for pixels.
         quantisation: the rule that rounds to 8 bits.
+        mode, precision: how the network is run, as `mixflow_fast.sampling.sample` takes them.
+        num: how many samples are to be drawn in all; by it mode "auto" decides.
     """
 
     model: Transformer
@@ -58,6 +62,27 @@ class Drawer:
     batch_size: int
     decoder: Decoder | None
     quantisation: Quantisation
+    mode: Mode = "eager"
+    precision: Precision | None = None
+    num: int = 0
+
+    @cached_property
+    def prepared(self) -> PreparedSampling:
+        """The networks as they are sampled; what is compiled and captured is kept in it."""
+        from mixflow_fast.sampling.prepared import PreparedSampling
+
+        calls = self.chosen.sampler.network_calls
+        return PreparedSampling(
+            self.model,
+            self.chosen.sampler,
+            self.chosen.guidance,
+            guide=self.guide,
+            remedy=self.chosen.remedy,
+            batch_size=self.batch_size,
+            mode=self.mode,
+            precision=self.precision,
+            calls=None if calls is None else calls * -(-self.num // self.batch_size),
+        )
 
     def samples(self, ids: Tensor, progress: bool = False) -> SampleResult:
         """(B, C, h, w) float32 of ids, as the network makes them.
@@ -67,24 +92,12 @@ class Drawer:
         """
         import torch
 
-        from mixflow_fast.sampling.samples import sample
-
         labels = None
         if self.labels is not None:
             # Repeated rather than grouped: a few samples already show every class.
             labels = torch.tensor([self.labels[i % len(self.labels)] for i in ids.tolist()])
-        result = sample(
-            self.model,
-            ids=ids,
-            labels=labels,
-            sampler=self.chosen.sampler,
-            guidance=self.chosen.guidance,
-            guide=self.guide,
-            remedy=self.chosen.remedy,
-            seed=self.seed,
-            balanced=self.balanced,
-            batch_size=self.batch_size,
-            progress=progress,
+        result = self.prepared.draw(
+            ids, labels, seed=self.seed, balanced=self.balanced, progress=progress
         )
         refuse_not_finite(result.x, ids)
         return result
@@ -134,7 +147,7 @@ class Drawer:
                 "sampler": {**chosen.sampler.to_record(), "remedy": remedy},
                 "guidance": {**guidance.to_record(), "guide_sha256": guide},
                 "precision": {
-                    "network": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+                    "network": str(self.prepared.dtype).removeprefix("torch."),
                     "state": "float32",
                     "decode": None if decoder is None else decoder.network.precision,
                     "tf32": torch.backends.cuda.matmul.allow_tf32,
@@ -298,9 +311,9 @@ def predicted_seconds(drawer: Drawer, pictures: int) -> float | None:
         return None
     ids, taken = torch.arange(drawer.batch_size), []
     for steps in (1, _FIRST_STEPS):
-        short = replace(drawer.chosen, sampler=Sampler("euler", steps))
+        short = drawer.prepared.with_sampler(Sampler("euler", steps))
         began = time.perf_counter()
-        drawn = replace(drawer, chosen=short).samples(ids)
+        drawn = short.draw(ids, seed=drawer.seed, balanced=drawer.balanced)
         sampled = time.perf_counter()
         drawer.to_pixels(drawn.x).cpu()
         taken = [(sampled - began) / steps, time.perf_counter() - sampled]

@@ -69,6 +69,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--weights", choices=("ema", "model"), default="ema", help="default %(default)s"
     )
     command.add_argument(
+        "--mode",
+        choices=("auto", "eager", "compile", "graph"),
+        default="auto",
+        help="how the network is run: compile sends its blocks through torch.compile, graph makes "
+        "each step one CUDA graph as well (no GPU has run that yet); auto is compile for much work "
+        "on a GPU, else eager (default %(default)s)",
+    )
+    command.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of the network; state, guidance and update are float32 in any case (default: as the "
+        "weights are)",
+    )
+    command.add_argument(
         "--clock",
         choices=("data_at_1", "noise_at_1"),
         help="of a file that does not say it (the guide's, too)",
@@ -147,6 +161,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if rank() == 0:
         print(drawer.chosen.describe())
+        print(f"network: {drawer.prepared.describe()}")
     if pictures:
         extras = Extras(
             keep_shards=options.keep_shards,
@@ -282,6 +297,9 @@ def _drawer(options: argparse.Namespace) -> Drawer:
         batch_size=options.batch_size,
         decoder=None if decoder is None else decoder.to(device),
         quantisation=rule,
+        mode=options.mode,
+        precision=options.precision,
+        num=options.num,
     )
 
 

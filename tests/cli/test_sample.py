@@ -123,3 +123,30 @@ def test_latents_of_three_channels_are_said(
             assert code == 0
             note = "was trained on latents of 3 channels, which are taken for pictures" in err
             assert note == (said and name == "x.png")
+
+
+def test_precision_and_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """bf16 is told, changes the samples a little and the protocol; graphs need a GPU."""
+    torch.manual_seed(0)
+    model = build("SiT-S/8", input_size=8, in_channels=3, depth=1, num_classes=3)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    arguments = [tmp_path / "x.pt", "--num", "2", "--steps", "2", "--batch-size", "2", "--out"]
+    found, recorded = {}, {}
+    for precision, name in (("fp32", "float32"), ("bf16", "bfloat16")):
+        out = tmp_path / f"{precision}.npz"
+        command = ["sample", *arguments, out, "--precision", precision]
+        code, said, _ = run(*command, capsys=capsys)
+        assert code == 0 and f"network: {name}, eager; float32 state" in said
+        found[precision] = np.load(out)["x"]
+        command = ["sample", *arguments, tmp_path / f"set_{precision}", "--precision", precision]
+        assert run(*command, capsys=capsys)[0] == 0
+        recorded[precision] = json.loads((tmp_path / f"set_{precision}/set.json").read_text())
+        assert recorded[precision]["protocol"]["precision"]["network"] == name
+    difference = np.abs(found["bf16"] - found["fp32"]).max()
+    assert 1e-6 < difference < 0.1
+    origins = [record["origin"]["weights_sha256"] for record in recorded.values()]
+    assert origins[0] == origins[1] and recorded["fp32"]["hash"] != recorded["bf16"]["hash"]
+    command = ["sample", *arguments, tmp_path / "y.npz", "--mode", "graph"]
+    code, _, err = run(*command, capsys=capsys)
+    assert code == 2 and "CUDA graphs, and the device is cpu" in err
