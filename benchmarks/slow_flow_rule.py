@@ -23,7 +23,7 @@ import torch
 
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.data import build_dataset
-from mixflow_fast.demo import METRIC_OF_FEATURE, SETTINGS, Arm, Measure, arm_config, base_config
+from mixflow_fast.demo import SETTINGS, Arm, Measure, arm_config, base_config
 from mixflow_fast.evaluation.examples import read_examples
 from mixflow_fast.evaluation.gamma import recommend_gamma
 from mixflow_fast.evaluation.slow_flow import Settings, slow_flow
@@ -60,13 +60,13 @@ def measure_distances(folder: Path, seed: int, measure: Measure) -> None:
     if (folder / FRECHET).exists():
         return
     model = load_model(folder / "weights.pt")
-    table: dict[str, dict[str, float]] = {name: {} for name in METRIC_OF_FEATURE.values()}
+    table: dict[str, dict[str, float]] = {metric: {} for metric in measure.spaces}
     for steps in PHOTOS.steps:
         drawn = sample(
             model, num=PHOTOS.samples, steps=steps, seed=seed, balanced=True, batch_size=250
         )
-        for metric, value in measure(drawn.x).items():
-            table[metric][str(steps)] = value
+        for metric, cell in measure(drawn.x).items():
+            table[metric][str(steps)] = cell["value"]
     write_json(folder / FRECHET, table)
 
 
