@@ -63,8 +63,9 @@ def test_demo_files_schema_and_repeatability(tmp_path: Path) -> None:
     assert last.tobytes() == one.tobytes()
     command = report["compare"].split()
     assert command[:2] == ["mixflow-fast", "compare"] and "--steps 2" in report["compare"]
-    weights_files = [word for word in command if word.endswith(".pt")]
-    assert len(weights_files) == 3 and all(Path(file).exists() for file in weights_files)
+    runs = [command[2], command[3], command[command.index("--control") + 1]]
+    assert [Path(run).name for run in runs] == ["base", "mixflow", "control"]
+    assert all((Path(run) / "weights.pt").exists() for run in runs)
     assert report["compare"] in page.replace("&amp;", "&")
     again = run_demo(tmp_path / "b", settings=TOY, quiet=True)
     for arm in result["arms"]:
@@ -152,7 +153,7 @@ def test_imagenet_features_are_added_to_a_demo_that_was_made_without(
     assert without["metrics"] == ["frechet", "frechet_random_conv"]
     assert any("FD-EffLite0" in note and "left out" in note for note in without["notes"])
     monkeypatch.setattr(measuring, "has_effnet", lambda data: True)
-    monkeypatch.setattr(measuring, "_EFFNET_REAL", 130)
+    monkeypatch.setattr(measuring, "EFFNET_REAL", 130)
     monkeypatch.setattr(measuring, "FLOOR_DRAWS", 1)
     measuring.measure_of.cache_clear()
     measuring.floor_of.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import torch
 
 from mixflow_fast.config.schema import Config
 from mixflow_fast.demo.arms import Finished, grid_name, save_pictures, strip_name
-from mixflow_fast.demo.measure import Measure, floor_of
+from mixflow_fast.demo.measure import EFFNET_REAL, EFFNET_SIDE, Measure, floor_of
 from mixflow_fast.demo.settings import Arm, Settings
 from mixflow_fast.environment import cpu_name, current_environment
 from mixflow_fast.metrics.metrics_file import read_metrics
@@ -168,12 +169,11 @@ def _compare_command(
     """How to compare base and MixFlow by the command that does it for any two models."""
     if not {"base", "control", "mixflow"} <= arms.keys():
         return None
-    base, control, mixflow = (
-        out / f"seed_{seed}" / name / "weights.pt" for name in ("base", "control", "mixflow")
-    )
+    base, control, mixflow = (out / f"seed_{seed}" / n for n in ("base", "control", "mixflow"))
     steps = ",".join(map(str, settings.picture_steps or settings.steps))
     page = out / "compare.html"
-    return f"mixflow-fast compare {base} {mixflow} --control {control} --steps {steps} --out {page}"
+    words = ["compare", base, mixflow, "--control", control, "--steps", steps, "--out", page]
+    return shlex.join(["mixflow-fast", *map(str, words)])
 
 
 def _environment() -> dict[str, object]:
@@ -221,7 +221,8 @@ def _notes(settings: Settings, seeds: int, measure: Measure) -> list[str]:
     if "frechet_effnet_lite0" in measure.spaces:
         notes.append(
             "FD-EffLite0: features of EfficientNet-Lite0 (ImageNet), 1280 projected to 128 by a "
-            "fixed random matrix, crops enlarged to 64 pixels, against 4,000 held-out crops."
+            f"fixed random matrix, crops enlarged to {EFFNET_SIDE} pixels, against {EFFNET_REAL:,} "
+            "held-out crops."
         )
     elif settings.data == "photos":
         notes.append(

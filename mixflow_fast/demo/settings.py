@@ -8,6 +8,7 @@ from pathlib import Path
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.environment import is_installed
+from mixflow_fast.optim.lr_schedule import LrSchedule
 from mixflow_fast.sampling.remedies import Remedy, parse_remedy
 from mixflow_fast.training.build import check
 
@@ -47,6 +48,8 @@ class Settings:
     post_images: int = 64_000
     base_lr: float = 1e-3
     post_lr: float = 5e-4
+    post_schedule: LrSchedule = "constant"  # of the arms' learning rate; the base's is constant
+    post_ema_decay: float = 0.995
     samples: int = 1000
     steps: tuple[int, ...] = (5, 10, 20, 50)
     picture_steps: tuple[int, ...] = (5, 10)  # few, where the arms differ most
@@ -122,6 +125,8 @@ def arm_config(base: Config, arm: Arm, settings: Settings, seed: int, out: Path)
             "train.seed": 2 * seed + 1,
             "train.images": settings.post_images,
             "optim.lr": settings.post_lr,
+            "optim.schedule": settings.post_schedule,
+            "optim.ema_decays": (settings.post_ema_decay,),
             "objective.gamma": 0.0 if arm.gamma is None else arm.gamma,
             "objective.timesteps": arm.timesteps,
             "objective.interval": arm.interval,
