@@ -12,7 +12,14 @@ import torch
 
 from mixflow_fast.config.schema import Config
 from mixflow_fast.demo.arms import Finished, grid_name, save_pictures, strip_name
-from mixflow_fast.demo.measure import EFFNET_REAL, EFFNET_SIDE, Measure, floor_of
+from mixflow_fast.demo.measure import (
+    EFFNET_DRAWS,
+    EFFNET_REAL,
+    EFFNET_SIDE,
+    FLOOR_DRAWS,
+    Measure,
+    floor_of,
+)
 from mixflow_fast.demo.settings import Arm, Settings
 from mixflow_fast.environment import cpu_name, current_environment
 from mixflow_fast.metrics.metrics_file import read_metrics
@@ -215,14 +222,15 @@ def _notes(settings: Settings, seeds: int, measure: Measure) -> list[str]:
         f"A small model on {dimensions}-dimensional images, not ImageNet: it shows the mechanism, "
         "not the paper's numbers.",
         f"{settings.samples} samples per cell against all held-out images. The floor is the "
-        "distance of as many random training images to the same held-out images, mean of 10 draws.",
+        "distance of as many random training images to the same held-out images, mean of "
+        f"{FLOOR_DRAWS} draws.",
         "Sizes, gamma, learning rates and remedies were chosen on other seeds than those shown.",
     ]
     if "frechet_effnet_lite0" in measure.spaces:
         notes.append(
             "FD-EffLite0: features of EfficientNet-Lite0 (ImageNet), 1280 projected to 128 by a "
             f"fixed random matrix, crops enlarged to {EFFNET_SIDE} pixels, against {EFFNET_REAL:,} "
-            "held-out crops."
+            f"held-out crops (floor: {EFFNET_DRAWS} draws)."
         )
     elif settings.data == "photos":
         notes.append(

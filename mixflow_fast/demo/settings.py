@@ -63,7 +63,7 @@ class Settings:
         return None if text is None else parse_remedy(text)
 
 
-PHOTOS = Settings()
+PHOTOS = Settings(gamma=0.15, post_schedule="cosine")
 SETTINGS = {"photos": PHOTOS, "digits": Settings(data="digits", size=8, gamma=0.3)}
 
 

@@ -19,8 +19,8 @@ _PAIRS = (
 def verdicts(result: DemoResult, metric: Metric) -> list[str]:
     """One sentence for each pair of arms that is there: where the first is lower, and where not.
 
-    Counts are of seeds; a remedy's arm that has no remedy at some number of steps is not counted
-    there against the arm whose samples it repeats.
+    Means decide; the count is of the seeds that agree with them. Where an arm has no remedy at some
+    number of steps, it is not held against the arm whose samples it repeats there.
     """
     sentences = []
     for first, second in _PAIRS:
@@ -39,9 +39,10 @@ def _verdict(result: DemoResult, metric: Metric, first: str, second: str) -> str
         mine, theirs = values_of(one, metric, steps), values_of(other, metric, steps)
         if not mine or len(mine) != len(theirs) or mine == theirs:
             continue
-        count = sum(a < b for a, b in zip(mine, theirs, strict=True))
-        of = f" (in {count} of {len(mine)} seeds)" if len(mine) > 1 else ""
-        (lower if sum(mine) < sum(theirs) else higher).append(f"{steps}{of}")
+        below = sum(mine) < sum(theirs)
+        agree = sum((a < b) == below for a, b in zip(mine, theirs, strict=True))
+        of = f" (in {agree} of {len(mine)} seeds)" if len(mine) > 1 else ""
+        (lower if below else higher).append(f"{steps}{of}")
     if not lower and not higher:
         return ""
     parts = [
