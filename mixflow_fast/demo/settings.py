@@ -63,8 +63,22 @@ class Settings:
         return None if text is None else parse_remedy(text)
 
 
-PHOTOS = Settings(gamma=0.15, post_schedule="cosine")
-SETTINGS = {"photos": PHOTOS, "digits": Settings(data="digits", size=8, gamma=0.3)}
+# Chosen on seeds 112 and 113, before seeds 0 to 4 ran with them: gamma between 0.15 and 0.3 (there and
+# on 110 and 111; seed 0 had been seen with both), the arms' schedule, the EMA, and for each number of
+# steps the remedy with the lowest mean distance of pooled pixels. At 50 steps none of those that
+# were tried (ssc 0.05, label_scale 0.95) lowers the control's. docs/evidence has the numbers.
+PHOTOS = Settings(
+    gamma=0.15,
+    post_schedule="cosine",
+    control_remedy=((5, "ssc=0.1,1"), (10, "ssc=0.05,1"), (20, "ssc=0.02,1")),
+    mixflow_remedy=(
+        (5, "ssc=0.05,1"),
+        (10, "label_scale=1.03"),
+        (20, "ssc=-0.05,1"),
+        (50, "ssc=-0.05,1"),
+    ),
+)
+SETTINGS = {"photos": PHOTOS, "digits": Settings(data="digits", size=8)}
 
 
 def arms_of(settings: Settings, sweep: bool) -> dict[str, Arm]:
