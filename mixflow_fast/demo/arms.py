@@ -60,12 +60,14 @@ class Seed:
     number: int
     settings: Settings
 
-    def config(self, name: str, arm: Arm) -> Config:
-        """Configuration of the training of an arm that is trained."""
+    def config(self, name: str, arms: Mapping[str, Arm]) -> Config:
+        """Configuration of the training of an arm's weights, which may be another arm's."""
         base = base_config(self.settings, self.number, self.folder / "base")
-        if name == "base":
+        trained = arms[name].weights_of or name
+        if trained == "base":
             return base
-        return arm_config(base, arm, self.settings, self.number, self.folder / name)
+        folder = self.folder / trained
+        return arm_config(base, arms[trained], self.settings, self.number, folder)
 
     def kept(self, name: str, measure: Measure) -> Evaluation | None:
         """What an earlier demo measured of an arm; None unless all that is measured now is there.
@@ -78,7 +80,7 @@ class Seed:
         found: Evaluation = json.loads(file.read_text())
         return found if measure.spaces.keys() <= found["cells"].keys() else None
 
-    def run(self, name: str, arm: Arm, config: Config, measure: Measure, quiet: bool) -> Evaluation:
+    def run(self, name: str, arms: Mapping[str, Arm], measure: Measure, quiet: bool) -> Evaluation:
         """Train unless that is done, sample and measure; frechet.json is written last.
 
         Raises:
@@ -87,8 +89,9 @@ class Seed:
         from mixflow_fast.training.trainer import train
 
         started = time.monotonic()
+        config, own = self.config(name, arms), arms[name].weights_of is None
         # A signal ends the training with a checkpoint: the demo must end too.
-        if arm.weights_of is None and not train(config, quiet=quiet).finished:
+        if own and not train(config, quiet=quiet).finished:
             raise KeyboardInterrupt
         folder = self.folder / name
         cells = evaluate(folder, Path(config.out), name, self, measure, quiet)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from mixflow_fast.config.schema import Config
 from mixflow_fast.demo.arms import Finished, grid_name, save_pictures, strip_name
 from mixflow_fast.demo.measure import (
     EFFNET_DRAWS,
@@ -67,7 +66,7 @@ def findings(
             for metric, value in floor_of(settings.data, settings.size, settings.samples).items()
             if metric in measure.spaces
         },
-        "losses": {name: _losses(run.config) for name, run in trained.items()},
+        "losses": {name: _losses(Path(run.config.out)) for name, run in trained.items()},
         "real": _real_pictures(out, settings, measure),
         "config": {
             "settings": asdict(settings),
@@ -133,8 +132,8 @@ def _corrected(tables: Sequence[Mapping[str, Cell]]) -> Distances:
     return found
 
 
-def _losses(config: Config) -> list[list[float]]:
-    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+def _losses(folder: Path) -> list[list[float]]:
+    rows = read_metrics(folder / "metrics.jsonl")
     return [[row["images_seen"], row["loss"]] for row in rows]
 
 

@@ -82,14 +82,12 @@ def _finished(
     quiet: bool,
 ) -> Finished:
     """An arm of a seed: what is kept of it, or else made now."""
-    arm = arms[name]
-    config = place.config(arm.weights_of or name, arms[arm.weights_of or name])
     found = place.kept(name, measure)
     if found is None:
-        found = place.run(name, arm, config, measure, quiet)
+        found = place.run(name, arms, measure, quiet)
     else:
         log(f"  finished already, kept: {place.folder / name} (--fresh starts over)")
-    return Finished(place.folder / name, config, found)
+    return Finished(place.folder / name, place.config(name, arms), found)
 
 
 def _claim(out: Path, settings: Settings, fresh: bool) -> None:
