@@ -1,10 +1,11 @@
 """Does the rule for gamma hold on other seeds? The demo's base, its arms over gamma, its slow flow.
 
 For every seed the photo demo's base model is trained, then post-trained at a constant learning rate
-with the Beta(2,1) label and each gamma on the same examples and noise, sampled with each number of Euler steps, and measured
-as the demo measures. Beside it stands what `slow_flow` finds on the base alone and what
-`recommend_gamma` makes of it, so that the gamma that was best can be held against the one that was
-recommended. Finished parts are kept: the same command goes on, and more seeds or gammas only add.
+with the Beta(2,1) label and each gamma on the same examples and noise, sampled with each number of
+Euler steps, and measured as the demo measures. Beside it stands what `slow_flow` finds on the base
+alone and what `recommend_gamma` makes of it, so that the gamma that was best can be held against
+the one that was recommended. Finished parts are kept: the same command goes on, and more seeds or
+gammas only add.
 
     python -m benchmarks.slow_flow_rule --seeds 110 111 112 113 114 --out runs/slow-flow-rule
 
