@@ -163,7 +163,7 @@ def save_comparison(out: Path, result: DemoResult) -> None:
         return
     fewest = min(steps, key=int)
     rows = {
-        f"{arm['label']}: {fewest} steps": Path(arm["pictures"][fewest]["strip"])
+        f"{arm['label']} ({fewest} steps)": Path(arm["pictures"][fewest]["strip"])
         for arm in main_arms(result).values()
     }
     save_captioned(out / "arms.png", {**rows, "real": Path(result["real"]["strip"])}, columns=1)

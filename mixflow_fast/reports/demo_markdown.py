@@ -30,8 +30,11 @@ def evidence_markdown(result: DemoResult) -> str:
     lines = [f"## {_escape(result['title'])}", ""]
     for metric in result["metrics"]:
         lines += [f"{METRICS[metric]} (lower is better)", "", *_table(result, metric), ""]
-        lines += [f"* {_escape(sentence)}" for sentence in verdicts(result, metric)]
-        lines.append("")
+        found = verdicts(result, metric)
+        if found:
+            lines += _head(result, "one arm, against another")
+            lines += [f"| {_escape(v.text)} | {' | '.join(v.cells)} |" for v in found]
+            lines.append("")
     lines += [*_remedies(result), *_corrected(result)]
     environment = ", ".join(f"{k} {v}" for k, v in result["environment"].items())
     lines.append(f"* {describe_seeds(result)}; seeds {', '.join(map(str, result['seeds']))}.")
@@ -44,9 +47,9 @@ def _escape(text: object) -> str:
     return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
 
 
-def _head(result: DemoResult) -> list[str]:
+def _head(result: DemoResult, first: str = "arm") -> list[str]:
     steps = " | ".join(f"{s} steps" for s in result["steps"])
-    return [f"| arm | {steps} |", "|---|" + "---:|" * len(result["steps"])]
+    return [f"| {first} | {steps} |", "|---|" + "---:|" * len(result["steps"])]
 
 
 def _table(result: DemoResult, metric: Metric) -> list[str]:

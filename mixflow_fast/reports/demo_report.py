@@ -35,7 +35,8 @@ _STYLE = """
 .strips img{width:100%;max-width:820px;image-rendering:pixelated;border-radius:4px}
 .strips figcaption{color:var(--ink);margin-bottom:.15rem}
 .grids.large{grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr))}
-ul.plainly{margin:.4rem 0 0;padding-left:1.2rem;font-size:.95rem}
+.plainly{margin-top:.8rem}.plainly table{font-size:.85rem}
+pre.command{white-space:pre-wrap}
 details details>summary,details.small>summary{font-size:1rem}
 """
 _ABOUT = (
@@ -147,8 +148,13 @@ def _distances(result: DemoResult, more: str = "") -> str:
 
 
 def _plainly(result: DemoResult, metric: Metric) -> str:
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in verdicts(result, metric))
-    return f'<ul class="plainly">{items}</ul>' if items else ""
+    """Who is lower than whom; of several seeds, how many agree."""
+    rows = "".join(_row(v.text, v.cells) for v in verdicts(result, metric))
+    return (
+        f'<div class="plainly">{_wide(result, rows, "one arm, against another")}</div>'
+        if rows
+        else ""
+    )
 
 
 def _corrected(result: DemoResult) -> str:
@@ -209,13 +215,13 @@ def _conditions(result: DemoResult) -> str:
 <h2>Environment</h2>
 <div class="wide"><table><tbody>{environment}</tbody></table></div>
 <details class="small"><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>
-{f"<p>Run again with</p><pre>{html.escape(command)}</pre>" if command else ""}
+{f'<p>Run again with</p><pre class="command">{html.escape(command)}</pre>' if command else ""}
 {_compare(compare) if compare else ""}"""
 
 
 def _compare(command: str) -> str:
     return f"""<p>Compare these models in detail, with intervals, pairs and slow flow:</p>
-<pre>{html.escape(command)}</pre>"""
+<pre class="command">{html.escape(command)}</pre>"""
 
 
 def _table(result: DemoResult, metric: Metric) -> str:
@@ -240,10 +246,10 @@ def _row(label: str, cells: Iterable[str], attribute: str = "") -> str:
     return f"<tr{attribute}><td>{html.escape(label)}</td>{texts}</tr>"
 
 
-def _wide(result: DemoResult, rows: str) -> str:
+def _wide(result: DemoResult, rows: str, first: str = "arm") -> str:
     head = "".join(f'<th scope="col">{s} steps</th>' for s in result["steps"])
     return (
-        f'<div class="wide"><table><thead><tr><th scope="col">arm</th>{head}</tr></thead>'
+        f'<div class="wide"><table><thead><tr><th scope="col">{first}</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 

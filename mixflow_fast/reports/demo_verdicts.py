@@ -1,8 +1,9 @@
-"""What a demo's numbers say, in sentences that are made of them: who is lower, who is not."""
+"""Which arm is lower than which, at each number of steps: where MixFlow wins, and where it loses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mixflow_fast.reports.demo_result import METRICS, DemoResult, Metric, values_of
 
@@ -16,47 +17,44 @@ _PAIRS = (
 )
 
 
-def verdicts(result: DemoResult, metric: Metric) -> list[str]:
-    """One sentence for each pair of arms that is there: where the first is lower, and where not.
+@dataclass(frozen=True)
+class Verdict:
+    """One arm held against another.
 
-    Means decide; the count is of the seeds that agree with them. Where an arm has no remedy at some
-    number of steps, it is not held against the arm whose samples it repeats there.
+    Attributes:
+        text: of whom.
+        cells: by number of steps, "lower" or "higher" by the means, and how many seeds agree.
     """
-    sentences = []
+
+    text: str
+    cells: Sequence[str]
+
+
+def verdicts(result: DemoResult, metric: Metric) -> list[Verdict]:
+    """Every pair of the main arms that is there.
+
+    Where an arm has no remedy at some number of steps, it is not held against the arm whose samples
+    it repeats there.
+    """
+    found = []
     for first, second in _PAIRS:
         if {first, second} <= result["arms"].keys():
-            sentence = _verdict(result, metric, first, second)
-            if sentence:
-                sentences.append(sentence)
-    return sentences
+            one, other = result["arms"][first], result["arms"][second]
+            cells = [
+                _cell(values_of(one, metric, steps), values_of(other, metric, steps))
+                for steps in result["steps"]
+            ]
+            found.append(Verdict(f"{one['label']}, against {other['label']}", cells))
+    return found
 
 
-def _verdict(result: DemoResult, metric: Metric, first: str, second: str) -> str:
-    one, other = result["arms"][first], result["arms"][second]
-    lower: list[str] = []
-    higher: list[str] = []
-    for steps in result["steps"]:
-        mine, theirs = values_of(one, metric, steps), values_of(other, metric, steps)
-        if not mine or len(mine) != len(theirs) or mine == theirs:
-            continue
-        below = sum(mine) < sum(theirs)
-        agree = sum((a < b) == below for a, b in zip(mine, theirs, strict=True))
-        of = f" (in {agree} of {len(mine)} seeds)" if len(mine) > 1 else ""
-        (lower if below else higher).append(f"{steps}{of}")
-    if not lower and not higher:
-        return ""
-    parts = [
-        f"{word} with {_listed(places)} steps"
-        for word, places in (("lower", lower), ("higher", higher))
-        if places
-    ]
-    return f"{one['label']} is {', '.join(parts)} than {other['label']}."
-
-
-def _listed(items: Sequence[str]) -> str:
-    if len(items) == 1:
-        return items[0]
-    return f"{', '.join(items[:-1])} and {items[-1]}"
+def _cell(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    if not mine or len(mine) != len(theirs) or mine == theirs:
+        return "–"
+    below = sum(mine) < sum(theirs)
+    agree = sum((a < b) == below for a, b in zip(mine, theirs, strict=True))
+    of = f", {agree} of {len(mine)}" if len(mine) > 1 else ""
+    return f"{'lower' if below else 'higher'}{of}"
 
 
 def short_name(metric: Metric) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from mixflow_fast.reports.demo_markdown import evidence_markdown
 from mixflow_fast.reports.demo_report import render_demo_report
-from mixflow_fast.reports.demo_verdicts import verdicts
+from mixflow_fast.reports.demo_verdicts import Verdict, verdicts
 from mixflow_fast.reports.images import save_grid
 from tests.support.pages import Page, assert_loads_nothing
 
@@ -169,9 +169,8 @@ def test_verdicts_say_where_an_arm_loses(pictures: dict[str, str]) -> None:
     result = make_result(pictures, False)
     arms = result["arms"]
     arms["control"], arms["mixflow"] = arms.pop("plain"), arms.pop("slowed")
-    assert verdicts(result, "frechet") == [
-        "MixFlow is lower with 5 steps, higher with 10 steps than plain flow matching."
-    ]
+    mixflow = Verdict("MixFlow, against plain flow matching", ["lower", "higher"])
+    assert verdicts(result, "frechet") == [mixflow]
     # A remedy at 5 steps alone: at 10 the samples are those of the arm itself, which says nothing.
     remedied = {"frechet": {"5": 8.0, "10": 7.25}}
     arms["control_remedy"] = {
@@ -181,9 +180,10 @@ def test_verdicts_say_where_an_arm_loses(pictures: dict[str, str]) -> None:
         "distances": arms["control"]["distances"] | remedied,
     }
     assert verdicts(result, "frechet")[1:] == [
-        "remedy is lower with 5 steps than plain flow matching.",
-        "MixFlow is higher with 5 and 10 steps than remedy.",
+        Verdict("remedy, against plain flow matching", ["lower", "–"]),
+        Verdict("MixFlow, against remedy", ["higher", "higher"]),
     ]
+    assert "| MixFlow, against plain flow matching | lower | higher |" in evidence_markdown(result)
     assert "| remedy | ssc (a 0.1, b 1) | none |" in evidence_markdown(result)
     several = make_result(pictures, True)
     arms = several["arms"]
@@ -191,8 +191,7 @@ def test_verdicts_say_where_an_arm_loses(pictures: dict[str, str]) -> None:
     arms["mixflow"]["distances"]["frechet"]["10"] = {"mean": 7.2, "std": 0.3, "values": [7.0, 7.4]}
     # 7.165 and 7.335 of the control: one of the two seeds is lower, and so is the mean.
     assert verdicts(several, "frechet") == [
-        "MixFlow is lower with 5 (in 2 of 2 seeds) and 10 (in 1 of 2 seeds) steps than plain flow "
-        "matching."
+        Verdict("MixFlow, against plain flow matching", ["lower, 2 of 2", "lower, 1 of 2"])
     ]
 
 
@@ -207,7 +206,7 @@ def test_commands_bias_and_standard_errors(tmp_path: Path, pictures: dict[str, s
     page = Page(text)
     assert page.rows.count(["MixFlow", "3.217 ± 0.041", "1.50 ± 0.20"]) == 2
     assert evidence_markdown(result).count("| MixFlow | 3.217 ± 0.041 | 1.50 ± 0.20 |") == 2
-    last = re.findall(r"<pre>(.*?)</pre>", text)[-2:]
+    last = re.findall(r'<pre class="command">(.*?)</pre>', text)[-2:]
     assert last == ["mixflow-fast demo", "mixflow-fast compare A B"]
 
 
