@@ -1,4 +1,4 @@
-"""Which arm is lower than which, at each number of steps: where MixFlow wins, and where it loses."""
+"""Which arm is lower than which at each number of steps: where MixFlow wins, where it loses."""
 
 from __future__ import annotations
 
