@@ -76,8 +76,8 @@ def findings(
         "notes": _notes(settings, len(seeds), measure),
         "command": command,
         "compare": _compare_command(out, seeds[0], arms, settings),
-        "images_caption": f"Seed {seeds[0]}, not selected. Pictures of one column began as the same "
-        "noise, with the same label.",
+        "images_caption": f"Seed {seeds[0]}, not selected. Pictures of one column began as the "
+        "same noise, with the same label.",
         "about": _about(settings),
     }
 
