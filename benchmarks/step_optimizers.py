@@ -208,7 +208,7 @@ class DeepSpeedPair:
     def __init__(self, config: Config, device: torch.device) -> None:
         # DeepSpeed is an extra, and the other suites run without it.
         from mixflow_fast.training.build import build_execution, build_model, build_objective
-        from mixflow_fast.training.engine import Engine
+        from mixflow_fast.training.engine import DeepSpeedEngine
 
         train, batch = config.train, config.train.global_batch_size
         model = build_model(config.model)
@@ -219,7 +219,7 @@ class DeepSpeedPair:
         self._ids = torch.arange(batch, device=device)
         self._y = self._ids % model.num_classes
         execution = build_execution(config.model, train.zero_stage, device)
-        self.engine = Engine(train, config.optim, batch, model.set_execution(execution))
+        self.engine = DeepSpeedEngine(train, config.optim, batch, model.set_execution(execution))
         self.engine.start(None)
         self.weights = Weights(copied.to(device))
         self._net = self.weights.half if self._half else self.weights.single

@@ -49,9 +49,10 @@ def run(options: argparse.Namespace) -> int:
     finally:
         if remove:
             shutil.rmtree(out, ignore_errors=True)
-    half, steps = options.steps // 2, options.steps
+    half, steps, c = options.steps // 2, options.steps, config.train
+    engine = "ddp" if c.engine == "ddp" else f"ZeRO {c.zero_stage}"
     print(
-        f"{options.recipe}, ZeRO {config.train.zero_stage}, {config.train.precision}, "
+        f"{options.recipe}, {engine}, {c.precision}, "
         f"{options.ranks} rank{'s' * (options.ranks > 1)}: {steps} steps against {half}, a save, "
         f"fresh processes and {steps - half} more\n\n{table(rows)}\n"
     )

@@ -86,6 +86,8 @@ def _check_communication(t: TrainConfig) -> None:
             "out, or set train.precision=bf16"
         )
     # DeepSpeed's wrappers there sum once, after the backward pass, in buckets of a fixed size.
+    if t.engine == "ddp":
+        return
     if t.zero_stage == 0 or (t.zero_stage == 1 and t.precision == "bf16"):
         for f in _changed(t):
             if f.name in ("overlap_comm", "reduce_bucket_size"):

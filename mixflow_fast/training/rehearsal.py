@@ -55,7 +55,8 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     """
     ranks = process_group.world_size()
     validate(config, ranks)
-    import_deepspeed()
+    if config.train.engine == "deepspeed":
+        import_deepspeed()
     device = process_group.local_device(config.train.device)
     parts = build_run(config, device)
     data = describe_data(parts.dataset, config.data, config.model)
@@ -189,10 +190,11 @@ def _describe_memory(
     count = sum(parameter.numel() for parameter in model.parameters())
     element, stage = (2 if c.precision == "bf16" else 4), c.zero_stage
     weights = element / (ranks if stage == 3 else 1)
-    # ZeRO 1 adds up bf16 gradients in float32; from 2 on the sums are sharded.
+    # ZeRO 1 and ddp add up bf16 gradients in float32; from 2 on the sums are sharded.
     gradients = 4 / ranks if stage >= 2 else 4 if element == 4 else 6
     # Moments, averages, and master weights where they are not the network's own.
-    optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + (1 if stage else 0))
+    masters = stage > 0 or element == 2
+    optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + masters)
     state = count * (weights + gradients + optimizer / (ranks if stage else 1))
     kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
     tokens = (model.input_size // model.patch_size) ** 2

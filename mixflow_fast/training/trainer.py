@@ -1,7 +1,7 @@
-"""Post-training loop on DeepSpeed. The way of a batch is in `train_step` and `forward`.
+"""Post-training loop around an engine. The way of a batch is in `train_step` and `forward`.
 
 Every draw is a function of (seed, global position), so a run's examples and noise do not depend on
-the number of ranks, the micro-batch or interruptions: resuming needs a counter and DeepSpeed's
+the number of ranks, the micro-batch or interruptions: resuming needs a counter and the engine's
 state. Nothing in a step waits for the device; the loss is read every `train.log_every` steps.
 """
 
@@ -23,7 +23,6 @@ from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
-from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
 from mixflow_fast.files import user_path
@@ -36,12 +35,12 @@ from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.objective.rollout import roll_in
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
-from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
+from mixflow_fast.training.build import FirstNetwork, RunParts, build_engine, build_run
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.encoders import describe_encoder
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import meet
 from mixflow_fast.training.loading import (
     Loader,
     LoaderOrder,
@@ -102,7 +101,7 @@ class Trainer:
         step: optimizer steps done.
         model, mix, dataset, alignment: network, objective, examples and REPA's term.
         inputs: what the network trains on, from a batch on the device.
-        engine: DeepSpeed around the network.
+        engine: DeepSpeed, or DDP, around the network.
         guard: what to do with steps that are not finite.
         objective: description of the implementation that runs.
         attention: the chosen attention backends.
@@ -136,9 +135,8 @@ class Trainer:
         self._rollout_steps = config.objective.rollout_steps
         self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
         # After the parts: a rank whose data are not there ends before the others wait for it.
-        process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
-        self.host_group = group = HostGroup(process_group.timeout())
-        self._save_group = HostGroup(process_group.timeout(), separate=True)
+        self.host_group, self._save_group = meet(config.train, ranks)
+        group = self.host_group
         self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
         with heartbeat.watching(), self._folder.closed_on_error():
@@ -152,7 +150,7 @@ class Trainer:
             self._used_before = self._start.attention if config.model.attention == "auto" else None
             shape = self.microbatch, config.train.precision, self.device
             self.attention = agree_on_attention(self.model, shape, group, self._used_before)
-            self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
+            self.engine = build_engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
             self._folder.make(config.to_yaml(), self._start.checkpoint, bool(self._start.finished))
             self.engine.start(self._start.checkpoint, resharded=bool(self._start.resharded_from))
@@ -192,7 +190,7 @@ class Trainer:
         return TrainResult(self.out, self.step, self.images_seen, self._ended)
 
     def close(self) -> None:
-        """Let go of the run folder, and take back what DeepSpeed changed for the process."""
+        """Let go of the run folder, and take back what the engine changed for the process."""
         self._folder.close()
         self.engine.close()
 

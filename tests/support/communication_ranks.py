@@ -22,7 +22,8 @@ from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import SiT
 from mixflow_fast.training import gathering
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.build import build_engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.trainer import train
 from tests.support.runs import tiny
 
@@ -75,7 +76,7 @@ def engine_of(model: SiT, **train: object) -> Engine:
     """The engine of a step of two examples a rank."""
     batch = 2 * dist.get_world_size()
     config = TrainConfig(global_batch_size=batch, microbatch_size=2, device="cpu", **train)
-    engine = Engine(config, OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach"), 2, model)
+    engine = build_engine(config, OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach"), 2, model)
     engine.start(None)
     return engine
 

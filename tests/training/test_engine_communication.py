@@ -13,7 +13,7 @@ from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import SiT
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engine import DeepSpeedEngine
 from tests.support.launchers import on_ranks
 from tests.support.runs import assert_same_bits, settings
 
@@ -106,7 +106,7 @@ def test_deepspeed_does_not_make_the_backward_pass_much_dearer_for_the_host() ->
     process_group.init_process_group("cpu")
     size = dict(input_size=4, patch_size=2, hidden_size=64, depth=6, num_heads=2, num_classes=10)
     bare, config = SiT(**size).bfloat16(), TrainConfig(global_batch_size=1, device="cpu")
-    engine = Engine(config, OptimConfig(), 1, SiT(**size))
+    engine = DeepSpeedEngine(config, OptimConfig(), 1, SiT(**size))
     engine.start(None)
     ratios = []
     for _ in range(12):
