@@ -3,7 +3,7 @@
 torchrun ... -m tests.support.communication_ranks runs OUT '[["name", ["section.field=value"]]]'
     trains OUT/name with each list of settings
 torchrun ... -m tests.support.communication_ranks errors FILE '[2]'
-    the error of a step's mean gradient by ZeRO stage and train.reduce_dtype
+    the error of a step's mean gradient by ZeRO stage (or "ddp") and train.reduce_dtype
 torchrun ... -m tests.support.communication_ranks gathered FILE '[["bf16", 2]]'
     how many broadcasts `Engine.gathered` took; its bits are compared with DeepSpeed's own here
 """
@@ -81,7 +81,7 @@ def engine_of(model: SiT, **train: object) -> Engine:
     return engine
 
 
-def error_of(stage: int, reduce_dtype: str) -> float:
+def error_of(stage: int | str, reduce_dtype: str) -> float:
     """Relative RMS error of the mean gradient that reaches the optimizer.
 
     After one step Adam's first moment is (1 - beta1) times the gradient.
@@ -90,7 +90,8 @@ def error_of(stage: int, reduce_dtype: str) -> float:
     cast = copy.deepcopy(model).bfloat16()
     for name in model.float32_names:
         cast.get_parameter(name).data = model.get_parameter(name).data.clone()
-    engine = engine_of(model, zero_stage=stage, reduce_dtype=reduce_dtype)
+    how = {"engine": "ddp", "zero_stage": 0} if stage == "ddp" else {"zero_stage": stage}
+    engine = engine_of(model, **how, reduce_dtype=reduce_dtype)
     truth = mean_gradient(cast)  # now: ZeRO 3 has put its own F.linear into the process
     engine.backward(loss_of(engine, dist.get_rank()))
     engine.step()
