@@ -262,6 +262,9 @@ class TrainConfig(Section, name="train"):
     """Checkpoint whose EMA weights start model and EMA; null starts from random weights."""
     device: Device = "auto"
     """auto takes the GPU where there is one."""
+    deterministic: bool = False
+    """Repeats its bits on a GPU too: deterministic algorithms alone, none chosen by timing, slower.
+    An operator without such a way ends the run with its name. A resumed run must keep it."""
     timeout_minutes: Annotated[float, at_least(0.1)] = 30.0
     """A rank that hangs so long ends the run: longer than a save or a preview takes."""
     on_nonfinite: OnNonfinite = "stop"

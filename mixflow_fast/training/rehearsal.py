@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from mixflow_fast.checkpoints.resume import find
 from mixflow_fast.checkpoints.run_folder import RunFolder
 from mixflow_fast.config.data_sections import EncoderConfig
@@ -26,6 +28,7 @@ from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.training.build import FirstNetwork, build_run
 from mixflow_fast.training.data_report import describe_data
+from mixflow_fast.training.determinism import Determinism, describe_determinism
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.loading import loader_workers
@@ -75,6 +78,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *_describe_encoder(config.encoder, parts.inputs.encoder),
         f"model: {_describe_model(config.model, parts.model)}",
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
+        *_describe_determinism(c.deterministic, device),
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
         "measured here for a second",
         *start.describe(folder.out, config.steps, c.init),
@@ -86,6 +90,12 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
 def _describe_encoder(section: EncoderConfig, encoder: Encoder | None) -> Iterator[str]:
     if encoder is not None:
         yield f"encoder: {describe_encoder(section, encoder)}"
+
+
+def _describe_determinism(wanted: bool, device: torch.device) -> Iterator[str]:
+    if wanted:
+        Determinism(wanted)  # refuses what the run would refuse
+        yield f"deterministic: {describe_determinism(wanted, device)}"
 
 
 def checkpoint_bytes(

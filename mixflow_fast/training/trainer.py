@@ -37,6 +37,12 @@ from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_engine, build_run
 from mixflow_fast.training.data_report import agree_on_data
+from mixflow_fast.training.determinism import (
+    Determinism,
+    compare_bits,
+    describe_determinism,
+    what_bits_depend_on,
+)
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.encoders import describe_encoder
@@ -129,6 +135,7 @@ class Trainer:
         self.microbatch = config.microbatch(ranks)
         self.quiet = quiet or process_group.rank() > 0
         self.on_step: OnStep | None = None
+        self._determinism = Determinism(config.train.deterministic)  # before CUDA starts
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
@@ -139,7 +146,7 @@ class Trainer:
         group = self.host_group
         self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
-        with heartbeat.watching(), self._folder.closed_on_error():
+        with heartbeat.watching(), self._folder.closed_on_error(), self._determinism.on():
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
             self._first_network = FirstNetwork(config.model, config.train.init, self._start)
@@ -181,6 +188,7 @@ class Trainer:
             TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
         """
         messages = self._start.describe(self.out, self.config.steps, self.config.train.init)
+        messages += compare_bits(self.out, self._start.state, self._bits)
         try:
             with heartbeat.watching(), self._stop.installed(), lost_ranks.roll_call():
                 while not self._train(messages):
@@ -193,6 +201,7 @@ class Trainer:
         """Let go of the run folder, and take back what the engine changed for the process."""
         self._folder.close()
         self.engine.close()
+        self._determinism.off()
 
     def _train(self, messages: list[str]) -> bool:
         """Train from this step on; False where a step was bad and the run is to go back."""
@@ -297,6 +306,7 @@ class Trainer:
             attention=[choice.backend for choice in self.attention] or None,
             safety=asdict(self.guard.state),
             data=self._data.summary.to_record(),
+            bits=self._bits,
         )
         weights = c.save_weights == "always" or (c.save_weights == "end" and self._ended)
         self._saved, self._resharded = self.step, False
@@ -329,6 +339,13 @@ class Trainer:
             images_seen=self.images_seen,
             config=json.dumps(self.config.to_dict()),
         ).to_record()
+
+    @property
+    def _bits(self) -> dict[str, str] | None:
+        """What the last bits of a deterministic run depend on and may change on a resume."""
+        split = self.host_group.ranks, self.microbatch
+        run = self.device, self.model.execution, self.objective
+        return what_bits_depend_on(self.config.train, split, *run)
 
     def describe_network(self) -> str:
         """How the network is run: mode, attention, checkpointing."""
@@ -398,6 +415,7 @@ class Trainer:
             "data": self._data.what,
             "decoder": describe_loader(self.config.data, self.dataset, self.device),
             "encoder": describe_encoder(self.config.encoder, self.inputs.encoder),
+            "deterministic": describe_determinism(c.deterministic, self.device),
         }
         log.start(
             self.step,
