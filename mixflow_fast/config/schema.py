@@ -33,7 +33,7 @@ from mixflow_fast.kernels.attention.backends import BackendName
 from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.dinov2 import Precision
-from mixflow_fast.models.execution import Checkpointing, Mode
+from mixflow_fast.models.execution import Checkpointing, CompileUnit, Mode
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
 from mixflow_fast.optim.lr_schedule import LrSchedule, learning_rate
@@ -94,6 +94,9 @@ class ModelConfig(Section, name="model"):
     """Seed of the random initial weights."""
     mode: Literal["auto", Mode] = "auto"
     """How the network is run; auto: compile on a GPU, eager on a CPU."""
+    compile_unit: CompileUnit = "block"
+    """What torch.compile takes at once: block compiles one for all of a width, in seconds;
+    all_blocks takes minutes and leaves the host less to do in each step."""
     attention: Literal["auto", BackendName] = "auto"
     """Attention backend of mode fused; auto: the fastest that is right and repeats its bits."""
     checkpointing: Checkpointing = "none"

@@ -60,6 +60,8 @@ def describe_network(
     """
     how = model.execution
     words = [f"mode {how.mode}"]
+    if how.compile_unit == "all_blocks":
+        words.append("all blocks compiled at once")
     for choice in choices:
         words.append(f"attention {choice.backend} ({choice.tested[choice.backend]})")
     if before and before != [choice.backend for choice in choices]:

@@ -43,7 +43,7 @@ from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.loading import check_loading
 
 # Fields of the section `model` that are not arguments of the class.
-_NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
+_NOT_ARGUMENTS = ("name", "init_seed", "mode", "compile_unit", "attention", "checkpointing")
 # Fields of a data kind that are no arguments of its class.
 _HOW_IT_COMES = ("loader", "resident")
 # Data kinds with a held-out set of their own.
@@ -151,12 +151,27 @@ class FirstNetwork:
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:
-    """How the network of a configuration is run on a device."""
+    """How the network of a configuration is run on a device.
+
+    Raises:
+        ValueError: a setting of torch.compile where it is not used.
+    """
     mode = section.mode
     if mode == "auto":
         # ZeRO 3 gathers weights in the modules' own forward pass, which the other modes leave out.
         mode = "compile" if device.type == "cuda" and zero_stage < 3 else "eager"
-    return Execution(mode=mode, attention=section.attention, checkpointing=section.checkpointing)
+    if mode == "eager" and section.compile_unit != "block":
+        auto = ", which auto is here" if section.mode == "auto" else ""
+        raise ValueError(
+            f"model.compile_unit={section.compile_unit} needs model.mode=compile or fused, got "
+            f"eager{auto}: set model.mode, or leave model.compile_unit out"
+        )
+    return Execution(
+        mode=mode,
+        attention=section.attention,
+        checkpointing=section.checkpointing,
+        compile_unit=section.compile_unit,
+    )
 
 
 def build_engine(

@@ -179,6 +179,7 @@ def what_bits_depend_on(
         "engine": "ddp" if section.engine == "ddp" else f"ZeRO {section.zero_stage}",
         "sums over the ranks": section.reduce_dtype,
         "mode": execution.mode,
+        "compiled at once": execution.compile_unit,
         "checkpointing": execution.checkpointing,
         "objective": objective,
     }
