@@ -31,7 +31,8 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "train.on_nonfinite", "train.max_skips", "train.max_rollbacks",
         "train.timeout_minutes", "train.microbatch_size", "objective.impl", "data.workers",
         "data.depth", "data.resident", "data.loader",
-        "model.mode", "model.compile_unit", "model.attention", "model.checkpointing", "train.loggers",
+        "model.mode", "model.compile_unit", "model.attention", "model.checkpointing",
+        "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.preview_decoder", "train.preview_stats",
         "train.validate_every", "train.validate_examples"}  # fmt: skip

@@ -30,7 +30,7 @@ from mixflow_fast.kernels.runtime import IMPLS, Impl
 from mixflow_fast.models.inductor import block_options
 
 _NUMBERS = itertools.count()
-Mode = Literal["eager", "compile", "fused"]
+Mode = Literal["eager", "compile", "fused", "graph"]
 CompileUnit = Literal["block", "all_blocks"]
 Checkpointing = Literal["none", "elementwise", "selective", "full"]
 # The result of a block function: a tensor, or a residual stream of the fused block.
@@ -44,8 +44,9 @@ class Execution:
     """How a network is run. It changes rounding, speed and memory, never the function.
 
     Attributes:
-        mode: "eager" (plain PyTorch), "compile" (the same, each block through torch.compile) or
-            "fused" (blocks of fused operators, compiled).
+        mode: "eager" (plain PyTorch), "compile" (the same, each block through torch.compile),
+            "fused" (blocks of fused operators, compiled) or "graph" ("compile", of which training
+            records both passes as CUDA graphs; elsewhere it is "compile").
         attention: "auto" or a name of `kernels.attention.choice.BACKENDS`. "auto" is PyTorch's
             own choice in the modes eager and compile; in mode fused the fastest backend that
             passes its test.
@@ -94,7 +95,7 @@ class Execution:
     @property
     def compiles(self) -> bool:
         """Whether torch.compile is used."""
-        return self.mode == "compile" or (self.mode == "fused" and self.compiled)
+        return self.mode in ("compile", "graph") or (self.mode == "fused" and self.compiled)
 
 
 def runner(

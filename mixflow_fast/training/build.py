@@ -35,6 +35,7 @@ from mixflow_fast.models.dinov2 import Dinov2Files
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
+from mixflow_fast.training.capture import check_device
 from mixflow_fast.training.ddp_engine import DDPEngine
 from mixflow_fast.training.encoders import build_encoder, check_encoder, image_size
 from mixflow_fast.training.engine import DeepSpeedEngine
@@ -160,6 +161,8 @@ def build_execution(section: ModelConfig, zero_stage: int, device: torch.device)
     if mode == "auto":
         # ZeRO 3 gathers weights in the modules' own forward pass, which the other modes leave out.
         mode = "compile" if device.type == "cuda" and zero_stage < 3 else "eager"
+    if mode == "graph":
+        check_device(device)
     if mode == "eager" and section.compile_unit != "block":
         auto = ", which auto is here" if section.mode == "auto" else ""
         raise ValueError(

@@ -11,7 +11,7 @@ all-reduce then runs beside the rest of the backward pass. One process needs no 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import Transformer
+from mixflow_fast.training.capture import CapturedNetwork, CudaRecorder
 from mixflow_fast.training.engines import (
     Engine,
     build_optimizer,
@@ -71,6 +72,7 @@ class DDPEngine(Engine):
         self._microsteps = train.global_batch_size // (microbatch * self._ranks)
         self._microstep = 0
         self._half = train.precision == "bf16"
+        self._call: Callable[..., Tensor | tuple[Tensor, list[Tensor]]] = model
         self._reducer: _Reducer | None = None
         self._gradients: MasterGradients | None = None
 
@@ -98,6 +100,8 @@ class DDPEngine(Engine):
             self._set_optimizer_state(iter_shards(resume_from))
         elif resume_from is not None:
             self._load(resume_from)
+        if net.execution.mode == "graph":
+            self._call = CapturedNetwork(net, CudaRecorder(device))
         if self._ranks > 1:
             self._reducer = _Reducer(self._params, self._gradients, self._microsteps, c)
 
@@ -141,8 +145,8 @@ class DDPEngine(Engine):
                 state[key].view(-1)[piece.start : piece.start + value.numel()].copy_(value)
 
     def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """The network's forward pass."""
-        return self.module(*args)
+        """The network's forward pass; in mode graph the output holds until the next one."""
+        return self._call(*args)
 
     def backward(self, loss: Tensor) -> None:
         """As `Engine.backward`."""

@@ -37,7 +37,7 @@ from mixflow_fast.training.loading import loader_workers
 # batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
 # compile is taken to keep what eager does, and the last two follow from what they save by design:
 # the block's input, and for selective the outputs of attention and of the MLP's first product.
-_KEPT_PER_BLOCK = {"eager": 20.1, "compile": 20.1, "fused": 18.1}
+_KEPT_PER_BLOCK = {"eager": 20.1, "compile": 20.1, "graph": 20.1, "fused": 18.1}
 _KEPT_WITH_CHECKPOINTING = {"elementwise": 12.1, "selective": 6.0, "full": 1.0}
 # How long examples are read to see how fast they come.
 _READING_S = 1.0
