@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,12 @@ class StepOutput:
     alignment: Tensor
     loss: Tensor
     samples: Tensor
+
+
+# Called after a step with its number, what its micro-batches gave on this rank, and this rank's
+# mean (loss, alignment). Whoever sets it keeps a step's tensors alive until it returns; in mode
+# graph `pred` holds until the next forward pass.
+OnStep = Callable[[int, list[StepOutput], Tensor], None]
 
 
 class _Part(NamedTuple):

@@ -8,8 +8,7 @@ state. Nothing in a step waits for the device; the loss is read every `train.log
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -68,28 +67,9 @@ from mixflow_fast.training.periodic import (
     WatchedCopy,
     validation_loss,
 )
-from mixflow_fast.training.run_log import RunLog
+from mixflow_fast.training.run_log import RunLog, TrainResult
 from mixflow_fast.training.saving import Checkpoints, begin_save
-from mixflow_fast.training.step_record import StepOutput, StepRecord
-
-# Called after a step with its number, what its micro-batches gave on this rank, and this rank's
-# mean (loss, alignment). Whoever sets it keeps a step's tensors alive until it returns.
-OnStep = Callable[[int, list[StepOutput], Tensor], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run left: its folder, steps and images done, and whether it reached its end."""
-
-    out: Path
-    step: int
-    images_seen: int
-    finished: bool
-
-    @property
-    def weights(self) -> Path:
-        """Official-layout checkpoint with "model" and "ema"; see `train.save_weights`."""
-        return self.out / "weights.pt"
+from mixflow_fast.training.step_record import OnStep, StepOutput, StepRecord
 
 
 class Trainer:
