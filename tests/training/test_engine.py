@@ -21,7 +21,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training import engine
 from mixflow_fast.training.build import build_model
-from mixflow_fast.training.engine import Engine, deepspeed_state
+from mixflow_fast.training.engine import DeepSpeedEngine, deepspeed_state
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.launchers import environment
 from tests.support.runs import ODD, ROOT, assert_same_bits, assert_same_states, settings, tiny
@@ -234,9 +234,9 @@ def test_another_series_of_deepspeed_is_warned_of(
 ) -> None:
     config = tiny(tmp_path)
     model = build_model(config.model)
-    Engine(config.train, config.optim, 8, model)
+    DeepSpeedEngine(config.train, config.optim, 8, model)
     monkeypatch.setattr(importlib.import_module("deepspeed"), "__version__", "0.20.1")
     with pytest.warns(UserWarning, match=r"DeepSpeed 0.20.1 is not of the tested series 0.19: "):
-        Engine(config.train, config.optim, 8, model)
+        DeepSpeedEngine(config.train, config.optim, 8, model)
     wanted = re.findall(r'"(deepspeed[^"]*)"', (ROOT / "pyproject.toml").read_text())
     assert set(wanted) == {f"deepspeed>=0.19.8,=={engine.TESTED_DEEPSPEED}.*"}
