@@ -5,8 +5,8 @@
     x0    = torch.ops.mixflow_fast.philox_normal(seed, positions, stream, numel)    float32
 
 seed is a () and positions a (B,) int64 tensor; results are (B, numel). They have the bits of the
-PyTorch lines in `philox`, which need twelve times as long for a batch of latents, and serve where
-there is no library, no CPU, or where functorch looks at every operation.
+PyTorch lines in `philox`, which need about ten times as long for a batch of latents, and serve
+where there is no library, no CPU, or where functorch looks at every operation.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def _library() -> Iterator[Check]:
     status = extension.load()
     device = _device().type
     if status.state == "absent":
-        slower = "AdamW with EMA takes several passes, and on a CPU random numbers 12 times as long"
+        slower = "AdamW takes several passes, and random numbers on a CPU ten times as long"
         yield Check("csrc", "warn", f"not built: {status.reason}; {slower}", extension.COMMAND)
         return
     if status.serves(device):
