@@ -20,9 +20,10 @@ a is rounded to float32, so the smallest radii (below about 5e-4, one in ten mil
 The angle is exact: b's first bit is a sign, and the rest, minus a quarter turn, stays within a
 quarter of zero, c = b mod 1/2 - 1/4; (cos, sin) 2 pi b = +-(-sin 2 pi c, cos 2 pi c).
 
-Two implementations: plain PyTorch, and Triton device functions that other kernels call to make the
-numbers in registers. The words are the same integers; normals agree to a few units in the last
-place of the radius (sine, cosine, logarithm and root are evaluated differently).
+Plain PyTorch defines them (`*_reference`); on the CPU the operators of `csrc/` give the same bits
+faster, where they were built (`philox_cpu`). Triton device functions, which other kernels call,
+make the numbers in registers. The words are the same integers; normals agree to a few units in the
+last place of the radius (sine, cosine, logarithm and root are evaluated differently).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from mixflow_fast.kernels import runtime
+from mixflow_fast.kernels import philox_cpu, runtime
 from mixflow_fast.kernels.runtime import jit, tl, triton
 
 _ROUND_A = 0xD2511F53
@@ -107,6 +108,10 @@ def seed_tensor(seed: int, device: torch.device) -> Tensor:
     return torch.full((), signed, dtype=torch.int64, device=device)
 
 
+def _seed_bits(seed: int | Tensor, positions: Tensor) -> Tensor:
+    return seed if isinstance(seed, Tensor) else seed_tensor(seed, positions.device)
+
+
 def _check_positions(positions: Tensor) -> Tensor:
     if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(
@@ -135,16 +140,29 @@ def _blocks(seed: int | Tensor, stream: int, positions: Tensor, numel: int) -> l
     return philox_4x32(counter, key)
 
 
-def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
-    """Uniform 32-bit words, (B, numel) int64 in [0, 2**32); arguments as `uniform`."""
+def words_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """`random_words` in plain PyTorch."""
     words = torch.stack(_blocks(seed, stream, positions, numel), dim=-1)
     return words.flatten(1)[:, :numel]
+
+
+def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """Uniform 32-bit words, (B, numel) int64 in [0, 2**32); arguments as `uniform`."""
+    positions = _check_positions(positions)
+    if philox_cpu.serves(positions):
+        return philox_cpu.words(_seed_bits(seed, positions), int(stream), positions, numel)
+    return words_reference(seed, stream, positions, numel)
 
 
 def _unit_open(word: Tensor) -> Tensor:
     """Uniform in (0, 1) of a 32-bit word."""
     # 23 bits and a half fit float32 exactly, and neither 0 nor 1 comes out.
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def uniform_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """`uniform` in plain PyTorch."""
+    return _unit_open(words_reference(seed, stream, positions, numel))
 
 
 def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
@@ -162,7 +180,10 @@ def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) 
     Raises:
         ValueError: bad seed, positions that are not a 1-D integer tensor, negative numel.
     """
-    return _unit_open(random_words(seed, stream, positions, numel))
+    positions = _check_positions(positions)
+    if philox_cpu.serves(positions):
+        return philox_cpu.uniform(_seed_bits(seed, positions), int(stream), positions, numel)
+    return uniform_reference(seed, stream, positions, numel)
 
 
 def normal_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
@@ -185,12 +206,15 @@ def normal(
     """Standard normal numbers, (B, numel) float32; arguments and errors as `uniform`.
 
     impl: "reference", "triton" or "auto" (Triton on CUDA devices). The numbers of "triton" are
-    bit for bit those that the other kernels make in registers.
+    bit for bit those that the other kernels make in registers, those of "reference" the bits of
+    `normal_reference`.
     """
     if not runtime.use_kernels(impl, positions.device):
+        positions = _check_positions(positions)
+        if philox_cpu.serves(positions):
+            return philox_cpu.normal(_seed_bits(seed, positions), int(stream), positions, numel)
         return normal_reference(seed, stream, positions, numel)
-    if not isinstance(seed, Tensor):
-        seed = seed_tensor(seed, positions.device)
+    seed = _seed_bits(seed, positions)
     if not 0 <= numel <= runtime.MAX_SAMPLE:
         raise ValueError(f"numel must be in [0, 2**29] for the Triton kernel, got {numel}")
     return _normal_op(seed, _check_positions(positions), int(stream), numel)

@@ -356,6 +356,21 @@ def worst(findings: Iterable[Finding]) -> Finding:
     return max(findings, key=lambda finding: finding.severity)
 
 
+def check_draws() -> Finding:
+    """Random numbers on the CPU, by the library of `csrc/` where it was built, against the lines
+    that define them, bit for bit.
+    """
+    positions, numel = torch.tensor(POSITIONS), 1027
+    ours, twin = {}, {}
+    for name, draw, reference in (
+        ("uniform", philox.uniform, philox.uniform_reference),
+        ("normal", philox.normal, philox.normal_reference),
+    ):
+        ours[name] = draw(SEED, Stream.NOISE, positions, numel)
+        twin[name] = reference(SEED, Stream.NOISE, positions, numel)
+    return worst(differing("philox", "numbers on the CPU", "float32", ours, twin))
+
+
 def check_optimizer(device: torch.device) -> Finding:
     """Three steps of `AdamWEMA` in csrc against the same in foreach calls, weights and EMA."""
     results: list[Mapping[str, Tensor]] = []

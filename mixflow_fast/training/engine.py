@@ -6,7 +6,6 @@ The only file that imports deepspeed. Our `AdamWEMA` is the optimizer inside of 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import io
@@ -46,6 +45,7 @@ from mixflow_fast.training.engines import (
     shapes_and_frozen,
 )
 from mixflow_fast.training.gathering import Gathering, gather, plan
+from mixflow_fast.training.host_memory import keep_freed_memory, return_freed_memory
 
 # The series whose internals are used here; tests/training/test_engine.py names them.
 TESTED_DEEPSPEED = "0.19"
@@ -103,6 +103,9 @@ class DeepSpeedEngine(Engine):
             )
         # Its own would execute whatever a pickle holds.
         self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.device)
+        if c.zero_stage == 0 and process_group.world_size() == 1:
+            # The sum over one rank: all gradients copied twice, and gloo's thread waited for.
+            self._engine.allreduce_and_copy = lambda *_, **__: None
         process_group.same_timeout()
         self.module = self._engine.module
         restore_float32(self._model, self.initial)  # DeepSpeed casts every parameter
@@ -115,7 +118,9 @@ class DeepSpeedEngine(Engine):
             self._first.clear()
             if resharded:
                 self._set_optimizer_state(iter_shards(resume_from))
-        _return_freed_memory()
+        return_freed_memory()
+        if self._engine.device.type == "cpu":
+            keep_freed_memory()
 
     def load(self, checkpoint: Path) -> bool:
         """As `Engine.load`."""
@@ -329,12 +334,6 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         """Take back what DeepSpeed changed for the whole process."""
         torch.nn.functional.linear = self._linear
-
-
-def _return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed tensors below 32 MiB: nearly a whole network."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _safe_checkpoint_engine(device: torch.device) -> object:

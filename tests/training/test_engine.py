@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint
@@ -176,8 +177,36 @@ def test_host_memory_of_a_start(tmp_path: Path) -> None:
             assert found[mode][name] < limit, (mode, found)
 
 
+class Sums(TorchDispatchMode):
+    """Counts the sums over ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_rank_without_zero_sums_nothing(tmp_path: Path) -> None:
+    """DeepSpeed would copy all gradients, add up one rank's and copy them back: the same bits."""
+    weights, counts = [], []
+    for way in ("ours", "DeepSpeed's"):
+        trainer = Trainer(tiny(tmp_path / way[0], *settings("fp32", 0)), quiet=True)
+        if way != "ours":
+            del trainer.engine._engine.allreduce_and_copy
+        with trainer.loader() as loader, Sums() as sums:
+            trainer.train_step(loader)
+            trainer.train_step(loader)
+        counts.append(sums.count)
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        trainer.close()
+    assert counts[0] == 0 and counts[1] >= 2
+    assert_same_bits(*weights)
+
+
 # What training/engine.py uses of DeepSpeed without its documentation's promise, by its owner.
 ENGINE = ("checkpoint_engine", "_copy_recovery_script", "get_global_grad_norm", "device")
+ENGINE += ("allreduce_and_copy",)
 LINKED = ("_lazy_init_hp_params_optimizer_state",)
 MAPPING = ("hp_fragment_address", "lp_fragment_address", "param_group_index")
 INTERNALS = {
