@@ -32,7 +32,7 @@ class Layout:
         width: places in an image row (tokens only).
         patch_size: of the tokens; 0 is NCHW.
         block_channels, block_places: a tile's sides, powers of two.
-        loops: tiles that one program works through, one after the other.
+        loops: tiles that one program works through, one after the other; the last one fewer.
     """
 
     channels: int
@@ -47,6 +47,11 @@ class Layout:
     def numel(self) -> int:
         """Elements of one sample."""
         return self.channels * self.places
+
+    @property
+    def even(self) -> bool:
+        """Whether tiles have nothing outside of the sample: no element needs a mask."""
+        return self.places % self.block_places == 0 and self.channels % self.block_channels == 0
 
     def vector(self, element_size: int) -> int:
         """`normal_tile`'s VECTOR beside loads of elements of so many bytes."""
@@ -72,9 +77,10 @@ class Layout:
             "W": self.width,
             "PATCH": self.patch_size,
             "VECTOR": self.vector(element_size),
+            "EVEN": self.even,
             "BLOCK_C": self.block_channels,
             "BLOCK_S": self.block_places,
-            "LOOPS": self.loops,
+            "loops": self.loops,
             "num_warps": 4,
             **runtime.OPTIONS,
         }
@@ -90,7 +96,7 @@ def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None
     if patch_size == NCHW:
         # Large samples take several tiles a program: fewer partial sums to add up afterwards.
         if loops is None:
-            loops = 1 if numel <= 1 << 14 else 4
+            loops = 1 if numel <= 1 << 14 else 4 if numel < 1 << 17 else 8
         return Layout(1, numel, 1, 0, 1, 1024, loops)
     channels, height, width = sample_shape
     block_channels = min(triton.next_power_of_2(channels), 32)
@@ -114,10 +120,44 @@ def from_tokens(tokens: Tensor, shape: torch.Size, patch_size: int) -> Tensor:
 
 
 @jit
-def tile_start(program, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LOOPS: tl.constexpr):
-    """First channel and first place of the tiles of a program of a sample."""
-    columns = tl.cdiv(S, BLOCK_S * LOOPS)
-    return (program // columns) * BLOCK_C, (program % columns) * (BLOCK_S * LOOPS)
+def tile_start(program, S, loops, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(first channel, first place, number) of the tiles of a program of a sample."""
+    columns = tl.cdiv(S, BLOCK_S * loops)
+    first_s = (program % columns) * (BLOCK_S * loops)
+    tiles = tl.minimum(loops, tl.cdiv(S - first_s, BLOCK_S))
+    return (program // columns) * BLOCK_C, first_s, tiles
+
+
+@jit
+def load_pairs(
+    tile_ptr, place, S, mask, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Elements at i S + place + 2 j of `tile_ptr`, and those after each of them.
+
+    Two tiles of (BLOCK_C, BLOCK_S / 2) float32. `mask`: of the (BLOCK_C, BLOCK_S) elements; not
+    asked where EVEN says that all of them are there.
+    """
+    row = tl.arange(0, BLOCK_C)[:, None]
+    if EVEN and tile_ptr.dtype.element_ty == tl.bfloat16:
+        # Two elements are one word, and each a float by itself with zeros after it.
+        at = row * (S // 2) + place // 2 + tl.arange(0, BLOCK_S // 2)[None, :]
+        word = tl.load(tile_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + at)
+        first = (word << 16).to(tl.float32, bitcast=True)
+        second = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        at = row * S + place + tl.arange(0, BLOCK_S)[None, :]
+        if EVEN:
+            x = tl.load(tile_ptr + at)
+        else:
+            x = tl.load(tile_ptr + at, mask=mask, other=0.0)
+        first, second = split_pairs(x.to(tl.float32), BLOCK_C, BLOCK_S)
+    return first, second
+
+
+@jit
+def split_pairs(x, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The even and the odd columns of a tile."""
+    return tl.split(tl.reshape(x, (BLOCK_C, BLOCK_S // 2, 2)))
 
 
 @jit

@@ -7,8 +7,9 @@ Triton's interpreter: slow, and exact enough to test every line of them without 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -31,11 +32,28 @@ MAX_SAMPLE = 2**29
 # Triton 3.10 turns fused multiply-add off by default, which would change bits and registers.
 OPTIONS = {"enable_fp_fusion": True}
 _INTERPRETING = triton is not None and bool(triton.knobs.runtime.interpret)
+# For kernels: whether the device's own instructions can be written out. The interpreter has none.
+HAS_ASM = None if triton is None else tl.constexpr(not _INTERPRETING)
 
 
-def jit(fn: Callable) -> Callable:
-    """`triton.jit` where there is Triton."""
-    return fn if triton is None else triton.jit(fn)
+def jit(
+    fn: Callable | None = None,
+    *,
+    any_value: Sequence[str] = (),
+    any_address: Sequence[str] = (),
+) -> Callable:
+    """`triton.jit` where there is Triton.
+
+    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, and for a pointer
+    that is a multiple of 16 bytes. `any_value` and `any_address` name the arguments for which it
+    should not: integers on which no address of neighbouring elements depends, and pointers to
+    single values.
+    """
+    if fn is None:
+        return partial(jit, any_value=any_value, any_address=any_address)
+    if triton is None:
+        return fn
+    return triton.jit(fn, do_not_specialize=any_value, do_not_specialize_on_alignment=any_address)
 
 
 def interpreting() -> bool:

@@ -94,7 +94,7 @@ def launch(
     # size of the batch. Fewer programs draw the times of a sample fewer times.
     loops = None
     if not patch_size:
-        loops = 8 if x1.numel() >= 1 << 25 else 4 if x1.numel() >= 1 << 22 else 1
+        loops = 24 if x1.numel() >= 1 << 25 else 4 if x1.numel() >= 1 << 22 else 1
     layout = get_layout(x1.shape[1:], patch_size, loops)
     x1, std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (x1, std, x0))
     ids, t, slowed_t = (None if v is None else v.contiguous() for v in (ids, t, slowed_t))
