@@ -1,4 +1,4 @@
-"""The machine code of a compiled kernel, read from a disassembly: `benchmarks.compile_report`'s part.
+"""What a compiler has made of a kernel, read from its texts: PTX, ptxas's log, disassembly.
 
 A kernel that streams has one main loop, and what runs once around it. How many instructions each
 has says how long a device needs at least to issue them, which no count of bytes does.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,3 +102,58 @@ def access_bits(instructions: Sequence[Instruction]) -> list[int]:
             width = re.search(r"\.(?:[US])?(8|16|64|128|256)\b", one.name)
             found.append(int(width[1]) if width else 32)
     return found
+
+
+def ptxas_usage(log: str) -> dict[str, int]:
+    """Registers of a kernel, and bytes of its spills and stack frame, from `ptxas -v`."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    if len(registers) != 1 or not frames:
+        raise RuntimeError(f"ptxas -v did not report one kernel's registers and spills:\n{log}")
+    stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
+    return {
+        "registers": int(registers[0]),
+        "spill_store_bytes": stores,
+        "spill_load_bytes": loads,
+        "stack_bytes": stack,
+    }
+
+
+def _code(ptx: str) -> str:
+    """The instructions of PTX text, one a line: no comments, labels, directives or debug data."""
+    lines = (line.partition("//")[0].strip() for line in ptx.splitlines())
+    return "\n".join(line for line in lines if line.endswith(";") and line[0] not in ".;")
+
+
+def global_access(ptx: str) -> dict[str, int]:
+    """How often each global load and store occurs in the PTX: {"load 128": 2, "store 16": 1}."""
+    found: Counter[str] = Counter()
+    for op, modifiers in re.findall(r"\b(ld|st)((?:\.[\w:]+)+)\s", _code(ptx)):
+        parts = modifiers.split(".")
+        if "global" in parts:
+            lanes = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
+            bits = int(re.search(r"\d+$", parts[-1])[0])
+            found[f"{'load' if op == 'ld' else 'store'} {lanes * bits}"] += 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\S*\.global\S* .*?\], (\w+)", _code(ptx)):
+        found[f"load {8 * int(size, 0)}"] += 1
+    return dict(sorted(found.items()))
+
+
+def atomics(ptx: str) -> int:
+    return len(re.findall(r"\b(?:atom|red|cp\.reduce)\.", _code(ptx)))
+
+
+def instructions(ptx: str) -> int:
+    return len(_code(ptx).splitlines())
+
+
+def narrow_accesses(access: dict[str, int]) -> int:
+    return sum(count for name, count in access.items() if int(name.split()[1]) < 128)
+
+
+def scalar_accesses(ttgir: str) -> int:
+    """Loads and stores of a single value (seed, position, times): they cannot be wide."""
+    lines = re.findall(r"^.*\btt\.(?:load|store)\b.*$", ttgir, re.MULTILINE)
+    return sum("tensor<" not in line for line in lines)

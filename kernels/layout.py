@@ -21,6 +21,8 @@ from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.runtime import jit, tl, triton
 
 NCHW = 0
+# Programs of 4 warps that the 132 multiprocessors of an H100 or H200 hold at once.
+_RESIDENT = 132 * 16
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Layout:
         return self.places % self.block_places == 0 and self.channels % self.block_channels == 0
 
     def vector(self, element_size: int) -> int:
-        """`normal_tile`'s VECTOR beside loads of elements of so many bytes."""
+        """`normal_pairs`' VECTOR beside loads of elements of so many bytes."""
         # A block of four numbers must not reach over the end of a channel.
         if self.channels > 1 and self.places % 4:
             return 1
@@ -90,18 +92,33 @@ def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None
     """The layout of samples (C, H, W), or of any shape where `patch_size` is 0 (NCHW).
 
     The tiles depend on the shape of a sample alone, never on the batch: sums over tiles then have
-    the same bits for a sample alone and in a batch.
+    the same bits for a sample alone and in a batch. Large samples take several tiles a program:
+    what a program does once (times, coefficients, addresses) is then a small part of its
+    instructions, and there are fewer partial sums to add up. `loops`: so many instead.
     """
     numel = math.prod(sample_shape)
+    if loops is None:
+        loops = 1 if numel <= 1 << 14 else 4 if numel < 1 << 17 else 8
     if patch_size == NCHW:
-        # Large samples take several tiles a program: fewer partial sums to add up afterwards.
-        if loops is None:
-            loops = 1 if numel <= 1 << 14 else 4 if numel < 1 << 17 else 8
         return Layout(1, numel, 1, 0, 1, 1024, loops)
     channels, height, width = sample_shape
+    places = height * width
     block_channels = min(triton.next_power_of_2(channels), 32)
-    block_places = min(2048 // block_channels, max(16, triton.next_power_of_2(height * width)))
-    return Layout(channels, height * width, width, patch_size, block_channels, block_places, 1)
+    block_places = min(2048 // block_channels, max(16, triton.next_power_of_2(places)))
+    loops = min(loops, triton.cdiv(places, block_places))
+    return Layout(channels, places, width, patch_size, block_channels, block_places, loops)
+
+
+def one_wave(numel: int, batch: int) -> int:
+    """Tiles a program of an NCHW layout for which all programs of a batch run at once, at most 24.
+
+    For kernels without sums, whose bits do not depend on how work is divided. By 24 tiles what is
+    done once is 1.6 instructions an element.
+    """
+    tiles = triton.cdiv(numel, 1024)
+    least = min(max(tiles * batch // _RESIDENT, 1), 24)
+    # A divisor, if there is one near, so that all programs have the same to do.
+    return next((n for n in range(least, min(2 * least, 24) + 1) if tiles % n == 0), least)
 
 
 def to_tokens(x: Tensor, patch_size: int) -> Tensor:
@@ -152,6 +169,30 @@ def load_pairs(
             x = tl.load(tile_ptr + at, mask=mask, other=0.0)
         first, second = split_pairs(x.to(tl.float32), BLOCK_C, BLOCK_S)
     return first, second
+
+
+@jit
+def tile_address(
+    c,
+    first_s,
+    place,
+    S,
+    W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`address` of the tile that begins at place first_s + `place`, for the loop over `place`."""
+    s = tl.arange(0, BLOCK_S)
+    if PATCH == 0:
+        at = c[:, None] * S + (place + s)[None, :]
+    elif BLOCK_S % (W * PATCH) == 0:
+        # Whole rows of patches: the next tile is so many tokens further, and the rest of this does
+        # not depend on the loop.
+        at = address(c, first_s + s, S, W, CHANNELS, PATCH) + place * CHANNELS
+    else:
+        at = address(c, first_s + place + s, S, W, CHANNELS, PATCH)
+    return at
 
 
 @jit

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from inspect import signature
 from typing import Literal, get_args
 
 import torch
@@ -54,6 +55,18 @@ def jit(
     if triton is None:
         return fn
     return triton.jit(fn, do_not_specialize=any_value, do_not_specialize_on_alignment=any_address)
+
+
+def for_any_alignment(kernel: Callable) -> Callable:
+    """The same kernel, compiled once wherever its tensors lie and whatever its integers are."""
+    if triton is None:
+        return kernel
+    names = [
+        name
+        for name, parameter in signature(kernel.fn).parameters.items()
+        if "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(kernel.fn, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
 def interpreting() -> bool:
@@ -109,8 +122,35 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 
 def with_unit_rows(x: Tensor) -> Tensor:
-    """(B, ...) as is where each sample is contiguous in itself, else a contiguous copy."""
-    return x if x[:1].is_contiguous() else x.contiguous()
+    """(B, ...) as is where each sample is contiguous in itself and aligned, else a contiguous copy.
+
+    Aligned, where the size of a sample is `regular`: the data begins at a multiple of 16 bytes, and
+    samples lie multiples of 16 elements apart. Triton compiles a kernel anew for memory that is
+    not, with narrower accesses, and sums of another order: a copy of such a view keeps one kernel
+    and the same bits.
+    """
+    aligned = not regular(x[:1].numel()) or (x.data_ptr() % 16 == 0 and row_stride(x) % 16 == 0)
+    # `contiguous` would give back what is contiguous at a bad address.
+    return x if aligned and x[:1].is_contiguous() else _copy(x)
+
+
+def regular(size: int) -> bool:
+    """Whether samples of so many elements, one behind the other, all begin aligned."""
+    return size % 16 == 0
+
+
+def with_aligned_start(x: Tensor) -> Tensor:
+    """The tensor, or a copy where it does not begin at a multiple of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else _copy(x)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from a sample to the next; of one sample, whose stride says nothing, its size."""
+    return x.stride(0) if len(x) > 1 else x[:1].numel()
 
 
 def check_grid(programs: int, batch: int) -> int:

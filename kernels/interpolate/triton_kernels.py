@@ -5,9 +5,9 @@ Formulas stand in `op.py`, the launch in `launch.py`.
 
 from __future__ import annotations
 
-from mixflow_fast.kernels.layout import address, load_pairs, tile_start
+from mixflow_fast.kernels.layout import load_pairs, tile_address, tile_start
 from mixflow_fast.kernels.philox import normal_pairs
-from mixflow_fast.kernels.runtime import jit, tl
+from mixflow_fast.kernels.runtime import for_any_alignment, jit, tl
 from mixflow_fast.kernels.schedule import draw_times, path_coefficients
 
 
@@ -167,14 +167,15 @@ def _interpolate_kernel(
     std_ptr += sample * std_stride + first
     x0_ptr += sample * x0_stride + first
     out_ptr = x_ptr + sample * (C * S)
+    c = tl.arange(0, BLOCK_C)
+    out_c = first_c + c
     if PATCH == 0:
         out_ptr += first
-    c = tl.arange(0, BLOCK_C)
+        out_c = c
     for i in range(tiles):
         place = i * BLOCK_S
         start = first_s + place
-        s = place + tl.arange(0, BLOCK_S)
-        mask = (first_c + c < C)[:, None] & (first_s + s < S)[None, :]
+        mask = (first_c + c < C)[:, None] & (start + tl.arange(0, BLOCK_S) < S)[None, :]
         x1, second_x1 = load_data(
             x1_ptr,
             std_ptr,
@@ -201,11 +202,12 @@ def _interpolate_kernel(
         x = tl.fma(alpha, x1, sigma * x0)
         second_x = tl.fma(alpha, second_x1, sigma * second_x0)
         x = tl.interleave(x, second_x).to(x_ptr.dtype.element_ty)
-        if PATCH == 0:
-            out = out_ptr + (c[:, None] * S + s[None, :])
-        else:
-            out = out_ptr + address(first_c + c, first_s + s, S, W, C, PATCH)
+        at = tile_address(out_c, first_s, place, S, W, C, PATCH, BLOCK_S)
         if EVEN:
-            tl.store(out, x)
+            tl.store(out_ptr + at, x)
         else:
-            tl.store(out, x, mask=mask)
+            tl.store(out_ptr + at, x, mask=mask)
+
+
+# For samples whose size is not `regular`: they lie at any address, so there is one kernel for all.
+_odd_interpolate_kernel = for_any_alignment(_interpolate_kernel)

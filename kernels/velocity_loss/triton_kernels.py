@@ -6,9 +6,9 @@ Formulas stand in `op.py`, launches in `launch.py`.
 from __future__ import annotations
 
 from mixflow_fast.kernels.interpolate.triton_kernels import load_data
-from mixflow_fast.kernels.layout import address, load_pairs, split_pairs, tile_start
+from mixflow_fast.kernels.layout import load_pairs, split_pairs, tile_address, tile_start
 from mixflow_fast.kernels.philox import normal_pairs
-from mixflow_fast.kernels.runtime import jit, tl
+from mixflow_fast.kernels.runtime import for_any_alignment, jit, tl
 from mixflow_fast.kernels.schedule import loss_weight, path_coefficients, path_derivatives
 
 
@@ -102,23 +102,24 @@ def _velocity_loss_kernel(
     x0_ptr += sample * x0_stride + first
     pred_ptr += sample * pred_stride
     gradient_ptr += sample * gradient_stride
+    c = tl.arange(0, BLOCK_C)
+    pred_c = first_c + c
     if PATCH == 0:
         pred_ptr += first
         gradient_ptr += first
-    c = tl.arange(0, BLOCK_C)
+        pred_c = c
     even = 2 * tl.arange(0, BLOCK_S // 2)
     total = tl.zeros((BLOCK_C, BLOCK_S // 2), tl.float32)
     for i in range(tiles):
         place = i * BLOCK_S
         start = first_s + place
-        s = place + tl.arange(0, BLOCK_S)
+        s = start + tl.arange(0, BLOCK_S)
         inside = (first_c + c < C)[:, None]
-        mask = inside & (first_s + s < S)[None, :]
+        mask = inside & (s < S)[None, :]
+        at = tile_address(pred_c, first_s, place, S, W, PRED_C, PATCH, BLOCK_S)
         if PATCH == 0:
-            at = c[:, None] * S + s[None, :]
             error, second = load_pairs(pred_ptr, place, S, mask, EVEN, BLOCK_C, BLOCK_S)
         else:
-            at = address(first_c + c, first_s + s, S, W, PRED_C, PATCH)
             if EVEN:
                 error = tl.load(pred_ptr + at)
             else:
@@ -163,7 +164,7 @@ def _velocity_loss_kernel(
         weighted = error
         second_weighted = second
         if WEIGHT == "element":
-            element = (first_c + c)[:, None] * S + (first_s + s)[None, :]
+            element = (first_c + c)[:, None] * S + s[None, :]
             of = (element // weight_places) * weight_channel_stride
             of += (element % weight_places) * weight_place_stride
             of += sample * weight_sample_stride
@@ -190,6 +191,10 @@ def _velocity_loss_kernel(
                 tl.store(gradient_ptr + (at + half), zero, mask=mask)
     if LOSS:
         tl.store(partial_ptr + index, weight * tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+# For samples whose size is not `regular`: they lie at any address, so there is one kernel for all.
+_odd_velocity_loss_kernel = for_any_alignment(_velocity_loss_kernel)
 
 
 @jit
