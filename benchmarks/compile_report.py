@@ -28,6 +28,7 @@ from functools import partial
 import torch
 
 from benchmarks import machine_code
+from benchmarks.noise_code import normal_formulas
 from benchmarks.objective_work import Work, work_of
 from benchmarks.recorded_launches import Launch, recording, target_of
 from mixflow_fast.cli.errors import quiet_without_reader
@@ -279,11 +280,12 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
     }
 
 
-def _bounds(launch: Launch, cubin: bytes) -> dict[str, float | None]:
-    """The two times in us, and of the objective's kernels what an element costs in instructions."""
+def _bounds(launch: Launch, cubin: bytes) -> dict[str, object]:
+    """The two times in us, how normals are made, and what an element costs in instructions."""
     instructions = machine_code.parse(machine_code.disassemble(cubin))
     code = machine_code.split(instructions)
     bounds = {"issue_us": None, "bytes_us": launch.moved_bytes / BYTES_PER_US}
+    bounds["normals"] = normal_formulas(instructions)
     work = work_of(launch.kernel, launch.arguments, launch.options["num_warps"], code)
     if work is None and code.loop:
         return bounds  # nobody knows how often it goes round
@@ -306,7 +308,8 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
 
     `issue_us`, `bytes_us`: the two bounds of the module's docstring. Rows of the objective's
     kernels have instructions of the machine that a thread issues for an element of the data: in
-    the main loop, and besides it (`prologue`: before and after).
+    the main loop, and besides it (`prologue`: before and after). `normals`: the formulas of the
+    normal numbers that the machine code makes (`benchmarks/noise_code.py`).
     """
     with tempfile.TemporaryDirectory() as folder, runtime.triton.knobs.cache.scope():
         # Triton's own cache would give kernels without ptxas's report on them.

@@ -56,7 +56,7 @@ class _NoDevice:
     def get_current_stream(self, device: str) -> int:
         return 0
 
-    def get_currenttarget_of(self) -> object:
+    def get_current_target(self) -> object:
         return self.target
 
 

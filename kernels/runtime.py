@@ -7,8 +7,8 @@ Triton's interpreter: slow, and exact enough to test every line of them without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import Literal, get_args
@@ -116,9 +116,28 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device the current one, which is where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+@contextmanager
+def on_device(x: Tensor) -> Iterator[None]:
+    """Makes the tensor's device the current one, which is where Triton launches.
+
+    Raises:
+        RuntimeError: a kernel had to be loaded inside the capture of a CUDA graph.
+    """
+    if not x.is_cuda:
+        yield
+        return
+    with torch.cuda.device(x.device):
+        try:
+            yield
+        except RuntimeError as error:
+            # By its text: asking the stream before each launch would cost every launch.
+            if "captur" not in str(error):
+                raise
+            raise RuntimeError(
+                "a kernel was launched for the first time inside the capture of a CUDA graph, "
+                "where the driver loads no code: make the same call once before the capture, with "
+                "the same dtypes, shapes and settings (a warm-up step does)"
+            ) from error
 
 
 def with_unit_rows(x: Tensor) -> Tensor:
