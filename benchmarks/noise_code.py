@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.machine_code import Instruction
 
@@ -17,87 +18,93 @@ _FLOAT = ("FFMA", "FMUL", "FADD", "MUFU", "I2FP", "I2F")
 _MOVES = ("MOV", "UMOV", "IMAD.MOV.U32", "IMAD.U32")
 
 
+@dataclass(frozen=True)
+class _Value:
+    """What a register holds: a formula and its sign; kind "radius", "turn" (sine, cosine) or ""."""
+
+    formula: str
+    kind: str = ""
+    negative: bool = False
+
+    def __str__(self) -> str:
+        return ("-" if self.negative else "") + self.formula
+
+
+_WORD = _Value("word")
+
+
 def normal_formulas(instructions: Sequence[Instruction]) -> list[str]:
     """The distinct formulas of products of a radius and a sine or cosine, as the code has them.
 
     In the order of addresses, which is that of execution where nothing jumps over what it needs.
     """
-    values: dict[str, str] = {}
+    values: dict[str, _Value] = {}
     found = set()
     for one in instructions:
         if len(one.operands) < 2:
             continue
         target, *operands = one.operands
         if one.opcode in _FLOAT:
-            formula = _formula(one, [_value(operand, values) for operand in operands])
-            if re.match(r"F(?:FMA|MUL)\S*\(", formula) and _is_normal(formula):
-                found.add(formula)
-            values[_register(target)] = formula
+            given = [_read(operand, values) for operand in operands]
+            value = _computed(one, given)
+            if {x.kind for x in given[:2]} == {"radius", "turn"}:
+                found.add(value.formula)
+            values[_register(target)] = value
         elif one.name in _MOVES:
-            values[_register(target)] = _value(operands[-1], values, bits=True)
+            values[_register(target)] = _read(operands[-1], values, bits=True)
         elif one.opcode == "HFMA2" and operands[:2] == ["-RZ", "RZ"]:
-            halves = [float(operand) for operand in operands[2:4]]
-            values[_register(target)] = _number(struct.unpack("<f", _halves(*halves))[0])
+            # Two halves of 16 bits that are the bits of a float.
+            high, low = (float(operand) for operand in operands[2:4])
+            values[_register(target)] = _constant(struct.pack("<ee", low, high))
         else:
             for register in _written(one):
-                values[register] = "word"
+                values[register] = _WORD
     return sorted(found)
 
 
-def _is_normal(formula: str) -> bool:
-    """Whether a product has a radius for one factor and a sine or cosine for the other."""
-    factors = formula[formula.index("(") + 1 :].split(" * ")[:2]
-    kinds = {part for x in factors for part in ("SQRT", "RSQ", "SIN", "COS") if f"MUFU.{part}" in x}
-    outer = [re.match(r"-?MUFU\.(SIN|COS)", factor) for factor in factors]
-    return any(outer) and bool(kinds & {"SQRT", "RSQ"})
-
-
-def _formula(one: Instruction, values: list[str]) -> str:
-    name = one.name.replace(".reuse", "")
+def _computed(one: Instruction, given: list[_Value]) -> _Value:
     if one.opcode in ("FFMA", "FMUL"):
-        negative = sum(value.startswith("-") for value in values[:2]) % 2
         # A product has no order and one sign.
-        factors = sorted(value.removeprefix("-") for value in values[:2])
-        product = ("-" if negative else "") + " * ".join(factors)
-        return f"{name}({product}{' + ' + values[2] if one.opcode == 'FFMA' else ''})"
+        sign = "-" if given[0].negative != given[1].negative else ""
+        text = sign + " * ".join(sorted(value.formula for value in given[:2]))
+        text += f" + {given[2]}" if one.opcode == "FFMA" else ""
+        # A root is a product with the reciprocal root on some architectures.
+        root = one.opcode == "FMUL" and any("MUFU.RSQ(" in x.formula[:9] for x in given[:2])
+        return _Value(f"{one.name}({text})", "radius" if root else "")
     if one.opcode == "FADD":
-        return f"{name}({' + '.join(sorted(values[:2]))})"
-    return f"{name}({values[0]})"
+        return _Value(f"{one.name}({' + '.join(sorted(map(str, given[:2])))})")
+    kind = {"MUFU.SQRT": "radius", "MUFU.SIN": "turn", "MUFU.COS": "turn"}.get(one.name, "")
+    return _Value(f"{one.name}({given[0]})", kind)
 
 
 def _register(operand: str) -> str:
     return operand.replace(".reuse", "").strip("-|")
 
 
-def _value(operand: str, values: dict[str, str], bits: bool = False) -> str:
-    """The formula of an operand; `bits`: a number is the bits of a float."""
+def _read(operand: str, values: dict[str, _Value], bits: bool = False) -> _Value:
+    """The value of an operand; `bits`: a number is the bits of a float."""
     text = operand.replace(".reuse", "")
-    sign, text = ("-", text[1:]) if text.startswith("-") else ("", text)
-    size = text.startswith("|")
-    text = text.strip("|")
+    negative, text = text.startswith("-"), text.removeprefix("-")
+    size, text = text.startswith("|"), text.strip("|")
     if text in ("RZ", "URZ"):
-        return "0"
+        return _Value("0")
     if re.fullmatch(r"U?R\d+", text):
-        value = values.get(text, "word")
+        value = values.get(text, _WORD)
     elif bits and re.fullmatch(r"0x[0-9a-f]+", text):
-        value = _number(struct.unpack("<f", struct.pack("<I", int(text, 16)))[0])
+        value = _constant(struct.pack("<I", int(text, 16)))
     else:
         try:
-            value = _number(float(text))
+            value = _Value(f"{float(text):.9g}")
         except ValueError:
-            value = "word"
-    value = f"|{value}|" if size else value
-    if sign and value.startswith("-"):
-        return value[1:]
-    return sign + value
+            value = _WORD
+    if size:
+        value = _Value(f"|{value.formula}|", value.kind)
+    return replace(value, negative=value.negative != negative)
 
 
-def _number(value: float) -> str:
-    return f"{value:.9g}"
-
-
-def _halves(high: float, low: float) -> bytes:
-    return struct.pack("<ee", low, high)
+def _constant(bits: bytes) -> _Value:
+    number = struct.unpack("<f", bits)[0]
+    return _Value(f"{abs(number):.9g}", negative=number < 0)
 
 
 def _written(one: Instruction) -> list[str]:
