@@ -228,9 +228,16 @@ def _kernel_words(stream: Stream, positions: Tensor, numel: int) -> Tensor:
     seed = philox.seed_tensor(SEED, positions.device)
     out = torch.zeros(len(positions), numel, dtype=torch.int32, device=positions.device)
     block = triton.next_power_of_2(numel // 4)
-    _words_kernel[(len(positions),)](
-        seed, positions, out, numel // 4, STREAM=int(stream), BLOCK=block
-    )
+    with runtime.on_device(positions):
+        _words_kernel[(len(positions),)](
+            seed,
+            positions,
+            out,
+            numel // 4,
+            STREAM=int(stream),
+            BLOCK=block,
+            **runtime.OPTIONS,
+        )
     return out.to(torch.int64) & 0xFFFFFFFF
 
 
