@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixflow_fast.config.schema import Config
+from mixflow_fast.config.data_sections import DataConfig, EncoderConfig
+from mixflow_fast.config.schema import Config, ModelConfig, ObjectiveConfig
 from mixflow_fast.data.dataset import take, without_flips
 from mixflow_fast.evaluation.examples import read_examples
 from mixflow_fast.evaluation.loss_surface import loss_surface
@@ -52,32 +53,38 @@ class RealImages:
     batches: Callable[[], Iterator[Tensor]]
 
 
-def missing_data(config: Config) -> str | None:
+def missing_data(data: DataConfig, model: ModelConfig, encoder: EncoderConfig) -> str | None:
     """Why the data of a run, or the encoder before them, cannot be opened; None if they can."""
     try:
-        build_data(config.data, config.model, config.encoder)
-        build_encoder(config.encoder, config.model)
+        build_data(data, model, encoder)
+        build_encoder(encoder, model)
     except ValueError as error:
         return str(error)
     return None
 
 
-def real_images(config: Config, shape: tuple[int, int, int], samples: int) -> RealImages:
+def real_images(
+    data: DataConfig,
+    model: ModelConfig,
+    encoder: EncoderConfig,
+    shape: tuple[int, int, int],
+    samples: int,
+) -> RealImages:
     """Held-out images of a run's data where they have some, else training images.
 
     Args:
-        config: of the run.
+        data, model, encoder: sections of the run's configuration.
         shape: (C, H, W) of the pictures that are measured.
         samples: how many of them.
 
     Raises:
         ValueError: data that are not there, that are latents, or of another shape.
     """
-    dataset = build_data(config.data, config.model, config.encoder)
-    chosen = build_validation(config.data, config.model, dataset)
+    dataset = build_data(data, model, encoder)
+    chosen = build_validation(data, model, dataset)
     images = chosen.dataset
     way_out = "give --reference FILE (`mixflow-fast reference` makes one of images)"
-    if config.data.kind == "latents":
+    if data.kind == "latents":
         raise ValueError(f"the run's data are latents and no images to compare with: {way_out}")
     if tuple(images.shape) != tuple(shape):
         raise ValueError(
@@ -119,16 +126,16 @@ class SlowFlowPlan:
 
 
 def slow_flow_settings(
-    config: Config, steps: Sequence[int], states: int, method: str, seed: int
+    objective: ObjectiveConfig, steps: Sequence[int], states: int, method: str, seed: int
 ) -> Settings:
     """What is measured of slow flow; only one-step methods that it knows, else Euler."""
     return Settings(
         steps=tuple(steps),
         states=states,
         method=method if method in METHODS else "euler",
-        shift=config.objective.shift,
+        shift=objective.shift,
         seed=seed,
-        path=config.objective.path,
+        path=objective.path,
         batch_size=_BATCH,
     )
 
