@@ -83,7 +83,7 @@ def cells(device: torch.device, smoke: bool) -> list[Cell]:
         small = "SiT-S/4", dict(_SMALL, depth=4, hidden_size=96, num_heads=4)
         found = [
             ("recipe photos", small, 64, 10, (1.0, 1.5)),
-            ("SiT-S/2-256", ("SiT-S/2", {"input_size": 32}), 1, 5, (1.0, 1.5)),
+            ("SiT-S/2-128", ("SiT-S/2", {"input_size": 16}), 1, 5, (1.0, 1.5)),
         ]
     return [
         Cell(name, network, batch, steps, method, scale)
