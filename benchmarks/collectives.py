@@ -1,8 +1,9 @@
 """What the ranks send each other in a step: `python -m benchmarks.collectives`.
 
-`step_collectives` says by formula which collectives DeepSpeed makes as the trainer sets it, from
-the sizes of the parameters alone. `tests/benchmarks/test_collectives.py` holds it against what the
-real engine calls (`benchmarks/recorded_step.py`) on a small network; the table applies it to the
+`step_collectives` says by formula which collectives an engine makes as the trainer sets it, from
+the sizes of the parameters alone, and what of them runs beside the backward pass.
+`tests/benchmarks/test_collectives.py` holds it against what the real engines call
+(`benchmarks/recorded_step.py`) on a small network; the table applies it to the
 recipes' networks, which are on the meta device and have shapes but no memory. Nothing is timed.
 """
 
@@ -37,6 +38,8 @@ class Collectives:
         dtype: of what is sent.
         elements: of all calls together, each counted whole and not as a rank's part.
         calls: how many; None where DeepSpeed decides by what else it finds ready.
+        beside: of the elements, those that are sent on a stream of their own while gradients are
+            still being made: all but the last call of each backward pass, or none.
     """
 
     phase: str
@@ -44,6 +47,7 @@ class Collectives:
     dtype: str
     elements: int
     calls: int | None
+    beside: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +60,8 @@ class Collectives:
         return rounds * self.nbytes * (ranks - 1) / ranks
 
 
-def buckets(sizes: Iterable[int], most: int, at_once: bool = False) -> int:
-    """In how many parts DeepSpeed sends tensors that become ready in this order.
+def parts(sizes: Iterable[int], most: int, at_once: bool = False) -> list[int]:
+    """Elements of each call in which tensors are sent that become ready in this order.
 
     Args:
         sizes: elements of each, none larger than `most`.
@@ -65,14 +69,28 @@ def buckets(sizes: Iterable[int], most: int, at_once: bool = False) -> int:
         at_once: all are there already: a part is then closed by the tensor that passes `most`, not
             before it.
     """
-    count, filled = 0, 0
+    found, filled = [], 0
     for size in sizes:
         if not at_once and filled + size > most:
-            count, filled = count + 1, 0
+            found, filled = [*found, filled], 0
         filled += size
         if at_once and filled > most:
-            count, filled = count + 1, 0
-    return count + (filled > 0)
+            found, filled = [*found, filled], 0
+    return [*found, filled] if filled else found
+
+
+def buckets(sizes: Iterable[int], most: int, at_once: bool = False) -> int:
+    """In how many parts DeepSpeed sends tensors; as `parts`."""
+    return len(parts(sizes, most, at_once))
+
+
+def _ddp_collectives(sizes: Sequence[int], train: TrainConfig) -> list[Collectives]:
+    """Of an optimizer step without ZeRO: one sum, in the last of its micro-batches."""
+    # A bucket of DDP's is closed by the tensor that fills it.
+    sent = parts(sizes[::-1], train.reduce_bucket_size - 1, at_once=True)
+    dtype = DTYPES[train.reduce_dtype]
+    total = sum(sizes)
+    return [Collectives("backward", "allreduce", dtype, total, len(sent), total - sent[-1])]
 
 
 def _multiple(size: int, of: int) -> int:
@@ -108,7 +126,10 @@ def step_collectives(
     total, own = sum(sizes), DTYPES[train.precision]
     summed = DTYPES[train.reduce_dtype]
     vote = Collectives("vote", "allreduce", "float32", 1, 1)
-    in_buckets = buckets(sizes[::-1], train.reduce_bucket_size)
+    if train.engine == "ddp":
+        return [*_ddp_collectives(sizes, train), vote]
+    sent = parts(sizes[::-1], train.reduce_bucket_size)
+    in_buckets = len(sent)
     if train.zero_stage == 3:
         every = [*sizes, *frozen]
         large = sum(_multiple(size, ranks) for size in every if size > KEPT_WHOLE)
@@ -117,7 +138,14 @@ def step_collectives(
         calls = microsteps * in_buckets
         return [
             Collectives("forward", "allgather", own, microsteps * large, None),
-            Collectives("backward", "reduce_scatter", summed, microsteps * shards, calls),
+            Collectives(
+                "backward",
+                "reduce_scatter",
+                summed,
+                microsteps * shards,
+                calls,
+                microsteps * sum(sent[:-1]),
+            ),
             Collectives("step", "allreduce", "float64", 1, 1),  # the gradient norm
             Collectives("step", "allgather", own, sum(small), len(small)),
             vote,
@@ -128,14 +156,16 @@ def step_collectives(
     # Between parameters, so that each begins at 16 bytes, and at the end.
     unit = max(1, alignment(train.zero_stage, train.precision) // BYTES[own])
     padded = _multiple(sum(_multiple(size, unit) for size in sizes), 2 * ranks)
+    beside = 0
     if train.zero_stage == 2:  # each micro-batch
         sums = microsteps * total, microsteps * in_buckets
+        beside = microsteps * sum(sent[:-1]) if train.overlap_comm else 0
     elif train.precision == "fp32":  # once a step, when all gradients are there
         sums = total, buckets(sizes, train.reduce_bucket_size)
     else:  # DeepSpeed's BF16_Optimizer
         sums = padded, buckets(sizes, FIXED_BUCKET, at_once=True)
     return [
-        Collectives("backward", "allreduce", summed, *sums),
+        Collectives("backward", "allreduce", summed, *sums, beside),
         Collectives("step", "allreduce", "float32", 1, 1),  # the gradient norm
         Collectives("step", "allgather", own, padded, max(1, padded // FIXED_BUCKET)),
         vote,
@@ -150,6 +180,9 @@ WAYS = {
     RECIPES: TrainConfig(),
     "ZeRO 2, reduce_dtype=bf16": TrainConfig(reduce_dtype="bf16"),
     "ZeRO 2 as DeepSpeed would": TrainConfig(reduce_dtype="bf16", reduce_bucket_size=FIXED_BUCKET),
+    "ZeRO 2, overlap_comm=true": TrainConfig(overlap_comm=True),
+    "ddp": TrainConfig(engine="ddp", zero_stage=0),
+    "ddp, reduce_dtype=bf16": TrainConfig(engine="ddp", zero_stage=0, reduce_dtype="bf16"),
     "ZeRO 1": TrainConfig(zero_stage=1),
     "ZeRO 3": TrainConfig(zero_stage=3),
 }
@@ -166,18 +199,19 @@ class Row:
     microsteps: int
     sums_gb: float
     sums_calls: int
+    beside_gb: float
     weights_gb: float
     sent_gb: float
 
 
 def rows() -> Iterator[Row]:
-    """Every network and way on 8 and 64 ranks; two micro-batches on 8 for the recipes' way."""
+    """Every network and way on 8 and 64 ranks; two micro-batches on 8 for two of the ways."""
     for network, ranks in itertools.product(NETWORKS, RANKS):
         parameters = list(on_meta(network).parameters())
         sizes = [p.numel() for p in parameters if p.requires_grad]
         frozen = [p.numel() for p in parameters if not p.requires_grad]
         for (way, train), micro in itertools.product(WAYS.items(), (1, 2)):
-            if micro == 2 and (ranks != RANKS[0] or way != RECIPES):
+            if micro == 2 and (ranks != RANKS[0] or way not in (RECIPES, "ddp")):
                 continue
             made = step_collectives(sizes, train, ranks, micro, frozen)
             sums = next(c for c in made if c.phase == "backward")
@@ -191,6 +225,7 @@ def rows() -> Iterator[Row]:
                 microsteps=micro,
                 sums_gb=sums.nbytes / 1e9,
                 sums_calls=sums.calls or 0,
+                beside_gb=sums.beside * BYTES[sums.dtype] / 1e9,
                 weights_gb=weights / 1e9,
                 sent_gb=sent / 1e9,
             )
@@ -209,15 +244,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         "GB of one step in bf16, whole tensors: gradients that are summed (and in how many calls),"
     )
-    print("weights that are gathered; what each rank sends of both in a ring. Counted by formula.")
+    print(
+        "what of them is sent beside the backward pass, weights that are gathered; what each rank"
+    )
+    print("sends of both in a ring. Counted by formula.")
     for network, lines in itertools.groupby(table, key=lambda row: row.network):
         lines = list(lines)
         print(f"\n{network}, {lines[0].parameters / 1e6:.1f} M trained parameters")
-        print(f"  {'':<30}{'ranks':>6}{'micro':>6}{'sums':>8}{'calls':>6}{'weights':>9}{'sent':>7}")
+        head = f"{'sums':>8}{'calls':>6}{'beside':>8}{'weights':>9}{'sent':>7}"
+        print(f"  {'':<30}{'ranks':>6}{'micro':>6}{head}")
         for r in lines:
             print(
                 f"  {r.way:<30}{r.ranks:>6}{r.microsteps:>6}{r.sums_gb:>8.2f}{r.sums_calls:>6}"
-                f"{r.weights_gb:>9.2f}{r.sent_gb:>7.2f}"
+                f"{r.beside_gb:>8.2f}{r.weights_gb:>9.2f}{r.sent_gb:>7.2f}"
             )
     return 0
 

@@ -4,7 +4,11 @@ What is compiled is what is launched: each case calls the operators on CPU tenso
 itself specialises every launch for the architecture, and the launch is recorded instead of made.
 The records are compiled with Triton's own ptxas. `CASES` has every kind of launch at least once,
 not every product of kinds. One row for each kernel, case and architecture, and status 1 if any of
-them spills registers, uses local memory or has an atomic. It says nothing about speed.
+them spills registers, uses local memory or has an atomic.
+
+It measures no speed. Beside each kernel stand two times that an H200 cannot be faster than: that of
+issuing the kernel's instructions, where the number of rounds of its loop is known, and that of
+moving the bytes of the tensors it is given, each once.
 """
 
 from __future__ import annotations
@@ -13,19 +17,20 @@ import argparse
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
-from unittest import mock
 
 import torch
 
+from benchmarks import machine_code
+from benchmarks.noise_code import normal_formulas
+from benchmarks.objective_work import Work, work_of
+from benchmarks.recorded_launches import Launch, recording, target_of
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
@@ -36,8 +41,15 @@ RED = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "atomics")
 ARCHS, KNOWN_ARCHS = (80, 90, 100), (80, 86, 89, 90, 100, 120)
 
 
+OBJECTIVE = (
+    *("_interpolate_kernel", "_velocity_loss_kernel", "_reduce_kernel"),
+    "_scale_gradient_kernel",
+)
 CPU = torch.device("cpu")
-SIT, RAE, ODD = (256, 4, 32, 32), (32, 768, 16, 16), (3, 7, 9, 5)
+# What bounds an H200: instructions that its threads issue (132 multiprocessors, 4 warps of 32
+# threads a clock, 1.98 GHz), and what a copy reaches.
+ISSUE_PER_US, BYTES_PER_US = 132 * 4 * 32 * 1980, 4.3e6
+SIT, RAE, ODD = (256, 4, 32, 32), (256, 768, 16, 16), (3, 7, 9, 5)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Shape = tuple[int, ...]
 
@@ -230,67 +242,6 @@ def _attention_cases() -> Iterator[Case]:
 CASES = [*_objective_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases()]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A launch that was not made: the arguments of `triton.compile`."""
-
-    function: object
-    key: str = field(repr=False)
-    source: tuple[dict, dict, dict]  # signature, constants, attributes
-    options: dict
-
-    @property
-    def kernel(self) -> str:
-        return self.function.fn.__name__
-
-
-class _NoDevice:
-    """What Triton asks a driver before it compiles, answered for an architecture."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = _target(arch)
-
-    def get_current_device(self) -> str:
-        # Triton keeps a launcher for each device: one that no real device has, for each target.
-        return f"offline sm_{self.target.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> object:
-        return self.target
-
-
-def _target(arch: int) -> object:
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("cuda", arch, 32)
-
-
-@contextmanager
-def recording(arch: int) -> Iterator[list[Launch]]:
-    """Inside, kernels can be launched on CPU tensors: the list grows, outputs stay unwritten."""
-    triton, launches = runtime.triton, []
-
-    def record(*, fn, key, compile, **_) -> bool:
-        options = json.loads(compile["specialization_data"])["options"]
-        # JSON knows no tuples, and Triton hashes the options.
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        source = (compile["signature"], compile["constants"], compile["configs"][0])
-        launches.append(Launch(fn.jit_function, key, source, options))
-        return True  # Triton then neither compiles nor launches.
-
-    driver = triton.runtime.driver
-    active = driver._active
-    with triton.knobs.runtime.scope(), mock.patch.object(runtime, "can_launch", lambda _: True):
-        triton.knobs.runtime.jit_cache_hook = record
-        driver.set_active(_NoDevice(arch))
-        try:
-            yield launches
-        finally:
-            driver.set_active(active)
-
-
 def launches_of(case: Case, arch: int) -> list[Launch]:
     with recording(arch) as launches:
         case.call(launches.clear)
@@ -307,86 +258,58 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
     source = ASTSource(launch.function, *launch.source)
     with triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
-        kernel = triton.compile(source, target=_target(arch), options=launch.options)
+        kernel = triton.compile(source, target=target_of(arch), options=launch.options)
     ptx = kernel.asm["ptx"]
-    access = global_access(ptx)
+    access = machine_code.global_access(ptx)
+    usage = machine_code.ptxas_usage(log.getvalue())
+    narrow = machine_code.narrow_accesses(access)
     return {
         "arch": f"sm_{arch}",
         "triton": triton.__version__,
         "ptxas": get_ptxas(arch).version,
         "num_warps": kernel.metadata.num_warps,
-        **ptxas_usage(log.getvalue()),
+        **usage,
+        "spills": usage["spill_store_bytes"] + usage["spill_load_bytes"],
         "shared_bytes": kernel.metadata.shared,
         "global_access": access,
-        "vector128": narrow_accesses(access) <= scalar_accesses(kernel.asm["ttgir"]),
-        "atomics": atomics(ptx),
-        "instructions": instructions(ptx),
+        "vector128": narrow <= machine_code.scalar_accesses(kernel.asm["ttgir"]),
+        "atomics": machine_code.atomics(ptx),
+        "instructions": machine_code.instructions(ptx),
+        **_bounds(launch, kernel.asm["cubin"]),
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def ptxas_usage(log: str) -> dict[str, int]:
-    """Registers of a kernel, and bytes of its spills and stack frame, from `ptxas -v`."""
-    registers = re.findall(r"Used (\d+) registers", log)
-    frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
-    )
-    if len(registers) != 1 or not frames:
-        raise RuntimeError(f"ptxas -v did not report one kernel's registers and spills:\n{log}")
-    stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
-    return {
-        "registers": int(registers[0]),
-        "spill_store_bytes": stores,
-        "spill_load_bytes": loads,
-        "stack_bytes": stack,
-    }
-
-
-def _code(ptx: str) -> str:
-    """The instructions of PTX text, one a line: no comments, labels, directives or debug data."""
-    lines = (line.partition("//")[0].strip() for line in ptx.splitlines())
-    return "\n".join(line for line in lines if line.endswith(";") and line[0] not in ".;")
-
-
-def global_access(ptx: str) -> dict[str, int]:
-    """How often each global load and store occurs in the PTX: {"load 128": 2, "store 16": 1}."""
-    found: Counter[str] = Counter()
-    for op, modifiers in re.findall(r"\b(ld|st)((?:\.[\w:]+)+)\s", _code(ptx)):
-        parts = modifiers.split(".")
-        if "global" in parts:
-            lanes = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
-            bits = int(re.search(r"\d+$", parts[-1])[0])
-            found[f"{'load' if op == 'ld' else 'store'} {lanes * bits}"] += 1
-    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\S*\.global\S* .*?\], (\w+)", _code(ptx)):
-        found[f"load {8 * int(size, 0)}"] += 1
-    return dict(sorted(found.items()))
-
-
-def atomics(ptx: str) -> int:
-    return len(re.findall(r"\b(?:atom|red|cp\.reduce)\.", _code(ptx)))
-
-
-def instructions(ptx: str) -> int:
-    return len(_code(ptx).splitlines())
-
-
-def narrow_accesses(access: dict[str, int]) -> int:
-    return sum(count for name, count in access.items() if int(name.split()[1]) < 128)
-
-
-def scalar_accesses(ttgir: str) -> int:
-    """Loads and stores of a single value (seed, position, times): they cannot be wide."""
-    lines = re.findall(r"^.*\btt\.(?:load|store)\b.*$", ttgir, re.MULTILINE)
-    return sum("tensor<" not in line for line in lines)
+def _bounds(launch: Launch, cubin: bytes) -> dict[str, object]:
+    """The two times in us, how normals are made, and what an element costs in instructions."""
+    instructions = machine_code.parse(machine_code.disassemble(cubin))
+    code = machine_code.split(instructions)
+    bounds = {"issue_us": None, "bytes_us": launch.moved_bytes / BYTES_PER_US}
+    bounds["normals"] = normal_formulas(instructions)
+    work = work_of(launch.kernel, launch.arguments, launch.options["num_warps"], code)
+    if work is None and code.loop:
+        return bounds  # nobody knows how often it goes round
+    work = work or Work(rounds=0, elements=1)
+    issued = len(code.once) + len(code.loop) * work.rounds
+    bounds["issue_us"] = launch.threads * issued / ISSUE_PER_US
+    if launch.kernel in OBJECTIVE:
+        bounds["loop_instructions_per_element"] = len(code.loop) * work.rounds / work.elements
+        bounds["prologue_instructions_per_element"] = len(code.once) / work.elements
+    return bounds
 
 
 def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, object]]:
     """One row for each distinct launch of the cases and each architecture.
 
-    `variant` is the first case that launched it so. Registers, spills and stack (local memory) are
-    of a thread, warps and shared memory of a program. `global_access`: how many loads and stores of
-    how many bits the PTX has; `vector128`: whether everything but single values (seed, times) moves
-    128 bits at once; `seconds`: compiling took.
+    `variant` is the first case that launched it so. Registers, spills (bytes) and stack (local
+    memory) are of a thread, warps and shared memory of a program. `global_access`: how many loads
+    and stores of how many bits the PTX has; `vector128`: whether everything but single values
+    (seed, times) moves 128 bits at once; `instructions`: lines of PTX; `seconds`: compiling took.
+
+    `issue_us`, `bytes_us`: the two bounds of the module's docstring. Rows of the objective's
+    kernels have instructions of the machine that a thread issues for an element of the data: in
+    the main loop, and besides it (`prologue`: before and after). `normals`: the formulas of the
+    normal numbers that the machine code makes (`benchmarks/noise_code.py`).
     """
     with tempfile.TemporaryDirectory() as folder, runtime.triton.knobs.cache.scope():
         # Triton's own cache would give kernels without ptxas's report on them.
@@ -407,15 +330,21 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
 
 
 _LINE = "{:<22} {:<14} {:<55} {:>6} {:>5} {:>4} {:>5} {:>5} {:>6} {:>7} {:>7} {:>5}"
+_LINE += " {:>8} {:>8} {:>8} {:>8}"
 _HEAD = "op kernel variant arch warps regs spill stack shared 128-bit atomics instr".split()
+_HEAD += "issue_us bytes_us loop/elt once/elt".split()
 
 
 def _line(row: dict[str, object]) -> str:
-    spill = row["spill_store_bytes"] + row["spill_load_bytes"]
+    spill = row["spills"]
     names = (row["op"], row["kernel"].strip("_").removesuffix("_kernel"), row["variant"])
     numbers = (row["num_warps"], row["registers"], spill, row["stack_bytes"], row["shared_bytes"])
     wide = "yes" if row["vector128"] else "no"
-    return _LINE.format(*names, row["arch"], *numbers, wide, row["atomics"], row["instructions"])
+    cost = [row["issue_us"], row["bytes_us"]]
+    cost += [row.get(f"{part}_instructions_per_element") for part in ("loop", "prologue")]
+    costs = ("-" if value is None else f"{value:.1f}" for value in cost)
+    counts = row["atomics"], row["instructions"]
+    return _LINE.format(*names, row["arch"], *numbers, wide, *counts, *costs)
 
 
 def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:

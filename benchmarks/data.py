@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for part in options.part or PARTS:
             with contextlib.ExitStack() as stack:
-                loaders = _LOADERS[part](Path(folder), options, stack)
+                loaders = LOADERS[part](Path(folder), options, stack)
                 seconds = 0.0 if part == "encode" else options.seconds
                 _print(part, race(loaders, seconds, options.rounds))
     return 0
@@ -269,7 +269,7 @@ def _encode(
     }
 
 
-_LOADERS = {
+LOADERS = {
     "images-256": partial(_images, 256),
     "images-512": partial(_images, 512),
     "latents": _latents,

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Everything on one GPU in under nine minutes: correctness of every kernel, the kernels' speeds, the
-# training step of SiT-XL/2 and as much of the other networks as fits. Needs torch, triton and numpy;
-# matplotlib for the plots; liger_kernel, flash_attn and apex are measured if they are there. Nothing
-# has to be installed from this checkout.
+# One GPU, at most nine minutes a call: first contact, correctness of every kernel, the kernels'
+# speeds, the training step of SiT-XL/2 and as much of the other networks as fits. Two more parts are
+# called by name: sampling and loaders. Needs torch, triton and numpy; matplotlib for the plots,
+# torchdiffeq for sampling, scikit-learn for the loaders' images; liger_kernel, flash_attn, apex and
+# DALI are measured if they are there. Nothing has to be installed from this checkout.
 #
 #   benchmarks/gpu_suite.sh [--smoke] [FOLDER [PART...]]
 #
-# --smoke: the same path on the CPU at toy sizes, in a minute or two. It tests this script and the
-# harness; its times are no speeds.
-# FOLDER: runs/gpu_suite, or runs/gpu_suite_smoke. PART: correctness, kernels, step; all three
-# without any. One part alone has the whole time: "correctness" is complete then, and "kernels" and
-# "step" reach their last cells. Rows and plots of several runs add up. An op with wrong results has
-# no speed, all others have.
+# --smoke: the same path on the CPU at toy sizes, all six parts, in a minute or two. It tests this
+# script and the harness; its times are no speeds.
+# FOLDER: runs/gpu_suite, or runs/gpu_suite_smoke. PART: first-contact, correctness, kernels, step,
+# sampling, loaders; the first four without any. One part alone has the whole time: "correctness" is
+# complete then, and "kernels" and "step" reach their last cells. Rows and plots of several runs add
+# up, in one page. An op with wrong results has no speed, all others have.
 # PYTHON=python3.12 picks the interpreter (.venv's, or python3), GIT_SHA=... names the commit where
 # there is no .git.
-# FOLDER gets, at any moment, at most six files, since a rented machine may return few: suite.log,
-# correctness_blocks.jsonl, correctness_objective.jsonl, rows.jsonl, environment.json, plots.tgz.
+# FOLDER gets, at any moment, at most seven files, since a rented machine may return few: suite.log,
+# correctness_blocks.jsonl, correctness_objective.jsonl, rows.jsonl, environment.json, plots.tgz,
+# page.html, which shows all of it.
 # Exit status: 0, or that of the first part that failed; the other parts run all the same. 2 without
 # a GPU.
 set -uo pipefail
@@ -26,6 +28,8 @@ if [ "${1:-}" = --smoke ]; then
     folder=runs/gpu_suite_smoke
     # Beside a GPU, too: kernels run in Triton's interpreter only where torch sees none.
     export CUDA_VISIBLE_DEVICES=
+    # Toy tensors: more threads only wait for each other, the more so beside other work.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     shift
 fi
 case ${1:-} in -*)
@@ -35,10 +39,14 @@ case ${1:-} in -*)
 esac
 folder=${1:-$folder}
 parts=" ${*:2} "
-[ "$parts" != "  " ] || parts=' correctness kernels step '
+if [ "$parts" = "  " ]; then
+    parts=' first-contact correctness kernels step '
+    [ "$device" = cuda ] || parts+='sampling loaders '
+fi
 for part in $parts; do
-    case $part in correctness | kernels | step) ;; *)
-        echo "gpu_suite has the parts correctness, kernels and step, got $part" >&2
+    case $part in first-contact | correctness | kernels | step | sampling | loaders) ;; *)
+        echo "gpu_suite has the parts first-contact, correctness, kernels, step, sampling and" \
+            "loaders, got $part" >&2
         exit 2
         ;;
     esac
@@ -100,14 +108,21 @@ part() {
     return "$code"
 }
 
-# suite NAME LIMIT ARGUMENTS...: a part that draws plots. They are packed at once, because a killed
-# script never reaches a step at its end.
-suite() {
-    local code=0
-    part "$@" --plots "$scratch/plots" || code=$?
+# show: the page, and the pictures in it packed, after each part: a killed script never reaches a
+# step at its end.
+show() {
+    timeout 60 "$python" -m benchmarks.page "$out" --plots "$scratch/plots" ||
+        echo "== no page"
     if [ -n "$(ls "$scratch/plots")" ]; then
         tar -czf "$scratch/plots.tgz" -C "$scratch/plots" . && mv "$scratch/plots.tgz" "$out"
     fi
+}
+
+# suite NAME LIMIT ARGUMENTS...: a part with rows, and all that there is by then on the page.
+suite() {
+    local code=0
+    part "$@" || code=$?
+    show
     return "$code"
 }
 
@@ -161,6 +176,10 @@ main() {
         timeout 150 "$python" -m mixflow_fast.extension build >"$scratch/csrc.log" 2>&1 &
         building=$!
     fi
+    if wanted first-contact; then
+        suite 'first contact' 60 benchmarks.first_contact "${measure[@]}"
+        keep $?
+    fi
     if wanted correctness; then
         # Most of it is compilation of kernels, one after another: two processes side by side.
         local limit blocks
@@ -173,9 +192,11 @@ main() {
         keep $?
         wait "$blocks"
         keep $?
+        show
     fi
     if wanted kernels; then
-        suite 'kernels' "$(alone kernels 155)" benchmarks.run --suite kernels "${measure[@]}"
+        suite 'kernels' "$(alone kernels 155)" \
+            benchmarks.run --suite kernels --plots "$scratch/plots" "${measure[@]}"
         keep $?
     fi
     if wanted step; then
@@ -185,8 +206,17 @@ main() {
             tail -n 40 "$scratch/csrc.log"
         fi
         [ -z "$segments" ] || export PYTORCH_CUDA_ALLOC_CONF=$segments
-        # 225 s less the probe's, and what the others did not need.
-        suite 'training step' "$total" benchmarks.run --suite step "${measure[@]}"
+        # 165 s less the probe's and the pages', and what the others did not need.
+        suite 'training step' "$total" \
+            benchmarks.run --suite step --plots "$scratch/plots" "${measure[@]}"
+        keep $?
+    fi
+    if wanted sampling; then
+        suite 'sampling' "$total" benchmarks.sampling "${measure[@]}"
+        keep $?
+    fi
+    if wanted loaders; then
+        suite 'loaders' "$total" benchmarks.loaders "${measure[@]}"
         keep $?
     fi
     echo "== results in $out"

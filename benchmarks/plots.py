@@ -29,11 +29,20 @@ STYLES = {
     "efficient": ("#7F7F7F", "P"),
     "fused_flash": ("#56B4E9", "P"),
     "fused": ("#7F7F7F", "X"),
+    "official": ("#E69F00", "s"),
     "mixflow_fast": ("#009E73", "o"),
+    "mixflow_fast_compile": ("#0072B2", "D"),
+    "mixflow_fast_graph": ("#CC79A7", "^"),
     "mixflow_fast_adamwema": ("#000000", "o"),
     "mixflow_fast_recompute": ("#F0E442", "o"),
 }
 OURS = "mixflow_fast"
+# What an op's second panel shows, if not its share of the copy rate; and its label.
+RATES = {
+    "step": ("images_per_s", "images per second"),
+    "sampling": ("samples_per_s", "samples per second"),
+}
+COPY = ("percent_of_copy", "algorithmic bytes, % of copy bandwidth")
 CONTEXT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -87,7 +96,7 @@ def _chart(op: str, measured: Sequence[Row], path: Path) -> Path:
 
     lines = list(dict.fromkeys(_line(row) for row in measured if row["metric"] == "latency_ms"))
     providers = [p for p in STYLES if any(row["provider"] == p for row in measured)]
-    rate = "images_per_s" if op == "step" else "percent_of_copy"
+    rate = RATES.get(op, COPY)[0]
     has_rate = any(row["metric"] == rate for row in measured)
     width = 3.6 * (2 + has_rate) + 2.2
     caption = _conditions(measured, int(width * 15))
@@ -102,6 +111,8 @@ def _chart(op: str, measured: Sequence[Row], path: Path) -> Path:
         for panel, metric in zip((times, *rates), ("latency_ms", rate), strict=False):
             chosen = [r for r in measured if r["provider"] == provider and r["metric"] == metric]
             _points(panel, chosen, lines, offset, provider, "p20", "p80")
+    for panel in rates:
+        _rooflines(panel, measured, lines, rate)
     _speedups(ratios, measured, lines, [p for p in providers if p != OURS])
     _label(op, times, rates)
     graphs = {_line(row) for row in measured if _is_graph(row["timing"])}
@@ -139,10 +150,24 @@ def _label(op: str, times: Axes, rates: Sequence[Axes]) -> None:
             lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""
         )
         times.set_xlabel("time per call, ms (log scale)")
-    percent = "algorithmic bytes, % of copy bandwidth"
     for panel in rates:
-        panel.set_xlabel("images per second" if op == "step" else percent)
+        panel.set_xlabel(RATES.get(op, COPY)[1] + "; dotted: the roofline")
         panel.set_xlim(left=0)
+
+
+def _rooflines(panel: Axes, measured: Sequence[Row], lines: Sequence[Line], rate: str) -> None:
+    """The rate of a copy, or of a network that is nothing but products at the measured rate."""
+    for place, line in enumerate(lines):
+        of_line = [row for row in measured if _line(row) == line]
+        reached = {row["provider"]: row["p50"] for row in of_line if row["metric"] == rate}
+        shares = {
+            row["provider"]: row["p50"] for row in of_line if row["metric"] == "percent_of_matmul"
+        }
+        bounds = [100 * reached[name] / share for name, share in shares.items() if name in reached]
+        if rate == COPY[0] and reached:
+            bounds = [100.0]
+        for bound in bounds[:1]:
+            panel.plot(2 * [bound], [place - 0.45, place + 0.45], color="#222222", ls=":")
 
 
 def _points(
@@ -163,7 +188,9 @@ def _speedups(
     highest = 1.0
     for place, provider in enumerate(others):
         metric, offset = f"speedup_over_{provider}", _offset(place, len(others))
-        chosen = [r for r in measured if r["provider"] == OURS and r["metric"] == metric]
+        # Of ours over this provider, or of a mode of ours over the official loop.
+        wanted = ((OURS, metric), (provider, "speedup_over_official"))
+        chosen = [r for r in measured if (r["provider"], r["metric"]) in wanted]
         _points(panel, chosen, lines, offset, provider, "low95", "high95")
         for row in chosen:
             highest = max(highest, row["high95"])

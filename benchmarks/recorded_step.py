@@ -1,6 +1,6 @@
 """A step as one rank of many would make it, recorded: `python -m benchmarks.recorded_step`.
 
-The real `Trainer`, DeepSpeed and optimizer run as rank 0 of 8 or 64 in this one process. Two things
+The real `Trainer`, engine and optimizer run as rank 0 of 8 or 64 in this one process. Two things
 are stand-ins, so numbers of the step mean nothing and its speed neither:
 
 * PyTorch's fake process group, whose collectives return at once and move nothing.
@@ -32,6 +32,7 @@ from mixflow_fast.cli.errors import quiet_without_reader
 # A width at which ZeRO 3 shards the matrices and keeps the vectors whole, as in the large networks.
 NETWORK = ("model.depth=2", "model.hidden_size=192", "model.num_heads=3")
 WARM_UP = 2
+PRODUCTS = {"mm", "addmm", "bmm", "convolution_backward"}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Collective:
-    """A call: the part of a step, its kind, dtype, whole elements on a rank, ranks, how many."""
+    """A call: the part of a step, its kind, dtype, whole elements on a rank, ranks.
+
+    `products` are the matrix products of the step that came before it.
+    """
 
     phase: str
     kind: str
     dtype: str
     elements: int
     ranks: int
+    products: int
 
 
 @dataclass
@@ -69,6 +74,7 @@ class Recording:
         collectives: calls of c10d.
         waits: where the host would wait for the device, by the part of the step and kind.
         objects: exchanges of Python values between the ranks, in a row of metrics.
+        products: matrix products of the step.
     """
 
     trained: list[int] = field(default_factory=list)
@@ -76,6 +82,7 @@ class Recording:
     collectives: list[Collective] = field(default_factory=list)
     waits: dict[str, dict[str, int]] = field(default_factory=dict)
     objects: int = 0
+    products: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -90,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self.phase = "own"
         self.collectives: list[Collective] = []
         self.waits: dict[str, Counter[str]] = {}
+        self.products = 0
 
     def wait(self, kind: str) -> None:
         """The host waits for the device."""
@@ -105,7 +113,10 @@ class Recorder(TorchDispatchMode):
             whole = max(t.numel() for t in tensors) if tensors else 0
             dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
             kind = name.strip("_").removesuffix("_base")
-            self.collectives.append(Collective(self.phase, kind, dtype, whole, size))
+            one = Collective(self.phase, kind, dtype, whole, size, self.products)
+            self.collectives.append(one)
+        elif name in PRODUCTS:
+            self.products += 1
         elif function is torch.ops.aten._local_scalar_dense.default:
             self.wait("read of a value")
         return function(*args, **(kwargs or {}))
@@ -236,7 +247,7 @@ def record(case: Case, exchanges: Counter[str]) -> Recording:
             recorder.waits.clear()
             with recorder:
                 trainer.train_step(ready)
-                recorder.phase = "vote"
+                products, recorder.phase = recorder.products, "vote"
                 trainer._stop.requested()
         exchanges.clear()
         with trainer._open_log([]) as log:
@@ -244,7 +255,7 @@ def record(case: Case, exchanges: Counter[str]) -> Recording:
         trainer.close()
     recorder.waits.pop("vote", None)  # its values are in host memory
     waits = {phase: dict(kinds) for phase, kinds in recorder.waits.items()}
-    return Recording(trained, frozen, recorder.collectives, waits, exchanges["objects"])
+    return Recording(trained, frozen, recorder.collectives, waits, exchanges["objects"], products)
 
 
 def _write_row(trainer: Any, log: Any) -> None:

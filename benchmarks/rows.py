@@ -328,6 +328,19 @@ def conditions(device: torch.device) -> str:
     return ", ".join(f"{k} {v}" for k, v in zip(SMI_FIELDS, values, strict=False))
 
 
+def keep_state(out: Path, suite: str, state: Mapping[str, str | None]) -> None:
+    """OUT/environment.json: the state of each suite's run under the suite's name."""
+    # Inside the function because it may import Triton, see the module's first lines.
+    from mixflow_fast import files
+
+    path = out / "environment.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or cut off by a kill
+        kept = {}
+    files.write_json(path, kept | {suite: dict(state)})
+
+
 def _command(*words: str) -> str | None:
     """Standard output of a command, or None where it is missing or fails."""
     try:

@@ -15,7 +15,6 @@ measured until then is in the file).
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Iterable
@@ -27,7 +26,6 @@ from benchmarks.ops import KERNEL_OPS, OPS, kernel_cells
 from benchmarks.step import StepSuite
 from benchmarks.step_optimizers import time_deepspeed
 from benchmarks.suite import KernelSuite
-from mixflow_fast import files
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.kernel_plan import NEEDS
 
@@ -85,11 +83,11 @@ class Run:
         green, red = self._check()
         before = rows.conditions(self.device)
         state = {"before": before, "after": None, **self.environment}
-        keep_state(self.out, self.suite, state)
+        rows.keep_state(self.out, self.suite, state)
         refused = [f"{op}: wrong on this device" for op in self.ops if op in red]
         refused += self._time(red)
         after = rows.conditions(self.device)
-        keep_state(self.out, self.suite, state | {"after": after})
+        rows.keep_state(self.out, self.suite, state | {"after": after})
         print(f"\ndevice before: {before}\ndevice after:  {after}")
         print(f"{self.writer.count} rows in {self.writer.path}")
         if self.deadline.left_out:
@@ -155,16 +153,6 @@ def red_ops(found: Iterable[str]) -> set[str]:
     if wrong - {name for op, needs in NEEDS.items() for name in (op, *needs)}:
         return set(KERNEL_OPS)  # nobody knows whose result it was
     return {op for op in KERNEL_OPS if wrong & {op, *NEEDS[op]}}
-
-
-def keep_state(out: Path, suite: str, state: dict[str, str | None]) -> None:
-    """OUT/environment.json: the state of each suite's run under the suite's name."""
-    path = out / "environment.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or cut off by a kill
-        kept = {}
-    files.write_json(path, kept | {suite: state})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from mixflow_fast.optim.apex import OPTIMIZERS
 
 if TYPE_CHECKING:
     from mixflow_fast.config.schema import Config
+    from mixflow_fast.training.engines import Engine
 
 LR, DECAY = 1e-4, 0.9999
 # What nobody can avoid moving for a parameter, all float32: gradient, weight, moments, EMA.
@@ -197,30 +199,35 @@ def time_optimizers(
     cell.add_ratios("mixflow_fast", times, notes)
 
 
-class DeepSpeedPair:
-    """A configuration's training step, under DeepSpeed as the trainer has it and in a bare loop.
+class EngineSteps:
+    """A configuration's training step under both engines of the trainer and in a bare loop.
 
-    Both have the same network, objective, batch and `AdamWEMA` on one rank. In bf16 the bare loop
-    has float32 masters and float32 gradients of its own, as DeepSpeed has. No data loading, logging
-    or saving in either.
+    All have the same network, objective, batch and `AdamWEMA` on one rank. In bf16 the bare loop
+    has float32 masters and float32 gradients of its own, as the engines have. No data loading,
+    logging or saving in any.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         # DeepSpeed is an extra, and the other suites run without it.
         from mixflow_fast.training.build import build_execution, build_model, build_objective
-        from mixflow_fast.training.engine import Engine
+        from mixflow_fast.training.ddp_engine import DDPEngine
+        from mixflow_fast.training.engine import DeepSpeedEngine
 
         train, batch = config.train, config.train.global_batch_size
         model = build_model(config.model)
         copied, side = copy.deepcopy(model), model.input_size
+        whole = copy.deepcopy(model)
         self._mix = build_objective(config.objective, model.clock, train.seed)
         self._lr, self._half = config.optim.lr, train.precision == "bf16"
         self.x1 = torch.randn(batch, model.in_channels, side, side, device=device)
         self._ids = torch.arange(batch, device=device)
         self._y = self._ids % model.num_classes
         execution = build_execution(config.model, train.zero_stage, device)
-        self.engine = Engine(train, config.optim, batch, model.set_execution(execution))
+        without = dataclasses.replace(train, engine="ddp", zero_stage=0, overlap_comm=False)
+        self.engine = DeepSpeedEngine(train, config.optim, batch, model.set_execution(execution))
+        self.ddp_engine = DDPEngine(without, config.optim, batch, whole.set_execution(execution))
         self.engine.start(None)
+        self.ddp_engine.start(None)
         self.weights = Weights(copied.to(device))
         self._net = self.weights.half if self._half else self.weights.single
         self._net.set_execution(execution)
@@ -234,9 +241,16 @@ class DeepSpeedPair:
 
     def deepspeed(self) -> None:
         """One step under DeepSpeed."""
-        self.engine.set_lr(self._lr)
-        self.engine.backward(self._loss(self.engine))
-        self.engine.step()
+        self._step(self.engine)
+
+    def ddp(self) -> None:
+        """One step of the engine without ZeRO."""
+        self._step(self.ddp_engine)
+
+    def _step(self, engine: Engine) -> None:
+        engine.set_lr(self._lr)
+        engine.backward(self._loss(engine))
+        engine.step()
 
     def bare(self) -> None:
         """One step of the bare loop."""
@@ -246,29 +260,32 @@ class DeepSpeedPair:
 
 
 def time_deepspeed(config: Config, device: torch.device, writer: Writer, smoke: bool) -> None:
-    """Rows of op "deepspeed": both steps of one rank, in turns, and their ratio."""
+    """Rows of op "deepspeed": the steps of one rank, in turns, and their ratios to the bare one."""
     from mixflow_fast.distributed import process_group
 
     process_group.init_process_group(device.type)
-    pair, c = DeepSpeedPair(config, device), config.train
-    calls = {"deepspeed": pair.deepspeed, "bare": pair.bare}
+    steps, c = EngineSteps(config, device), config.train
+    calls = {"deepspeed": steps.deepspeed, "ddp": steps.ddp, "bare": steps.bare}
     for call in calls.values():
         for _ in range(3):
             call()
     seconds = 0.0 if smoke else DEEPSPEED_SECONDS
     times = timing.rounds_ms(calls, device, seconds, 3 if smoke else DEEPSPEED_ROUNDS)
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[c.precision]
-    method, shape = timing.rounds_method(seconds), list(pair.x1.shape)
+    method, shape = timing.rounds_method(seconds), list(steps.x1.shape)
     cell = CellRows(writer, "deepspeed", "step", config.model.name, shape, dtype, method)
     same = f"AdamWEMA: {describe_adamwema(device.type)}"
-    notes = {"deepspeed": f"ZeRO {c.zero_stage}, {same}", "bare": f"no DeepSpeed, {same}"}
+    notes = {"deepspeed": f"ZeRO {c.zero_stage}, {same}", "ddp": f"no ZeRO, {same}"}
+    notes["bare"] = f"no engine, {same}"
     for name, note in notes.items():
         cell.add(name, "latency_ms", percentiles(times[name]), note)
     cell.add_ratios("bare", times, notes)
-    ratio = paired_ratio(times["deepspeed"], times["bare"])
-    print(
-        f"a step under DeepSpeed takes {ratio.p50:.3f} times a bare one ({ratio.low95:.3f} to "
-        f"{ratio.high95:.3f}), {config.model.name}, {c.precision}, ZeRO {c.zero_stage}"
-        + (": a smoke run, no speed" if smoke else "")
-    )
-    pair.engine.close()
+    cell.add_ratios("ddp", {name: times[name] for name in ("deepspeed", "ddp")}, notes)
+    for name, how in (("deepspeed", f"ZeRO {c.zero_stage}"), ("ddp", "no ZeRO")):
+        ratio = paired_ratio(times[name], times["bare"])
+        print(
+            f"a step under {name} takes {ratio.p50:.3f} times a bare one ({ratio.low95:.3f} to "
+            f"{ratio.high95:.3f}), {config.model.name}, {c.precision}, {how}"
+            + (": a smoke run, no speed" if smoke else "")
+        )
+    steps.engine.close()

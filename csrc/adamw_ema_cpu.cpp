@@ -3,12 +3,7 @@
 // is read and written once.
 #include "adamw_ema_cpu.h"
 
-// One library for every x86-64: the loader takes the widest version that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define MIXFLOW_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define MIXFLOW_CLONES
-#endif
+#include "clones.h"
 
 namespace mixflow {
 

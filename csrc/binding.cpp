@@ -1,8 +1,11 @@
 // torch.ops.mixflow_fast.adamw_ema_: what it takes, what it refuses, and who computes it.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/irange.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -79,16 +82,52 @@ void check_scalar(const char* name, const std::optional<Tensor>& scalar, TensorL
                     scalar->numel(), " of ", scalar->scalar_type(), " on ", scalar->device());
 }
 
-// Two roles of one element in the same memory would be computed from each other.
-void check_apart(size_t index, const std::vector<const Tensor*>& roles) {
-  if (roles[0]->numel() == 0 || roles[0]->is_meta()) return;
-  for (size_t a = 0; a < roles.size(); ++a) {
-    for (size_t b = 0; b < a; ++b) {
-      TORCH_CHECK_VALUE(roles[a]->const_data_ptr() != roles[b]->const_data_ptr(),
-                        "adamw_ema_: parameter ", index, ", its gradient, moments, averages and ",
-                        "copy must have memory of their own, but two of them start at the same ",
-                        "address");
+struct Role {
+  const char* name;
+  TensorList list;
+  bool written;
+};
+
+// Where a tensor lies in memory, and which it is.
+struct Extent {
+  uintptr_t begin, end;
+  const Role* role;
+  size_t index;
+};
+
+Extent extent_of(const Role& role, size_t index) {
+  const Tensor& tensor = role.list[index];
+  // Asked for as what is written, so that memory that is shared until then is copied.
+  const void* const data = role.written ? tensor.mutable_data_ptr() : tensor.const_data_ptr();
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  return {begin, begin + tensor.nbytes(), &role, index};
+}
+
+// What is written may be no other tensor's memory: one would be computed from half of the other.
+// Gradients are only read, and may share theirs.
+void check_apart(const std::vector<Role>& roles) {
+  std::vector<Extent> extents;
+  for (const Role& role : roles) {
+    for (const size_t i : c10::irange(role.list.size())) {
+      const Tensor& tensor = role.list[i];
+      if (tensor.numel() != 0 && !tensor.is_meta()) extents.push_back(extent_of(role, i));
     }
+  }
+  std::sort(extents.begin(), extents.end(),
+            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  // Those that reach furthest so far.
+  const Extent* last = nullptr;
+  const Extent* last_written = nullptr;
+  for (const Extent& extent : extents) {
+    const bool written = extent.role->written;
+    const Extent* const other = written ? last : last_written;
+    TORCH_CHECK_VALUE(other == nullptr || other->end <= extent.begin, "adamw_ema_: ",
+                      other->role->name, "[", other->index, "] and ", extent.role->name, "[",
+                      extent.index, "] share memory: every parameter, its gradient, moments, ",
+                      "averages and copy must have memory of their own");
+    if (last == nullptr || last->end < extent.end) last = &extent;
+    if (!written) continue;
+    if (last_written == nullptr || last_written->end < extent.end) last_written = &extent;
   }
 }
 
@@ -116,7 +155,6 @@ Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   check_number("weight_decay", weight_decay, 0.0, infinity);
   for (const double decay : ema_decays) check_number("each of ema_decays", decay, 0.0, 1.0);
 
-  std::vector<const Tensor*> roles;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& like = params[i];
     TORCH_CHECK_VALUE(like.device() == params[0].device(), "adamw_ema_: params[", i,
@@ -129,17 +167,17 @@ Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
     check_tensor("grads", i, grads[i], gradient, like);
     check_tensor("exp_avgs", i, exp_avgs[i], at::kFloat, like);
     check_tensor("exp_avg_sqs", i, exp_avg_sqs[i], at::kFloat, like);
-    roles = {&like, &grads[i], &exp_avgs[i], &exp_avg_sqs[i]};
     for (size_t k = 0; k < each; ++k) {
       check_tensor("emas", k * count + i, emas[k * count + i], at::kFloat, like);
-      roles.push_back(&emas[k * count + i]);
     }
-    if (!copies.empty()) {
-      check_tensor("copies", i, copies[i], at::kBFloat16, like);
-      roles.push_back(&copies[i]);
-    }
-    check_apart(i, roles);
+    if (!copies.empty()) check_tensor("copies", i, copies[i], at::kBFloat16, like);
   }
+  check_apart({{"params", params, true},
+               {"grads", grads, false},
+               {"exp_avgs", exp_avgs, true},
+               {"exp_avg_sqs", exp_avg_sqs, true},
+               {"emas", emas, true},
+               {"copies", copies, true}});
   check_scalar("grad_scale", grad_scale, params);
   check_scalar("grad_norm", grad_norm, params);
   Arguments all{params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, grad_norm, {},
@@ -199,7 +237,9 @@ void run_cuda(const Arguments& all) {
   for (const Tensor& tensor : all.params) sizes.push_back(tensor.numel());
   for (int role = 0; role < 6; ++role) {
     for (const Tensor& tensor : lists[role]) {
-      pointers[role].push_back(const_cast<void*>(tensor.const_data_ptr()));
+      const bool reads = role == 1;
+      pointers[role].push_back(reads ? const_cast<void*>(tensor.const_data_ptr())
+                                     : tensor.mutable_data_ptr());
     }
   }
   const mixflow::Tensors tensors{all.count(),

@@ -21,6 +21,8 @@ from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.runtime import jit, tl, triton
 
 NCHW = 0
+# Programs of 4 warps that the 132 multiprocessors of an H100 or H200 hold at once.
+_RESIDENT = 132 * 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Layout:
         width: places in an image row (tokens only).
         patch_size: of the tokens; 0 is NCHW.
         block_channels, block_places: a tile's sides, powers of two.
-        loops: tiles that one program works through, one after the other.
+        loops: tiles that one program works through, one after the other; the last one fewer.
     """
 
     channels: int
@@ -48,8 +50,13 @@ class Layout:
         """Elements of one sample."""
         return self.channels * self.places
 
+    @property
+    def even(self) -> bool:
+        """Whether tiles have nothing outside of the sample: no element needs a mask."""
+        return self.places % self.block_places == 0 and self.channels % self.block_channels == 0
+
     def vector(self, element_size: int) -> int:
-        """`normal_tile`'s VECTOR beside loads of elements of so many bytes."""
+        """`normal_pairs`' VECTOR beside loads of elements of so many bytes."""
         # A block of four numbers must not reach over the end of a channel.
         if self.channels > 1 and self.places % 4:
             return 1
@@ -72,9 +79,10 @@ class Layout:
             "W": self.width,
             "PATCH": self.patch_size,
             "VECTOR": self.vector(element_size),
+            "EVEN": self.even,
             "BLOCK_C": self.block_channels,
             "BLOCK_S": self.block_places,
-            "LOOPS": self.loops,
+            "loops": self.loops,
             "num_warps": 4,
             **runtime.OPTIONS,
         }
@@ -84,18 +92,33 @@ def get_layout(sample_shape: tuple[int, ...], patch_size: int, loops: int | None
     """The layout of samples (C, H, W), or of any shape where `patch_size` is 0 (NCHW).
 
     The tiles depend on the shape of a sample alone, never on the batch: sums over tiles then have
-    the same bits for a sample alone and in a batch.
+    the same bits for a sample alone and in a batch. Large samples take several tiles a program:
+    what a program does once (times, coefficients, addresses) is then a small part of its
+    instructions, and there are fewer partial sums to add up. `loops`: so many instead.
     """
     numel = math.prod(sample_shape)
+    if loops is None:
+        loops = 1 if numel <= 1 << 14 else 4 if numel < 1 << 17 else 8
     if patch_size == NCHW:
-        # Large samples take several tiles a program: fewer partial sums to add up afterwards.
-        if loops is None:
-            loops = 1 if numel <= 1 << 14 else 4
         return Layout(1, numel, 1, 0, 1, 1024, loops)
     channels, height, width = sample_shape
+    places = height * width
     block_channels = min(triton.next_power_of_2(channels), 32)
-    block_places = min(2048 // block_channels, max(16, triton.next_power_of_2(height * width)))
-    return Layout(channels, height * width, width, patch_size, block_channels, block_places, 1)
+    block_places = min(2048 // block_channels, max(16, triton.next_power_of_2(places)))
+    loops = min(loops, triton.cdiv(places, block_places))
+    return Layout(channels, places, width, patch_size, block_channels, block_places, loops)
+
+
+def one_wave(numel: int, batch: int) -> int:
+    """Tiles a program of an NCHW layout for which all programs of a batch run at once, at most 24.
+
+    For kernels without sums, whose bits do not depend on how work is divided. By 24 tiles what is
+    done once is 1.6 instructions an element.
+    """
+    tiles = triton.cdiv(numel, 1024)
+    least = min(max(tiles * batch // _RESIDENT, 1), 24)
+    # A divisor, if there is one near, so that all programs have the same to do.
+    return next((n for n in range(least, min(2 * least, 24) + 1) if tiles % n == 0), least)
 
 
 def to_tokens(x: Tensor, patch_size: int) -> Tensor:
@@ -114,10 +137,68 @@ def from_tokens(tokens: Tensor, shape: torch.Size, patch_size: int) -> Tensor:
 
 
 @jit
-def tile_start(program, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LOOPS: tl.constexpr):
-    """First channel and first place of the tiles of a program of a sample."""
-    columns = tl.cdiv(S, BLOCK_S * LOOPS)
-    return (program // columns) * BLOCK_C, (program % columns) * (BLOCK_S * LOOPS)
+def tile_start(program, S, loops, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(first channel, first place, number) of the tiles of a program of a sample."""
+    columns = tl.cdiv(S, BLOCK_S * loops)
+    first_s = (program % columns) * (BLOCK_S * loops)
+    tiles = tl.minimum(loops, tl.cdiv(S - first_s, BLOCK_S))
+    return (program // columns) * BLOCK_C, first_s, tiles
+
+
+@jit
+def load_pairs(
+    tile_ptr, place, S, mask, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Elements at i S + place + 2 j of `tile_ptr`, and those after each of them.
+
+    Two tiles of (BLOCK_C, BLOCK_S / 2) float32. `mask`: of the (BLOCK_C, BLOCK_S) elements; not
+    asked where EVEN says that all of them are there.
+    """
+    row = tl.arange(0, BLOCK_C)[:, None]
+    if EVEN and tile_ptr.dtype.element_ty == tl.bfloat16:
+        # Two elements are one word, and each a float by itself with zeros after it.
+        at = row * (S // 2) + place // 2 + tl.arange(0, BLOCK_S // 2)[None, :]
+        word = tl.load(tile_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + at)
+        first = (word << 16).to(tl.float32, bitcast=True)
+        second = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        at = row * S + place + tl.arange(0, BLOCK_S)[None, :]
+        if EVEN:
+            x = tl.load(tile_ptr + at)
+        else:
+            x = tl.load(tile_ptr + at, mask=mask, other=0.0)
+        first, second = split_pairs(x.to(tl.float32), BLOCK_C, BLOCK_S)
+    return first, second
+
+
+@jit
+def tile_address(
+    c,
+    first_s,
+    place,
+    S,
+    W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`address` of the tile that begins at place first_s + `place`, for the loop over `place`."""
+    s = tl.arange(0, BLOCK_S)
+    if PATCH == 0:
+        at = c[:, None] * S + (place + s)[None, :]
+    elif BLOCK_S % (W * PATCH) == 0:
+        # Whole rows of patches: the next tile is so many tokens further, and the rest of this does
+        # not depend on the loop.
+        at = address(c, first_s + s, S, W, CHANNELS, PATCH) + place * CHANNELS
+    else:
+        at = address(c, first_s + place + s, S, W, CHANNELS, PATCH)
+    return at
+
+
+@jit
+def split_pairs(x, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The even and the odd columns of a tile."""
+    return tl.split(tl.reshape(x, (BLOCK_C, BLOCK_S // 2, 2)))
 
 
 @jit

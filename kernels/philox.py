@@ -20,9 +20,10 @@ a is rounded to float32, so the smallest radii (below about 5e-4, one in ten mil
 The angle is exact: b's first bit is a sign, and the rest, minus a quarter turn, stays within a
 quarter of zero, c = b mod 1/2 - 1/4; (cos, sin) 2 pi b = +-(-sin 2 pi c, cos 2 pi c).
 
-Two implementations: plain PyTorch, and Triton device functions that other kernels call to make the
-numbers in registers. The words are the same integers; normals agree to a few units in the last
-place of the radius (sine, cosine, logarithm and root are evaluated differently).
+Plain PyTorch defines them (`*_reference`); on the CPU the operators of `csrc/` give the same bits
+faster, where they were built (`philox_cpu`). Triton device functions, which other kernels call,
+make the numbers in registers. The words are the same integers; normals agree to a few units in the
+last place of the radius (sine, cosine, logarithm and root are evaluated differently).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from mixflow_fast.kernels import runtime
-from mixflow_fast.kernels.runtime import jit, tl, triton
+from mixflow_fast.kernels import philox_cpu, runtime
+from mixflow_fast.kernels.runtime import HAS_ASM, jit, tl, triton
 
 _ROUND_A = 0xD2511F53
 _ROUND_B = 0xCD9E8D57
@@ -107,6 +108,10 @@ def seed_tensor(seed: int, device: torch.device) -> Tensor:
     return torch.full((), signed, dtype=torch.int64, device=device)
 
 
+def _seed_bits(seed: int | Tensor, positions: Tensor) -> Tensor:
+    return seed if isinstance(seed, Tensor) else seed_tensor(seed, positions.device)
+
+
 def _check_positions(positions: Tensor) -> Tensor:
     if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(
@@ -135,16 +140,29 @@ def _blocks(seed: int | Tensor, stream: int, positions: Tensor, numel: int) -> l
     return philox_4x32(counter, key)
 
 
-def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
-    """Uniform 32-bit words, (B, numel) int64 in [0, 2**32); arguments as `uniform`."""
+def words_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """`random_words` in plain PyTorch."""
     words = torch.stack(_blocks(seed, stream, positions, numel), dim=-1)
     return words.flatten(1)[:, :numel]
+
+
+def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """Uniform 32-bit words, (B, numel) int64 in [0, 2**32); arguments as `uniform`."""
+    positions = _check_positions(positions)
+    if philox_cpu.serves(positions):
+        return philox_cpu.words(_seed_bits(seed, positions), int(stream), positions, numel)
+    return words_reference(seed, stream, positions, numel)
 
 
 def _unit_open(word: Tensor) -> Tensor:
     """Uniform in (0, 1) of a 32-bit word."""
     # 23 bits and a half fit float32 exactly, and neither 0 nor 1 comes out.
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def uniform_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+    """`uniform` in plain PyTorch."""
+    return _unit_open(words_reference(seed, stream, positions, numel))
 
 
 def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
@@ -162,7 +180,10 @@ def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) 
     Raises:
         ValueError: bad seed, positions that are not a 1-D integer tensor, negative numel.
     """
-    return _unit_open(random_words(seed, stream, positions, numel))
+    positions = _check_positions(positions)
+    if philox_cpu.serves(positions):
+        return philox_cpu.uniform(_seed_bits(seed, positions), int(stream), positions, numel)
+    return uniform_reference(seed, stream, positions, numel)
 
 
 def normal_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
@@ -185,12 +206,15 @@ def normal(
     """Standard normal numbers, (B, numel) float32; arguments and errors as `uniform`.
 
     impl: "reference", "triton" or "auto" (Triton on CUDA devices). The numbers of "triton" are
-    bit for bit those that the other kernels make in registers.
+    bit for bit those that the other kernels make in registers, those of "reference" the bits of
+    `normal_reference`.
     """
     if not runtime.use_kernels(impl, positions.device):
+        positions = _check_positions(positions)
+        if philox_cpu.serves(positions):
+            return philox_cpu.normal(_seed_bits(seed, positions), int(stream), positions, numel)
         return normal_reference(seed, stream, positions, numel)
-    if not isinstance(seed, Tensor):
-        seed = seed_tensor(seed, positions.device)
+    seed = _seed_bits(seed, positions)
     if not 0 <= numel <= runtime.MAX_SAMPLE:
         raise ValueError(f"numel must be in [0, 2**29] for the Triton kernel, got {numel}")
     return _normal_op(seed, _check_positions(positions), int(stream), numel)
@@ -202,9 +226,24 @@ def philox_words(seed, stream: tl.constexpr, position, block):
 
     In all device functions here seed and position are int64 scalars, blocks int32.
     """
-    low = (position & 0xFFFFFFFF).to(tl.uint32)
-    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox(seed, block.to(tl.uint32), tl.cast(stream, tl.uint32), low, high)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0 = block.to(tl.uint32)
+    c1 = tl.cast(stream, tl.uint32)
+    c2 = (position & 0xFFFFFFFF).to(tl.uint32)
+    c3 = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # One wide product gives both halves: asked for one by one, they are two multiplications.
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        # In brackets what is the same for all elements in the first rounds.
+        c0 = (b >> 32).to(tl.uint32) ^ (c1 ^ k0)
+        c2 = (a >> 32).to(tl.uint32) ^ (c3 ^ k1)
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 = k0 + tl.cast(0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.cast(0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
 
 
 @jit
@@ -224,50 +263,69 @@ def first_uniform(seed, stream: tl.constexpr, position):
 
 
 @jit
-def minus_two_log(a):
-    """-2 ln a for a in [2^-33, 1]: a = 2^k (1 + f) with |ln(1 + f)| <= ln(2) / 2."""
-    bits = a.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23
-    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    # Least squares in relative error: 7e-9.
-    p = -2.845422805e-01 + f * (2.640420839e-01 + f * (-2.524065512e-01 + f * 1.472573601e-01))
-    p = -6.666670809e-01 + f * (
-        5.000170389e-01 + f * (-3.999965315e-01 + f * (3.324273982e-01 + f * p))
+def polar_hardware(radius_word, angle_word):
+    """`polar` by the units of NVIDIA's devices for logarithm, root, sine and cosine.
+
+    Each is right to about 2^-22 of what it gives, or of 1. The root of a logarithm that came out
+    above zero would be NaN, so its sign is dropped; all in one piece, so that no compiler takes it
+    apart in one kernel and not in another.
+    """
+    a = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    radius = tl.inline_asm_elementwise(
+        "{ .reg .f32 t; lg2.approx.ftz.f32 t, $1; abs.ftz.f32 t, t; "
+        "mul.ftz.f32 t, t, 0f3FB17218; sqrt.approx.ftz.f32 $0, t; }",  # 2 ln 2
+        "=f,f",
+        [a],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
     )
-    return k.to(tl.float32) * -1.3862943611198906 + (f * f * (1.0 + f * p) - 2.0 * f)
+    # Half a turn less, so that the angle is in [-pi, pi]: the signs of both normals turn.
+    one_to_two = ((angle_word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    angle = tl.fma(one_to_two, 6.283185307179586, -9.42477798461914)  # 3 pi - 2^-23 pi, rounded
+    cosine = tl.inline_asm_elementwise(
+        "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+    )
+    sine = tl.inline_asm_elementwise(
+        "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return -radius, cosine, sine
 
 
 @jit
-def square_root(x):
-    """sqrt of x >= 0, rounded to nearest or nearly so: a device's own is off by one unit."""
-    # A Newton step on the device's approximate reciprocal root; the bound keeps 0 from giving NaN.
-    y = tl.rsqrt(tl.maximum(x, 1e-30))
-    root = x * y
-    return root + (0.5 * y) * (x - root * root)
+def polar_exact(radius_word, angle_word):
+    """`polar` as `normal_reference` has it, for the interpreter."""
+    a = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt(-2.0 * tl.log(a))
+    radius = tl.where((angle_word >> 31) == 0, radius, -radius)
+    turns = ((angle_word >> 9) & 0x3FFFFF).to(tl.float32)
+    angle = ((turns + 0.5) * 1.1920928955078125e-07 - 0.25) * 6.283185307179586
+    return radius, -tl.sin(angle), tl.cos(angle)
+
+
+@jit
+def polar(radius_word, angle_word):
+    """(radius, cosine, sine) of two words: the normals of the module's docstring are radius times
+    the others. All three may have changed their signs.
+    """
+    if HAS_ASM:
+        radius, cosine, sine = polar_hardware(radius_word, angle_word)
+    else:
+        radius, cosine, sine = polar_exact(radius_word, angle_word)
+    return radius, cosine, sine
 
 
 @jit
 def box_muller(radius_word, angle_word):
     """Two normals from two words, as the module's docstring says."""
-    # A float from bits, [1, 2) by its exponent: a conversion from integers is a slower unit's.
-    half_turns = (((angle_word >> 8) & 0x7FFFFE) | 0x3F800000).to(tl.float32, bitcast=True)
-    c = half_turns * 0.5 - 0.749999940395355224609375  # 3/4 - 2^-24; exact
-    angle = c * 6.283185307179586
-    z = angle * angle
-    # sin and cos on [-pi/2, pi/2], least squares in absolute error: 5e-9 and 5e-10.
-    p = -1.666665673e-01 + z * (8.333010326e-03 + z * (-1.980620201e-04 + z * 2.599278195e-06))
-    sine = angle + (angle * z) * p
-    p = 4.166665532e-02 + z * (-1.388856117e-03 + z * (2.476885424e-05 - z * 2.618569020e-07))
-    cosine = (1.0 - 0.5 * z) + (z * z) * p
-    a = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    radius = square_root(minus_two_log(a)).to(tl.uint32, bitcast=True)
-    # The sign of both normals is the first bit of the angle: half a turn more.
-    radius = (radius ^ (angle_word & 0x80000000)).to(tl.float32, bitcast=True)
-    return -(radius * sine), radius * cosine
+    radius, cosine, sine = polar(radius_word, angle_word)
+    # A product that a compiler fuses with the sum after it is not rounded, and which it fuses
+    # depends on the kernel. This one is fused already: the same number everywhere.
+    return tl.fma(radius, cosine, 0.0), tl.fma(radius, sine, 0.0)
 
 
 @jit
-def normal_tile(
+def normal_pairs(
     seed,
     stream: tl.constexpr,
     position,
@@ -275,10 +333,13 @@ def normal_tile(
     column,
     ROW_STRIDE,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Normals of elements (row + i) * ROW_STRIDE + column + j, (ROWS, COLUMNS) float32.
+    """Normals of elements (row + i) * ROW_STRIDE + column + 2 j, and of those after each of them.
+
+    Two tiles of (ROWS, PAIRS) float32: Box-Muller makes pairs, and storage of 16 bits an element
+    comes in words of two.
 
     VECTOR: neighbours that one thread makes, 8 or 4, as many as it loads of the data at once: the
     numbers then need no exchange between threads. ROW_STRIDE must be a multiple of 4 (or there is
@@ -286,23 +347,21 @@ def normal_tile(
     """
     rows = row + tl.arange(0, ROWS)[:, None]
     if VECTOR == 8:
-        block = rows * (ROW_STRIDE // 4) + column // 4 + 2 * tl.arange(0, COLUMNS // 8)[None, :]
+        block = rows * (ROW_STRIDE // 4) + column // 4 + 2 * tl.arange(0, PAIRS // 4)[None, :]
         n0, n1, n2, n3 = _normal_block(seed, stream, position, block)
         n4, n5, n6, n7 = _normal_block(seed, stream, position, block + 1)
-        even = tl.interleave(tl.interleave(n0, n4), tl.interleave(n2, n6))
-        odd = tl.interleave(tl.interleave(n1, n5), tl.interleave(n3, n7))
-        noise = tl.interleave(even, odd)
+        first = tl.interleave(tl.interleave(n0, n4), tl.interleave(n2, n6))
+        second = tl.interleave(tl.interleave(n1, n5), tl.interleave(n3, n7))
     elif VECTOR == 4:
-        block = rows * (ROW_STRIDE // 4) + column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+        block = rows * (ROW_STRIDE // 4) + column // 4 + tl.arange(0, PAIRS // 2)[None, :]
         n0, n1, n2, n3 = _normal_block(seed, stream, position, block)
-        noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+        first = tl.interleave(n0, n2)
+        second = tl.interleave(n1, n3)
     else:
-        element = rows * ROW_STRIDE + column + tl.arange(0, COLUMNS)[None, :]
-        w0, w1, w2, w3 = philox_words(seed, stream, position, element >> 2)
-        first = (element & 2) == 0
-        x, y = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
-        noise = tl.where((element & 1) == 0, x, y)
-    return noise
+        element = rows * ROW_STRIDE + column + 2 * tl.arange(0, PAIRS)[None, :]
+        first = _normal_at(seed, stream, position, element)
+        second = _normal_at(seed, stream, position, element + 1)
+    return first, second
 
 
 @jit
@@ -314,15 +373,23 @@ def _normal_block(seed, stream: tl.constexpr, position, block):
 
 
 @jit
+def _normal_at(seed, stream: tl.constexpr, position, element):
+    w0, w1, w2, w3 = philox_words(seed, stream, position, element >> 2)
+    first = (element & 2) == 0
+    x, y = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
+    return tl.where((element & 1) == 0, x, y)
+
+
+@jit(any_value=["programs"], any_address=["seed_ptr", "positions_ptr"])
 def _normal_kernel(
     seed_ptr, positions_ptr, out_ptr, numel, programs, STREAM: tl.constexpr, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0)
     sample = (program // programs).to(tl.int64)
     start = (program % programs) * BLOCK
-    noise = normal_tile(
-        tl.load(seed_ptr), STREAM, tl.load(positions_ptr + sample), 0, start, 0, 1, BLOCK, 4
-    )
+    seed, position = tl.load(seed_ptr), tl.load(positions_ptr + sample)
+    first, second = normal_pairs(seed, STREAM, position, 0, start, 0, 1, BLOCK // 2, 4)
+    noise = tl.interleave(first, second)
     offsets = start + tl.arange(0, BLOCK)[None, :]
     tl.store(out_ptr + sample * numel + offsets, noise, mask=offsets < numel)
 

@@ -109,6 +109,8 @@ class Environment:
         platform, host: operating system and host name.
         device: name of the GPU or CPU that computes.
         threads: of PyTorch on the CPU.
+        cudnn: version, None for a process on the CPU.
+        deterministic: whether PyTorch takes deterministic algorithms alone.
     """
 
     mixflow_fast: str
@@ -122,6 +124,8 @@ class Environment:
     host: str
     device: str
     threads: int
+    cudnn: str | None = None
+    deterministic: bool = False
 
     def to_dict(self) -> dict[str, str | int | None]:
         """The fields as plain values, in this order."""
@@ -143,6 +147,8 @@ def current_environment(device: torch.device) -> Environment:
         host=platform.node(),
         device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         threads=torch.get_num_threads(),
+        cudnn=str(torch.backends.cudnn.version()) if on_gpu else None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

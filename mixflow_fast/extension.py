@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 LIBRARY = "_csrc.so"
 NAME = "mixflow_fast_csrc"
 COMMAND = "python -m mixflow_fast.extension build"
-CPU_SOURCES = ("binding.cpp", "adamw_ema_cpu.cpp")
+CPU_SOURCES = ("binding.cpp", "adamw_ema_cpu.cpp", "philox_binding.cpp", "philox_cpu.cpp")
 CUDA_SOURCES = ("adamw_ema_cuda.cu",)
 # Without contraction CPU, GPU and every width of vector round alike. The two -fno-*math flags let
 # gcc vectorise roots and conditions, and change no result.

@@ -81,6 +81,7 @@ def run_pilot(
     out: Path,
     log: Callable[[str], None] = lambda _: None,
     quiet: bool = False,
+    weights_sha256: str | None = None,
 ) -> PilotTable:
     """Train, sample and compare the arms.
 
@@ -92,13 +93,16 @@ def run_pilot(
         out: folder of the arms, each in gamma_G; what is done there is kept.
         log: gets a line on each arm.
         quiet: no progress.
+        weights_sha256: of the weights that the arms start from, by which a folder of arms knows
+            them wherever their file is; None: it knows them by their path.
 
     Raises:
         ValueError: what the configuration or the sampler refuses; a folder of another pilot, or
             arms of another configuration.
         KeyboardInterrupt: a signal ended a training, with a checkpoint.
     """
-    _claim(out, checkpoint, plan)
+    known = {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
+    _claim(out, known or {"checkpoint": str(checkpoint.resolve())}, plan)
     configs = {
         gamma: arm_config(config, checkpoint, gamma, plan.images, out / f"gamma_{gamma:g}")
         for gamma in plan.gammas
@@ -118,7 +122,8 @@ def run_pilot(
             if not train(arm, quiet=quiet).finished:
                 raise KeyboardInterrupt("the same command goes on with the arms that are left")
             _sample(done, plan, config.objective.shift, features, quiet)
-        _check_same_arm(flatten(arm.to_dict()), done.parent)
+        # Where the weights are known, where they lie does not matter.
+        _check_same_arm(flatten(arm.to_dict()), done.parent, {"train.init"} if known else set())
         found = np.load(done)
         scores[gamma] = frechet(found, reference)
         kernel = kid(found, some)
@@ -131,13 +136,14 @@ def run_pilot(
         choice=choose_gamma(scores),
         kid=kernels,
         features=f"{features.dim} linear features",
+        updates=next(iter(configs.values())).train.images // config.train.global_batch_size,
     )
 
 
-def _check_same_arm(settings: Mapping[str, object], arm: Path) -> None:
+def _check_same_arm(settings: Mapping[str, object], arm: Path, free: set[str]) -> None:
     """Refuse an arm that is done and was trained otherwise; training refuses one that is not."""
     old = flatten(load_config(str(arm / "config.yaml")).to_dict())
-    names = sorted(n for n in settings.keys() - FREE if old.get(n) != settings[n])
+    names = sorted(n for n in settings.keys() - FREE - free if old.get(n) != settings[n])
     if names:
         listed = ", ".join(f"{n}: {old.get(n)!r} -> {settings[n]!r}" for n in names[:5])
         raise ValueError(
@@ -166,11 +172,11 @@ def _sample(
     partial.replace(done)
 
 
-def _claim(out: Path, checkpoint: Path, plan: PilotPlan) -> None:
+def _claim(out: Path, weights: Mapping[str, str], plan: PilotPlan) -> None:
     """Take the folder; arms of another checkpoint or of other sizes must not be mixed with ours."""
     mark = out / "pilot.json"
     size = {"images": plan.images, "steps": plan.steps, "samples": plan.samples}
-    ours = {"checkpoint": str(checkpoint.resolve()), "method": plan.method, **size}
+    ours = {**weights, "method": plan.method, **size}
     if mark.exists():
         if (there := json.loads(mark.read_text())) != ours:
             raise ValueError(

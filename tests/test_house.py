@@ -72,7 +72,7 @@ def test_paths_in_documents_exist(document: str) -> None:
 WHOLE_CONFIG = {
     ("checkpoints/resume.py", "find"),
     ("config/validate.py", "validate"),
-    ("demo.py", "arm_config"),
+    ("demo/settings.py", "arm_config"),
     ("diagnostics/verify_resume.py", "verify_resume"),
     ("pilot.py", "arm_config"),
     ("pilot.py", "check_arms"),

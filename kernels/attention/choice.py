@@ -11,6 +11,7 @@ another backend tomorrow, and other last bits with it: name one to fix it.
 from __future__ import annotations
 
 import statistics
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -213,7 +214,19 @@ def _time_ms(core: Backend, problem: _Problem, key: _Key) -> float:
 
 def _result(name: str, key: _Key) -> _Result:
     if (name, key) not in _results or not _results[name, key].keep:
-        if key.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Events, streams and captures are those of the current device, wherever tensors lie.
+        with _current(key.device):
+            _results[name, key] = _tested(name, key)
+    return _results[name, key]
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _tested(name: str, key: _Key) -> _Result:
+    if key.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "attention has no backend for this shape yet, and cannot test any inside a CUDA "
                 f"graph: call choose_backend(batch={key.batch}, tokens={key.tokens}, "
@@ -221,10 +234,11 @@ def _result(name: str, key: _Key) -> _Result:
                 f"device={str(key.device)!r}, backward={key.backward}), or run one step, before "
                 "the capture"
             )
-        # Without the caller's autocast, which would change the dtype that the truth is computed in.
-        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
-            _results[name, key] = _self_test(name, key)
-    return _results[name, key]
+        # An error of what ran before would else be taken for this backend's.
+        torch.cuda.synchronize()
+    # Without the caller's autocast, which would change the dtype that the truth is computed in.
+    with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+        return _self_test(name, key)
 
 
 def _key(
@@ -271,6 +285,7 @@ def choose_backend(
 
     Raises:
         ValueError: an unknown candidate, or none passed.
+        torch.OutOfMemoryError: none passed, and one or more for want of memory.
         RuntimeError: inside the capture of a CUDA graph, if the answer is not known yet.
     """
     unknown = [name for name in candidates if name not in REGISTRY]
@@ -301,7 +316,11 @@ def _choose(key: _Key, candidates: tuple[str, ...]) -> AttentionChoice:
         if result.ok:
             passed[name] = not result.same_bits, result.ms
     if not passed:
-        raise ValueError(_none_passed(key, candidates, tested))
+        text = _none_passed(key, candidates, tested)
+        # With less in a batch one may pass, and callers who halve batches know this error.
+        if not all(_results[name, key].keep for name in tested if (name, key) in _results):
+            raise torch.OutOfMemoryError(text)
+        raise ValueError(text)
     return AttentionChoice(min(passed, key=passed.__getitem__), tested)
 
 

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.kernels import runtime
-from mixflow_fast.kernels.interpolate.triton_kernels import _interpolate_kernel
-from mixflow_fast.kernels.layout import Layout, get_layout
+from mixflow_fast.kernels.interpolate.triton_kernels import (
+    _interpolate_kernel,
+    _odd_interpolate_kernel,
+)
+from mixflow_fast.kernels.layout import Layout, get_layout, one_wave
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.schedule import schedule_arguments
 
@@ -36,9 +39,9 @@ def data_arguments(
         "x0_ptr": x1 if x0 is None else x0,
         "seed_ptr": seed,
         "ids_ptr": seed if ids is None else ids,
-        "x1_stride": x1.stride(0),
-        "std_stride": 0 if std is None else std.stride(0),
-        "x0_stride": 0 if x0 is None else x0.stride(0),
+        "x1_stride": runtime.row_stride(x1),
+        "std_stride": 0 if std is None else runtime.row_stride(std),
+        "x0_stride": 0 if x0 is None else runtime.row_stride(x0),
         "programs": layout.programs,
         "S": layout.places,
         "scale": scale,
@@ -90,17 +93,14 @@ def launch(
     x, out_t, out_m = empty_outputs(x1, patch_size, dtype)
     if not x.numel():
         return x, out_t, out_m
-    # Nothing is summed here, so bits do not depend on how the work is divided: it may follow the
-    # size of the batch. Fewer programs draw the times of a sample fewer times.
-    loops = None
-    if not patch_size:
-        loops = 8 if x1.numel() >= 1 << 25 else 4 if x1.numel() >= 1 << 22 else 1
+    loops = None if patch_size else one_wave(x1.shape[1:].numel(), len(x1))
     layout = get_layout(x1.shape[1:], patch_size, loops)
     x1, std, x0 = (None if v is None else runtime.with_unit_rows(v) for v in (x1, std, x0))
     ids, t, slowed_t = (None if v is None else v.contiguous() for v in (ids, t, slowed_t))
     grid = (runtime.check_grid(len(x1) * layout.programs, len(x1)),)
+    kernel = _interpolate_kernel if runtime.regular(layout.numel) else _odd_interpolate_kernel
     with runtime.on_device(x1):
-        _interpolate_kernel[grid](
+        kernel[grid](
             given_t_ptr=out_t if t is None else t,
             given_m_ptr=out_m if slowed_t is None else slowed_t,
             x_ptr=x,

@@ -79,7 +79,7 @@ def interpolate_reference(
         x1 = sample_moments(x1, seed, ids, "reference")
     if x0 is None:
         numel = data[0].numel() if len(data) else 0
-        x0 = philox.normal_reference(seed, Stream.NOISE, ids, numel).view(data.shape)
+        x0 = philox.normal(seed, Stream.NOISE, ids, numel, "reference").view(data.shape)
     times = engine_times(slowed_t.to(compute), schedule.clock)
     x = get_path(path).interpolate(x1.to(compute), x0.to(compute), *times).to(dtype or data.dtype)
     return to_tokens(x, patch_size) if patch_size else x, t.clone(), slowed_t.clone()

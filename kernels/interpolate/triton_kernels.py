@@ -5,9 +5,9 @@ Formulas stand in `op.py`, the launch in `launch.py`.
 
 from __future__ import annotations
 
-from mixflow_fast.kernels.layout import address, tile_start
-from mixflow_fast.kernels.philox import normal_tile
-from mixflow_fast.kernels.runtime import jit, tl
+from mixflow_fast.kernels.layout import load_pairs, tile_address, tile_start
+from mixflow_fast.kernels.philox import normal_pairs
+from mixflow_fast.kernels.runtime import for_any_alignment, jit, tl
 from mixflow_fast.kernels.schedule import draw_times, path_coefficients
 
 
@@ -15,7 +15,7 @@ from mixflow_fast.kernels.schedule import draw_times, path_coefficients
 def load_data(
     x1_ptr,
     std_ptr,
-    offset,
+    place,
     mask,
     noise_start,
     seed,
@@ -24,15 +24,19 @@ def load_data(
     S,
     POSTERIOR: tl.constexpr,
     MOMENTS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """x1 of a tile in float32. noise_start: the tile's (channel, place)."""
-    x1 = tl.load(x1_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    """x1 of a tile as `load_pairs` has it. noise_start: the tile's (channel, place) in the sample.
+
+    x1_ptr and std_ptr are where the program's tiles begin, `place` is how far the tile is from it.
+    """
+    first, second = load_pairs(x1_ptr, place, S, mask, EVEN, BLOCK_C, BLOCK_S)
     if MOMENTS:
-        std = tl.load(std_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        eps = normal_tile(
+        std, second_std = load_pairs(std_ptr, place, S, mask, EVEN, BLOCK_C, BLOCK_S)
+        eps, second_eps = normal_pairs(
             seed,
             POSTERIOR,
             position,
@@ -40,14 +44,18 @@ def load_data(
             noise_start[1],
             S,
             BLOCK_C,
-            BLOCK_S,
+            BLOCK_S // 2,
             VECTOR,
         )
-        x1 = (x1 + std * eps) * scale
-    return x1
+        first = tl.fma(std, eps, first) * scale
+        second = tl.fma(second_std, second_eps, second) * scale
+    return first, second
 
 
-@jit
+@jit(
+    any_value=["programs", "loops"],
+    any_address=["seed_ptr", "ids_ptr", "given_t_ptr", "given_m_ptr", "t_ptr", "m_ptr"],
+)
 def _interpolate_kernel(
     x1_ptr,
     std_ptr,
@@ -63,6 +71,7 @@ def _interpolate_kernel(
     std_stride,
     x0_stride,
     programs,
+    loops,
     S,
     scale,
     gamma,
@@ -96,9 +105,9 @@ def _interpolate_kernel(
     W: tl.constexpr,
     PATCH: tl.constexpr,
     VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    LOOPS: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample = (program // programs).to(tl.int64)
@@ -151,17 +160,26 @@ def _interpolate_kernel(
         tl.store(t_ptr + sample, t)
         tl.store(m_ptr + sample, m)
     alpha, sigma = path_coefficients(m, PATH, NOISE_AT_1)
-    first_c, first_s = tile_start(program, S, BLOCK_C, BLOCK_S, LOOPS)
-    c = first_c + tl.arange(0, BLOCK_C)
-    for i in range(LOOPS):
-        start = first_s + i * BLOCK_S
-        s = start + tl.arange(0, BLOCK_S)
-        mask = (c < C)[:, None] & (s < S)[None, :]
-        offset = c[:, None] * S + s[None, :]
-        x1 = load_data(
-            x1_ptr + sample * x1_stride,
-            std_ptr + sample * std_stride,
-            offset,
+    first_c, first_s, tiles = tile_start(program, S, loops, BLOCK_C, BLOCK_S)
+    # Addresses of 64 bits up to here, outside of the loop; inside 32 bits are enough.
+    first = first_c * S + first_s
+    x1_ptr += sample * x1_stride + first
+    std_ptr += sample * std_stride + first
+    x0_ptr += sample * x0_stride + first
+    out_ptr = x_ptr + sample * (C * S)
+    c = tl.arange(0, BLOCK_C)
+    out_c = first_c + c
+    if PATCH == 0:
+        out_ptr += first
+        out_c = c
+    for i in range(tiles):
+        place = i * BLOCK_S
+        start = first_s + place
+        mask = (first_c + c < C)[:, None] & (start + tl.arange(0, BLOCK_S) < S)[None, :]
+        x1, second_x1 = load_data(
+            x1_ptr,
+            std_ptr,
+            place,
             mask,
             (first_c, start),
             seed,
@@ -170,15 +188,26 @@ def _interpolate_kernel(
             S,
             POSTERIOR,
             MOMENTS,
+            EVEN,
             BLOCK_C,
             BLOCK_S,
             VECTOR,
         )
         if HAS_X0:
-            x0 = tl.load(x0_ptr + sample * x0_stride + offset, mask=mask, other=0.0)
-            x0 = x0.to(tl.float32)
+            x0, second_x0 = load_pairs(x0_ptr, place, S, mask, EVEN, BLOCK_C, BLOCK_S)
         else:
-            x0 = normal_tile(seed, NOISE, position, first_c, start, S, BLOCK_C, BLOCK_S, VECTOR)
-        x = alpha * x1 + sigma * x0
-        out = x_ptr + sample * (C * S) + address(c, s, S, W, C, PATCH)
-        tl.store(out, x.to(x_ptr.dtype.element_ty), mask=mask)
+            x0, second_x0 = normal_pairs(
+                seed, NOISE, position, first_c, start, S, BLOCK_C, BLOCK_S // 2, VECTOR
+            )
+        x = tl.fma(alpha, x1, sigma * x0)
+        second_x = tl.fma(alpha, second_x1, sigma * second_x0)
+        x = tl.interleave(x, second_x).to(x_ptr.dtype.element_ty)
+        at = tile_address(out_c, first_s, place, S, W, C, PATCH, BLOCK_S)
+        if EVEN:
+            tl.store(out_ptr + at, x)
+        else:
+            tl.store(out_ptr + at, x, mask=mask)
+
+
+# For samples whose size is not `regular`: they lie at any address, so there is one kernel for all.
+_odd_interpolate_kernel = for_any_alignment(_interpolate_kernel)

@@ -77,7 +77,7 @@ def residual_norm_recompute(
 
     Returns:
         [dx, dh, dgate, dshift, dscale, dh_bias, dweight, y], None where `needs` says no; gradients
-        in the dtypes of their inputs, y with the bits of the forward pass.
+        in the dtypes of their inputs, y as the forward pass has it, up to the last bit.
     """
     h_dtype, gate_dtype, shift_dtype, h_bias_dtype = dtypes_of(x_new, h, gate, shift, h_bias)
     outputs = residual_norm_backward_op(

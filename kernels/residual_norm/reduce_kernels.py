@@ -17,7 +17,8 @@ def _tile_sum(partial_ptr, tiles, step, d, D: tl.constexpr, BLOCK: tl.constexpr)
     for start in range(0, tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         mask = (tile < tiles)[:, None] & (d < D)[None, :]
-        at = tile[:, None] * step + d[None, :]
+        # 64 bits: the samples' sums may be more than 2^31 numbers.
+        at = tile.to(tl.int64)[:, None] * step + d[None, :]
         total += tl.load(partial_ptr + at, mask=mask, other=0.0)
     return tl.sum(total, axis=0)
 

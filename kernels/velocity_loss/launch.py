@@ -15,6 +15,7 @@ from mixflow_fast.kernels.layout import get_layout
 from mixflow_fast.kernels.runtime import triton
 from mixflow_fast.kernels.velocity_loss.reference import gradient_scale, loss_shape
 from mixflow_fast.kernels.velocity_loss.triton_kernels import (
+    _odd_velocity_loss_kernel,
     _reduce_kernel,
     _scale_gradient_kernel,
     _velocity_loss_kernel,
@@ -48,7 +49,7 @@ def _weight_arguments(weight: Tensor | None, x1: Tensor) -> dict[str, object]:
             for step, size in zip(weight.stride(), weight.shape, strict=True)
         )
     return {
-        "weight_ptr": weight,
+        "weight_ptr": runtime.with_aligned_start(weight),
         "weight_sample_stride": strides[0],
         "weight_channel_stride": strides[1],
         "weight_place_stride": strides[2],
@@ -98,14 +99,15 @@ def launch(
     ids = None if ids is None else ids.contiguous()
     times = times.contiguous()
     grid = (runtime.check_grid(B * programs, B),)
+    kernel = _velocity_loss_kernel if runtime.regular(layout.numel) else _odd_velocity_loss_kernel
     with runtime.on_device(pred):
-        _velocity_loss_kernel[grid](
+        kernel[grid](
             pred_ptr=pred,
             times_ptr=times,
             upstream_ptr=times if upstream is None else upstream,
             partial_ptr=partial,
             gradient_ptr=grad,
-            pred_stride=pred.stride(0),
+            pred_stride=runtime.row_stride(pred),
             upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
             gradient_stride=pred.shape[1:].numel(),
             gradient_scale=gradient_scale(x1, reduction),

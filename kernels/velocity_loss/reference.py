@@ -58,7 +58,7 @@ def _weights(
     clock: str,
     path: str,
 ) -> Tensor | float:
-    """weight times lambda, broadcastable to the error."""
+    """weight times lambda, broadcastable to the error; the number 1 where there are none."""
     total = 1.0
     if loss_weight is not None:
         pair = engine_times(times.to(error.dtype), clock)
@@ -96,8 +96,10 @@ def velocity_loss_reference(
     dtype = compute_dtype(x1)
     pred, x1, x0 = pred.to(dtype), x1.to(dtype), x0.to(dtype)
     error, _ = _errors(pred, x1, x0, times, clock, path, prediction)
-    error = _weights(weight, loss_weight, error, times, clock, path) * error**2
-    return reduce(error.flatten(1).mean(dim=1), reduction)
+    total, square = _weights(weight, loss_weight, error, times, clock, path), error**2
+    # A product with the number 1 would be a pass over memory, and one in the backward pass.
+    square = total * square if isinstance(total, Tensor) else square
+    return reduce(square.flatten(1).mean(dim=1), reduction)
 
 
 def gradient_reference(
@@ -144,7 +146,7 @@ def reference_inputs(
         pred = pred[:, : x1.shape[1]]
     if x0 is None:
         numel = x1[0].numel() if len(x1) else 0
-        x0 = philox.normal_reference(seed, Stream.NOISE, ids, numel).view(x1.shape)
+        x0 = philox.normal(seed, Stream.NOISE, ids, numel, "reference").view(x1.shape)
     if std is not None:
         x1 = sample_moments(Moments(x1, std, scale), seed, ids, "reference")
     return pred, x1, x0

@@ -26,12 +26,13 @@ from mixflow_fast.models import Transformer
 # rounding (but train.images does where the learning rate descends towards it).
 FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.keep_last",
         "optim.snapshot_every", "optim.impl", "train.keep_every", "train.save_weights",
-        "train.zero_stage", "train.device",
+        "train.engine", "train.zero_stage", "train.device",
         "train.reduce_dtype", "train.reduce_bucket_size", "train.overlap_comm",
         "train.on_nonfinite", "train.max_skips", "train.max_rollbacks",
         "train.timeout_minutes", "train.microbatch_size", "objective.impl", "data.workers",
         "data.depth", "data.resident", "data.loader",
-        "model.mode", "model.attention", "model.checkpointing", "train.loggers",
+        "model.mode", "model.compile_unit", "model.attention", "model.checkpointing",
+        "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.preview_decoder", "train.preview_stats",
         "train.validate_every", "train.validate_examples"}  # fmt: skip
@@ -110,7 +111,7 @@ class ResumePoint:
             model: its values do not matter; a new run without `init` keeps them.
             init: checkpoint whose EMA weights start a new run (`train.init`).
             host_group: all ranks, or this one alone.
-            whole: also what DeepSpeed loads by itself when the run is resumed.
+            whole: also what the engine loads by itself when the run is resumed.
 
         Raises:
             ValueError: weights that are damaged or do not fit; on all ranks.
@@ -125,7 +126,7 @@ class ResumePoint:
         else:
             with host_group.raise_together():
                 fill_network(model, self.checkpoint, trained=False)
-                # What DeepSpeed is going to read: an error in there would leave the others waiting.
+                # What the engine will read: an error in there would leave the others waiting.
                 check_shards(self.checkpoint, host_group.rank)
 
 
@@ -185,10 +186,11 @@ def find(
 def resharded_from(checkpoint: Path, section: TrainConfig, ranks: int) -> str:
     """How a checkpoint's shards were cut, in words; "" if just as `ranks` cut them now."""
     layout, stage = read_layout(checkpoint), section.zero_stage
-    if layout.is_cut_like(stage, ranks, section.precision):
+    if layout.is_cut_like(section.engine, stage, ranks, section.precision):
         return ""
-    text = f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, ZeRO {layout.stage}"
-    if layout.stage == stage and layout.ranks == ranks:
+    how = "the engine ddp" if layout.engine == "ddp" else f"ZeRO {layout.stage}"
+    text = f"{layout.ranks} rank{'s' * (layout.ranks > 1)}, {how}"
+    if layout.engine == section.engine and layout.stage == stage and layout.ranks == ranks:
         text += ", of a release that did not align parameters in memory"
     return text
 

@@ -37,7 +37,7 @@ SHARED_S = 30.0
 
 @dataclass(frozen=True)
 class RunState:
-    """What state.json says of a run at a checkpoint, beside DeepSpeed's state.
+    """What state.json says of a run at a checkpoint, beside the engine's state.
 
     Attributes:
         metadata: of weights files at this step: steps, images_seen, clock, model, config.
@@ -49,6 +49,8 @@ class RunState:
         safety: what `NonFiniteGuard` counts. (The name is that of the file format.)
         data: fingerprint of the examples (`DataSummary.to_record`); None in checkpoints of before
             it was recorded.
+        bits: what the last bits of a deterministic run depend on besides its configuration, by
+            name; None for other runs.
     """
 
     metadata: Mapping[str, str | int]
@@ -58,6 +60,7 @@ class RunState:
     attention: list[str] | None = None
     safety: Mapping[str, object] = field(default_factory=dict)
     data: Mapping[str, object] | None = None
+    bits: Mapping[str, str] | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> RunState:

@@ -2,11 +2,12 @@
 
 DeepSpeed's shards hold flat stretches of numbers. Beside each of them its rank writes a layout:
 which elements of which parameter stand where. With the layouts the shards are read without
-DeepSpeed and without a process group, one after the other and mapped from the disk.
+DeepSpeed and without a process group, one after the other and mapped from the disk. An engine that
+shares nothing out (`train.engine=ddp`) has one shard with whole tensors.
 
     CHECKPOINT/layout_R.pt      `ShardLayout` of rank R
     CHECKPOINT/frozen.pt        tensors that are not trained, float32
-    CHECKPOINT/*_states.pt      shards that DeepSpeed writes
+    CHECKPOINT/*_states.pt      shards: DeepSpeed's, or the one of ddp
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from mixflow_fast.config.schema import EngineName
 from mixflow_fast.models.weights.foreign import unsafe_name
 
 COPY_AGAIN = (
@@ -63,6 +65,7 @@ class StoredLayout(TypedDict):
     shapes: dict[str, tuple[int, ...]]
     fragments: list[tuple[str, int, int, int, int]]
     alignment: NotRequired[int]
+    engine: NotRequired[EngineName]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class ShardLayout:
         shapes: official name -> shape of the whole tensor, trained or not, in official order.
         fragments: parts of the trained parameters in this shard.
         alignment: see `alignment`; checkpoints that do not say it have 1.
+        engine: who wrote them; checkpoints that do not say it are DeepSpeed's.
     """
 
     stage: int
@@ -82,16 +86,18 @@ class ShardLayout:
     shapes: dict[str, tuple[int, ...]]
     fragments: tuple[Fragment, ...]
     alignment: int
+    engine: EngineName = "deepspeed"
 
     @property
     def shards(self) -> int:
         """Number of different shards: without ZeRO every rank holds the same."""
         return self.ranks if self.stage else 1
 
-    def is_cut_like(self, stage: int, ranks: int, precision: str) -> bool:
-        """Whether so many ranks at this stage cut their shards just so."""
+    def is_cut_like(self, engine: EngineName, stage: int, ranks: int, precision: str) -> bool:
+        """Whether so many ranks of this engine at this stage cut their shards just so."""
         same_ranks = stage == 0 or self.ranks == ranks
-        return self.stage == stage and same_ranks and self.alignment == alignment(stage, precision)
+        same_engine = self.engine == engine and self.stage == stage
+        return same_engine and same_ranks and self.alignment == alignment(stage, precision)
 
     def to_dict(self) -> StoredLayout:
         """The layout in plain values, as `from_dict` takes them."""
@@ -102,8 +108,8 @@ class ShardLayout:
     def from_dict(cls, stored: StoredLayout) -> ShardLayout:
         """The layout that `to_dict` stored."""
         fragments = tuple(Fragment(*fragment) for fragment in stored["fragments"])
-        packed = stored.get("alignment", 1)
-        return cls(stored["stage"], stored["ranks"], stored["shapes"], fragments, packed)
+        packed, engine = stored.get("alignment", 1), stored.get("engine", "deepspeed")
+        return cls(stored["stage"], stored["ranks"], stored["shapes"], fragments, packed, engine)
 
 
 class Piece(NamedTuple):
@@ -129,6 +135,14 @@ def layout_file(folder: Path, rank: int) -> Path:
 def frozen_file(folder: Path) -> Path:
     """File of the tensors that are not trained, by name; rank 0 writes it."""
     return folder / "frozen.pt"
+
+
+def ddp_file(folder: Path) -> Path:
+    """File of the float32 masters and the optimizer's state of an engine that shares nothing out.
+
+    {"masters": {name: tensor}, "optimizer": {"state": {number: state}}}; rank 0 writes it.
+    """
+    return folder / "ddp_states.pt"
 
 
 def read_layout(folder: Path, rank: int = 0) -> ShardLayout:
@@ -215,7 +229,7 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
     Args:
         model: network with the official names.
         folder: checkpoint.
-        trained: False sets only what is not trained, because DeepSpeed loads the rest.
+        trained: False sets only what is not trained, because the engine loads the rest.
 
     Raises:
         ValueError: names or shapes differ; as `iter_shards`.
@@ -236,12 +250,13 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
 
 
 def check_shards(folder: Path, rank: int) -> None:
-    """Refuse files that DeepSpeed would read on a rank and cannot; their tensors are not read.
+    """Refuse files that the engine would read on a rank and cannot; their tensors are not read.
 
     Raises:
         ValueError: as `read_file`.
     """
-    for pattern in ("mp_rank_00_*_states.pt", f"*zero_pp_rank_{rank}_mp_rank_00_*_states.pt"):
+    own = f"*zero_pp_rank_{rank}_mp_rank_00_*_states.pt"
+    for pattern in ("mp_rank_00_*_states.pt", own, ddp_file(folder).name):
         for file in folder.glob(pattern):
             read_file(file)
 
@@ -270,6 +285,10 @@ class _Shard(NamedTuple):
 
 
 def _read_shard(folder: Path, rank: int, layout: ShardLayout) -> _Shard:
+    if layout.engine == "ddp":
+        content = read_file(ddp_file(folder))
+        masters = {f.partition: content["masters"][f.name] for f in layout.fragments}
+        return _Shard(masters, content["optimizer"]["state"])
     if layout.stage == 0:
         content = read_file(folder / "mp_rank_00_model_states.pt")
         masters = {f.partition: content["module"][f.name] for f in layout.fragments}

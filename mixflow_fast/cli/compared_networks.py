@@ -306,13 +306,14 @@ def _reference(
             f"{after.why}, so there are no images of its data to compare with: give --reference "
             "FILE (`mixflow-fast reference` makes one of images)"
         )
-    c = after.config
-    if (missing := missing_data(c.data, c.model, c.encoder)) is not None:
+    config = after.config
+    if (missing := missing_data(config.data, config.model, config.encoder)) is not None:
         raise ValueError(
             f"the data that {path} was trained on cannot be opened: {missing}: give --reference "
             "FILE (`mixflow-fast reference` makes one of images)"
         )
-    images = real_images(c.data, c.model, c.encoder, shape, options.num or _NUM)
+    samples = options.num or _NUM
+    images = real_images(config.data, config.model, config.encoder, shape, samples)
     note = (
         "The reference is training images, which the network has seen: a network that repeats them "
         "would look good. Give --reference FILE of images that it has not seen."
@@ -334,11 +335,10 @@ def _slow_flow(
     after = loaded["after"]
     if after.config is None:
         return None, f"Left out: {after.why}, and it is measured on training data."
-    c = after.config
-    if (missing := missing_data(c.data, c.model, c.encoder)) is not None:
+    config = after.config
+    if (missing := missing_data(config.data, config.model, config.encoder)) is not None:
         return None, f"Left out: its data cannot be opened: {missing}"
-    settings = slow_flow_settings(
-        c.objective, steps, options.states or _STATES, options.method or "euler", options.seed or 0
-    )
+    states, method = options.states or _STATES, options.method or "euler"
+    settings = slow_flow_settings(config.objective, steps, states, method, options.seed or 0)
     networks = {labels[key]: checkpoint.model for key, checkpoint in loaded.items()}
-    return SlowFlowPlan(networks=networks, config=after.config, settings=settings), ""
+    return SlowFlowPlan(networks=networks, config=config, settings=settings), ""

@@ -1,4 +1,4 @@
-"""`mixflow-fast demo`: base, control and MixFlow on small real images, with a report."""
+"""`mixflow-fast demo`: base, control and MixFlow, each with a remedy, on small real images."""
 
 from __future__ import annotations
 
@@ -61,4 +61,6 @@ def run(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt(f"{same} goes on from what is done") from None
     print((options.out / "report.md").read_text())
     print(f"{result['seconds']:.0f} s. Report: {options.out / 'report.html'}")
+    if result["compare"] is not None:
+        print(f"In detail: {result['compare']}")
     return 0

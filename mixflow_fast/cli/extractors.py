@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     from mixflow_fast.evaluation.features.extractor import Extractor
 
 
-def add_options(command: argparse.ArgumentParser, title: str = "features, at least one of") -> None:
-    """The options, which `chosen` reads."""
+def add_options(
+    command: argparse.ArgumentParser, title: str = "features, at least one of", device: bool = True
+) -> None:
+    """The options, which `chosen` reads.
+
+    Args:
+        command: gets them.
+        title: of their group.
+        device: whether --device is among them.
+    """
     group = command.add_argument_group(title)
     group.add_argument(
         "--inception",
@@ -49,12 +57,27 @@ def add_options(command: argparse.ArgumentParser, title: str = "features, at lea
         help="averaged pixels and a random network, without weights: fd_pooled_pixels, "
         "fd_random_conv",
     )
-    command.add_argument(
+    group.add_argument(
         "--allow-unknown-weights",
         action="store_true",
         help="take weights of another hash or another DINOv2; their numbers are others",
     )
-    command.add_argument("--device", help="default: cuda if there is one, else cpu")
+    if device:
+        command.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def given(options: argparse.Namespace) -> list[str]:
+    """Which of the options are on the command line."""
+    names = (
+        "inception",
+        "dinov2",
+        "effnet",
+        "effnet_p128",
+        "effnet_side",
+        "pixels",
+        "allow_unknown_weights",
+    )
+    return [f"--{n.replace('_', '-')}" for n in names if getattr(options, n) not in (None, False)]
 
 
 def device_of(options: argparse.Namespace) -> str:
@@ -73,8 +96,8 @@ def device_of(options: argparse.Namespace) -> str:
     return name
 
 
-def chosen(options: argparse.Namespace) -> list[Extractor]:
-    """The networks that were asked for.
+def chosen(options: argparse.Namespace, device: str | None = None) -> list[Extractor]:
+    """The networks that were asked for, on a device; None: that of `device_of`.
 
     Raises:
         ValueError: none were, or one cannot be loaded.
@@ -85,7 +108,7 @@ def chosen(options: argparse.Namespace) -> list[Extractor]:
     from mixflow_fast.evaluation.features.inception import Inception
     from mixflow_fast.evaluation.frechet import FEATURES
 
-    device, unknown = device_of(options), options.allow_unknown_weights
+    device, unknown = device or device_of(options), options.allow_unknown_weights
     found: list[Extractor] = []
     if options.inception is not None:
         found.append(Inception(options.inception, device, allow_unknown=unknown))

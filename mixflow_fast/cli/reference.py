@@ -23,6 +23,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--size", type=int, help="side of ADM's centre crop; default: images as they are"
     )
+    command.add_argument(
+        "--split",
+        choices=("train", "val"),
+        help="which images of the data set these are: val is for reconstructions (rFID) and is "
+        "refused for generated samples (gFID); default: not said",
+    )
     extractors.add_options(command)
     command.add_argument(
         "--keep",
@@ -51,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
     networks = extractors.chosen(options)
     features = [extract(pictures.batches(), each, source=pictures.source) for each in networks]
     crop = "" if options.size is None else f", ADM's centre crop of {options.size} pixels"
-    write_reference(options.out, features, f"{pictures.name}{crop}", options.keep)
+    # Its name alone: the same images elsewhere make the same file, which is known by its hash.
+    description = f"{options.data.resolve().name}{crop}"
+    write_reference(options.out, features, description, options.keep, options.split)
     made = read_reference(options.out)
     print(f"{options.out}: {pictures.count:,} images, {', '.join(made.gaussians)}")
     print(f"  sha256 {made.sha256}")

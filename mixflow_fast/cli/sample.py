@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixflow_fast.cli import extractors
 from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
 from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
-    from mixflow_fast.cli.picture_sets import Drawer
+    from mixflow_fast.cli.picture_sets import Drawer, Measure
+    from mixflow_fast.models import Transformer
     from mixflow_fast.sampling.samples import SampleResult
 
 _UNDO_SCALE = (
@@ -65,9 +69,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--weights", choices=("ema", "model"), default="ema", help="default %(default)s"
     )
     command.add_argument(
+        "--mode",
+        choices=("auto", "eager", "compile", "graph"),
+        default="auto",
+        help="how the network is run: compile sends its blocks through torch.compile, graph makes "
+        "each step one CUDA graph as well (no GPU has run that yet); auto is compile for much work "
+        "on a GPU, else eager (default %(default)s)",
+    )
+    command.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of the network; state, guidance and update are float32 in any case (default: as the "
+        "weights are)",
+    )
+    command.add_argument(
         "--clock",
         choices=("data_at_1", "noise_at_1"),
-        help="if the file does not say it, or in place of what it says",
+        help="of a file that does not say it (the guide's, too)",
     )
     pixels = command.add_argument_group("pixels")
     pixels.add_argument(
@@ -92,17 +110,40 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="to 8 bits: round as SiT, floor as REPA, RAE and ADM, round_even as diffusers "
         "(default: the preset's, else round)",
     )
-    pixels.add_argument(
-        "--keep-shards", action="store_true", help="of a set, beside its file of all pictures"
+    sets = command.add_argument_group("sets of pictures")
+    sets.add_argument(
+        "--keep-shards", action="store_true", help="keep SET/shards beside the file of all pictures"
+    )
+    sets.add_argument(
+        "--keep-latents",
+        action="store_true",
+        help="keep what was decoded, as SET/latents/00000.npy, float16 (1000, C, h, w) each",
+    )
+    sets.add_argument(
+        "--png", action="store_true", help="write each picture as SET/png/000000.png, too"
+    )
+    sets.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="compute features of each shard when it is made, and the numbers of `mixflow-fast "
+        "evaluate` when all are; they are appended to SET.metrics.jsonl; needs --reference and "
+        "features",
+    )
+    sets.add_argument(
+        "--reference",
+        type=user_path,
+        metavar="FILE",
+        help="of --evaluate: ADM's .npz, EDM2's .pkl, or what `mixflow-fast reference` made",
     )
     add_sampler_options(command)
+    extractors.add_options(command, "features for --evaluate", device=False)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     out = options.out
     _check(options)
-    from mixflow_fast.cli.picture_sets import make_set
+    from mixflow_fast.cli.picture_sets import Extras, make_set
     from mixflow_fast.distributed.process_group import rank, world_size
 
     pictures = _makes_set(options)
@@ -111,11 +152,24 @@ def run(options: argparse.Namespace) -> int:
             f"{world_size()} processes make a set of pictures together, and {out} is made by one: "
             "give a folder as --out, or start one process"
         )
+    measure = _measure(options)
     drawer = _drawer(options)
+    if options.keep_latents and drawer.decoder is None:
+        raise ValueError(
+            f"--keep-latents keeps what --decoder decodes, and {options.checkpoint} is sampled "
+            "without one: leave it out"
+        )
     if rank() == 0:
         print(drawer.chosen.describe())
+        print(f"network: {drawer.prepared.describe()}")
     if pictures:
-        return make_set(drawer, options.num, out.with_suffix(""), keep_shards=options.keep_shards)
+        extras = Extras(
+            keep_shards=options.keep_shards,
+            keep_latents=options.keep_latents,
+            png=options.png,
+            measure=measure,
+        )
+        return make_set(drawer, options.num, out.with_suffix(""), extras)
     import torch
 
     result = drawer.samples(torch.arange(options.num), progress=True)
@@ -146,9 +200,14 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("decoder_stats", "decoder_scale", "decoder_precision"):
         if options.decoder is None and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs --decoder FOLDER")
+    _check_measure(options)
     if not _makes_set(options):
-        if options.keep_shards:
-            raise ValueError("--keep-shards belongs to a set of pictures: give a folder as --out")
+        for name in ("keep_shards", "keep_latents", "png", "evaluate"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} belongs to a set of pictures: give a folder as "
+                    "--out"
+                )
         check_writable(out, options.force)
         return
     if options.force:
@@ -159,20 +218,47 @@ def _check(options: argparse.Namespace) -> None:
     check_folder_writable(out.with_suffix(""))
 
 
+def _check_measure(options: argparse.Namespace) -> None:
+    """Refuse --evaluate without what it needs, and what does nothing without it."""
+    chosen = extractors.given(options)
+    if options.evaluate and options.reference is None:
+        raise ValueError("--evaluate needs --reference FILE, which the set is measured against")
+    if not options.evaluate and (options.reference is not None or chosen):
+        what = "--reference" if options.reference is not None else chosen[0]
+        raise ValueError(f"{what} does nothing without --evaluate")
+
+
+def _measure(options: argparse.Namespace) -> Measure | None:
+    """What --evaluate asks for, read and checked before anything is sampled."""
+    if not options.evaluate:
+        return None
+    from mixflow_fast.cli.data.encode import device_of_rank
+    from mixflow_fast.cli.picture_sets import Measure
+    from mixflow_fast.evaluation.evaluate import check_measurable
+    from mixflow_fast.evaluation.reference import read_reference
+
+    reference, device = read_reference(options.reference), str(device_of_rank("auto"))
+    networks = extractors.chosen(options, device)
+    check_measurable(networks, reference)
+    return Measure(reference, networks, device)
+
+
 def _drawer(options: argparse.Namespace) -> Drawer:
     """The networks, on this process's device, and how they are sampled."""
     from mixflow_fast.cli.data.encode import device_of_rank
     from mixflow_fast.cli.picture_sets import Drawer
-    from mixflow_fast.models import load_model
+    from mixflow_fast.distributed.process_group import rank
     from mixflow_fast.models.autoencoders.decoding import load_decoder
 
     chosen = chosen_sampler(options)
-    model = load_model(options.checkpoint, options.weights, clock=options.clock)
+    loaded = _network(options.checkpoint, options)
+    model = loaded.model
     if options.path is None:
         chosen = chosen.for_network(model.path)
     preset = chosen.preset
     rule = options.quantise or ("round" if preset is None else preset.quantisation)
     decoder, latent = None, model.in_channels not in (1, 3)
+    shown = options.out.suffix != ".npz" or options.quantise is not None  # and not kept as floats
     if options.decoder is not None:
         decoder = load_decoder(
             options.decoder,
@@ -182,27 +268,81 @@ def _drawer(options: argparse.Namespace) -> Drawer:
             quantisation=rule,
         )
         decoder.check((model.in_channels, model.input_size, model.input_size))
-    elif latent and (options.out.suffix != ".npz" or options.quantise is not None):
+    elif latent and shown:
         raise ValueError(
             f"{options.checkpoint} makes {model.in_channels}-channel latents, not pictures: give "
             "the autoencoder that they were made by with --decoder FOLDER, or use --out FILE.npz "
             f"and decode them elsewhere; {_UNDO_SCALE}"
         )
+    elif loaded.latent and not latent and shown and rank() == 0:
+        # By the channels alone these might be pictures.
+        print(
+            f"note: {options.checkpoint} was trained on latents of {model.in_channels} channels, "
+            "which are taken for pictures as they are: give their autoencoder with --decoder "
+            "FOLDER if they are none",
+            file=sys.stderr,
+        )
     device, guide = device_of_rank("auto"), None
     if chosen.guide is not None:
-        guide = load_model(chosen.guide, options.weights, clock=options.clock).to(device)
+        guide = _network(chosen.guide, options, guide=True).model.to(device)
     return Drawer(
         model=model.to(device),
         chosen=chosen,
         guide=guide,
         weights=options.weights,
+        step=loaded.step,
         seed=options.seed,
         labels=options.label,
         balanced=preset is None or preset.labels == "balanced",
         batch_size=options.batch_size,
         decoder=None if decoder is None else decoder.to(device),
         quantisation=rule,
+        mode=options.mode,
+        precision=options.precision,
+        num=options.num,
     )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A network, and what its file says of it.
+
+    Attributes:
+        model: on the CPU.
+        step: optimizer steps of the weights; None where the file does not say them.
+        latent: whether it says that its run trained on latents.
+    """
+
+    model: Transformer
+    step: int | None
+    latent: bool
+
+
+def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _Loaded:
+    """Read a network in the clock that its file says, or else that of --clock.
+
+    A guide that says its clock has it, whatever --clock says of the network.
+
+    Raises:
+        ValueError: the file says another clock than --clock.
+    """
+    from mixflow_fast.models.weights.files import WeightsFile
+    from mixflow_fast.models.weights.loading import model_of
+
+    file, clock = WeightsFile.open(path), options.clock
+    recorded = None if file.metadata is None else file.metadata.clock
+    if clock is not None and recorded is not None and recorded != clock:
+        if not guide:
+            raise ValueError(
+                f"{path} records the clock {recorded}, and --clock says {clock}: leave --clock "
+                "out, it is for files that do not say theirs (where a record is wrong, "
+                f"mixflow_fast.models.load_model(path, clock={clock!r}) overrides it in Python)"
+            )
+        clock = recorded
+    run = {} if file.metadata is None else json.loads(file.metadata.config or "{}")
+    latent = run.get("data", {}).get("kind") == "latents"
+    latent |= run.get("encoder", {}).get("kind", "none") != "none"
+    return _Loaded(model_of(file, options.weights, clock=clock), file.steps, latent)
 
 
 def save(out: Path, result: SampleResult) -> None:

@@ -71,7 +71,8 @@ def add_sampler_options(command: argparse.ArgumentParser, *, several: bool = Fal
     steps.add_argument(
         "--path",
         choices=PATHS,
-        help="that the network was trained on, for sde_*, if the file does not say it (linear)",
+        help="that the network was trained on, for sde_* if the file does not say it (linear); "
+        "refused for methods that do not ask for it",
     )
     guidance = command.add_argument_group("guidance")
     guidance.add_argument("--cfg-scale", type=float, help="1 = no guidance (default)")
@@ -182,6 +183,7 @@ def chosen_sampler(options: argparse.Namespace) -> SamplerChoice:
         path=options.path,
     )
     sampler = replace(Sampler() if preset is None else preset.sampler, **steps)
+    _refuse_unused(options, sampler)
     guidance = Guidance() if preset is None else preset.guidance
     if options.guide is not None and guidance.kind != "autoguidance":
         if guidance.scale != 1.0 and options.cfg_scale is None:
@@ -211,6 +213,22 @@ def chosen_sampler(options: argparse.Namespace) -> SamplerChoice:
         raise ValueError("--guide does nothing at scale 1: give --cfg-scale")
     remedy = None if options.remedy is None else parse_remedy(options.remedy)
     return SamplerChoice(sampler, guidance, remedy, preset, options.guide)
+
+
+def _refuse_unused(options: argparse.Namespace, sampler: Sampler) -> None:
+    """Refuse what is on the command line and changes nothing with this method."""
+    if sampler.nfe is None:
+        for name in ("steps", "last_size"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} does nothing for {sampler.method}, which chooses "
+                    "its steps itself: leave it out"
+                )
+    if options.path is not None and not sampler.path_matters:
+        raise ValueError(
+            f"--path does nothing for {sampler.method}, which takes the network's velocity alone: "
+            "leave it out, or choose a method that asks for the path, such as sde_euler"
+        )
 
 
 def _given(**options: object) -> dict[str, object]:

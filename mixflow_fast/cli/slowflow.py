@@ -106,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.evaluation.validation_loss import ValidationLoss
     from mixflow_fast.files import write_json, write_text
     from mixflow_fast.models import load_model
+    from mixflow_fast.models.weights.digest import weights_sha256
     from mixflow_fast.pilot import PilotPlan, check_arms, planned_images, run_pilot
     from mixflow_fast.reports.slow_flow_report import SlowFlowReport, record, render
     from mixflow_fast.training.build import (
@@ -143,6 +144,8 @@ def run(options: argparse.Namespace) -> int:
     for name, model in models.items():
         _check_fit(paths[name], model, data)
     first = next(iter(models.values()))
+    if options.after is not None:
+        _check_same_network(options.checkpoint, first, options.after, models["after"])
     losses = None
     if options.grid:
         losses = ValidationLoss(
@@ -169,7 +172,15 @@ def run(options: argparse.Namespace) -> int:
             samples=options.states,
             batch_size=options.batch_size,
         )
-        pilot = run_pilot(config, options.checkpoint, plan, data, pilot_folder, _log)
+        pilot = run_pilot(
+            config,
+            options.checkpoint,
+            plan,
+            data,
+            pilot_folder,
+            _log,
+            weights_sha256=weights_sha256(first),
+        )
     report = SlowFlowReport(networks, options.command_line, pilot)
     write_text(out, render(report))
     write_json(twin, record(report))
@@ -237,6 +248,38 @@ def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
         )
 
 
+def _check_same_network(before: Path, first: Transformer, after: Path, second: Transformer) -> None:
+    """Refuse a network that is not the first one trained further: another one has another flow.
+
+    REPA's projectors may be in one file alone: they take no part in sampling.
+    """
+    shapes = [
+        {
+            name: tuple(value.shape)
+            for name, value in model.state_dict().items()
+            if not name.startswith("projectors.")
+        }
+        for model in (first, second)
+    ]
+    kinds = [type(model).__name__ for model in (first, second)]
+    paths = [model.path for model in (first, second)]
+    odd = sorted(n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
+    if kinds[0] != kinds[1]:
+        what = f"{kinds[0]} against {kinds[1]}"
+    elif first.num_classes != second.num_classes:
+        what = f"{first.num_classes} classes against {second.num_classes}"
+    elif odd:
+        what = f"{odd[0]} {shapes[0].get(odd[0])} against {shapes[1].get(odd[0])}"
+    elif None not in paths and paths[0] != paths[1]:
+        what = f"the path {paths[0]} against {paths[1]}"
+    else:
+        return
+    raise ValueError(
+        f"--after {after} is another network than {before} ({what}), and not the same one trained "
+        "further: measure them one by one"
+    )
+
+
 def _measured(
     name: str,
     model: Transformer,
@@ -256,7 +299,7 @@ def _measured(
 
 def _lines(report: SlowFlowReport) -> list[str]:
     """What the page says in the main, for the terminal."""
-    from mixflow_fast.reports.slow_flow_report import LEAD, gammas_of, overshoot_warnings
+    from mixflow_fast.reports.slow_flow_report import caution, gammas_of, overshoot_warnings
 
     lines = []
     for network in report.networks:
@@ -268,12 +311,8 @@ def _lines(report: SlowFlowReport) -> list[str]:
     for network in report.networks:
         lines += [f"warning: {text}" for text in overshoot_warnings(network)]
     if report.pilot is not None:
-        choice = report.pilot.choice
-        lines.append(
-            f"pilot at {report.pilot.steps} steps: gamma {choice.gamma:g}, the smallest that is "
-            f"not significantly worse than the best ({choice.best:g})"
-        )
-    return [*lines, LEAD]
+        lines.append(f"pilot at {report.pilot.steps} steps: {report.pilot.verdict}")
+    return [*lines, caution(report)]
 
 
 def _log(text: str) -> None:

@@ -33,6 +33,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
+
     from mixflow_fast.config.loading import load_config
     from mixflow_fast.diagnostics.verify_resume import table, verify_resume
 
@@ -49,12 +51,16 @@ def run(options: argparse.Namespace) -> int:
     finally:
         if remove:
             shutil.rmtree(out, ignore_errors=True)
-    half, steps = options.steps // 2, options.steps
+    half, steps, c = options.steps // 2, options.steps, config.train
+    engine = "ddp" if c.engine == "ddp" else f"ZeRO {c.zero_stage}"
+    repeats = ", deterministic" * c.deterministic
     print(
-        f"{options.recipe}, ZeRO {config.train.zero_stage}, {config.train.precision}, "
+        f"{options.recipe}, {engine}, {c.precision}{repeats}, "
         f"{options.ranks} rank{'s' * (options.ranks > 1)}: {steps} steps against {half}, a save, "
         f"fresh processes and {steps - half} more\n\n{table(rows)}\n"
     )
     found = f"{differing:,} differ" if differing else "the same bits"
     print(found if remove else f"{found} (both runs: {out})")
+    if differing and not c.deterministic and c.device != "cpu" and torch.cuda.is_available():
+        print("on a GPU the same bits are promised with train.deterministic=true only")
     return 1 if differing else 0

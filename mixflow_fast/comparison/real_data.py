@@ -80,7 +80,8 @@ def real_images(
     Raises:
         ValueError: data that are not there, that are latents, or of another shape.
     """
-    chosen = build_validation(data, model, build_data(data, model, encoder))
+    dataset = build_data(data, model, encoder)
+    chosen = build_validation(data, model, dataset)
     images = chosen.dataset
     way_out = "give --reference FILE (`mixflow-fast reference` makes one of images)"
     if data.kind == "latents":

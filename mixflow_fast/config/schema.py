@@ -33,7 +33,7 @@ from mixflow_fast.kernels.attention.backends import BackendName
 from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.dinov2 import Precision
-from mixflow_fast.models.execution import Checkpointing, Mode
+from mixflow_fast.models.execution import Checkpointing, CompileUnit, Mode
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
 from mixflow_fast.optim.lr_schedule import LrSchedule, learning_rate
@@ -41,6 +41,7 @@ from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
 
 AlignmentInput = Literal["slowed", "label"]
 Device = Literal["auto", "cpu", "cuda"]
+EngineName = Literal["deepspeed", "ddp"]
 OnNonfinite = Literal["stop", "skip", "rollback"]
 SaveWeights = Literal["always", "end", "never"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -92,7 +93,11 @@ class ModelConfig(Section, name="model"):
     init_seed: Seed = 0
     """Seed of the random initial weights."""
     mode: Literal["auto", Mode] = "auto"
-    """How the network is run; auto: compile on a GPU, eager on a CPU."""
+    """How the network is run; auto: compile on a GPU, eager on a CPU. graph: as compile, with both
+    passes recorded as CUDA graphs, for few images a GPU; needs train.engine=ddp."""
+    compile_unit: CompileUnit = "block"
+    """What torch.compile takes at once: block compiles one for all of a width, in seconds;
+    all_blocks takes minutes and leaves the host less to do in each step."""
     attention: Literal["auto", BackendName] = "auto"
     """Attention backend of mode fused; auto: the fastest that is right and repeats its bits."""
     checkpointing: Checkpointing = "none"
@@ -241,6 +246,9 @@ class TrainConfig(Section, name="train"):
     """Probability of the null class instead of the label, for guidance."""
     precision: Precision = "bf16"
     """Of the forward and backward pass; master weights and EMAs are float32."""
+    engine: EngineName = "deepspeed"
+    """ddp keeps the whole state on every rank, sums once a step beside the backward pass and needs
+    no DeepSpeed, for models that fit; set train.zero_stage=0 with it. May change on a resume."""
     zero_stage: ZeroStage = 2
     """Of DeepSpeed: what the ranks share out. 1 in bf16 has the host wait for the GPU once a
     step."""
@@ -248,16 +256,19 @@ class TrainConfig(Section, name="train"):
     """Of sums of gradients over the ranks; bf16 halves the bytes and rounds at each addition."""
     reduce_bucket_size: Positive = 50_000_000
     """Gradient elements that are summed at once; one buffer of them (two with train.overlap_comm)
-    stays in memory. Not for ZeRO 0, nor 1 in bf16."""
+    stays in memory. Not for DeepSpeed's ZeRO 0, nor 1 in bf16."""
     overlap_comm: bool = False
     """Sum over the ranks while the backward pass goes on; then the host waits for the GPU once per
-    micro-batch. Not for ZeRO 0, nor 1 in bf16; ZeRO 3 always does."""
+    micro-batch. Not for ZeRO 0, nor 1 in bf16; ZeRO 3 and the engine ddp always do."""
     seed: Seed = 0
     """Of the order of examples, flips, times and noise."""
     init: str | None = None
     """Checkpoint whose EMA weights start model and EMA; null starts from random weights."""
     device: Device = "auto"
     """auto takes the GPU where there is one."""
+    deterministic: bool = False
+    """Repeats its bits on a GPU too: deterministic algorithms alone, none chosen by timing, slower.
+    An operator without such a way ends the run with its name. A resumed run must keep it."""
     timeout_minutes: Annotated[float, at_least(0.1)] = 30.0
     """A rank that hangs so long ends the run: longer than a save or a preview takes."""
     on_nonfinite: OnNonfinite = "stop"
@@ -302,11 +313,25 @@ class TrainConfig(Section, name="train"):
                 f"train.keep_every must be a multiple of train.save_every = {self.save_every}, or "
                 f"no checkpoint falls on it, got {self.keep_every}"
             )
-        if self.precision == "bf16" and self.zero_stage == 0:
+        if self.engine == "ddp":
+            self._check_ddp()
+        elif self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(
                 "train.precision=bf16 needs train.zero_stage >= 1: DeepSpeed's bf16 optimizer "
                 "without ZeRO takes a step with zero gradients when it is built. On one rank ZeRO "
-                "1 shards nothing and costs nothing"
+                "1 shards nothing and costs nothing; train.engine=ddp trains bf16 without ZeRO"
+            )
+
+    def _check_ddp(self) -> None:
+        if self.zero_stage:
+            raise ValueError(
+                f"train.engine=ddp shares nothing out between the ranks, got train.zero_stage="
+                f"{self.zero_stage}: add train.zero_stage=0, or leave train.engine out"
+            )
+        if self.overlap_comm:
+            raise ValueError(
+                "train.overlap_comm=true has no meaning for train.engine=ddp, which always sums "
+                "while the backward pass goes on: leave it out"
             )
 
 

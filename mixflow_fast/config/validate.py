@@ -86,6 +86,8 @@ def _check_communication(t: TrainConfig) -> None:
             "out, or set train.precision=bf16"
         )
     # DeepSpeed's wrappers there sum once, after the backward pass, in buckets of a fixed size.
+    if t.engine == "ddp":
+        return
     if t.zero_stage == 0 or (t.zero_stage == 1 and t.precision == "bf16"):
         for f in _changed(t):
             if f.name in ("overlap_comm", "reduce_bucket_size"):
@@ -97,6 +99,11 @@ def _check_communication(t: TrainConfig) -> None:
 
 
 def _check_model(m: ModelConfig, t: TrainConfig) -> None:
+    if m.mode == "graph" and t.engine != "ddp":
+        raise ValueError(
+            "model.mode=graph replays both passes as they were recorded, which DeepSpeed is not "
+            "tested with: set train.engine=ddp and train.zero_stage=0, or model.mode=compile"
+        )
     if t.zero_stage == 3 and (m.mode not in ("auto", "eager") or m.checkpointing != "none"):
         name = "checkpointing" if m.mode in ("auto", "eager") else "mode"
         raise ValueError(

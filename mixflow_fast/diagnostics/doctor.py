@@ -258,25 +258,29 @@ def compiled_gradients(device: torch.device) -> Iterator[Check]:
         yield Check(finding.check, status, _finding(finding) + off, do)
 
 
-def _optimizer() -> Iterator[Check]:
+def _library() -> Iterator[Check]:
     try:
         from mixflow_fast import extension
     except ImportError as error:
         yield Check("csrc", "warn", f"no library ({error})", "plain PyTorch is used instead")
         return
-    from mixflow_fast.diagnostics.kernel_checks import check_optimizer
+    from mixflow_fast.diagnostics.kernel_checks import check_draws, check_optimizer
 
     status = extension.load()
     device = _device().type
+    if status.state == "absent":
+        slower = "AdamW takes several passes, and random numbers on a CPU ten times as long"
+        yield Check("csrc", "warn", f"not built: {status.reason}; {slower}", extension.COMMAND)
+        return
     if status.serves(device):
         yield Check("csrc", "ok", f"{status.reason} ({status.path})")
-        finding = check_optimizer(_device())
-        do = "" if finding.passed else "delete that file, and build it again: " + extension.COMMAND
-        yield Check(finding.op, "ok" if finding.passed else "fail", _finding(finding), do)
-    elif status.state == "absent":
-        yield Check("csrc", "warn", f"not built: {status.reason}", extension.COMMAND)
+        findings = [check_draws(), check_optimizer(_device())]
     else:
         yield Check("csrc", "warn", f"{status.reason}: not for {device}", extension.COMMAND)
+        findings = [check_draws()]
+    for finding in findings:
+        do = "" if finding.passed else "delete that file, and build it again: " + extension.COMMAND
+        yield Check(finding.op, "ok" if finding.passed else "fail", _finding(finding), do)
 
 
 def _deepspeed() -> Iterator[Check]:
@@ -389,7 +393,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "kernels against float64": _kernels,
     "attention backends": _attention,
     "compiled blocks": _compiled_blocks,
-    "optimizer library": _optimizer,
+    "library of csrc": _library,
     "DeepSpeed": _deepspeed,
     "optional packages": _optional,
     "room": _room,

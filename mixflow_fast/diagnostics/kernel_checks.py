@@ -40,7 +40,8 @@ from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 
 FLOORS = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
-# Logarithms, sigmoids and cosines differ in their last bits between libraries.
+# Logarithms, sigmoids and cosines differ in their last bits between libraries; a device's own for
+# normals are right to about 1e-6.
 DRAWN_FLOOR = 2e-6
 # Positions on both sides of 2^32, and the largest.
 POSITIONS = (0, 1, 12_345, (1 << 32) - 1, 1 << 32, (1 << 62) + 5, (1 << 63) - 1)
@@ -227,9 +228,16 @@ def _kernel_words(stream: Stream, positions: Tensor, numel: int) -> Tensor:
     seed = philox.seed_tensor(SEED, positions.device)
     out = torch.zeros(len(positions), numel, dtype=torch.int32, device=positions.device)
     block = triton.next_power_of_2(numel // 4)
-    _words_kernel[(len(positions),)](
-        seed, positions, out, numel // 4, STREAM=int(stream), BLOCK=block
-    )
+    with runtime.on_device(positions):
+        _words_kernel[(len(positions),)](
+            seed,
+            positions,
+            out,
+            numel // 4,
+            STREAM=int(stream),
+            BLOCK=block,
+            **runtime.OPTIONS,
+        )
     return out.to(torch.int64) & 0xFFFFFFFF
 
 
@@ -262,10 +270,12 @@ def normals(device: torch.device, impl: str) -> Iterator[Finding]:
     truth = _normal_truth(positions, numel)
     ours = philox.normal(SEED, Stream.NOISE, positions, numel, impl)
     twin = philox.normal_reference(SEED, Stream.NOISE, positions, numel)
-    found = against_eager(ours, twin, truth)
+    found = against_eager(ours, twin, truth, DRAWN_FLOOR)
     yield Finding("normal", "philox normals", "RMS error", "float32", *found)
     worst, eager = (float((v.double() - truth).abs().max()) for v in (ours, twin))
-    limit = 2 * eager + FLOORS[torch.float32]
+    # Where a radius is next to nothing, one pair in a million, the device's logarithm is coarse.
+    hardware = device.type == "cuda" and impl != "reference"
+    limit = 1e-3 if hardware else 2 * eager + FLOORS[torch.float32]
     yield Finding("normal", "philox normals", "largest error", "float32", worst, limit, eager)
 
     # At the noise end x_m is x0; with data and prediction 0 the noise loss's gradient is -2 x0 / E,
@@ -354,6 +364,21 @@ def small_cases(device: torch.device) -> list[ObjectiveCase | BlockCase]:
 
 def worst(findings: Iterable[Finding]) -> Finding:
     return max(findings, key=lambda finding: finding.severity)
+
+
+def check_draws() -> Finding:
+    """Random numbers on the CPU, by the library of `csrc/` where it was built, against the lines
+    that define them, bit for bit.
+    """
+    positions, numel = torch.tensor(POSITIONS), 1027
+    ours, twin = {}, {}
+    for name, draw, reference in (
+        ("uniform", philox.uniform, philox.uniform_reference),
+        ("normal", philox.normal, philox.normal_reference),
+    ):
+        ours[name] = draw(SEED, Stream.NOISE, positions, numel)
+        twin[name] = reference(SEED, Stream.NOISE, positions, numel)
+    return worst(differing("philox", "numbers on the CPU", "float32", ours, twin))
 
 
 def check_optimizer(device: torch.device) -> Finding:

@@ -170,11 +170,15 @@ def table(rows: list[Row]) -> str:
 _ORDER = ("network", "master", "optimizer", "exported", "everything")
 
 
+# Keys of the float32 weights in DeepSpeed's shards and in that of ddp.
+_MASTERS = {"single_partition_of_fp32_groups", "fp32_flat_groups", "masters"}
+
+
 def _kind(file: str, path: str) -> str:
     parts = path.split("/")
     if file == "weights.pt" and parts[0] in ("model", "ema"):
         return f"exported {parts[0]} (weights.pt)"
-    if "single_partition_of_fp32_groups" in parts or "fp32_flat_groups" in parts:
+    if _MASTERS & set(parts):
         return "master weights"
     if "state" in parts and parts.index("state") + 2 < len(parts):
         return f"optimizer {parts[parts.index('state') + 2]}"

@@ -18,7 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mixflow_fast.evaluation.features.extractor import Features, exact_float32
+from mixflow_fast.evaluation.features.extractor import (
+    Extractor,
+    ExtractorId,
+    Features,
+    exact_float32,
+)
 from mixflow_fast.evaluation.features.inception import KNOWN_SHA256_PREFIX
 from mixflow_fast.evaluation.metrics import (
     SPLIT,
@@ -47,6 +52,7 @@ FRECHET = {
 # In the order of print.
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", *list(FRECHET)[2:])
 _FEW = 10_000
+_SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Evaluation:
         extractors: what made the features.
         reference: what the set was measured against.
         seconds: that the numbers took, without the features.
+        reconstructions: the set is of an autoencoder's reconstructions: rFID, not gFID.
     """
 
     n: int
@@ -68,19 +75,35 @@ class Evaluation:
     extractors: Sequence[Mapping[str, str | None]]
     reference: Reference
     seconds: float
+    reconstructions: bool = False
 
-    def protocol(self, of_set: Protocol | None) -> Protocol | None:
-        """How the numbers came about, from how the set did; None where that is not recorded."""
-        if of_set is None:
-            return None
-        sections = {"extractors": self.extractors, "reference": self.reference.to_record()}
+    def protocol(self, of_set: Protocol, metric: str | None = None) -> Protocol:
+        """How a number came about: how the set did, with that number's own extractor.
+
+        So the hash that stands beside a number does not depend on which others were asked for.
+
+        Args:
+            of_set: how the set did.
+            metric: the number; None: all of them, with all extractors.
+
+        Raises:
+            ValueError: a metric that was not computed.
+        """
+        if metric not in (None, *self.estimates):
+            raise ValueError(f"metric must be of {', '.join(self.estimates)}, got {metric!r}")
+        own = [r for r in self.extractors if metric is None or r["id"] == _extractor_of(metric)]
+        # By content: what its file is called is no part of what it is.
+        reference = {"sha256": self.reference.sha256, "n": self.reference.n}
+        sections = {"extractors": own, "reference": reference}
         metrics = {"ddof": 1, "splits": SPLIT, "k": NEIGHBOURS, "pr_fp16": False}
+        if self.reconstructions:
+            metrics["reconstructions"] = True
         return of_set.with_sections({**sections, "metrics": metrics})
 
     def to_row(
         self,
         set_name: str,
-        protocol: str | None = None,
+        of_set: Protocol,
         weights: Mapping[str, object] | None = None,
         features: str | None = None,
     ) -> EvaluationRow:
@@ -88,7 +111,7 @@ class Evaluation:
 
         Args:
             set_name: path of the samples.
-            protocol: hash of how set and numbers were made, where it is recorded.
+            of_set: how the set was made.
             weights: what was sampled from, where it is recorded; its "step" is the row's.
             features: folder of the kept features.
         """
@@ -97,11 +120,15 @@ class Evaluation:
             "step": step if isinstance(step, int) else 0,
             "kind": "evaluation",
             "time": time.time(),
-            "protocol": protocol,
+            "protocol": of_set.sha256,
+            "pictures": of_set.record,
             "weights": None if weights is None else dict(weights),
             "set": set_name,
             "n": self.n,
-            "metrics": {name: each.to_record() for name, each in self.estimates.items()},
+            "metrics": {
+                name: {**each.to_record(), "protocol": self.protocol(of_set, name).sha256}
+                for name, each in self.estimates.items()
+            },
             "extractors": [dict(record) for record in self.extractors],
             "reference": self.reference.to_record(),
             "warnings": list(self.warnings),
@@ -117,6 +144,7 @@ def evaluate(
     *,
     fid_inf: bool = False,
     device: str | torch.device = "cpu",
+    reconstructions: bool = False,
 ) -> Evaluation:
     """Numbers of a set from its features.
 
@@ -127,15 +155,19 @@ def evaluate(
         metrics: names of METRICS; None: all for which features and reference are there.
         fid_inf: also extrapolate the Frechet distances to infinitely many samples; some minutes.
         device: of the sums over pairs.
+        reconstructions: the set is of reconstructions of validation images (rFID), and not of
+            generated samples (gFID).
 
     Raises:
         ValueError: unknown metrics, or some whose features or reference are missing; features of
-            different sets, or of other weights than the reference's.
+            different sets, or of other weights than the reference's; reconstructions against
+            anything but validation images, or samples against them.
     """
     started = time.monotonic()
     arrays = {f"{f.extractor.name}.{name}": a for f in features for name, a in f.arrays.items()}
     _check_one_set(features)
-    _check_extractors(features, reference)
+    _check_split(reference, reconstructions)
+    _check_extractors([each.extractor for each in features], reference)
     chosen = _choose(metrics, set(arrays), reference)
     estimates: dict[str, Estimate] = {}
     for name in chosen:
@@ -161,7 +193,29 @@ def evaluate(
         extractors=[each.extractor.to_record() for each in features],
         reference=reference,
         seconds=time.monotonic() - started,
+        reconstructions=reconstructions,
     )
+
+
+def check_measurable(
+    extractors: Sequence[Extractor],
+    reference: Reference,
+    metrics: Sequence[str] | None = None,
+    reconstructions: bool = False,
+) -> None:
+    """Refuse before any work what `evaluate` would refuse after it.
+
+    Args:
+        extractors: of the features that are to be made.
+        reference, metrics, reconstructions: as `evaluate`; features of an ADM file's images are
+            taken to be made by then.
+    """
+    _check_split(reference, reconstructions)
+    _check_extractors([each.id for each in extractors], reference)
+    arrays = {f"{each.id.name}.{output}" for each in extractors for output in each.outputs}
+    if reference.has_images and POOL in arrays:
+        reference = replace(reference, features={**reference.features, POOL: np.empty((0, 0))})
+    _choose(metrics, arrays, reference)
 
 
 def _frechet(features: np.ndarray, reference: Reference, name: str, fid_inf: bool) -> Estimate:
@@ -172,6 +226,23 @@ def _frechet(features: np.ndarray, reference: Reference, name: str, fid_inf: boo
         if fid_inf:
             found = replace(found, infinity=frechet_infinity(features, gaussian))
     return found
+
+
+def _check_split(reference: Reference, reconstructions: bool) -> None:
+    """rFID is against the validation images that were reconstructed, gFID against training ones."""
+    name = reference.path.name
+    if reconstructions and reference.split != "val":
+        said = f"is of {reference.split} images" if reference.split else "does not say which it has"
+        raise ValueError(
+            f"reconstructions are measured against the validation images, and the reference {name} "
+            f"{said}: make one of them by `mixflow-fast reference VAL --split val`"
+        )
+    if not reconstructions and reference.split == "val":
+        raise ValueError(
+            f"the reference {name} is of validation images, against which reconstructions are "
+            "measured (--reconstructions); generated samples are against the training images: "
+            "make a reference of those by `mixflow-fast reference TRAIN --split train`"
+        )
 
 
 def _check_one_set(features: Sequence[Features]) -> None:
@@ -186,11 +257,11 @@ def _check_one_set(features: Sequence[Features]) -> None:
             )
 
 
-def _check_extractors(features: Sequence[Features], reference: Reference) -> None:
+def _check_extractors(extractors: Sequence[ExtractorId], reference: Reference) -> None:
     """Refuse features of other weights than the reference's, where it says which those were."""
     theirs = {record["id"]: record for record in reference.extractors}
-    for each in features:
-        mine = each.extractor.to_record()
+    for each in extractors:
+        mine = each.to_record()
         other = theirs.get(mine["id"])
         if other is not None and other != mine:
             unlike = shorten(f"{k} {mine[k]!r} against {other[k]!r}" for k in mine
@@ -199,6 +270,11 @@ def _check_extractors(features: Sequence[Features], reference: Reference) -> Non
                 f"the features of {mine['id']} and those of the reference {reference.path.name} "
                 f"were made in different ways ({unlike}): use the same weights for both"
             )
+
+
+def _extractor_of(metric: str) -> str:
+    """The name of the network whose features a metric is made of."""
+    return FRECHET.get(metric, LOGITS if metric == "is" else POOL).partition(".")[0]
 
 
 def _missing(name: str, arrays: set[str], reference: Reference) -> str | None:
@@ -248,8 +324,7 @@ def _unused(
     """Extractors that were asked for and gave no number, as the reference lacks them."""
     if metrics is not None:
         return []
-    used = {FRECHET.get(name, LOGITS if name == "is" else POOL).partition(".")[0]
-            for name in chosen}  # fmt: skip
+    used = {_extractor_of(name) for name in chosen}
     return [
         f"{name}: no number, as the reference {reference.path.name} was made without it"
         for name in (each.extractor.name for each in features)
@@ -267,6 +342,13 @@ def _warnings(features: Sequence[Features], estimates: Mapping[str, Estimate], n
         if each.extractor.name == "inception" and not known:
             found.append(
                 "the Inception weights are not FID's: no number compares with published ones"
+            )
+    for name, each in estimates.items():
+        # Two draws of one law are apart by about the bias, never by a thousandth of it.
+        if name in FRECHET and each.bias and each.value < _SAME * each.bias:
+            found.append(
+                f"{name}: the set has the mean and covariance of the reference, as the same images "
+                "have: a set measured against itself says nothing of its quality"
             )
     dims = {name: int(each.to_record().get("dim", 0)) for name, each in estimates.items()}
     for name, dim in dims.items():

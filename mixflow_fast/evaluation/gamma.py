@@ -141,7 +141,8 @@ class Choice:
     """The gamma that a pilot recommends.
 
     Attributes:
-        gamma: the smallest that is not significantly worse than the best.
+        gamma: the smallest that is not significantly worse than the best; of a choice that is not
+            conclusive it is the smallest of all and says nothing.
         best: the one with the lowest distance.
         arms: all of them, by gamma.
     """
@@ -149,6 +150,11 @@ class Choice:
     gamma: float
     best: float
     arms: tuple[PilotArm, ...]
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether any arm is significantly worse: else the arms cannot be told apart."""
+        return any(arm.worse for arm in self.arms)
 
 
 def choose_gamma(scores: Mapping[float, Score]) -> Choice:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,17 +15,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.decoding import IMAGE_SUFFIXES, decode_rgb
+from mixflow_fast.data.decoding import IMAGE_SUFFIXES, decode_rgb, opened
 from mixflow_fast.data.image_folder import adm_center_crop
 from mixflow_fast.data.npy_files import load_npy, open_npz
 from mixflow_fast.data.set_files import WORK
 from mixflow_fast.evaluation.pictures_npz import map_npz
 from mixflow_fast.evaluation.protocol import Protocol
 from mixflow_fast.evaluation.sample_sets import SET, SampleSet, read_set
-from mixflow_fast.files import existing_path
+from mixflow_fast.files import existing_path, write_json
 from mixflow_fast.models.autoencoders.decoding import quantise
 
 _ROWS = 64
+_CONTENT = "pictures.json"  # beside the features
+# Networks overshoot a little; latents have a standard deviation of 1, and 13% of a normal
+# distribution are beyond 1.5.
+_FAR, _FAR_SHARE, _ENOUGH = 1.5, 0.05, 1000
+
+
+@dataclass(frozen=True)
+class Content:
+    """What pictures are, whatever their files are called.
+
+    Attributes:
+        sha256: of an array's shape, type and bytes, or of the bytes of all image files in order.
+        size: (height, width) in pixels; None where they differ.
+    """
+
+    sha256: str
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,10 @@ class Pictures:
         source: a fingerprint: names, sizes and times of the files.
         labels: (count,) integers, or None.
         batches: gives them as (B, 3, H, W) uint8, from the start at each call.
-        protocol: how they came about; None where nothing says it.
+        content: what they are by their content, which is read for it.
+        quantisation: the rule that made bytes of floats; "unknown" where they came as bytes.
+        protocol: how they came about, as they say themselves; None where they do not, and then
+            `protocol_of` gives one.
         origin: which weights, as plain values; empty where nothing says it.
     """
 
@@ -44,6 +67,8 @@ class Pictures:
     source: str
     labels: np.ndarray | None
     batches: Callable[[], Iterator[Tensor]]
+    content: Callable[[], Content]
+    quantisation: str = "unknown"
     protocol: Protocol | None = None
     origin: Mapping[str, object] = field(default_factory=dict)
 
@@ -73,6 +98,46 @@ def open_pictures(path: str | os.PathLike[str], size: int | None = None) -> Pict
     return _arrays(found, str(path))
 
 
+def protocol_of(pictures: Pictures, kept: Path | None = None) -> Protocol:
+    """How pictures came about: as they say, or else all that is known of those of unknown origin.
+
+    The latter have their content in their protocol, so that numbers of them are of one protocol
+    with numbers of the same pictures and with nothing else.
+
+    Args:
+        pictures: a set.
+        kept: folder where the hash of the content is kept, and taken from again; None: nowhere.
+    """
+    if pictures.protocol is not None:
+        return pictures.protocol
+    content = _kept_content(pictures, kept)
+    size: object = None if content.size is None else list(content.size)
+    if content.size is not None and content.size[0] == content.size[1]:
+        size = content.size[0]
+    return Protocol(
+        {
+            "sampler": {"method": "unknown"},
+            "set": {"n": pictures.count, "sha256": content.sha256},
+            "image": {"size": size, "quantisation": pictures.quantisation},
+        }
+    )
+
+
+def _kept_content(pictures: Pictures, folder: Path | None) -> Content:
+    if folder is None:
+        return pictures.content()
+    file = folder / _CONTENT
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["source"] == pictures.source:
+            size = None if kept["size"] is None else tuple(kept["size"])
+            return Content(kept["sha256"], size)
+    found = pictures.content()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"source": pictures.source, "sha256": found.sha256, "size": found.size})
+    return found
+
+
 def _arrays(path: Path, name: str) -> Pictures:
     names = set()
     labels = None
@@ -99,7 +164,20 @@ def _arrays(path: Path, name: str) -> Pictures:
 
     source = _fingerprint([path], path.parent)
     labels = _labels(path, name, len(made), labels)
-    return Pictures(name, len(made), source, labels, batches, made.protocol, made.origin)
+
+    def content() -> Content:
+        return Content(_array_sha256(made.pictures), made.pictures.shape[1:3])
+
+    return Pictures(
+        name,
+        len(made),
+        source,
+        labels,
+        batches,
+        content,
+        protocol=made.protocol,
+        origin=made.origin,
+    )
 
 
 def _check_count(made: SampleSet, name: str) -> None:
@@ -120,6 +198,8 @@ def _planes(path: Path, name: str, labels: np.ndarray | None) -> Pictures:
             f"x of {name} must be pictures of 3 channels (1: grey), uint8 or floating in [-1, 1], "
             f"got {array.shape} {array.dtype}: latents have to be decoded first"
         )
+    if array.dtype != np.uint8:
+        _refuse_latents(array, name)
 
     def batches() -> Iterator[Tensor]:
         for start in range(0, len(array), _ROWS):
@@ -127,8 +207,25 @@ def _planes(path: Path, name: str, labels: np.ndarray | None) -> Pictures:
             rows = rows if rows.dtype == torch.uint8 else quantise(rows)
             yield rows.expand(-1, 3, -1, -1).contiguous()
 
+    def content() -> Content:
+        return Content(_array_sha256(array), array.shape[2:])
+
     source = _fingerprint([path], path.parent)
-    return Pictures(name, len(array), source, _labels(path, name, len(array), labels), batches)
+    labels = _labels(path, name, len(array), labels)
+    rule = "unknown" if array.dtype == np.uint8 else "round"
+    return Pictures(name, len(array), source, labels, batches, content, rule)
+
+
+def _refuse_latents(array: np.ndarray, name: str) -> None:
+    """Refuse floats that are no pictures in [-1, 1], looking at some; NaN is refused later."""
+    some = np.asarray(array[:: max(1, len(array) // _ROWS)], np.float32)
+    outside = float((np.abs(some) > _FAR).mean()) if some.size else 0.0
+    if some.size >= _ENOUGH and outside > _FAR_SHARE:
+        raise ValueError(
+            f"x of {name} must be pictures in [-1, 1], and {100 * outside:.0f}% of its values are "
+            f"beyond {_FAR:g}: latents have to be decoded first (`mixflow-fast sample --decoder`); "
+            "pictures are better given in 8 bits (`mixflow-fast sample --quantise round`)"
+        )
 
 
 def _labels(path: Path, name: str, count: int, labels: np.ndarray | None) -> np.ndarray | None:
@@ -156,8 +253,27 @@ def _folder(path: Path, name: str, size: int | None) -> Pictures:
             image = image if size is None else adm_center_crop(image, size)
             yield torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
 
+    def content() -> Content:
+        digest, sizes = hashlib.sha256(), set()
+        for file in files:
+            data = file.read_bytes()
+            digest.update(len(data).to_bytes(8, "little") + data)
+            with opened(io.BytesIO(data)) as image:  # its header alone
+                width, height = image.size
+            sizes.add((height, width) if size is None else (size, size))
+        words = "" if size is None else f" cropped to {size}"
+        own = hashlib.sha256(digest.digest() + words.encode()).hexdigest()
+        return Content(own, sizes.pop() if len(sizes) == 1 else None)
+
     source = _fingerprint(files, path) + ("" if size is None else f" cropped to {size}")
-    return Pictures(name, len(files), source, None, batches)
+    return Pictures(name, len(files), source, None, batches, content)
+
+
+def _array_sha256(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}\n".encode())
+    for start in range(0, len(array), _ROWS):
+        digest.update(np.ascontiguousarray(array[start : start + _ROWS]).data)
+    return digest.hexdigest()
 
 
 def _fingerprint(files: list[Path], root: Path) -> str:

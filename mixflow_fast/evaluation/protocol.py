@@ -11,7 +11,7 @@ What is compared (weights) and what changes rounding only (device, kernels) is n
     decoder     kind, sha256, scale
     image       size, quantisation
     extractors  [id, sha256, dtype, resize]
-    reference   name, sha256, n
+    reference   sha256, n
     metrics     ddof, splits, k, pr_fp16
 """
 

@@ -29,6 +29,7 @@ from mixflow_fast.evaluation.pictures_npz import map_npz
 from mixflow_fast.files import existing_path, replacing
 
 KEPT = 10_000  # images whose features are kept for KID, precision and recall
+SPLITS = ("train", "val")
 _SCHEMA = "mixflow-reference/1"
 POOL, SPATIAL, CLASS_TOKEN = "inception.pool", "inception.spatial", "dinov2.cls"
 _EDM2 = {"fid": POOL, "fd_dinov2": CLASS_TOKEN}
@@ -55,6 +56,8 @@ class Reference:
         features: (M, d) float32, of images for KID, precision and recall.
         has_images: whether `arr_0` of an ADM file holds images for these three.
         extractors: records of what made the features, where the file says so.
+        split: "train" or "val": which images of the data set these are; None where the file does
+            not say it, as published ones do not.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class Reference:
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     has_images: bool = False
     extractors: Sequence[Mapping[str, str | None]] = ()
+    split: str | None = None
 
     @property
     def n(self) -> int | None:
@@ -70,7 +74,7 @@ class Reference:
         return next((gaussian.n for gaussian in self.gaussians.values()), None)
 
     def to_record(self) -> dict[str, str | int | None]:
-        """Its part of a protocol."""
+        """What it is called, and what of it is part of a protocol."""
         return {"name": self.path.name, "sha256": self.sha256, "n": self.n}
 
 
@@ -123,7 +127,8 @@ def _read_own(path: Path, arrays: Mapping[str, np.ndarray]) -> Reference:
         features = {key: map_npz(path, f"features/{key}") for key in header["kept"]}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"the reference {path} is damaged: {error!r}") from error
-    return Reference(path, sha256_of(path), gaussians, features, extractors=extractors)
+    split = header.get("split")
+    return Reference(path, sha256_of(path), gaussians, features, extractors=extractors, split=split)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -171,7 +176,11 @@ def _gaussian(
 
 
 def write_reference(
-    path: Path, features: Iterable[Features], description: str, keep: int = KEPT
+    path: Path,
+    features: Iterable[Features],
+    description: str,
+    keep: int = KEPT,
+    split: str | None = None,
 ) -> None:
     """Write our own reference file, whole or not at all.
 
@@ -180,10 +189,13 @@ def write_reference(
         features: of one set of images by one or several extractors.
         description: what the images are.
         keep: images, evenly over the set, of which features are kept for KID, precision and recall.
+        split: one of SPLITS, which images of their data set these are; None: nobody says.
 
     Raises:
-        ValueError: sets of different sizes, or fewer than two images.
+        ValueError: sets of different sizes, or fewer than two images; an unknown split.
     """
+    if split not in (*SPLITS, None):
+        raise ValueError(f"split must be one of {', '.join(SPLITS)} or None, got {split!r}")
     sets = list(features)
     sizes = {len(each) for each in sets}
     if len(sizes) != 1 or min(sizes) < 2:
@@ -211,6 +223,7 @@ def write_reference(
         "kept": kept,
         "extractors": [each.extractor.to_record() for each in sets],
         "images": description,
+        **({} if split is None else {"split": split}),
     }
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     with replacing(path) as partial, partial.open("wb") as file:

@@ -5,6 +5,7 @@
     FOLDER/set.json        the whole set: protocol, hash, n, shards, and where the .npz is; last
     FOLDER.npz             the pictures as ADM's evaluator reads them: arr_0 (n, H, W, 3) uint8
     FOLDER.labels.npy      (n,) int64, for a network with classes
+    FOLDER/latents/        if they are kept: (at most 1,000, C, h, w) float16 of each shard
 
 A shard is a function of its ids, the protocol and the weights alone, so what a kill leaves is gone
 on with by any number of ranks, to the same bytes (on one kind of device, at one batch size). The
@@ -14,10 +15,9 @@ before `set.json` names it and before the shards are deleted.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,15 +30,24 @@ from torch import Tensor
 
 from mixflow_fast.data.preparation.shard_work import ShardWork, named_errors
 from mixflow_fast.data.set_files import WORK, file_record, how_far
-from mixflow_fast.evaluation.pictures_npz import NpzWriter, check_npz, map_npz
+from mixflow_fast.evaluation.pictures_npz import map_npz
 from mixflow_fast.evaluation.protocol import Protocol, differences
-from mixflow_fast.files import existing_path, sync, write_json
+from mixflow_fast.evaluation.whole_set import (
+    FORMAT,
+    SET,
+    DamagedShard,
+    finish_renaming,
+    labels_of,
+    npz_of,
+    partial_of,
+    read_set_json,
+    write_whole,
+)
+from mixflow_fast.files import existing_path, replacing
 from mixflow_fast.metrics.progress import Progress
 
-FORMAT, SET = "mixflow-samples/1", "set.json"
 SHARD = 1000
 _HEADROOM = 1 << 20  # of the disk, for the small files
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,17 @@ class Made:
     Attributes:
         pictures: (B, C, H, W) uint8 on any device, C = 1 or 3.
         labels: (B,) int64 on the CPU; None for a network without classes.
+        latents: (B, C, h, w) that the pictures were decoded from; None where there are none.
     """
 
     pictures: Tensor
     labels: Tensor | None
+    latents: Tensor | None = None
 
 
 Maker = Callable[[Tensor], Made]
+# Number and pictures, (at most `shard`, H, W, C) uint8, of a shard.
+OnShard = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +80,17 @@ class SetPlan:
         origin: what is compared and not hashed: which weights, by plain values. A set that was
             begun with others is refused.
         shard: ids in a shard.
+        step: optimizer steps of the weights, where their file says it. It is noted beside the
+            origin and not compared: an export of the same weights may not know it.
+        latents: (C, h, w) of the latents that are kept, in float16; None: they are not.
     """
 
     protocol: Protocol
     shape: tuple[int, int, int]
     origin: Mapping[str, object]
     shard: int = SHARD
+    step: int | None = None
+    latents: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         channels, height, width = self.shape
@@ -121,17 +139,8 @@ class SetPlan:
             "n": self.n,
             "picture": list(self.shape),
             "shard": self.shard,
+            **({} if self.latents is None else {"latents": list(self.latents)}),
         }
-
-
-def npz_of(folder: Path) -> Path:
-    """Where the pictures of a set come to lie: beside its folder."""
-    return folder.with_name(folder.name + ".npz")
-
-
-def labels_of(folder: Path) -> Path:
-    """Where the labels of a set come to lie: beside its folder."""
-    return folder.with_name(folder.name + ".labels.npy")
 
 
 def write_set(
@@ -145,6 +154,8 @@ def write_set(
     keep_shards: bool = False,
     quiet: bool = True,
     begins: Callable[[int], None] | None = None,
+    on_shard: OnShard | None = None,
+    on_shard_bytes: int = 0,
 ) -> bool:
     """Make this process's shards of a set, and the whole set where all of them are done.
 
@@ -160,6 +171,8 @@ def write_set(
         keep_shards: do not delete the shards when the .npz holds all.
         quiet: print no progress.
         begins: called with the number of this process's pictures before the first is made.
+        on_shard: called with each shard that this process makes, before it counts as done.
+        on_shard_bytes: that it writes at most for a picture, for the check of the free space.
 
     Returns:
         whether the set is whole now, by this process or another.
@@ -171,7 +184,7 @@ def write_set(
     """
     _check_same(folder, plan)
     if (folder / SET).is_file():
-        _finish_renaming(folder)
+        finish_renaming(folder)
         _delete_shards(folder, keep_shards)
         return True
     for path in (npz_of(folder), labels_of(folder)):
@@ -182,38 +195,35 @@ def write_set(
                 "choose another --out"
             )
     settings = plan.settings()
+    header = settings if plan.step is None else {**settings, "step": plan.step}
     with ShardWork(
         folder, settings, plan.shards, ".npy", rank, world, manifest=SET, kept=False
     ) as work:
+        if plan.latents is not None:
+            work.make_again(lambda record: not _has_latents(folder, record))
         mine = work.remaining()
-        _check_space(folder, plan, work.unfinished())
+        _check_space(folder, plan, work.unfinished(), on_shard_bytes)
         if begins is not None:
             begins(sum(len(plan.ids(number)) for number in mine))
         total = sum(len(plan.ids(number)) for number in mine)
         with Progress(total, folder.name, "pictures", quiet=quiet or not total) as counted:
             for number in mine:
                 if number in work.remaining():  # else another start, with other ranks, made it
-                    _make_shard(make, plan, work, number, batch_size, counted)
+                    _make_shard(make, plan, work, number, batch_size, counted, on_shard)
             while True:
                 try:
-                    done = work.complete_with(lambda records: _write_whole(folder, plan, records))
+                    done = work.complete_with(
+                        lambda records: write_whole(folder, plan.stored, header, records)
+                    )
                     break
-                except _DamagedShard as damaged:
+                except DamagedShard as damaged:
                     counted.log(f"shard {damaged.number} is damaged: made again")
                     work.forget(damaged.number)
-                    _make_shard(make, plan, work, damaged.number, batch_size, counted)
+                    _make_shard(make, plan, work, damaged.number, batch_size, counted, on_shard)
     if done:
-        _finish_renaming(folder)
+        finish_renaming(folder)
         _delete_shards(folder, keep_shards)
     return done
-
-
-class _DamagedShard(Exception):
-    """A finished shard whose content is not what was noted."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def _check_same(folder: Path, plan: SetPlan) -> None:
@@ -242,10 +252,12 @@ def _check_same(folder: Path, plan: SetPlan) -> None:
             )
 
 
-def _check_space(folder: Path, plan: SetPlan, unfinished: int) -> None:
+def _check_space(folder: Path, plan: SetPlan, unfinished: int, beside: int) -> None:
     """Refuse to begin what cannot end: shards that are not there yet, and the file of all."""
-    need = min(plan.bytes, unfinished * plan.shard * (plan.bytes // plan.n)) + _HEADROOM
-    partial = _partial(npz_of(folder))
+    latents = 0 if plan.latents is None else 2 * math.prod(plan.latents)
+    each = plan.bytes // plan.n + latents + beside
+    need = min(plan.n, unfinished * plan.shard) * each + _HEADROOM
+    partial = partial_of(npz_of(folder))
     if not (folder / SET).is_file():
         need += plan.bytes - (partial.stat().st_size if partial.is_file() else 0)
     free = shutil.disk_usage(folder).free
@@ -258,11 +270,18 @@ def _check_space(folder: Path, plan: SetPlan, unfinished: int) -> None:
 
 
 def _make_shard(
-    make: Maker, plan: SetPlan, work: ShardWork, number: int, batch_size: int, counted: Progress
+    make: Maker,
+    plan: SetPlan,
+    work: ShardWork,
+    number: int,
+    batch_size: int,
+    counted: Progress,
+    on_shard: OnShard | None,
 ) -> None:
     """One shard, whole or not at all."""
     ids, path = plan.ids(number), work.temporary(number)
     labels: list[int] = []
+    latents: list[Tensor] = []
     with named_errors(path), path.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False}
         np.lib.format.write_array_header_1_0(
@@ -279,99 +298,55 @@ def _make_shard(
                 )
             file.write(memoryview(pictures.cpu().movedim(1, -1).contiguous().numpy()).cast("B"))
             labels += [] if made.labels is None else made.labels.tolist()
+            if plan.latents is not None:
+                latents.append(_halved(made.latents, (len(own), *plan.latents)))
             counted.advance(len(own))
-    work.finish(number, rows=len(ids), extra={"labels": labels})
+    extra: dict[str, object] = {"labels": labels}
+    if plan.latents is not None:
+        extra["latents"] = _write_latents(work.out, number, torch.cat(latents))
+    if on_shard is not None:
+        on_shard(number, np.load(path, mmap_mode="r"))
+    work.finish(number, rows=len(ids), extra=extra)
 
 
-def _write_whole(folder: Path, plan: SetPlan, records: list[dict[str, object]]) -> None:
-    """Write the file of all pictures and that of the labels, check them, then `set.json`."""
-    npz, labels = npz_of(folder), labels_of(folder)
-    partial = _partial(npz)
-    try:
-        with named_errors(npz), NpzWriter(partial, plan.stored) as writer:
-            for number, record in enumerate(records):
-                _copy_shard(folder / str(record["file"]), record, number, writer)
-        check_npz(partial, plan.stored)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    files = {"npz": npz}
-    drawn = [label for record in records for label in record.pop("labels")]
-    if drawn:
-        with named_errors(labels), _partial(labels).open("wb") as file:
-            np.save(file, np.array(drawn, dtype=np.int64))
-        sync(_partial(labels))
-        files["labels"] = labels
-    found = {}
-    for name, path in files.items():
-        record = file_record(folder.parent, _partial(path).name)
-        found[name] = {"path": path.name, "bytes": record["bytes"], "sha256": record["sha256"]}
-    shards = [{"name": record.pop("file"), **record} for record in records]
-    write_json(folder / SET, {**plan.settings(), "shards": shards, **found})
-
-
-def _copy_shard(path: Path, record: Mapping[str, object], number: int, writer: NpzWriter) -> None:
-    """Append a shard's pictures while its checksum is taken."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-            file.seek(0)
-            digest.update(file.read(start))
-            # A damaged one may be too long: the writer counts what it gets.
-            left = int(str(record["bytes"])) - start
-            while block := file.read(min(left, _BLOCK)):
-                digest.update(block)
-                writer.add(block)
-                left -= len(block)
-    except (OSError, ValueError) as error:
-        raise _DamagedShard(number) from error
-    if left or digest.hexdigest() != record["sha256"]:
-        raise _DamagedShard(number)
-
-
-def _partial(path: Path) -> Path:
-    """The name of a file until `set.json` is there."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def _finish_renaming(folder: Path) -> None:
-    """Bring the files that `set.json` names to their places.
+def _halved(latents: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Latents as they are kept.
 
     Raises:
-        ValueError: one is gone, or another file lies there.
+        ValueError: none, or of another shape; values that float16 cannot hold.
     """
-    content = _read_json(folder / SET)
-    for record in (content[key] for key in ("npz", "labels") if key in content):
-        path = folder.parent / Path(str(record["path"])).name
-        with contextlib.suppress(FileNotFoundError):  # another process was as quick
-            if not path.exists():
-                os.replace(_partial(path), path)
-                sync(path.parent)
-        if path.is_file() and path.stat().st_size == record["bytes"]:
-            continue
-        state = "has another size than" if path.exists() else "is gone, which"
+    if latents is None or tuple(latents.shape) != shape:
+        got = None if latents is None else tuple(latents.shape)
+        raise ValueError(f"latents to be kept must be {shape}, got {got}")
+    halved = latents.detach().cpu().half()
+    if not bool(halved.isfinite().all()):
         raise ValueError(
-            f"{path} {state} {folder / SET} says: put it back, or delete {folder} and what lies "
-            "beside it under its name to make the set again"
+            f"latents reach {float(latents.abs().max()):.3g}, which float16 cannot hold: do not "
+            "keep them"
         )
+    return halved
+
+
+def _write_latents(folder: Path, number: int, latents: Tensor) -> dict[str, object]:
+    """The latents of a shard beside it, and what is noted of their file."""
+    name = f"latents/{number:05d}.npy"
+    with replacing(folder / name) as partial, partial.open("wb") as file:
+        np.save(file, latents.numpy())
+    return file_record(folder, name)
+
+
+def _has_latents(folder: Path, record: Mapping[str, object]) -> bool:
+    """Whether the latents that a done shard noted are there, with the size that was noted."""
+    noted = record.get("latents")
+    if not isinstance(noted, Mapping):
+        return False
+    path = folder / str(noted["file"])
+    return path.is_file() and path.stat().st_size == noted["bytes"]
 
 
 def _delete_shards(folder: Path, keep: bool) -> None:
     if not keep:
         shutil.rmtree(folder / "shards", ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, dict[str, object]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} must be the {SET} of a set of samples, of format {FORMAT}")
-    return content
 
 
 @dataclass(frozen=True)
@@ -383,7 +358,8 @@ class SampleSet:
         pictures: (n, H, W, C) uint8, C = 1 or 3, mapped read-only; the id is the row.
         labels: (n,) int64; None where there are none.
         protocol: how they came about; None for a file that does not say it.
-        origin: which weights, as plain values; empty for such a file.
+        origin: which weights, as plain values, with "step" where it is known; empty for such a
+            file.
     """
 
     path: Path
@@ -422,12 +398,14 @@ def read_set(path: str | os.PathLike[str]) -> SampleSet:
     ours = (folder / SET).is_file() and (found.is_dir() or found == npz_of(folder))
     if not ours:
         return SampleSet(found, _pictures(found), None, None, {})
-    _finish_renaming(folder)
-    content = _read_json(folder / SET)
+    finish_renaming(folder)
+    content = read_set_json(folder / SET)
     # Beside the folder, whatever the file of a stranger says.
     npz = folder.parent / Path(str(content["npz"]["path"])).name
     labels = np.load(labels_of(folder), allow_pickle=False) if "labels" in content else None
-    return SampleSet(npz, _pictures(npz), labels, Protocol(content["protocol"]), content["origin"])
+    step = {"step": content["step"]} if "step" in content else {}
+    origin = {**content["origin"], **step}
+    return SampleSet(npz, _pictures(npz), labels, Protocol(content["protocol"]), origin)
 
 
 def _pictures(path: Path) -> np.ndarray:

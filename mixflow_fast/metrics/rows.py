@@ -12,6 +12,7 @@ Rows of former releases may lack a key, which is why most are optional.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, TypedDict
 
 Kind = Literal["training", "start", "checkpoint", "validation", "evaluation"]
@@ -142,12 +143,12 @@ class EvaluationRow(_Step, total=False):
     """Numbers of a sample set; "step" is that of the weights, 0 where it is not known.
 
     Keys:
-        protocol: hash of how the set and the numbers were made; None: not recorded.
+        protocol: hash of how the set was made; pictures: what is hashed.
         weights: what was sampled from, as the set records it; None: not recorded.
         set: path of the samples.
         n: samples.
-        metrics: "fid", "is", ... -> value, bias, se, low, high (a 95% interval of value - bias) and
-            what belongs to each metric.
+        metrics: "fid", "is", ... -> value, bias, se, low, high (a 95% interval of value - bias),
+            what belongs to each metric, and protocol: hash of how set and number were made.
         extractors, reference: records as in a protocol.
         warnings: sentences.
         features: folder of the features that were kept; None: nowhere.
@@ -155,11 +156,12 @@ class EvaluationRow(_Step, total=False):
 
     kind: Literal["evaluation"]
     time: float
-    protocol: str | None
+    protocol: str
+    pictures: Mapping[str, object]
     weights: dict[str, object] | None
     set: str
     n: int
-    metrics: dict[str, dict[str, float | int]]
+    metrics: dict[str, dict[str, float | int | str]]
     extractors: list[dict[str, str | None]]
     reference: dict[str, str | int | None]
     warnings: list[str]

@@ -1,8 +1,9 @@
 """How a network is run: eager, compiled, or compiled with fused operators; what is recomputed.
 
 Blocks are compiled one by one: all blocks of a width share one compilation, which takes seconds
-where the whole network takes minutes, and costs little because the operators end at the blocks'
-borders anyway.
+where the whole network takes minutes, and costs the GPU little because the operators end at the
+blocks' borders anyway. What it costs is the host, at each call: two for every block and step. Where
+the host is what a step waits for, all blocks can be one call (`compile_unit="all_blocks"`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mixflow_fast.kernels.runtime import IMPLS, Impl
 from mixflow_fast.models.inductor import block_options
 
 _NUMBERS = itertools.count()
-Mode = Literal["eager", "compile", "fused"]
+Mode = Literal["eager", "compile", "fused", "graph"]
+CompileUnit = Literal["block", "all_blocks"]
 Checkpointing = Literal["none", "elementwise", "selective", "full"]
 # The result of a block function: a tensor, or a residual stream of the fused block.
 _Out = TypeVar("_Out")
@@ -42,8 +44,9 @@ class Execution:
     """How a network is run. It changes rounding, speed and memory, never the function.
 
     Attributes:
-        mode: "eager" (plain PyTorch), "compile" (the same, each block through torch.compile) or
-            "fused" (blocks of fused operators, compiled).
+        mode: "eager" (plain PyTorch), "compile" (the same, each block through torch.compile),
+            "fused" (blocks of fused operators, compiled) or "graph" ("compile", of which training
+            records both passes as CUDA graphs; elsewhere it is "compile").
         attention: "auto" or a name of `kernels.attention.choice.BACKENDS`. "auto" is PyTorch's
             own choice in the modes eager and compile; in mode fused the fastest backend that
             passes its test.
@@ -53,6 +56,8 @@ class Execution:
             "selective" (all but the outputs of attention and of the MLP's first product, the two
             that cost most to make); "full" (everything inside a block: least memory, about a
             third more time).
+        compile_unit: what is compiled at once: "block", one compilation for all blocks of a width
+            (seconds), or "all_blocks" (minutes for deep networks, one call a pass and width).
         compiled: False runs mode "fused" without torch.compile.
         impl: implementation of the fused operators: "auto", "triton" or "reference".
     """
@@ -60,6 +65,7 @@ class Execution:
     mode: Mode = "eager"
     attention: Literal["auto", BackendName] = "auto"
     checkpointing: Checkpointing = "none"
+    compile_unit: CompileUnit = "block"
     compiled: bool = True
     impl: Impl = "auto"
 
@@ -68,6 +74,7 @@ class Execution:
             ("mode", self.mode, get_args(Mode)),
             ("attention", self.attention, ("auto", *BACKENDS)),
             ("checkpointing", self.checkpointing, get_args(Checkpointing)),
+            ("compile_unit", self.compile_unit, get_args(CompileUnit)),
             ("impl", self.impl, IMPLS),
         ):
             if value not in allowed:
@@ -78,26 +85,44 @@ class Execution:
                 'use mode="fused", or checkpointing="selective"'
             )
 
+        if self.compile_unit != "block" and not self.compiles:
+            raise ValueError(
+                f"compile_unit={self.compile_unit!r} needs torch.compile, got mode={self.mode!r}"
+                f'{"" if self.compiled else " and compiled=False"}: use mode="compile" or '
+                '"fused", or compile_unit="block"'
+            )
+
     @property
     def compiles(self) -> bool:
         """Whether torch.compile is used."""
-        return self.mode == "compile" or (self.mode == "fused" and self.compiled)
+        return self.mode in ("compile", "graph") or (self.mode == "fused" and self.compiled)
 
 
 def runner(
-    fn: _Function[_Out], execution: Execution, saved_widths: tuple[int, ...]
+    fn: _Function[_Out],
+    execution: Execution,
+    saved_widths: tuple[int, ...],
+    around: Callable[[_Function[_Out]], _Function[_Out]] | None = None,
 ) -> _Function[_Out]:
     """`fn` with the checkpointing and the compilation of `execution`.
 
     Args:
         fn: a module-level function.
         saved_widths: columns of the products that "selective" keeps.
+        around: makes of `fn`, checkpointing and all, the function that is compiled; None: itself.
     """
-    return (
-        _Compiled(fn, execution, saved_widths)
-        if execution.compiles
-        else _plain(fn, execution, saved_widths)
-    )
+    make = partial(_made, fn, execution, saved_widths, around)
+    return _Compiled(make) if execution.compiles else make()
+
+
+def _made(
+    fn: _Function[_Out],
+    execution: Execution,
+    saved_widths: tuple[int, ...],
+    around: Callable[[_Function[_Out]], _Function[_Out]] | None,
+) -> _Function[_Out]:
+    own = _plain(fn, execution, saved_widths)
+    return own if around is None else _with_own_code(around(own))
 
 
 class _Compiled(Generic[_Out]):
@@ -108,11 +133,9 @@ class _Compiled(Generic[_Out]):
     sampling in one process would get there.
     """
 
-    def __init__(
-        self, fn: _Function[_Out], execution: Execution, saved_widths: tuple[int, ...]
-    ) -> None:
-        self._make = partial(_plain, fn, execution, saved_widths)
-        self._plain = self._make()
+    def __init__(self, make: Callable[[], _Function[_Out]]) -> None:
+        self._make = make
+        self._plain = make()
         self._copies: dict[tuple[bool | int, ...], _Function[_Out]] = {}
 
     def __call__(self, *args: object) -> _Out:

@@ -1,5 +1,8 @@
 """Settings of Inductor, torch.compile's compiler, for blocks of our networks.
 
+In a process that asks PyTorch for deterministic algorithms (`train.deterministic`) it is told to
+choose nothing by timing: other tiles of a sum would be other last bits in the next process.
+
 Its "mix-order reductions" sum rows and columns of a tensor in one kernel on a GPU. In PyTorch 2.10
 to 2.13 such a sum is never written where it is a part of a larger tensor: the gradients of shift
 and scale of a block's two norms are parts of one, and keep what the memory held. It takes some 4096
@@ -14,6 +17,7 @@ from __future__ import annotations
 import torch
 
 _SETTING = "triton.mix_order_reduction"
+_DETERMINISTIC = "deterministic"
 # First version that has them switched on, and the first one after the fault was mended.
 _SINCE, _MENDED = (2, 10), (2, 14)
 
@@ -25,14 +29,20 @@ def affected(version: str) -> bool:
 
 
 def block_options(version: str = torch.__version__) -> dict[str, bool] | None:
-    """`options` of torch.compile for a block: without mix-order reductions where they are wrong.
+    """`options` of torch.compile for a block: without mix-order reductions where they are wrong,
+    and without choices by timing where the process is to repeat its bits.
 
     Returns:
-        None where this PyTorch needs nothing else, or does not know the setting.
+        None where this PyTorch needs nothing else, or does not know the settings.
     """
-    if not affected(version):
+    repeats = torch.are_deterministic_algorithms_enabled()
+    wanted = {_SETTING: False} if affected(version) else {}
+    if repeats:
+        wanted[_DETERMINISTIC] = True
+    if not wanted:
         return None
     # A private module, whose import is a part of every compilation anyway.
     from torch._inductor import config
 
-    return {_SETTING: False} if _SETTING in config.get_config_copy() else None
+    known = config.get_config_copy()
+    return {name: value for name, value in wanted.items() if name in known} or None

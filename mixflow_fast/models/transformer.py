@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,40 @@ def _fused_block(
     return fused_block(block, (x, pending or None), c_silu, rope, impl, recompute)
 
 
+def _over_plain_blocks(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """All blocks in one function, of a function that runs one."""
+
+    def plain_blocks(
+        blocks: Sequence[Block], c: Tensor, cos: Tensor | None, sin: Tensor | None, x: Tensor
+    ) -> Tensor:
+        for block in blocks:
+            x = run(block, c, cos, sin, x)
+        return x
+
+    return plain_blocks
+
+
+def _over_fused_blocks(run: Callable[..., ResidualStream]) -> Callable[..., ResidualStream]:
+    """All blocks in one function, of a function that runs one."""
+
+    def fused_blocks(
+        blocks: Sequence[Block],
+        impl: str,
+        recompute: bool,
+        c_silu: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        x: Tensor,
+        *pending: Tensor,
+    ) -> ResidualStream:
+        for block in blocks:
+            x, left = run(block, impl, recompute, c_silu, cos, sin, x, *pending)
+            pending = left or ()
+        return x, pending or None
+
+    return fused_blocks
+
+
 class Chain:
     """A run of blocks of one width, in one of the modes of `Execution`."""
 
@@ -57,7 +92,13 @@ class Chain:
         widths = (first.out_features,)
         if isinstance(mlp, SwiGLU):
             widths += (mlp.weights()[0].shape[0],)  # padded, where a mode pads
-        self._run = runner(_fused_block if self._fused else _plain_block, execution, widths)
+        block = _fused_block if self._fused else _plain_block
+        self._run = runner(block, execution, widths)
+        self._at_once = execution.compiles and execution.compile_unit == "all_blocks"
+        over = _over_fused_blocks if self._fused else _over_plain_blocks
+        # A part of the blocks, as REPA's projectors divide them, has a compilation of its own.
+        self._make_all = partial(runner, block, execution, widths, over)
+        self._all: dict[range, Callable[..., Tensor | ResidualStream]] = {}
 
     def __call__(
         self,
@@ -68,18 +109,27 @@ class Chain:
     ) -> ResidualStream:
         """The residual stream after the blocks `numbers` (from 0) of the chain."""
         cos, sin = rope or (None, None)
+        blocks = tuple(self._blocks[number] for number in numbers)
+        at_once = self._at_once and len(blocks) > 0
+        if at_once and numbers not in self._all:
+            self._all[numbers] = self._make_all()
         if self._fused:
             # SiLU of the condition is the same in all blocks, which the plain blocks repeat.
             c, impl = nn.functional.silu(c), self._execution.impl
             recompute = self._execution.checkpointing == "elementwise"
-            for number in numbers:
+            if at_once:
                 x, pending = residual
-                block = self._blocks[number]
+                all_blocks = self._all[numbers]
+                return all_blocks(blocks, impl, recompute, c, cos, sin, x, *(pending or ()))
+            for block in blocks:
+                x, pending = residual
                 residual = self._run(block, impl, recompute, c, cos, sin, x, *(pending or ()))
             return residual
         x = resolve(residual)
-        for number in numbers:
-            x = self._run(self._blocks[number], c, cos, sin, x)
+        if at_once:
+            return self._all[numbers](blocks, c, cos, sin, x), None
+        for block in blocks:
+            x = self._run(block, c, cos, sin, x)
         return x, None
 
     def finish(self, layer: FinalLayer, residual: ResidualStream, c: Tensor) -> Tensor:

@@ -106,8 +106,10 @@ def check_ids(ids: Tensor, x1: Tensor) -> Tensor:
         raise ValueError(
             f"ids must be (B,) = ({len(x1)},) integers, got {tuple(ids.shape)} {ids.dtype}"
         )
-    # Not without waiting from a GPU to the CPU: the values would be read before they arrive.
-    return ids.to(x1.device, torch.int64, non_blocking=x1.is_cuda)
+    # Not without waiting from a GPU to the CPU: the values would be read before they arrive. Nor
+    # out of pinned memory, which a loader may fill anew before the copy has begun.
+    pinned = x1.is_cuda and ids.device.type == "cpu" and ids.is_pinned()
+    return ids.to(x1.device, torch.int64, non_blocking=x1.is_cuda and not pinned)
 
 
 def check_prediction(pred: object, x1: Tensor, learn_sigma: bool) -> int:

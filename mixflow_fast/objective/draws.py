@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def seed_on(seed: int, device: torch.device) -> Tensor:
     """The seed's bits on the device; one tensor for all calls."""
     if (seed, device) not in _SEEDS:
         _refuse_in_capture(device, "the seed")
-        _SEEDS[seed, device] = _cached(lambda: philox.seed_tensor(seed, device))
+        _SEEDS[seed, device] = _cached(lambda: philox.seed_tensor(seed, device), device)
     return _SEEDS[seed, device]
 
 
@@ -68,7 +69,9 @@ def perturbed(
 
 
 def next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
-    """Positions that no rank has used before, (B,) int64; no device sync.
+    """Positions that no rank has used before, (B,) int64; no device sync but in the first call.
+
+    The counter is advanced on the current stream: calls without ids belong on one stream.
 
     Args:
         counters: samples drawn so far, by device. Tensors that are advanced in place: a compiled
@@ -80,7 +83,8 @@ def next_ids(counters: dict[torch.device, Tensor], x1: Tensor) -> Tensor:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if x1.device not in counters:
         _refuse_in_capture(x1.device, "the counter of calls without ids")
-        counters[x1.device] = _cached(lambda: torch.zeros((), dtype=torch.int64, device=x1.device))
+        zero = partial(torch.zeros, (), dtype=torch.int64, device=x1.device)
+        counters[x1.device] = _cached(zero, x1.device)
     counter = counters[x1.device]
     # Interleaved, so that ranks with batches of different sizes do not meet.
     ids = (counter + torch.arange(len(x1), device=x1.device)) * world + rank
@@ -115,12 +119,19 @@ def _worker_offset() -> int:
     return (seed * _GOLDEN) % (1 << 62)
 
 
-def _cached(make: Callable[[], Tensor]) -> Tensor:
-    """A tensor that may be kept: one made under inference_mode could not be used outside of it."""
+def _cached(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A tensor that may be kept: one made under inference_mode could not be used outside of it.
+
+    It is there when this returns. Calls on other streams read it, and would not wait for the one
+    that fills it; once per device is no price.
+    """
     if torch.compiler.is_compiling():
         return make()
     with torch.inference_mode(False):
-        return make()
+        made = make()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return made
 
 
 def _refuse_in_capture(device: torch.device, what: str) -> None:

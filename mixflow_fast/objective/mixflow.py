@@ -207,7 +207,7 @@ class MixFlow:
                 change in place before the backward pass is done. Left out: a counter that starts
                 at 0 in every process and goes on with every call, spread over the ranks of an
                 initialised process group; in a worker of a DataLoader it starts at the worker's
-                seed, and says so.
+                seed, and says so. On a GPU such calls belong on one stream, which advances it.
             x0: (B, ...) noise, used exactly.
             t: (B,) times of the network, caller's clock, used exactly: no shift is applied.
             slowed_t: (B,) times m in the caller's clock, used exactly; beside a given t at least

@@ -197,7 +197,18 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of every parameter that has a gradient; no device sync."""
+        """One update of every parameter that has a gradient; no device sync.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured: learning rate and bias corrections are numbers
+                of this step, which every replay would repeat.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "AdamWEMA.step cannot be captured in a CUDA graph: its learning rate and step "
+                "number would stay those of the capture. Capture forward and backward pass, and "
+                "call step() after each replay"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

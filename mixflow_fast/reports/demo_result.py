@@ -8,11 +8,20 @@ from typing import Literal, TypedDict
 
 from mixflow_fast.reports.html import number
 
-Metric = Literal["frechet", "frechet_random_conv"]
+Metric = Literal["frechet", "frechet_random_conv", "frechet_effnet_lite0"]
 METRICS: dict[Metric, str] = {
     "frechet": "Fréchet distance, averaged pixels",
     "frechet_random_conv": "Fréchet distance, random convolutional features",
+    "frechet_effnet_lite0": "FD-EffLite0, features of an ImageNet network",
 }
+
+
+class Cell(TypedDict):
+    """One distance of one seed: its value, its bias at this number of samples, standard error."""
+
+    value: float
+    bias: float
+    se: float
 
 
 class Spread(TypedDict, total=False):
@@ -27,23 +36,37 @@ class Spread(TypedDict, total=False):
 Distances = Mapping[str, float | Spread]
 
 
+class Pictures(TypedDict):
+    """Paths of PNGs: many small pictures, and a row of large ones."""
+
+    grid: str
+    strip: str
+
+
 class ArmResult(TypedDict, total=False):
-    """One arm.
+    """One arm; label and distances must be there.
 
     Keys:
         label: its name for people.
         gamma, timesteps, interval: its distribution of times; the base model has none.
-        frechet, frechet_random_conv: distance to real crops by number of sampling steps.
-        images: path of a PNG of its samples.
+        weights_of: the arm whose weights it samples; None: it is trained.
+        remedies: what its samples are corrected by, in words, by number of sampling steps.
+        folded: shown only where someone asks.
+        distances: to real crops, by metric and number of sampling steps.
+        corrected: the same without the bias of so many samples; "std" is the standard error.
+        pictures: of its samples, by number of sampling steps.
     """
 
     label: str
     gamma: float | None
     timesteps: str | None
     interval: str
-    frechet: Distances
-    frechet_random_conv: Distances
-    images: str | None
+    weights_of: str | None
+    remedies: dict[str, str]
+    folded: bool
+    distances: Mapping[Metric, Distances]
+    corrected: Mapping[Metric, Distances]
+    pictures: Mapping[str, Pictures]
 
 
 class DemoResult(TypedDict, total=False):
@@ -52,12 +75,14 @@ class DemoResult(TypedDict, total=False):
     Keys:
         seconds: training and evaluation of every arm.
         steps: Euler steps of the sampler.
+        metrics: which distances were measured, in the order of print.
         floor: by metric, the distance of two sets of real crops.
-        losses: by arm, pairs of images seen and training loss.
-        real_grid: path of a PNG of real crops.
+        losses: by trained arm, pairs of images seen and training loss.
         environment: versions and machine.
+        real: pictures of real crops.
         seed: the first of the seeds.
         command: how to run it again.
+        compare: the command that compares these models in detail.
         images_caption: how the pictures were sampled.
         about: what was trained.
     """
@@ -66,42 +91,73 @@ class DemoResult(TypedDict, total=False):
     seeds: Sequence[int]
     seconds: float
     steps: Sequence[int]
+    metrics: Sequence[Metric]
     arms: Mapping[str, ArmResult]
     floor: Mapping[Metric, float]
     losses: Mapping[str, Sequence[Sequence[float]]]
-    real_grid: str | None
     config: Mapping[str, object]
     environment: Mapping[str, object]
     notes: Sequence[str]
+    real: Pictures | None
     seed: int
     command: str
+    compare: str | None
     images_caption: str
     about: str
 
 
+_NEEDED = (
+    *("title", "seeds", "seconds", "steps", "metrics", "arms", "floor", "losses", "config"),
+    *("environment", "notes"),
+)
+
+
 def check_result(result: DemoResult) -> None:
     """ValueError where something is missing that the report cannot do without."""
-    needed = ("title", "seeds", "seconds", "steps", "arms", "floor", "losses", "config")
-    missing = [key for key in (*needed, "environment", "notes") if key not in result]
+    missing = [key for key in _NEEDED if key not in result]
     if missing:
         raise ValueError(f"result lacks {', '.join(missing)}")
-    if not result["arms"] or not result["steps"] or not result["seeds"]:
-        raise ValueError("result needs at least one arm, one entry of steps and one seed")
+    if not (result["arms"] and result["steps"] and result["seeds"] and result["metrics"]):
+        raise ValueError("result needs at least one arm, metric, entry of steps and seed")
     for name, arm in result["arms"].items():
-        for key in ("label", *METRICS):
-            if key not in arm:
-                raise ValueError(f"result['arms'][{name!r}] lacks {key!r}")
+        lacking = [key for key in ("label", "distances") if key not in arm]
+        lacking = lacking or [key for key in result["metrics"] if key not in arm["distances"]]
+        if lacking:
+            raise ValueError(f"result['arms'][{name!r}] lacks {lacking[0]!r}")
+
+
+def main_arms(result: DemoResult) -> dict[str, ArmResult]:
+    """The arms that are shown first."""
+    return {name: arm for name, arm in result["arms"].items() if not arm.get("folded")}
+
+
+def folded_arms(result: DemoResult) -> dict[str, ArmResult]:
+    """The arms of a sweep."""
+    return {name: arm for name, arm in result["arms"].items() if arm.get("folded")}
 
 
 def cell_value(arm: ArmResult, metric: Metric, steps: int) -> tuple[float, float | None] | None:
     """(mean, standard deviation or None) of one cell; None where it was not measured."""
+    return value_at(arm["distances"][metric], steps)
+
+
+def value_at(distances: Distances, steps: int) -> tuple[float, float | None] | None:
+    """The same, of the distances of one arm and metric."""
     # A result that has not been through JSON may have numbers as keys.
-    cell = {str(key): value for key, value in arm[metric].items()}.get(str(steps))
+    cell = {str(key): value for key, value in distances.items()}.get(str(steps))
     if cell is None:
         return None
     if isinstance(cell, dict):
         return float(cell["mean"]), float(cell["std"])
     return float(cell), None
+
+
+def values_of(arm: ArmResult, metric: Metric, steps: int) -> list[float]:
+    """The number of each seed."""
+    cell = {str(key): value for key, value in arm["distances"][metric].items()}.get(str(steps))
+    if cell is None:
+        return []
+    return list(cell.get("values", [])) if isinstance(cell, dict) else [float(cell)]
 
 
 def cell_text(value: tuple[float, float | None] | None) -> str:

@@ -25,12 +25,18 @@ PANEL_STYLE = """
 .plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .warn{border-left:4px solid #ea7317;background:var(--soft);padding:.6rem .9rem;margin:.8rem 0}
 """
-LEAD = (
+RULE = (
     "The rule gamma = 2 (deficit - fine deficit) was found on one small network and one data set, "
     "and the fine term was added after its numbers had been seen. It is a lead, not a law: the "
-    "paper's best gammas on ImageNet are 0.7 to 1 for SiT, 0.4 for RAE. A pilot (option --pilot) "
-    "trains and compares; being short, it may prefer larger gammas than the whole training would."
+    "paper's best gammas on ImageNet are 0.7 to 1 for SiT, 0.4 for RAE."
 )
+LEAD = (
+    f"{RULE} A pilot (option --pilot) trains and compares; being short, it may prefer larger "
+    "gammas than the whole training would."
+)
+# Optimizer steps of an arm below which a pilot says nothing: averages and network have hardly moved
+# from where all arms began, and what differs is how they began to move.
+FEWEST_UPDATES = 100
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class PilotTable:
         choice: by the Frechet distance.
         kid: kernel distance of each arm, by gamma, and its standard error.
         features: what the distances are taken in.
+        updates: optimizer steps of each arm; None where nobody says.
     """
 
     steps: int
@@ -67,6 +74,32 @@ class PilotTable:
     choice: Choice
     kid: dict[float, tuple[float, float]]
     features: str
+    updates: int | None = None
+
+    @property
+    def doubt(self) -> str | None:
+        """Why no gamma can be recommended, with the way out; None where one can."""
+        if self.updates is not None and self.updates < FEWEST_UPDATES:
+            return (
+                f"each arm took {self.updates:,} optimizer steps, fewer than {FEWEST_UPDATES}, in "
+                "which a network hardly moves: give more --pilot-images"
+            )
+        if not self.choice.conclusive:
+            return (
+                "no arm is significantly worse than the best one: give more --pilot-images, or "
+                "more --states to tell smaller differences"
+            )
+        return None
+
+    @property
+    def verdict(self) -> str:
+        """The recommendation in a line."""
+        if (doubt := self.doubt) is not None:
+            return f"gamma cannot be told: {doubt}"
+        return (
+            f"gamma {self.choice.gamma:g}, the smallest that is not significantly worse than the "
+            f"best ({self.choice.best:g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +133,15 @@ def record(report: SlowFlowReport) -> dict[str, object]:
     if report.pilot is not None:
         pilot = asdict(report.pilot)
         pilot["kid"] = {f"{gamma:g}": list(value) for gamma, value in report.pilot.kid.items()}
-    return {"networks": networks, "pilot": pilot, "command": report.command, "note": LEAD}
+        pilot["doubt"] = report.pilot.doubt
+        pilot["recommended"] = None if report.pilot.doubt else report.pilot.choice.gamma
+    note = caution(report)
+    return {"networks": networks, "pilot": pilot, "command": report.command, "note": note}
+
+
+def caution(report: SlowFlowReport) -> str:
+    """How far the rule is to be trusted, and what tells more where it was not done."""
+    return LEAD if report.pilot is None else RULE
 
 
 def gammas_of(report: SlowFlowReport, network: Measured) -> list[Gamma]:
@@ -203,7 +244,7 @@ def _verdict(report: SlowFlowReport) -> str:
         "behind its own fine solve at the worst t, by E2. The interval of gamma covers the drawing "
         "of states, not the rule.</p>"
     )
-    parts.append(f'<p class="note">{html.escape(LEAD)}</p>')
+    parts.append(f'<p class="note">{html.escape(caution(report))}</p>')
     return "\n".join(parts)
 
 
@@ -302,10 +343,11 @@ def _pilot(report: SlowFlowReport) -> str:
     pilot = report.pilot
     if pilot is None:
         return ""
-    choice = pilot.choice
+    choice, doubt = pilot.choice, pilot.doubt
+    taken = None if doubt else choice.gamma
     rows = [
         [
-            f"{arm.gamma:g}" + (" (recommended)" if arm.gamma == choice.gamma else ""),
+            f"{arm.gamma:g}" + (" (recommended)" if arm.gamma == taken else ""),
             number(arm.value),
             "best"
             if arm.gamma == choice.best
@@ -315,12 +357,15 @@ def _pilot(report: SlowFlowReport) -> str:
         ]
         for arm in choice.arms
     ]
+    said = "gamma cannot be told" if doubt else f"gamma {choice.gamma:g}"
+    rule = "The smallest gamma that is not significantly worse than the best."
     return (
-        f"<h2>Pilot: gamma {choice.gamma:g} at {pilot.steps} {html.escape(pilot.method)} steps</h2>"
+        f"<h2>Pilot: {said} at {pilot.steps} {html.escape(pilot.method)} steps</h2>"
+        + (f'<p class="warn">No recommendation: {html.escape(doubt)}.</p>' if doubt else "")
         + _table(
             ["gamma", "Fréchet distance", "to the best (95%, paired)", "worse", "KID ± SE"], rows
         )
-        + f'<p class="note">The smallest gamma that is not significantly worse than the best. '
+        + f'<p class="note">{"" if doubt else rule} '
         f"{pilot.images:,} training images an arm, {pilot.samples:,} samples of the same noise and "
         f"labels, {html.escape(pilot.features)}. The intervals cover the drawing of samples; each "
         "arm was trained once, and another training would differ by more. Short "

@@ -2,6 +2,7 @@
 
 from mixflow_fast.sampling.grids import time_grid
 from mixflow_fast.sampling.guidance import Guidance, guided_velocity, model_velocity
+from mixflow_fast.sampling.prepared import PreparedSampling
 from mixflow_fast.sampling.remedies import Remedy, parse_remedy
 from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import SampleResult, draw_labels, sample
@@ -9,6 +10,7 @@ from mixflow_fast.sampling.solvers import integrate
 
 __all__ = [
     "Guidance",
+    "PreparedSampling",
     "Remedy",
     "SampleResult",
     "Sampler",

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import DATA_AT_1, check_clock
 from mixflow_fast.flow.path import per_sample
 from mixflow_fast.sampling.remedies import Remedy
-from mixflow_fast.sampling.solvers import Velocity
+from mixflow_fast.sampling.solvers import Number, PlannedVelocity, Velocity
 
 Kind = Literal["cfg", "autoguidance"]
 # (x, t, labels) -> velocity in the engine's clock.
@@ -118,7 +119,7 @@ def model_velocity(
     cfg_scale: float = 1.0,
     cfg_channels: int | str | None = "auto",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> Velocity:
+) -> PlannedVelocity:
     """`guided_velocity` with classifier-free guidance; arguments as the fields of `Guidance`."""
     return guided_velocity(model, y, Guidance(cfg_scale, cfg_channels, guidance_interval))
 
@@ -129,7 +130,7 @@ def guided_velocity(
     guidance: Guidance,
     guide: Network | None = None,
     remedy: Remedy | None = None,
-) -> Velocity:
+) -> PlannedVelocity:
     """The velocity in the engine's clock of a network that runs in its own.
 
     A "noise_at_1" network (REPA, RAE, SD3) sees the time 1 - t, and its output is negated. A
@@ -240,21 +241,44 @@ class _GuidedVelocity:
         v = self._guided(x, t, began if self._guidance.by_step else t)
         return v if self._remedy is None else self._remedy.corrected(v, x, t)
 
+    def guided_at(self, t: float, began: float) -> bool:
+        """Whether samples at the time t, in a step that began at another, are guided."""
+        if self._pair is None or self._guidance.everywhere:
+            return self._pair is not None
+        tested = began if self._guidance.by_step else t
+        # In float32, as times on the device are compared.
+        low, tested, high = np.float32([*self._guidance.interval, tested])[[0, 2, 1]]
+        return bool(low <= tested <= high)
+
+    def planned(self, x: Tensor, t: Tensor, guided: bool, scale: Number | None = None) -> Tensor:
+        """`in_step` where `guided_at` is known: nothing is read from the device.
+
+        scale: of the guidance, a () tensor in place of the number of `Guidance`.
+        """
+        v = self._led(x, t, scale)[0] if guided else self._main(x, t)
+        return v if self._remedy is None else self._remedy.corrected(v, x, t)
+
     def _guided(self, x: Tensor, t: Tensor, tested: Tensor) -> Tensor:
         if self._pair is None:
             return self._main(x, t)
-        channels, everywhere = self._channels, self._guidance.everywhere
-        if channels is not None and channels > x.shape[1]:
-            raise ValueError(
-                f"cfg_channels must be at most the {x.shape[1]} channels of x, got {channels}"
-            )
+        everywhere = self._guidance.everywhere
         low, high = self._guidance.interval
         inside = (tested >= low) & (tested <= high)
         # Reading `inside` waits for the device, which costs less than the second velocity.
         if not everywhere and not bool(inside.any()):
             return self._main(x, t)
+        out, main = self._led(x, t)
+        return out if everywhere else torch.where(per_sample(inside, x), out, main)
+
+    def _led(self, x: Tensor, t: Tensor, scale: Number | None = None) -> tuple[Tensor, Tensor]:
+        """(the guided velocity, the main one)."""
+        channels = self._channels
+        if channels is not None and channels > x.shape[1]:
+            raise ValueError(
+                f"cfg_channels must be at most the {x.shape[1]} channels of x, got {channels}"
+            )
         main, other = self._pair(x, t)
-        out = other + self._guidance.scale * (main - other)
+        out = other + (self._guidance.scale if scale is None else scale) * (main - other)
         if channels is not None and channels < x.shape[1]:
             out = torch.cat([out[:, :channels], main[:, channels:]], dim=1)
-        return out if everywhere else torch.where(per_sample(inside, x), out, main)
+        return out, main

@@ -21,9 +21,20 @@ from mixflow_fast.sampling.sde import (
     Noise,
     SdeMethod,
     sde_evaluations,
+    sde_plan,
     sde_states,
 )
-from mixflow_fast.sampling.solvers import METHODS, SOLVERS, Counted, Method, StepVelocity, Velocity
+from mixflow_fast.sampling.solvers import (
+    METHODS,
+    SOLVERS,
+    Counted,
+    Method,
+    Number,
+    PlannedVelocity,
+    Step,
+    StepVelocity,
+    Velocity,
+)
 from mixflow_fast.sampling.solvers import states as solver_states
 
 ALL_METHODS: tuple[str, ...] = (*METHODS, *SDE_METHODS)
@@ -150,14 +161,37 @@ class Sampler:
             x: (B, ...) state at the grid's first time; kept in float32, or in float64.
             noise: k -> standard normal noise of interval k; needed by stochastic methods.
         """
-        counted = Counted(_WholeTimes(velocity) if self.integer_times else velocity)
+        counted = Counted(self.told(velocity))
         if self.method not in SDE_METHODS:
             return Trajectory(solver_states(counted, x, self.grid(), self.method), counted)
         if noise is None:
             raise ValueError(f"{self.method} needs noise, a function of the number of the interval")
-        diffusion = Diffusion(get_path(self.path), self.form, self.norm, self.last)
-        states = sde_states(counted, x, self.grid(), self.method, diffusion, noise)
+        states = sde_states(counted, x, self.grid(), self.method, self._diffusion, noise)
         return Trajectory(states, counted)
+
+    @property
+    def _diffusion(self) -> Diffusion:
+        return Diffusion(get_path(self.path), self.form, self.norm, self.last)
+
+    def told(self, velocity: Velocity) -> Velocity:
+        """A velocity as this sampler asks it: of the time, or of the time cut to thousandths."""
+        if not self.integer_times:
+            return velocity
+        planned = isinstance(velocity, PlannedVelocity)
+        return _PlannedWholeTimes(velocity) if planned else _WholeTimes(velocity)
+
+    def plan(self) -> list[Step] | None:
+        """The steps from the grid's start to its end; None for a method that goes its own way."""
+        grid = self.grid().tolist()
+        if self.method in SDE_METHODS:
+            return sde_plan(grid, self.method, self._diffusion)
+        of_grid = SOLVERS[self.method].plan
+        return None if of_grid is None else of_grid(grid)
+
+    @property
+    def memory(self) -> int:
+        """How many tensors the plan's formulas remember beside the state."""
+        return 0 if self.stochastic else SOLVERS[self.method].memory
 
     def run(self, velocity: Velocity, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, int]:
         """The state at the grid's end, and the number of velocity evaluations."""
@@ -169,14 +203,16 @@ class Sampler:
     def to_record(self) -> dict[str, object]:
         """What the samples depend on, for a protocol; plain JSON values."""
         start, end = self.ends
+        # An adaptive method uses the grid's ends alone.
+        adaptive = self.nfe is None
         record: dict[str, object] = {
             "method": self.method,
-            "intervals": self.steps,
+            "intervals": None if adaptive else self.steps,
             "grid": {
                 "shift": float(self.shift),
                 "start": start,
                 "end": end,
-                "last_size": self.last_interval,
+                "last_size": None if adaptive else self.last_interval,
             },
             "nfe": self.nfe,
             "network_calls": self.network_calls,
@@ -245,6 +281,18 @@ class _WholeTimes:
         if isinstance(self._velocity, StepVelocity):
             return self._velocity.in_step(x, _cut(t), began)
         return self(x, t)
+
+
+class _PlannedWholeTimes(_WholeTimes):
+    """The same of a velocity whose way the host can decide."""
+
+    _velocity: PlannedVelocity
+
+    def guided_at(self, t: float, began: float) -> bool:
+        return self._velocity.guided_at(float(_cut(torch.tensor(t))), began)
+
+    def planned(self, x: Tensor, t: Tensor, guided: bool, scale: Number | None = None) -> Tensor:
+        return self._velocity.planned(x, _cut(t), guided, scale)
 
 
 def _cut(t: Tensor) -> Tensor:

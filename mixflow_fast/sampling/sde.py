@@ -8,7 +8,7 @@ One call of the network gives both v and s. REPA's SDE is the form "sigma" on th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.flow.path import Path
-from mixflow_fast.sampling.solvers import Evaluate, check_problem
+from mixflow_fast.sampling.solvers import (
+    At,
+    Evaluate,
+    Number,
+    States,
+    Step,
+    check_problem,
+    plan_euler,
+    run_plan,
+)
 
 # Number of a step -> standard normal noise of the state's shape.
 Noise = Callable[[int], Tensor]
@@ -70,9 +79,12 @@ class Diffusion:
         r = c.alpha / c.d_alpha
         return (r * v - x) / (c.sigma**2 - r * c.sigma * c.d_sigma)
 
-    def drift(self, v: Tensor, x: Tensor, t: float) -> Tensor:
-        """v + w s."""
-        return v + self.weight(t) * self.score(v, x, t)
+    def drift(self, t: float) -> tuple[float, float]:
+        """(a, b) of the drift v + w s = a v + b x."""
+        c, w = _at(self.path, t), self.weight(t)
+        r = c.alpha / c.d_alpha
+        variance = c.sigma**2 - r * c.sigma * c.d_sigma
+        return 1.0 + w * r / variance, -w / variance
 
 
 class _Coefficients(NamedTuple):
@@ -117,32 +129,73 @@ def sde_states(
     """
     grid = check_problem(x, times)
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
-    has_last = diffusion.last != "none"
-    end = len(grid) - 1 - has_last
-    for k, (t, t_next) in enumerate(zip(grid[:end], grid[1 : end + 1], strict=True)):
-        h = t_next - t
-        kick = math.sqrt(2.0 * diffusion.weight(t) * h) * noise(k).to(x)
-        if method == "sde_euler":
-            x = x + h * diffusion.drift(evaluate(x, t, t), x, t) + kick
-        else:
-            x = x + kick
-            first = diffusion.drift(evaluate(x, t, t), x, t)
-            ahead = x + h * first
-            second = diffusion.drift(evaluate(ahead, t_next, t), ahead, t_next)
-            x = x + h / 2 * (first + second)
-        yield x
-    if has_last:
-        t, t_next = grid[-2:]
-        yield _last_step(diffusion, evaluate(x, t, t), x, t, t_next - t)
+    return run_plan(sde_plan(grid, method, diffusion), evaluate, x, noise=noise)
 
 
-def _last_step(diffusion: Diffusion, v: Tensor, x: Tensor, t: float, h: float) -> Tensor:
-    if diffusion.last == "mean":
-        return x + h * diffusion.drift(v, x, t)
+def sde_plan(grid: list[float], method: SdeMethod, diffusion: Diffusion) -> list[Step]:
+    """The steps of a grid."""
+    end = len(grid) - 1 - (diffusion.last != "none")
+    of_interval = _euler_maruyama if method == "sde_euler" else _stochastic_heun
+    plan = [
+        of_interval(diffusion, t, t_next)
+        for t, t_next in zip(grid[:end], grid[1 : end + 1], strict=True)
+    ]
+    return plan if diffusion.last == "none" else [*plan, _last_step(diffusion, *grid[-2:])]
+
+
+def _euler_maruyama(diffusion: Diffusion, t: float, t_next: float) -> Step:
+    h, (a, b) = t_next - t, diffusion.drift(t)
+    kick = math.sqrt(2.0 * diffusion.weight(t) * h)
+    return Step(_noisy_euler, (t,), (h * a, h * b, kick))
+
+
+def _noisy_euler(
+    at: At, states: States, numbers: Sequence[Number], noise: Callable[[], Tensor]
+) -> States:
+    (x,), (of_v, of_x, kick) = states, numbers
+    return (x + (of_v * at(x, 0) + of_x * x) + kick * noise(),)
+
+
+def _stochastic_heun(diffusion: Diffusion, t: float, t_next: float) -> Step:
+    h = t_next - t
+    kick = math.sqrt(2.0 * diffusion.weight(t) * h)
+    numbers = (kick, *diffusion.drift(t), h, *diffusion.drift(t_next), h / 2)
+    return Step(_noisy_heun, (t, t_next), numbers)
+
+
+def _noisy_heun(
+    at: At, states: States, numbers: Sequence[Number], noise: Callable[[], Tensor]
+) -> States:
+    (x,), (kick, a, b, h, a_next, b_next, half) = states, numbers
+    x = x + kick * noise()
+    first = a * at(x, 0) + b * x
+    ahead = x + h * first
+    second = a_next * at(ahead, 1) + b_next * ahead
+    return (x + half * (first + second),)
+
+
+def _last_step(diffusion: Diffusion, t: float, t_next: float) -> Step:
+    h, c = t_next - t, _at(diffusion.path, t)
     if diffusion.last == "euler":
-        return x + h * v
-    c = _at(diffusion.path, t)
-    return x / c.alpha + c.sigma**2 / c.alpha * diffusion.score(v, x, t)
+        (step,) = plan_euler([t, t_next])
+        return step
+    if diffusion.last == "mean":
+        a, b = diffusion.drift(t)
+        return Step(_mean, (t,), (h * a, h * b))
+    r = c.alpha / c.d_alpha
+    # sigma^2 / alpha over the score's denominator.
+    share = c.sigma / (c.alpha * (c.sigma - r * c.d_sigma))
+    return Step(_tweedie, (t,), (share * r, 1.0 / c.alpha - share))
+
+
+def _mean(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x,), (of_v, of_x) = states, numbers
+    return (x + (of_v * at(x, 0) + of_x * x),)
+
+
+def _tweedie(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x,), (of_v, of_x) = states, numbers
+    return (of_v * at(x, 0) + of_x * x,)
 
 
 def sde_evaluations(method: SdeMethod, steps: int, last: LastStep) -> int:

@@ -1,13 +1,18 @@
-"""ODE solvers, in a table: a new one is a function and a row of `SOLVERS`.
+"""ODE solvers, in a table: a new one is a row of `SOLVERS`.
 
 The engine's clock runs here: t = 0 is noise, t = 1 is data, and a velocity is dx/dt in that clock.
+
+A solver of a fixed grid is a plan: a `Step` an interval, which names a formula and holds the
+numbers that it takes, worked out in float64 beforehand. Eagerly the numbers are Python's; in a CUDA
+graph (`mixflow_fast/sampling/graphs.py`) they are read from a table on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -26,11 +31,51 @@ METHODS: tuple[Method, ...] = get_args(Method)
 DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3  # SiT's defaults
 
 
+# A number of a step: Python's, or a () tensor on the state's device.
+Number = float | Tensor
+# (state, which of the step's evaluations) -> dx/dt there.
+At = Callable[[Tensor, int], Tensor]
+# The state, and what a method of several steps remembers beside it.
+States = tuple[Tensor, ...]
+# (dx/dt, the states before, the step's numbers, standard normal noise) -> the states after it.
+Formula = Callable[[At, States, Sequence[Number], Callable[[], Tensor]], States]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One interval of a fixed grid. Steps of one formula differ in their numbers only.
+
+    Attributes:
+        formula: how the state is moved.
+        times: of the evaluations, in their order; the first is when the step begins.
+        numbers: what the formula multiplies by.
+    """
+
+    formula: Formula
+    times: tuple[float, ...]
+    numbers: tuple[float, ...]
+
+
 @runtime_checkable
 class StepVelocity(Protocol):
     """A velocity that may depend on when the solver's step began (REPA's guidance interval)."""
 
     def in_step(self, x: Tensor, t: Tensor, began: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class PlannedVelocity(StepVelocity, Protocol):
+    """A velocity with two ways of being computed, which the times alone decide between.
+
+    Where all samples share their times and the host knows them, nothing has to be read from the
+    device: `guided_at` says which way, and `planned` is `in_step` on that way.
+    """
+
+    def guided_at(self, t: float, began: float) -> bool: ...
+
+    def planned(
+        self, x: Tensor, t: Tensor, guided: bool, scale: Number | None = None
+    ) -> Tensor: ...
 
 
 class Counted:
@@ -48,15 +93,24 @@ class Counted:
         self.calls += 1
         # Filled, because a tensor made of a number on the host would be copied to the device.
         times = torch.empty(x.shape[0], dtype=torch.float32, device=x.device).fill_(t)
-        if isinstance(self.velocity, StepVelocity):
-            v = self.velocity.in_step(x, times, torch.empty_like(times).fill_(began))
+        velocity = self.velocity
+        on_host = not isinstance(t, Tensor) and not isinstance(began, Tensor)
+        if on_host and isinstance(velocity, PlannedVelocity):
+            v = velocity.planned(x, times, velocity.guided_at(t, began))
+        elif isinstance(velocity, StepVelocity):
+            v = velocity.in_step(x, times, torch.empty_like(times).fill_(began))
         else:
-            v = self.velocity(x, times)
-        if v.shape != x.shape:
-            raise ValueError(
-                f"velocity must have the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}"
-            )
-        return v.to(x.dtype)
+            v = velocity(x, times)
+        return checked_velocity(v, x)
+
+
+def checked_velocity(v: Tensor, x: Tensor) -> Tensor:
+    """A velocity in the dtype of the state x; ValueError unless it has its shape."""
+    if v.shape != x.shape:
+        raise ValueError(
+            f"velocity must have the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}"
+        )
+    return v.to(x.dtype)
 
 
 def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tuple[Tensor, int]:
@@ -104,7 +158,10 @@ def states(evaluate: Evaluate, x: Tensor, times: Tensor, method: str) -> Iterato
         raise ValueError(f"method must be one of {', '.join(SOLVERS)}, got {method!r}")
     grid = check_problem(x, times)
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
-    return SOLVERS[method].states(evaluate, x, grid)
+    solver = SOLVERS[method]
+    if solver.plan is not None:
+        return run_plan(solver.plan(grid), evaluate, x, solver.memory)
+    return solver.states(evaluate, x, grid)
 
 
 def check_problem(x: Tensor, times: Tensor) -> list[float]:
@@ -127,45 +184,127 @@ def _intervals(grid: list[float]) -> Iterator[tuple[float, float]]:
     return zip(grid, grid[1:], strict=False)
 
 
-def _euler(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
-    for t, t_next in _intervals(grid):
-        x = x + (t_next - t) * evaluate(x, t, t)
-        yield x
+def _euler(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x,), (h,) = states, numbers
+    return (x + h * at(x, 0),)
 
 
-def _heun(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
+def _heun(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x,), (h,) = states, numbers
+    v = at(x, 0)
+    v = (v + at(x + h * v, 1)) / 2
+    return (x + h * v,)
+
+
+def _midpoint(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x,), (half, h) = states, numbers
+    return (x + h * at(x + half * at(x, 0), 1),)
+
+
+def _rk4(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x,), (third, h, eighth) = states, numbers
+    k1 = at(x, 0)
+    k2 = at(x + third * k1, 1)
+    k3 = at(x + h * (k2 - k1 / 3), 2)
+    k4 = at(x + h * (k1 - k2 + k3), 3)
+    return (x + eighth * (k1 + 3 * (k2 + k3) + k4),)
+
+
+def _dpmpp2m_first(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x, _before), (s, keep, move) = states, numbers
+    data = x + s * at(x, 0)
+    return keep * x + move * data, data
+
+
+def _dpmpp2m_next(at: At, states: States, numbers: Sequence[Number], _: object) -> States:
+    (x, before), (s, keep, move, half_r) = states, numbers
+    data = x + s * at(x, 0)
+    return keep * x + move * (data + half_r * (data - before)), data
+
+
+def plan_euler(grid: list[float]) -> list[Step]:
+    return [Step(_euler, (t,), (t_next - t,)) for t, t_next in _intervals(grid)]
+
+
+def _plan_heun(grid: list[float]) -> list[Step]:
+    return [Step(_heun, (t, t_next), (t_next - t,)) for t, t_next in _intervals(grid)]
+
+
+def _plan_heun_last_euler(grid: list[float]) -> list[Step]:
+    return _plan_heun(grid[:-1]) + plan_euler(grid[-2:])
+
+
+def _plan_midpoint(grid: list[float]) -> list[Step]:
+    return [
+        Step(_midpoint, (t, t + (t_next - t) / 2), ((t_next - t) / 2, t_next - t))
+        for t, t_next in _intervals(grid)
+    ]
+
+
+def _plan_rk4(grid: list[float]) -> list[Step]:
+    plan = []
     for t, t_next in _intervals(grid):
         h = t_next - t
-        v = evaluate(x, t, t)
-        v = (v + evaluate(x + h * v, t_next, t)) / 2
-        x = x + h * v
-        yield x
+        times = (t, t + h / 3, t + h * 2 / 3, t_next)
+        plan.append(Step(_rk4, times, (h / 3, h, h / 8)))
+    return plan
 
 
-def _heun_last_euler(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
-    state = x
-    for state in _heun(evaluate, x, grid[:-1]):
-        yield state
-    yield from _euler(evaluate, state, grid[-2:])
+def _plan_dpmpp2m(grid: list[float]) -> list[Step]:
+    """With s = 1 - t, L = log(t / s), r = (L' - L) / (L - L_before) and D = x + s v, the data:
 
+    x' = (s'/s) x - t' (exp(L - L') - 1) [D + r/2 (D - D_before)].
 
-def _midpoint(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
+    The first step, one from t = 0 and one to t = 1 have no second term; the last gives x' = D.
+    """
+    if grid[0] < 0.0 or grid[-1] > 1.0:
+        raise ValueError(f"dpmpp2m needs times in [0, 1], got {grid[0]} to {grid[-1]}")
+    plan: list[Step] = []
+    earlier: float | None = None
     for t, t_next in _intervals(grid):
-        h = t_next - t
-        middle = x + h / 2 * evaluate(x, t, t)
-        x = x + h * evaluate(middle, t + h / 2, t)
-        yield x
+        s, s_next = 1.0 - t, 1.0 - t_next
+        log_ratio = -math.inf if t == 0.0 else math.log(t / s)
+        # t' exp(L - L') = t s'/s, which is finite at both ends.
+        numbers = (s, s_next / s, t_next - t * s_next / s)
+        if earlier is None or s_next == 0.0:
+            plan.append(Step(_dpmpp2m_first, (t,), numbers))
+        else:
+            r = (math.log(t_next / s_next) - log_ratio) / (log_ratio - earlier)
+            plan.append(Step(_dpmpp2m_next, (t,), (*numbers, r / 2)))
+        earlier = log_ratio
+    return plan
 
 
-def _rk4(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
-    for t, t_next in _intervals(grid):
-        h = t_next - t
-        k1 = evaluate(x, t, t)
-        k2 = evaluate(x + h / 3 * k1, t + h / 3, t)
-        k3 = evaluate(x + h * (k2 - k1 / 3), t + h * 2 / 3, t)
-        k4 = evaluate(x + h * (k1 - k2 + k3), t_next, t)
-        x = x + h / 8 * (k1 + 3 * (k2 + k3) + k4)
-        yield x
+def run_plan(
+    plan: Sequence[Step],
+    evaluate: Evaluate,
+    x: Tensor,
+    memory: int = 0,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """The states after each step of a plan, with the numbers of Python.
+
+    Args:
+        evaluate: (state, t, time at which the step began) -> dx/dt.
+        x: the state at the first time.
+        memory: tensors that the formulas remember beside the state.
+        noise: number of a step -> standard normal noise of the state's shape.
+    """
+    states = (x, *(torch.zeros_like(x) for _ in range(memory)))
+    for k, step in enumerate(plan):
+        at = partial(_evaluate_at, evaluate, step)
+        states = step.formula(at, states, step.numbers, partial(_noise_at, noise, k, x))
+        yield states[0]
+
+
+def _evaluate_at(evaluate: Evaluate, step: Step, state: Tensor, number: int) -> Tensor:
+    return evaluate(state, step.times[number], step.times[0])
+
+
+def _noise_at(noise: Callable[[int], Tensor] | None, k: int, x: Tensor) -> Tensor:
+    if noise is None:
+        raise ValueError("a stochastic method needs noise, a function of the step's number")
+    return noise(k).to(x)
 
 
 def _dopri5(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
@@ -187,31 +326,6 @@ def _dopri5(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor
         rtol=DOPRI5_RTOL,
     )
     yield path[-1]
-
-
-def _dpmpp2m(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
-    """With s = 1 - t, L = log(t / s), r = (L' - L) / (L - L_before) and D = x + s v, the data:
-
-    x' = (s'/s) x - t' (exp(L - L') - 1) [D + r/2 (D - D_before)].
-
-    The first step, one from t = 0 and one to t = 1 have no second term; the last gives x' = D.
-    """
-    if grid[0] < 0.0 or grid[-1] > 1.0:
-        raise ValueError(f"dpmpp2m needs times in [0, 1], got {grid[0]} to {grid[-1]}")
-    before: tuple[Tensor, float] | None = None
-    for t, t_next in _intervals(grid):
-        s, s_next = 1.0 - t, 1.0 - t_next
-        data = x + s * evaluate(x, t, t)
-        log_ratio = -math.inf if t == 0.0 else math.log(t / s)
-        mixed = data
-        if before is not None and s_next > 0.0:
-            earlier, earlier_ratio = before
-            r = (math.log(t_next / s_next) - log_ratio) / (log_ratio - earlier_ratio)
-            mixed = data + r / 2 * (data - earlier)
-        # t' exp(L - L') = t s'/s, which is finite at both ends.
-        x = s_next / s * x + (t_next - t * s_next / s) * mixed
-        before = data, log_ratio
-        yield x
 
 
 def _unipc(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
@@ -238,23 +352,27 @@ class Solver:
     """A row of the table.
 
     Attributes:
-        states: (evaluate, x, grid) -> the state after each interval of the grid.
         evaluations: how many velocities N intervals take; None where that is not known before.
+        plan: the steps of a grid; None for a method that chooses them on its way.
+        states: (evaluate, x, grid) -> the state after each interval; for a method without a plan.
+        memory: tensors that the formulas of the plan remember beside the state.
         linear_path: its formula holds for the linear path alone.
     """
 
-    states: Callable[[Evaluate, Tensor, list[float]], Iterator[Tensor]]
     evaluations: Callable[[int], int] | None
+    plan: Callable[[list[float]], list[Step]] | None = None
+    states: Callable[[Evaluate, Tensor, list[float]], Iterator[Tensor]] | None = None
+    memory: int = 0
     linear_path: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "euler": Solver(_euler, lambda n: n),
-    "heun": Solver(_heun, lambda n: 2 * n),
-    "heun_last_euler": Solver(_heun_last_euler, lambda n: 2 * n - 1),
-    "midpoint": Solver(_midpoint, lambda n: 2 * n),
-    "rk4": Solver(_rk4, lambda n: 4 * n),
-    "dopri5": Solver(_dopri5, None),
-    "dpmpp2m": Solver(_dpmpp2m, lambda n: n, linear_path=True),
-    "unipc": Solver(_unipc, lambda n: n, linear_path=True),
+    "euler": Solver(lambda n: n, plan_euler),
+    "heun": Solver(lambda n: 2 * n, _plan_heun),
+    "heun_last_euler": Solver(lambda n: 2 * n - 1, _plan_heun_last_euler),
+    "midpoint": Solver(lambda n: 2 * n, _plan_midpoint),
+    "rk4": Solver(lambda n: 4 * n, _plan_rk4),
+    "dopri5": Solver(None, states=_dopri5),
+    "dpmpp2m": Solver(lambda n: n, _plan_dpmpp2m, memory=1, linear_path=True),
+    "unipc": Solver(lambda n: n, states=_unipc, linear_path=True),
 }

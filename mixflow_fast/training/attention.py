@@ -29,7 +29,8 @@ def agree_on_attention(
         one choice for each shape of attention in the network; none where PyTorch chooses.
 
     Raises:
-        ValueError: a named backend that does not serve here; on all ranks.
+        ValueError: a named backend that does not serve here, or where bits are to be repeated
+            (`train.deterministic`) one that the run used up to here; on all ranks.
     """
     microbatch, precision, device = shape
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -39,7 +40,7 @@ def agree_on_attention(
             try:
                 choices = model.choose_attention(microbatch, dtype, device, names)
             except ValueError:
-                if names is None:
+                if names is None or torch.are_deterministic_algorithms_enabled():
                     raise
                 # Another GPU, or a package that is gone: it gives other last bits anyway.
                 choices = model.choose_attention(microbatch, dtype, device)
@@ -59,6 +60,8 @@ def describe_network(
     """
     how = model.execution
     words = [f"mode {how.mode}"]
+    if how.compile_unit == "all_blocks":
+        words.append("all blocks compiled at once")
     for choice in choices:
         words.append(f"attention {choice.backend} ({choice.tested[choice.backend]})")
     if before and before != [choice.backend for choice in choices]:

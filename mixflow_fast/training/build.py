@@ -17,7 +17,13 @@ from mixflow_fast.config.data_sections import (
     EncoderConfig,
     TeacherConfig,
 )
-from mixflow_fast.config.schema import Config, ModelConfig, ObjectiveConfig
+from mixflow_fast.config.schema import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.data.dataset import without_flips
@@ -29,12 +35,16 @@ from mixflow_fast.models.dinov2 import Dinov2Files
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
+from mixflow_fast.training.capture import check_device
+from mixflow_fast.training.ddp_engine import DDPEngine
 from mixflow_fast.training.encoders import build_encoder, check_encoder, image_size
+from mixflow_fast.training.engine import DeepSpeedEngine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.loading import check_loading
 
 # Fields of the section `model` that are not arguments of the class.
-_NOT_ARGUMENTS = ("name", "init_seed", "mode", "attention", "checkpointing")
+_NOT_ARGUMENTS = ("name", "init_seed", "mode", "compile_unit", "attention", "checkpointing")
 # Fields of a data kind that are no arguments of its class.
 _HOW_IT_COMES = ("loader", "resident")
 # Data kinds with a held-out set of their own.
@@ -128,7 +138,7 @@ class FirstNetwork:
 
         Args:
             host_group: all ranks, or this one alone.
-            whole: False leaves undefined what DeepSpeed loads by itself when the run is resumed.
+            whole: False leaves undefined what the engine loads by itself when the run is resumed.
 
         Raises:
             ValueError: weights that are damaged or do not fit; on all ranks.
@@ -142,12 +152,46 @@ class FirstNetwork:
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:
-    """How the network of a configuration is run on a device."""
+    """How the network of a configuration is run on a device.
+
+    Raises:
+        ValueError: a setting of torch.compile where it is not used.
+    """
     mode = section.mode
     if mode == "auto":
         # ZeRO 3 gathers weights in the modules' own forward pass, which the other modes leave out.
         mode = "compile" if device.type == "cuda" and zero_stage < 3 else "eager"
-    return Execution(mode=mode, attention=section.attention, checkpointing=section.checkpointing)
+    if mode == "graph":
+        check_device(device)
+    if mode == "eager" and section.compile_unit != "block":
+        auto = ", which auto is here" if section.mode == "auto" else ""
+        raise ValueError(
+            f"model.compile_unit={section.compile_unit} needs model.mode=compile or fused, got "
+            f"eager{auto}: set model.mode, or leave model.compile_unit out"
+        )
+    return Execution(
+        mode=mode,
+        attention=section.attention,
+        checkpointing=section.checkpointing,
+        compile_unit=section.compile_unit,
+    )
+
+
+def build_engine(
+    train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
+) -> Engine:
+    """The engine of a configuration around a network, which `start` hands over to it.
+
+    Args:
+        train, optim: sections of the configuration.
+        microbatch: examples of this rank in one forward pass.
+        model: on the CPU.
+
+    Raises:
+        ValueError: DeepSpeed is wanted and not installed.
+    """
+    kind = DDPEngine if train.engine == "ddp" else DeepSpeedEngine
+    return kind(train, optim, microbatch, model)
 
 
 def build_objective(section: ObjectiveConfig, clock: str, seed: int) -> MixFlow:

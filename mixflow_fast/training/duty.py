@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.metrics.throughput import Throughput
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.run_log import RunLog
 
 

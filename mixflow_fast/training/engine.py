@@ -6,7 +6,6 @@ The only file that imports deepspeed. Our `AdamWEMA` is the optimizer inside of 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import io
@@ -39,16 +38,21 @@ from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import Transformer
-from mixflow_fast.optim.apex import OPTIMIZERS
-from mixflow_fast.optim.skip_nonfinite import skipping
+from mixflow_fast.training.engines import (
+    Engine,
+    build_optimizer,
+    restore_float32,
+    shapes_and_frozen,
+)
 from mixflow_fast.training.gathering import Gathering, gather, plan
+from mixflow_fast.training.host_memory import keep_freed_memory, return_freed_memory
 
 # The series whose internals are used here; tests/training/test_engine.py names them.
 TESTED_DEEPSPEED = "0.19"
 
 
-class Engine:
-    """A network under DeepSpeed, from its weights at this moment or from a checkpoint.
+class DeepSpeedEngine(Engine):
+    """`Engine` by DeepSpeed: ZeRO shares the state out among the ranks.
 
     Args:
         train, optim: sections of the configuration.
@@ -58,8 +62,7 @@ class Engine:
     Attributes:
         module: the network as DeepSpeed runs it.
         optimizer: `AdamWEMA`, or apex's.
-        shapes: official name -> shape of the whole tensor, trained or not, in official order.
-        initial: tensors that are not trained, float32, for what DeepSpeed rounds or empties.
+        initial: for what DeepSpeed rounds or empties.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -74,39 +77,19 @@ class Engine:
         self._train, self._optim, self._microbatch = train, optim, microbatch
         self._model = model
         # No copies: DeepSpeed puts others in the place of those that it casts, moves or shards.
-        state = model.state_dict()
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        self.initial = {name: tensor for name, tensor in state.items() if name not in trained}
+        self.shapes, self.initial = shapes_and_frozen(model)
         # Until the master weights are set: all digits of what DeepSpeed casts.
-        self._first = {name: tensor for name, tensor in state.items() if name in trained}
+        state = model.state_dict()
+        self._first = {name: state[name] for name in state.keys() - self.initial.keys()}
 
     def start(self, resume_from: Path | None, resharded: bool = False) -> None:
-        """Hand the network to DeepSpeed.
-
-        Args:
-            resume_from: checkpoint folder, or None for the weights as they are.
-            resharded: its shards were cut otherwise (for another number of ranks or ZeRO stage):
-                the network has its weights already, the optimizer's state is put together here.
-
-        Raises:
-            ValueError: the checkpoint could not be loaded.
-        """
-        c, p = self._train, self._optim
-        optimizer = OPTIMIZERS[p.name]
-        own = {"impl": p.impl} if p.name == "adamw_ema" else {}
-        if c.on_nonfinite == "skip" and c.zero_stage < 3:  # DeepSpeed's own always skips
-            optimizer = skipping(optimizer)
-        self.optimizer = optimizer(
-            [parameter for parameter in self._model.parameters() if parameter.requires_grad],
-            lr=p.lr,
-            betas=(p.beta1, p.beta2),
-            eps=p.eps,
-            weight_decay=p.weight_decay,
-            ema_decay=p.ema_decays if len(p.ema_decays) > 1 else p.ema_decays[0],
-            ema_sigma_rel=p.ema_sigma_rel,
-            **own,
-            grad_clip=0.0 if c.zero_stage == 3 else p.grad_clip,
+        """Hand the network to DeepSpeed; as `Engine.start`."""
+        c = self._train
+        self.optimizer = build_optimizer(
+            self._optim,
+            (parameter for parameter in self._model.parameters() if parameter.requires_grad),
+            skips=c.on_nonfinite == "skip" and c.zero_stage < 3,  # DeepSpeed's own always skips
+            clips=c.zero_stage < 3,
             sharded=c.zero_stage in (1, 2),
         )
         loads = resume_from is not None and not resharded
@@ -120,11 +103,12 @@ class Engine:
             )
         # Its own would execute whatever a pickle holds.
         self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.device)
+        if c.zero_stage == 0 and process_group.world_size() == 1:
+            # The sum over one rank: all gradients copied twice, and gloo's thread waited for.
+            self._engine.allreduce_and_copy = lambda *_, **__: None
         process_group.same_timeout()
         self.module = self._engine.module
-        for name in self._model.float32_names:  # DeepSpeed casts every parameter
-            parameter = self._model.get_parameter(name)
-            parameter.data = self.initial[name].to(parameter.device)
+        restore_float32(self._model, self.initial)  # DeepSpeed casts every parameter
         if c.zero_stage == 3:
             self._clear_padding()
         if loads:
@@ -134,19 +118,14 @@ class Engine:
             self._first.clear()
             if resharded:
                 self._set_optimizer_state(iter_shards(resume_from))
-        _return_freed_memory()
+        return_freed_memory()
+        if self._engine.device.type == "cpu":
+            keep_freed_memory()
 
     def load(self, checkpoint: Path) -> bool:
-        """Go back to a checkpoint of this run, after steps too; every rank must call it.
-
-        Returns:
-            whether it did: not where the shards were cut otherwise than this engine's.
-
-        Raises:
-            ValueError: the checkpoint could not be loaded.
-        """
+        """As `Engine.load`."""
         c, ranks = self._train, process_group.world_size()
-        if not read_layout(checkpoint).is_cut_like(c.zero_stage, ranks, c.precision):
+        if not read_layout(checkpoint).is_cut_like("deepspeed", c.zero_stage, ranks, c.precision):
             return False
         self._load(checkpoint)
         # ZeRO 1 and 2 looked at the state of before, once.
@@ -309,32 +288,8 @@ class Engine:
         if rank == 0:
             writer.write(self.initial, frozen_file(folder))
 
-    def full_states(
-        self, stepped: bool, keep: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Master weights and EMA by official name, gathered from the shards, on the CPU.
-
-        Args:
-            stepped: a step was made, so that there is an EMA.
-            keep: False only takes part in the gathering, which every rank must, and copies nothing.
-        """
-        model_state = {name: self.initial.get(name) for name in self.shapes}
-        ema_state = dict(model_state)
-        for state, which in ((model_state, "model"), (ema_state, "ema")):
-            for name, value in self.gathered(which, stepped):
-                if keep:  # a copy, on the CPU too: training goes on in the memory of `value`
-                    state[name] = value.to("cpu", copy=True)
-        return model_state, ema_state
-
     def gathered(self, which: str, stepped: bool) -> Iterator[tuple[str, Tensor]]:
-        """Whole trained tensors by official name, float32 on the device, one after the other.
-
-        Every rank must go through all of them: they are put together from the ranks' shards.
-
-        Args:
-            which: "model" (master weights), or an EMA's key in the optimizer's state.
-            stepped: a step was made, so that there is an EMA; without one it is the weights.
-        """
+        """As `Engine.gathered`: put together from the ranks' shards."""
         # DeepSpeed may have left out the first step, as bad.
         averaged = which != "model" and stepped and any(self.optimizer.state.values())
         if self._train.zero_stage == 0:
@@ -379,12 +334,6 @@ class Engine:
     def close(self) -> None:
         """Take back what DeepSpeed changed for the whole process."""
         torch.nn.functional.linear = self._linear
-
-
-def _return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed tensors below 32 MiB: nearly a whole network."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _safe_checkpoint_engine(device: torch.device) -> object:

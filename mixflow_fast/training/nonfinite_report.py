@@ -31,7 +31,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import sync, write_text
 from mixflow_fast.messages import error_line
 from mixflow_fast.training.build import FirstNetwork
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.step_record import BadStep, StepOutput
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, list[Tensor]]]

@@ -31,7 +31,7 @@ from mixflow_fast.models.autoencoders.decoding import Decoder
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
 from mixflow_fast.training.duty import RunContext, Timetable
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.nonfinite_guard import NonFiniteGuard
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from mixflow_fast.checkpoints.resume import find
 from mixflow_fast.checkpoints.run_folder import RunFolder
 from mixflow_fast.config.data_sections import EncoderConfig
@@ -26,6 +28,7 @@ from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.training.build import FirstNetwork, build_run
 from mixflow_fast.training.data_report import describe_data
+from mixflow_fast.training.determinism import Determinism, describe_determinism
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.loading import loader_workers
@@ -34,7 +37,7 @@ from mixflow_fast.training.loading import loader_workers
 # batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
 # compile is taken to keep what eager does, and the last two follow from what they save by design:
 # the block's input, and for selective the outputs of attention and of the MLP's first product.
-_KEPT_PER_BLOCK = {"eager": 20.1, "compile": 20.1, "fused": 18.1}
+_KEPT_PER_BLOCK = {"eager": 20.1, "compile": 20.1, "graph": 20.1, "fused": 18.1}
 _KEPT_WITH_CHECKPOINTING = {"elementwise": 12.1, "selective": 6.0, "full": 1.0}
 # How long examples are read to see how fast they come.
 _READING_S = 1.0
@@ -55,7 +58,8 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     """
     ranks = process_group.world_size()
     validate(config, ranks)
-    import_deepspeed()
+    if config.train.engine == "deepspeed":
+        import_deepspeed()
     device = process_group.local_device(config.train.device)
     parts = build_run(config, device)
     data = describe_data(parts.dataset, config.data, config.model)
@@ -74,6 +78,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *_describe_encoder(config.encoder, parts.inputs.encoder),
         f"model: {_describe_model(config.model, parts.model)}",
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
+        *_describe_determinism(c.deterministic, device),
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
         "measured here for a second",
         *start.describe(folder.out, config.steps, c.init),
@@ -85,6 +90,12 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
 def _describe_encoder(section: EncoderConfig, encoder: Encoder | None) -> Iterator[str]:
     if encoder is not None:
         yield f"encoder: {describe_encoder(section, encoder)}"
+
+
+def _describe_determinism(wanted: bool, device: torch.device) -> Iterator[str]:
+    if wanted:
+        Determinism(wanted)  # refuses what the run would refuse
+        yield f"deterministic: {describe_determinism(wanted, device)}"
 
 
 def checkpoint_bytes(
@@ -189,10 +200,11 @@ def _describe_memory(
     count = sum(parameter.numel() for parameter in model.parameters())
     element, stage = (2 if c.precision == "bf16" else 4), c.zero_stage
     weights = element / (ranks if stage == 3 else 1)
-    # ZeRO 1 adds up bf16 gradients in float32; from 2 on the sums are sharded.
+    # ZeRO 1 and ddp add up bf16 gradients in float32; from 2 on the sums are sharded.
     gradients = 4 / ranks if stage >= 2 else 4 if element == 4 else 6
     # Moments, averages, and master weights where they are not the network's own.
-    optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + (1 if stage else 0))
+    masters = stage > 0 or element == 2
+    optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + masters)
     state = count * (weights + gradients + optimizer / (ranks if stage else 1))
     kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
     tokens = (model.input_size // model.patch_size) ** 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +12,21 @@ from mixflow_fast.config.schema import TrainConfig
 from mixflow_fast.metrics.loggers import Loggers
 from mixflow_fast.metrics.metrics_file import MetricsFile
 from mixflow_fast.metrics.progress import Progress
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left: its folder, steps and images done, and whether it reached its end."""
+
+    out: Path
+    step: int
+    images_seen: int
+    finished: bool
+
+    @property
+    def weights(self) -> Path:
+        """Official-layout checkpoint with "model" and "ema"; see `train.save_weights`."""
+        return self.out / "weights.pt"
 
 
 class RunLog:

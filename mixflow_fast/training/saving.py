@@ -14,7 +14,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.lost_ranks import is_peer_failure
 from mixflow_fast.models import save_weights
 from mixflow_fast.training.duty import RunContext, Timetable
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.nonfinite_guard import RollBack
 
 # How long a run that ends with an error waits for the checkpoint that is being written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixflow_fast.distributed import process_group
 from mixflow_fast.objective.mixflow import Interpolation
 
 # Equal parts of [0, 1], of the label time t that the network is told, in its own clock.
@@ -54,6 +56,12 @@ class StepOutput:
     alignment: Tensor
     loss: Tensor
     samples: Tensor
+
+
+# Called after a step with its number, what its micro-batches gave on this rank, and this rank's
+# mean (loss, alignment). Whoever sets it keeps a step's tensors alive until it returns; in mode
+# graph `pred` holds until the next forward pass.
+OnStep = Callable[[int, list[StepOutput], Tensor], None]
 
 
 class _Part(NamedTuple):
@@ -177,6 +185,8 @@ class StepRecord:
         steps = self._sums[0]
         own = torch.cat([steps[None], self._sums[1:] / steps.clamp(min=1)])
         whole = torch.cat([own, self._by_t.flatten()])
-        dist.all_reduce(whole)
+        ranks = process_group.world_size()
+        if ranks > 1:
+            dist.all_reduce(whole)
         whole = whole.cpu()
-        return whole[:3] / dist.get_world_size(), whole[3:].view(2, T_BUCKETS)
+        return whole[:3] / ranks, whole[3:].view(2, T_BUCKETS)

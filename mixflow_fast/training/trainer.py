@@ -1,15 +1,14 @@
-"""Post-training loop on DeepSpeed. The way of a batch is in `train_step` and `forward`.
+"""Post-training loop around an engine. The way of a batch is in `train_step` and `forward`.
 
 Every draw is a function of (seed, global position), so a run's examples and noise do not depend on
-the number of ranks, the micro-batch or interruptions: resuming needs a counter and DeepSpeed's
+the number of ranks, the micro-batch or interruptions: resuming needs a counter and the engine's
 state. Nothing in a step waits for the device; the loss is read every `train.log_every` steps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
-from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
 from mixflow_fast.files import user_path
@@ -36,12 +34,18 @@ from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.objective.rollout import roll_in
 from mixflow_fast.reports.previews import PreviewOptions, caption
 from mixflow_fast.training.attention import agree_on_attention, describe_network
-from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
+from mixflow_fast.training.build import FirstNetwork, RunParts, build_engine, build_run
 from mixflow_fast.training.data_report import agree_on_data
+from mixflow_fast.training.determinism import (
+    Determinism,
+    compare_bits,
+    describe_determinism,
+    what_bits_depend_on,
+)
 from mixflow_fast.training.duty import Duty, RunContext, Timetable
 from mixflow_fast.training.ema_writer import EmaSnapshots, describe_averages
 from mixflow_fast.training.encoders import describe_encoder
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import meet
 from mixflow_fast.training.loading import (
     Loader,
     LoaderOrder,
@@ -63,28 +67,9 @@ from mixflow_fast.training.periodic import (
     WatchedCopy,
     validation_loss,
 )
-from mixflow_fast.training.run_log import RunLog
+from mixflow_fast.training.run_log import RunLog, TrainResult
 from mixflow_fast.training.saving import Checkpoints, begin_save
-from mixflow_fast.training.step_record import StepOutput, StepRecord
-
-# Called after a step with its number, what its micro-batches gave on this rank, and this rank's
-# mean (loss, alignment). Whoever sets it keeps a step's tensors alive until it returns.
-OnStep = Callable[[int, list[StepOutput], Tensor], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run left: its folder, steps and images done, and whether it reached its end."""
-
-    out: Path
-    step: int
-    images_seen: int
-    finished: bool
-
-    @property
-    def weights(self) -> Path:
-        """Official-layout checkpoint with "model" and "ema"; see `train.save_weights`."""
-        return self.out / "weights.pt"
+from mixflow_fast.training.step_record import OnStep, StepOutput, StepRecord
 
 
 class Trainer:
@@ -102,7 +87,7 @@ class Trainer:
         step: optimizer steps done.
         model, mix, dataset, alignment: network, objective, examples and REPA's term.
         inputs: what the network trains on, from a batch on the device.
-        engine: DeepSpeed around the network.
+        engine: DeepSpeed, or DDP, around the network.
         guard: what to do with steps that are not finite.
         objective: description of the implementation that runs.
         attention: the chosen attention backends.
@@ -130,18 +115,18 @@ class Trainer:
         self.microbatch = config.microbatch(ranks)
         self.quiet = quiet or process_group.rank() > 0
         self.on_step: OnStep | None = None
+        self._determinism = Determinism(config.train.deterministic)  # before CUDA starts
         self.device = process_group.local_device(config.train.device)
         parts = build_run(config, self.device)
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
         self._rollout_steps = config.objective.rollout_steps
         self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
         # After the parts: a rank whose data are not there ends before the others wait for it.
-        process_group.init_process_group(config.train.device, 60 * config.train.timeout_minutes)
-        self.host_group = group = HostGroup(process_group.timeout())
-        self._save_group = HostGroup(process_group.timeout(), separate=True)
+        self.host_group, self._save_group = meet(config.train, ranks)
+        group = self.host_group
         self._data = agree_on_data(parts.dataset, config.data, config.model, self.host_group)
         self._folder = RunFolder(self.out, self.host_group)
-        with heartbeat.watching(), self._folder.closed_on_error():
+        with heartbeat.watching(), self._folder.closed_on_error(), self._determinism.on():
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
             self._first_network = FirstNetwork(config.model, config.train.init, self._start)
@@ -152,7 +137,7 @@ class Trainer:
             self._used_before = self._start.attention if config.model.attention == "auto" else None
             shape = self.microbatch, config.train.precision, self.device
             self.attention = agree_on_attention(self.model, shape, group, self._used_before)
-            self.engine = Engine(config.train, config.optim, self.microbatch, self.model)
+            self.engine = build_engine(config.train, config.optim, self.microbatch, self.model)
             self._watch(parts)
             self._folder.make(config.to_yaml(), self._start.checkpoint, bool(self._start.finished))
             self.engine.start(self._start.checkpoint, resharded=bool(self._start.resharded_from))
@@ -183,6 +168,7 @@ class Trainer:
             TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
         """
         messages = self._start.describe(self.out, self.config.steps, self.config.train.init)
+        messages += compare_bits(self.out, self._start.state, self._bits)
         try:
             with heartbeat.watching(), self._stop.installed(), lost_ranks.roll_call():
                 while not self._train(messages):
@@ -192,9 +178,10 @@ class Trainer:
         return TrainResult(self.out, self.step, self.images_seen, self._ended)
 
     def close(self) -> None:
-        """Let go of the run folder, and take back what DeepSpeed changed for the process."""
+        """Let go of the run folder, and take back what the engine changed for the process."""
         self._folder.close()
         self.engine.close()
+        self._determinism.off()
 
     def _train(self, messages: list[str]) -> bool:
         """Train from this step on; False where a step was bad and the run is to go back."""
@@ -299,6 +286,7 @@ class Trainer:
             attention=[choice.backend for choice in self.attention] or None,
             safety=asdict(self.guard.state),
             data=self._data.summary.to_record(),
+            bits=self._bits,
         )
         weights = c.save_weights == "always" or (c.save_weights == "end" and self._ended)
         self._saved, self._resharded = self.step, False
@@ -331,6 +319,13 @@ class Trainer:
             images_seen=self.images_seen,
             config=json.dumps(self.config.to_dict()),
         ).to_record()
+
+    @property
+    def _bits(self) -> dict[str, str] | None:
+        """What the last bits of a deterministic run depend on and may change on a resume."""
+        split = self.host_group.ranks, self.microbatch
+        run = self.device, self.model.execution, self.objective
+        return what_bits_depend_on(self.config.train, split, *run)
 
     def describe_network(self) -> str:
         """How the network is run: mode, attention, checkpointing."""
@@ -400,6 +395,7 @@ class Trainer:
             "data": self._data.what,
             "decoder": describe_loader(self.config.data, self.dataset, self.device),
             "encoder": describe_encoder(self.config.encoder, self.inputs.encoder),
+            "deterministic": describe_determinism(c.deterministic, self.device),
         }
         log.start(
             self.step,

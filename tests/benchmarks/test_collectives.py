@@ -1,6 +1,6 @@
 """What a step communicates and how often its host waits, as numbers that a change must restate.
 
-The real trainer, DeepSpeed and optimizer on stand-ins for the group and for CUDA: see
+The real trainer, engines and optimizer on stand-ins for the group and for CUDA: see
 `benchmarks/recorded_step.py`.
 """
 
@@ -56,6 +56,18 @@ CASES: dict[tuple[int, str, int, str, int], tuple[Expected, Waits]] = {
     (64, "bf16", 1, "", 2): (
         {("backward", "allreduce", FP32): (1, 1), ("step", "allgather", BF16): (1, 1), NORM: ONE},
         {"step": {"read of a value": 1}},
+    ),
+    (8, "bf16", 0, f"engine=ddp reduce_bucket_size={BUCKET}", 2): (
+        {("backward", "allreduce", FP32): (1, 5)},
+        {},
+    ),
+    (8, "bf16", 0, "engine=ddp reduce_dtype=bf16", 1): (
+        {("backward", "allreduce", BF16): (1, 1)},
+        {},
+    ),
+    (64, "fp32", 0, f"engine=ddp reduce_bucket_size={BUCKET}", 1): (
+        {("backward", "allreduce", FP32): (1, 5)},
+        {},
     ),
     (64, "fp32", 0, "", 2): ({("backward", "allreduce", FP32): (1, 1)}, {}),
     (64, "bf16", 3, f"reduce_bucket_size={BUCKET}", 2): (
@@ -137,6 +149,22 @@ def test_the_formula_says_what_is_communicated(case: tuple, recorded: dict[tuple
         assert c.calls in (None, calls[c.phase, c.kind, c.dtype]), c
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "engine=ddp" in case[3]])
+def test_all_but_the_last_sum_of_ddp_begins_before_the_last_gradient(
+    case: tuple, recorded: dict[tuple, dict]
+) -> None:
+    """And all of them in the last micro-batch of the step, after the products of those before."""
+    record, microsteps = recorded[case], case[-1]
+    sums = [one for one in record["collectives"] if one["phase"] == "backward"]
+    *early, last = [one["products"] for one in sums]
+    assert last == record["products"] and all(one < last for one in early)
+    assert all(one > last * (microsteps - 1) / microsteps for one in early)
+    fields = dict(text.removeprefix("train.").split("=") for text in settings_of(case))
+    formula, _ = step_collectives(record["trained"], TrainConfig(**fields), case[0], microsteps)
+    assert formula.beside == sum(one["elements"] for one in sums[:-1])
+    assert formula.beside > 0 or "reduce_dtype=bf16" in case[3]  # one bucket
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_where_a_step_waits_for_the_device(case: tuple, recorded: dict[tuple, dict]) -> None:
     waits = recorded[case]["waits"]
@@ -168,5 +196,12 @@ def test_what_the_recipes_networks_communicate() -> None:
     assert one.sent_gb == pytest.approx((2 * one.sums_gb + one.weights_gb) * 7 / 8, rel=1e-6)
     two = table["SiT-XL/2 256", RECIPES, 8, 2]
     assert two.sums_gb == 2 * one.sums_gb and two.weights_gb == one.weights_gb
+    overlapped = table["SiT-XL/2 256", "ZeRO 2, overlap_comm=true", 8, 1]
+    assert one.beside_gb == 0 and 0.9 * one.sums_gb < overlapped.beside_gb < one.sums_gb
+    for microsteps in (1, 2):
+        whole = table["SiT-XL/2 256", "ddp", 8, microsteps]
+        assert whole.sums_gb == one.sums_gb and whole.weights_gb == 0
+        assert whole.sent_gb == pytest.approx(2 * one.sums_gb * 7 / 8, rel=1e-6)
+        assert 0.9 * one.sums_gb < whole.beside_gb < one.sums_gb
     half = table["SiT-XL/2 256", "ZeRO 2, reduce_dtype=bf16", 8, 1]
     assert half.sums_gb == one.sums_gb / 2

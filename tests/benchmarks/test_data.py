@@ -25,7 +25,7 @@ def rates(capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
 
 def test_images_by_every_loader(tmp_path, capsys, monkeypatch) -> None:
     """With the baseline in this process: its workers take seconds to start."""
-    monkeypatch.setattr(data, "_LOADERS", {"images-256": data._LOADERS["images-256"]})
+    monkeypatch.setattr(data, "LOADERS", {"images-256": data.LOADERS["images-256"]})
     monkeypatch.setattr(data, "_dataloader", in_process)
     assert data.main(["images-256", "--folder", str(tmp_path), *QUICK]) == 0
     assert list(rates(capsys)) == [

@@ -1,8 +1,10 @@
 """`benchmarks/gpu_suite.sh` by a stand-in for Python, and what only a GPU would find missing."""
 
+import inspect
 import os
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,9 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _calls(folder: Path) -> list[str]:
-    """What the stand-in for Python was called with, without the folder of the plots."""
+    """What the stand-in for Python was called with, without pages and the folder of the plots."""
     lines = (folder / "calls").read_text().splitlines()
+    lines = [line for line in lines if "-m benchmarks.page" not in line]
     return [re.sub(r" --plots \S+/plots", "", line) for line in lines]
+
+
+def _pages(folder: Path) -> int:
+    return (folder / "calls").read_text().count("-m benchmarks.page")
 
 
 @pytest.mark.parametrize("probe", [0, 3])
@@ -45,8 +52,9 @@ def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, prob
     # What AdamWEMA's rows need, beside all else.
     (build,) = (call for call in calls if "mixflow_fast.extension build" in call)
     calls.remove(build)
-    calls[:2] = sorted(calls[:2])  # side by side
+    calls[1:3] = sorted(calls[1:3])  # side by side
     assert [call.split("--deadline")[0].strip() for call in calls] == [
+        ", -m benchmarks.first_contact",
         ", -m benchmarks.checks --family blocks --level smoke",
         ", -m benchmarks.checks --family objective --level smoke",
         ", -m benchmarks.run --suite kernels",
@@ -56,7 +64,8 @@ def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, prob
     deadlines = [float(call.split("--deadline ")[1].split()[0]) for call in calls]
     assert "exit status 1" in (out / "suite.log").read_text()
     # Each part may overrun by 25 s; the last has what the others leave of 530 s, here all of it.
-    assert deadlines[:3] == [125, 125, 130] and 485 <= deadlines[3] <= 505
+    assert deadlines[:4] == [35, 125, 125, 130] and 480 <= deadlines[4] <= 505
+    assert 60 + 150 + 155 + 165 == 530 and _pages(tmp_path) == 4
     assert "total=530\n" in (ROOT / "benchmarks" / "gpu_suite.sh").read_text()
 
 
@@ -66,6 +75,9 @@ def test_gpu_suite_fits_nine_minutes_and_reports_red(monkeypatch, tmp_path, prob
         (["kernels"], 1, ["run --suite kernels"]),
         (["step", "kernels"], 1, ["run --suite kernels", "run --suite step"]),
         (["correctness"], 3, ["checks --family blocks", "checks --family objective"]),
+        (["first-contact"], 0, ["first_contact"]),
+        (["sampling"], 0, ["sampling"]),
+        (["loaders", "sampling"], 0, ["loaders", "sampling"]),
         (["speed"], 2, []),
     ],
 )
@@ -92,7 +104,7 @@ def test_parts_of_the_gpu_suite(tmp_path, parts, status, modules) -> None:
     assert [call.split(" --deadline")[0] for call in calls] == [
         f"-m benchmarks.{m}" for m in modules
     ]
-    if len(parts) == 1:
+    if len(parts) == 1 and parts != ["first-contact"]:  # which is short by itself
         # All the time is its own: not less than the probe needed.
         assert all(float(c.split("--deadline ")[1].split()[0]) >= 485 for c in calls)
 
@@ -103,7 +115,8 @@ def test_few_files_come_back_and_plots_add_up(tmp_path) -> None:
     stand_in.write_text(
         "#!/bin/bash\n"
         'out=/dev/null; while [ $# -gt 0 ]; do case "$1" in\n'
-        "  --out) out=$2 ;; --plots) plots=$2 ;; --suite) name=$2 ;; --family) name=$2 ;; esac\n"
+        "  --out) out=$2 ;; --plots) plots=$2 ;; --suite) name=$2 ;; --family) name=$2 ;;\n"
+        '  benchmarks.page) touch "$2/page.html"; exit 0 ;; esac\n'
         "shift; done\n"
         '[ -z "$name" ] || touch "$out"/correctness_{blocks,objective}.jsonl\n'
         '[ -z "$plots" ] || for op in 1 2 3 4 5 6 7 8; do echo $op > "$plots/$name$op.png"; done\n'
@@ -123,7 +136,7 @@ def test_few_files_come_back_and_plots_add_up(tmp_path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in out.iterdir()} == {
         *("suite.log", "correctness_blocks.jsonl", "correctness_objective.jsonl"),
-        *("rows.jsonl", "environment.json", "plots.tgz"),
+        *("rows.jsonl", "environment.json", "plots.tgz", "page.html"),
     }
     with tarfile.open(out / "plots.tgz") as packed:
         names = {Path(name).name for name in packed.getnames() if name.endswith(".png")}
@@ -145,9 +158,13 @@ def test_smoke_run_of_the_gpu_suite(tmp_path) -> None:
     assert [call.split(" --deadline")[0] for call in calls] == [
         ", -m benchmarks.checks --family blocks --level timed",
         ", -m benchmarks.checks --family objective --level timed",
+        ", -m benchmarks.first_contact --smoke",
+        ", -m benchmarks.loaders --smoke",
         ", -m benchmarks.run --suite kernels --smoke",
         ", -m benchmarks.run --suite step --smoke",
+        ", -m benchmarks.sampling --smoke",
     ]
+    assert _pages(tmp_path) == 6
     assert all(call.endswith(f"--device cpu --out {out}") for call in calls)
     done = subprocess.run(["bash", script, "--fast"], **options)
     assert done.returncode == 2 and "got --fast" in done.stderr
@@ -160,7 +177,9 @@ def test_what_is_called_on_a_gpu_only_is_there() -> None:
         *("synchronize", "empty_cache", "memory_stats", "memory_allocated"),
         *("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"),
         *("get_device_name", "get_device_properties", "is_available"),
+        *("graph_pool_handle", "device"),
     )
+    assert {"pool", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph).parameters)
     assert [name for name in cuda if not hasattr(torch.cuda, name)] == []
     assert '"num_alloc_retries"' in torch.cuda.memory_stats.__doc__
     assert issubclass(torch.OutOfMemoryError, RuntimeError)
@@ -172,3 +191,18 @@ def test_what_is_called_on_a_gpu_only_is_there() -> None:
     # Set only where a GPU is measured; reading it back shows that the name is not a new attribute.
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         assert isinstance(backend.allow_tf32, bool)
+
+
+@pytest.mark.long
+def test_the_whole_suite_on_the_cpu(tmp_path) -> None:
+    """Every part with the real Python; few files come back, and the page has all of them."""
+    script, out = str(ROOT / "benchmarks" / "gpu_suite.sh"), tmp_path / "out"
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", script, "--smoke", str(out)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(out.iterdir())) == 7
+    text = (out / "page.html").read_text()
+    assert "no number here is a speed" in text and "not measured" not in text
+    assert text.count("data:image/png;base64") == 10  # eight ops of kernels, the step, sampling

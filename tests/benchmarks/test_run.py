@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, ops, run, step, timing
+from benchmarks import checks, ops, rows, run, step, timing
 from benchmarks import step_variants as variants
 from benchmarks import suite as kernel_suite
 from benchmarks.ops import KERNEL_OPS, OBJECTIVE_OPS, TIMED_BACKENDS, kernel_cells
@@ -208,8 +208,8 @@ def test_smoke_run_from_end_to_end(capsys, tmp_path) -> None:
 
 def test_environment_of_each_suite_is_kept(tmp_path) -> None:
     for suite, state in (("kernels", "cold"), ("step", "cold"), ("step", "warm")):
-        run.keep_state(tmp_path / "new", suite, {"before": state})
+        rows.keep_state(tmp_path / "new", suite, {"before": state})
     kept = json.loads((tmp_path / "new" / "environment.json").read_text())
     assert kept == {"kernels": {"before": "cold"}, "step": {"before": "warm"}}
     (tmp_path / "new" / "environment.json").write_text('{"cut o')
-    run.keep_state(tmp_path / "new", "step", {})
+    rows.keep_state(tmp_path / "new", "step", {})

@@ -9,7 +9,7 @@ import torch
 from benchmarks import step, step_optimizers
 from benchmarks import step_variants as variants
 from benchmarks.rows import Deadline, Writer, read
-from benchmarks.step_optimizers import KINDS, DeepSpeedPair, OptimizerStep, Weights, time_deepspeed
+from benchmarks.step_optimizers import KINDS, EngineSteps, OptimizerStep, Weights, time_deepspeed
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.distributed import process_group
 from mixflow_fast.optim import apex
@@ -96,23 +96,25 @@ def test_apex_is_a_row_where_it_is_installed(monkeypatch, capsys, tmp_path, foun
 
 
 @pytest.mark.parametrize(("precision", "stage", "limit"), [("fp32", 0, 1e-5), ("bf16", 2, 1e-3)])
-def test_both_arms_train_alike(precision, stage, limit) -> None:
+def test_all_arms_train_alike(precision, stage, limit) -> None:
     overrides = [f"train.precision={precision}", f"train.zero_stage={stage}", "optim.lr=1e-4"]
     config = load_config("photos", [*TINY, *overrides])
-    pair = DeepSpeedPair(config, process_group.init_process_group("cpu"))
+    pair = EngineSteps(config, process_group.init_process_group("cpu"))
     weights = pair.weights
     before = [p.detach().clone() for p in weights.masters]
     for _ in range(4):
         pair.deepspeed()
+        pair.ddp()
         pair.bare()
-    theirs = dict(pair.engine.gathered("model", stepped=True))
     names = [n for n, p in weights.single.named_parameters() if p.requires_grad]
     moved = sum((a - b).square().sum() for a, b in zip(weights.masters, before, strict=True))
-    apart = sum(
-        (theirs[name].view_as(p) - p).square().sum()
-        for name, p in zip(names, weights.masters, strict=True)
-    )
-    assert moved > 0 and (apart / moved).sqrt() < limit
+    for engine in (pair.engine, pair.ddp_engine):
+        theirs = dict(engine.gathered("model", stepped=True))
+        apart = sum(
+            (theirs[name].view_as(p) - p).square().sum()
+            for name, p in zip(names, weights.masters, strict=True)
+        )
+        assert moved > 0 and (apart / moved).sqrt() < limit
     pair.engine.close()
 
 
@@ -123,8 +125,11 @@ def test_rows_of_deepspeed(capsys, tmp_path) -> None:
     found = {(row["provider"], row["metric"]): row for row in read(writer.path)}
     assert {*found} == {
         ("deepspeed", "latency_ms"),
+        ("ddp", "latency_ms"),
         ("bare", "latency_ms"),
         ("bare", "speedup_over_deepspeed"),
+        ("bare", "speedup_over_ddp"),
+        ("ddp", "speedup_over_deepspeed"),
     }
     for row in found.values():
         assert (row["op"], row["variant"], row["dtype"]) == ("deepspeed", "SiT-S/4", "float32")

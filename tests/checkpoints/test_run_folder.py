@@ -338,9 +338,10 @@ def test_a_second_signal_ends_the_process_at_once(first: int, second: int, code:
     process.stderr.close()
 
 
-def test_three_kills_lose_nothing() -> None:
+@pytest.mark.parametrize("engine", ["deepspeed", pytest.param("ddp", marks=pytest.mark.long)])
+def test_three_kills_lose_nothing(engine: str) -> None:
     """`make test-kill` does fifty, on two ranks too."""
-    options = ["--kills", "3", "--steps", "24", "--one-rank"]
+    options = ["--kills", "3", "--steps", "24", "--one-rank", "--engine", engine]
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.kill_harness", *options],
         cwd=ROOT,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from mixflow_fast.evaluation.frechet import frechet_distance, moments, pooled_pixels
-from mixflow_fast.evaluation.protocol import Protocol
+from mixflow_fast.evaluation.protocol import Protocol, differences
 from mixflow_fast.evaluation.sample_sets import Made, SetPlan, write_set
 from tests.support.command_line import run
 
@@ -34,13 +35,24 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     code, out, err = run("reference", tmp_path / "real.npz", "--pixels", "--out",
                          tmp_path / "ref.npz", capsys=capsys)  # fmt: skip
     assert code == 0 and "260 images, pooled_pixels.features, random_conv.features" in out, err
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "real.npz", tmp_path / "moved" / "real.npz")
+    again = ["reference", tmp_path / "moved" / "real.npz", "--pixels", "--out"]
+    assert run(*again, tmp_path / "moved" / "other.npz", capsys=capsys)[0] == 0
+    assert (tmp_path / "moved" / "other.npz").read_bytes() == (tmp_path / "ref.npz").read_bytes()
     line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "ref.npz", "--pixels"]
     code, out, err = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
     assert code == 0 and err == "" and "fd_pooled_pixels" in out and "se " in out, err
     row = json.loads((tmp_path / "rows.jsonl").read_text())
     expected = frechet_distance(*pooled(fake), *pooled(real))
     assert row["metrics"]["fd_pooled_pixels"]["value"] == pytest.approx(expected, rel=1e-6)
-    assert row["kind"] == "evaluation" and row["n"] == CROPS and row["protocol"] is None
+    assert row["kind"] == "evaluation" and row["n"] == CROPS
+    # Where the samples come from is not known, so their content is in their protocol.
+    assert row["pictures"]["sampler"] == {"method": "unknown"}
+    assert row["pictures"]["image"] == {"size": 8, "quantisation": "unknown"}
+    number = row["metrics"]["fd_pooled_pixels"]["protocol"]
+    assert re.search(rf"fd_pooled_pixels .*protocol {number[:12]}\n", out)
+    assert f"of protocol {row['protocol'][:12]}" in out
 
     # The features are kept and used again, until the set is another.
     kept = tmp_path / "a.features" / "pooled_pixels.features.npy"
@@ -56,6 +68,8 @@ def test_from_images_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     code, other, _ = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
     assert code == 0 and kept.stat().st_mtime_ns != stamp
     first, second = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    changed = differences([Protocol(r["pictures"]) for r in (first, second)])
+    assert [each.field for each in changed] == ["set.sha256"]
     values = [r["metrics"]["fd_pooled_pixels"]["value"] for r in (first, second)]
     # What 192 means are apart, in units of 127.5 grey levels.
     assert values[1] - values[0] == pytest.approx(192 * (30**2 - 9**2) / 127.5**2, abs=1.5)
@@ -114,6 +128,14 @@ def test_images_of_an_adm_file_give_precision_and_recall(
     # A third of the samples is the reference, which all of its own points are within reach of.
     assert found["recall"]["value"] == 1.0 and found["precision"]["value"] > 100 / CROPS
     assert (tmp_path / "adm.features" / "inception.json").exists()
+    # Where it cannot be written to, the numbers are the same; with --features, kept apart.
+    shutil.rmtree(tmp_path / "adm.features")
+    (tmp_path / "adm.features").write_text("mine")
+    code, again, err = run(*line, "w.pth", capsys=capsys)
+    assert code == 0 and again == out and "features of adm.npz are not kept" in err
+    code, again, err = run(*line, "w.pth", "--features", tmp_path / "kept", capsys=capsys)
+    assert code == 0 and again == out and err == ""
+    assert len(list((tmp_path / "kept").glob("reference-*/inception.json"))) == 1
 
 
 def test_a_set_brings_its_protocol_and_weights(
@@ -136,5 +158,61 @@ def test_a_set_brings_its_protocol_and_weights(
         code, out, err = run(*line, "--out", rows, capsys=capsys)
         assert code == 0, err
     first, second = map(json.loads, rows.read_text().splitlines())
-    assert first["protocol"] == second["protocol"] != protocol.sha256
-    assert first["weights"] == origin and f"protocol {first['protocol'][:12]}" in out
+    assert first["protocol"] == second["protocol"] == protocol.sha256
+    assert first["weights"] == origin and f"of protocol {protocol.short}" in out
+    numbers = first["metrics"]["fd_pooled_pixels"]["protocol"]
+    assert numbers == second["metrics"]["fd_pooled_pixels"]["protocol"] != protocol.sha256
+
+
+def test_a_reference_of_validation_images_is_for_reconstructions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_noise(tmp_path / "val.npz", 0, 0)
+    write_noise(tmp_path / "a.npz", 1, 9)
+    made = ["reference", tmp_path / "val.npz", "--pixels", "--split", "val"]
+    assert run(*made, "--out", tmp_path / "r.npz", capsys=capsys)[0] == 0
+    line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "r.npz", "--pixels"]
+    code, _, err = run(*line, capsys=capsys)
+    assert code == 2 and "r.npz is of validation images" in err
+    code, out, err = run(*line, "--reconstructions", capsys=capsys)
+    assert code == 0 and "260 reconstructions of protocol" in out, err
+
+
+def test_a_set_against_itself_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_noise(tmp_path / "a.npz", 0, 0)
+    write_noise(tmp_path / "b.npz", 1, 0)
+    for name in "ab":
+        made = [
+            "reference",
+            tmp_path / f"{name}.npz",
+            "--pixels",
+            "--out",
+            tmp_path / f"{name}.r.npz",
+        ]
+        assert run(*made, capsys=capsys)[0] == 0
+    for name in "ab":
+        line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / f"{name}.r.npz"]
+        _, out, _ = run(*line, "--pixels", capsys=capsys)
+        # Another draw of the same law is no reason for it.
+        assert ("has the mean and covariance of the reference" in out) == (name == "a")
+
+
+def test_a_place_that_cannot_be_written_to_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file lies where features would be kept: the numbers are made, and --features keeps them."""
+    write_noise(tmp_path / "a.npz", 0, 9)
+    write_noise(tmp_path / "real.npz", 1, 0)
+    made = ["reference", tmp_path / "real.npz", "--pixels", "--out", tmp_path / "r.npz"]
+    assert run(*made, capsys=capsys)[0] == 0
+    (tmp_path / "a.features").write_text("mine")
+    line = ["evaluate", tmp_path / "a.npz", "--reference", tmp_path / "r.npz", "--pixels"]
+    code, out, err = run(*line, "--out", tmp_path / "rows.jsonl", capsys=capsys)
+    assert code == 0 and "fd_pooled_pixels" in out
+    assert "a.features cannot be written to: features of a.npz are not kept" in err
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["features"] is None
+    code, again, err = run(*line, "--features", tmp_path / "kept", capsys=capsys)
+    assert code == 0 and err == "" and again == out
+    assert (tmp_path / "kept" / "pooled_pixels.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -83,6 +84,11 @@ def test_a_decoded_set_is_that_of_diffusers(
 
     # A .npz of pictures is the same set; again: nothing is made; with other settings: refused.
     whole = content(tmp_path / "a" / "set")
+    state = torch.load(files / "latents.pt")
+    torch.save({"ema": state, "train_steps": 40}, tmp_path / "run.pt")
+    from_run = ["sample", tmp_path / "run.pt", *command[2:], "--out", tmp_path / "c" / "set"]
+    code, _, err = run(*from_run, capsys=capsys)
+    assert code == 0 and read_set(tmp_path / "c" / "set").origin == {**found.origin, "step": 40}
     code, _, _ = run(*command, "--out", tmp_path / "b" / "set.npz", capsys=capsys)
     assert code == 0 and content(tmp_path / "b" / "set") == whole
     code, _, _ = run(*command, "--out", tmp_path / "b" / "set.npz", capsys=capsys)
@@ -174,6 +180,16 @@ def test_a_set_of_pixels_is_rounded_by_the_rule(
         assert found.protocol.record["set"]["labels"] == [2, 0]
     changed = differences([Protocol(read_set(tmp_path / n).protocol.record) for n in "ab"])
     assert [d.field for d in changed] == ["image.quantisation"]
+    # A preset's own rule: REPA's is floor. In a picture, too.
+    preset = ["--preset", "repa-ode", "--cfg-scale", "1", "--cfg-channels", "auto"]
+    for out in ("c", "c.png"):
+        code, _, err = run(*command, *preset, "--out", tmp_path / out, capsys=capsys)
+        assert code == 0, err
+    found = read_set(tmp_path / "c")
+    assert np.array_equal(found.pictures, read_set(tmp_path / "b").pictures)
+    assert found.protocol.record["image"]["quantisation"] == "floor"
+    grid = np.asarray(Image.open(tmp_path / "c.png"))[::8, ::8]
+    assert np.array_equal(grid[:8, :8], found.pictures[0])
 
 
 def test_the_time_of_a_long_set_is_predicted(
@@ -202,6 +218,13 @@ def test_the_time_of_a_long_set_is_predicted(
         ("--out x.png --decoder-stats s.pt", "--decoder-stats needs --decoder FOLDER"),
         ("--out x --decoder {vae}", "decoder takes latents of .4, 8, 8., the network makes .3, 8"),
         ("--out x --decoder none", "--decoder none does not exist"),
+        ("--out x.png --png", "--png belongs to a set of pictures"),
+        ("--out x.png --keep-latents", "--keep-latents belongs to a set of pictures"),
+        ("--out x --keep-latents", "--keep-latents keeps what --decoder decodes"),
+        ("--out x --evaluate --pixels", "--evaluate needs --reference FILE"),
+        ("--out x --reference r.npz", "--reference does nothing without --evaluate"),
+        ("--out x --effnet-side 64", "--effnet-side does nothing without --evaluate"),
+        ("--out x --evaluate --reference r.npz --pixels", "reference r.npz does not exist"),
     ],
 )
 def test_refusals(
@@ -217,3 +240,41 @@ def test_refusals(
     code, _, err = run("sample", files / "pixels.pt", "--num", "2", *arguments, capsys=capsys)
     assert code == 2 and re.search(message, err), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_made_beside_a_set(
+    tmp_path: Path, files: Path, truth: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Latents, image files, and the numbers that `evaluate` gives of the set."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=noise)
+    line = ["reference", tmp_path / "real.npz", "--pixels", "--out", tmp_path / "r.npz"]
+    assert run(*line, capsys=capsys)[0] == 0
+    command = ["sample", files / "latents.pt", "--decoder", files / "vae", "--num", "9", *STEPS,
+               "--out", tmp_path / "set"]  # fmt: skip
+    extras = ["--keep-latents", "--png", "--evaluate", "--reference", tmp_path / "r.npz"]
+    code, said, err = run(*command, *extras, "--pixels", capsys=capsys)
+    assert code == 0, err
+    latents = np.load(tmp_path / "set" / "latents" / "00000.npy")
+    with np.load(files / "arrays.npz") as arrays:
+        assert latents.dtype == np.float16 and np.allclose(latents, arrays["x"], atol=5e-3)
+    assert len(list((tmp_path / "set" / "png").iterdir())) == 9
+    first = np.asarray(Image.open(tmp_path / "set" / "png" / "000000.png"))
+    assert np.array_equal(first, read_set(tmp_path / "set").pictures[0])
+    assert not (tmp_path / "set" / "features").exists()
+    (row,) = map(json.loads, (tmp_path / "set.metrics.jsonl").read_text().splitlines())
+    assert re.search(r"fd_pooled_pixels .*se .*protocol", said)
+    line = ["evaluate", tmp_path / "set", "--reference", tmp_path / "r.npz", "--pixels"]
+    kept = tmp_path / "set.features" / "pooled_pixels.features.npy"
+    stamp = kept.stat().st_mtime_ns
+    code, _, err = run(*line, "--out", tmp_path / "again.jsonl", capsys=capsys)
+    assert code == 0 and kept.stat().st_mtime_ns == stamp
+    again = json.loads((tmp_path / "again.jsonl").read_text())
+    assert again["metrics"] == row["metrics"] and again["protocol"] == row["protocol"]
+    # Again, of a set that is there: image files that are gone, and other features.
+    (tmp_path / "set" / "png" / "000003.png").unlink()
+    (tmp_path / "set.features" / "random_conv.json").unlink()
+    code, _, err = run(*command, *extras, "--pixels", capsys=capsys)
+    assert code == 0 and (tmp_path / "set" / "png" / "000003.png").is_file(), err
+    rows = list(map(json.loads, (tmp_path / "set.metrics.jsonl").read_text().splitlines()))
+    assert len(rows) == 2 and rows[1]["metrics"] == row["metrics"]

@@ -72,11 +72,22 @@ def test_presets_and_what_replaces_them() -> None:
         ("--preset rae --cfg-channels all", "nothing without guidance: give --cfg-scale"),
         ("--sde-form linear", "no meaning for euler"),
         ("--remedy ssc=x", "with numbers"),
+        ("--method dopri5 --steps 10", "--steps does nothing for dopri5"),
+        ("--preset sit-paper-ode --method dopri5 --last-size 0.1", "--last-size does nothing for"),
+        ("--path gvp", "--path does nothing for euler"),
+        ("--preset sit-paper-ode --path linear", "--path does nothing for heun"),
     ],
 )
 def test_refusals(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _choice(line)
+
+
+def test_a_sampler_that_chooses_its_steps_has_none_in_its_record() -> None:
+    """So sets of the same pictures have the same protocol."""
+    one, two = Sampler("dopri5", 5), _choice("--preset sit-paper-ode --method dopri5").sampler
+    assert one.to_record() == two.to_record() and one.to_record()["intervals"] is None
+    assert Sampler("dopri5", end=0.9).to_record() != one.to_record()
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +142,9 @@ def test_the_path_that_a_file_says_is_used(
     line = [*arguments, "--force", "--method", "sde_euler", "--path", "linear"]
     code, _, err = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
     assert code == 2 and "trained on 'gvp'" in err
+    line = [*arguments, "--force", "--method", "heun", "--path", "vp"]
+    code, _, err = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
+    assert code == 2 and "--path does nothing for heun" in err
     line = [*arguments, "--force", "--method", "dpmpp2m"]
     code, _, err = run("sample", tmp_path / "x.pt", *line, capsys=capsys)
     assert code == 2 and "dpmpp2m needs path='linear', got 'gvp'" in err

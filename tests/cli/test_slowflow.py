@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixflow_fast.config.loading import load_config
-from mixflow_fast.models import build, save_weights
+from mixflow_fast.models import build, load_model, save_weights
+from mixflow_fast.models.weights.digest import weights_sha256
 from mixflow_fast.training.trainer import train
 from tests.support.command_line import run
 from tests.support.pages import assert_loads_nothing
@@ -40,8 +42,10 @@ def test_before_after_and_pilot(
     assert code == 0, err
     assert "before, 2 steps: gamma by the rule" in said and "pilot at 4 steps: gamma" in said
     assert "It is a lead, not a law" in said and "pilot, arm 1" in err
+    # One optimizer step tells nothing.
+    assert "pilot at 4 steps: gamma cannot be told: each arm took 1 optimizer steps" in said
     page = assert_loads_nothing(out.read_text())
-    assert "Pilot: gamma" in page.words
+    assert "Pilot: gamma cannot be told" in page.words
     found = json.loads(out.with_suffix(".json").read_text())
     before, after = found["networks"]
     # The same weights by another path, so the same numbers to rounding.
@@ -60,6 +64,15 @@ def test_before_after_and_pilot(
     assert json.loads(out.with_suffix(".json").read_text())["pilot"] == found["pilot"]
     code, _, err = run(*arguments[:-2], "--states", "101", "--out", out, "--force", capsys=capsys)
     assert code == 2 and "holds a pilot of" in err
+    # The arms know the weights, not where they lie.
+    moved = tmp_path / "elsewhere.pt"
+    shutil.copy(base / "weights.pt", moved)
+    code, _, err = run("slowflow", moved, *arguments[2:], "--force", capsys=capsys)
+    assert code == 0 and "images/s" not in err, err
+    assert json.loads(out.with_suffix(".json").read_text())["pilot"] == found["pilot"]
+    mark = json.loads((tmp_path / "slow_pilot" / "pilot.json").read_text())
+    network = load_model(moved, "ema")
+    assert mark["weights_sha256"] == weights_sha256(network) and "checkpoint" not in mark
 
 
 def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +81,13 @@ def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     torch.save(model.state_dict(), tmp_path / "official.pt")
     state = build("SiT-S/2", input_size=16, in_channels=3, depth=1, num_classes=2).state_dict()
     save_weights(tmp_path / "other.pt", state, state, {})
+    config = load_config(str(base / "config.yaml"))
+    for name, change in (("deeper", {"depth": 2}), ("more", {"num_classes": 5})):
+        kwargs = {"input_size": 8, "in_channels": 3, "depth": 1, "num_classes": 2, **change}
+        kwargs |= {"hidden_size": config.model.hidden_size, "num_heads": 1}
+        other = build("SiT-S/2", **kwargs)
+        args = {"clock": "data_at_1", "model": json.dumps(other.config)}
+        save_weights(tmp_path / f"{name}.pt", other.state_dict(), other.state_dict(), args)
     out = tmp_path / "slow.html"
     taken = tmp_path / "taken.html"
     taken.write_text("mine")
@@ -85,6 +105,8 @@ def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([tmp_path / "official.pt"], "does not say which data it was trained on: name a recipe"),
         ([base, "data.sise=8"], "data.sise"),
         ([base, "--after", tmp_path / "other.pt"], "takes (3, 16, 16), the data give (3, 8, 8)"),
+        ([base, "--after", tmp_path / "deeper.pt"], "deeper.pt is another network than"),
+        ([base, "--after", tmp_path / "more.pt"], "classes against 5), and not the same one"),
     ):
         options = [] if "--out" in arguments else ["--out", out]
         code, _, err = run("slowflow", *arguments, *options, capsys=capsys)

@@ -247,8 +247,43 @@ def test_refused_with_what_came(case: str) -> None:
 def test_shared_memory_is_refused() -> None:
     lists = make_tensors((8,), 1)
     lists["emas"] = lists["params"]
-    with pytest.raises(ValueError, match="parameter 0, .* must have memory of their own"):
+    with pytest.raises(ValueError, match=r"params\[0\] and emas\[0\] share memory"):
         call(lists)
+
+
+def test_parts_of_one_buffer_may_not_overlap() -> None:
+    lists = make_tensors((8, 5), 1)
+    flat = torch.zeros(32)
+    lists["exp_avgs"] = [flat[:8], flat[8:13]]
+    lists["params"] = [flat[13:21], flat[21:26]]
+    call(lists)
+    before = flat.clone()
+    lists["params"] = [flat[13:21], flat[20:25]]
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
+        call(lists)
+    lists["params"] = [flat[12:20], flat[21:26]]
+    with pytest.raises(ValueError, match=r"exp_avgs\[1\] and params\[0\] share memory"):
+        call(lists)
+    assert torch.equal(flat, before)
+
+
+def test_gradients_may_share_memory() -> None:
+    lists = make_tensors((8, 8), 1)
+    lists["grads"] = [lists["grads"][0]] * 2
+    expected = {**copy_of(lists), "grads": [g.clone() for g in lists["grads"]]}
+    call(lists)
+    call(expected)
+    assert_same_bits(lists, expected)
+
+
+def test_copies_on_write_are_made() -> None:
+    """Tensors that share memory until one of them is written."""
+    lists = make_tensors((8,), 1)
+    lists["emas"] = [lists["params"][0]._lazy_clone()]
+    expected = {**copy_of(lists), "emas": [lists["params"][0].clone()]}
+    call(lists)
+    call(expected)
+    assert_same_bits(lists, expected)
 
 
 def test_traces_without_data() -> None:

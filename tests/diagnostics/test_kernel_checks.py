@@ -10,6 +10,7 @@ from mixflow_fast.diagnostics import block_cases, kernel_cases, kernel_checks
 from mixflow_fast.diagnostics.block_cases import BLOCK_OPS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
 from mixflow_fast.diagnostics.kernel_checks import Finding, against_eager, guarded, relative_rms
+from mixflow_fast.kernels import philox
 from mixflow_fast.objective.mixflow import MixFlow
 from tests.support.kernels import DEVICE
 
@@ -225,6 +226,13 @@ def test_what_raises_is_a_failure_of_every_operator_that_it_is_about() -> None:
     fine, *wrong = guarded(("gelu", "swiglu"), "both", "float32", run)
     assert fine.passed and [f.op for f in failed(wrong)] == ["gelu", "swiglu"]
     assert all(f.tensor == "raised RuntimeError: no such kernel" for f in wrong)
+
+
+def test_draws_are_held_to_their_definition(monkeypatch) -> None:
+    assert kernel_checks.check_draws().passed
+    normal = philox.normal
+    monkeypatch.setattr(philox, "normal", lambda *given: normal(*given) * (1 + 2**-23))
+    assert not kernel_checks.check_draws().passed
 
 
 def test_optimizer_is_held_to_foreach_calls(monkeypatch) -> None:

@@ -20,6 +20,8 @@ from tests.support.train_ranks import TINY
 STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 FEW = [("bf16", 2, 2)]  # as the recipes run it
 ALL = [(precision, stage, ranks) for ranks in (1, 2) for precision, stage in STAGES]
+# Without ZeRO.
+ALL += [(precision, "ddp", ranks) for ranks in (1, 2, 3) for precision in ("fp32", "bf16")]
 ALL += [("fp32", 2, 3), ("bf16", 3, 3)]  # parameters that three ranks cannot share equally
 CASES = [*FEW, *(pytest.param(*c, marks=pytest.mark.long) for c in ALL if c not in FEW)]
 # A rate that descends over the whole run, clipping, two micro-batches a step.
@@ -31,11 +33,13 @@ HOW += ["train.save_every=2", "train.keep_every=4"]
 
 @pytest.mark.parametrize(("precision", "stage", "ranks"), CASES)
 def test_a_resumed_run_has_the_same_bits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, stage: int, ranks: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, stage: int | str, ranks: int
 ) -> None:
     out = tmp_path / "both"
     command = ["verify-resume", "photos", *TINY, *HOW, f"train.microbatch_size={6 // ranks}"]
-    command += [f"train.zero_stage={stage}", f"train.precision={precision}"]
+    engine = ["train.engine=ddp", "train.zero_stage=0"]
+    command += engine if stage == "ddp" else [f"train.zero_stage={stage}"]
+    command += [f"train.precision={precision}"]
     code = main([*command, "--steps", "3", "--ranks", str(ranks), "--out", str(out)])
     said = capsys.readouterr()
     assert code == 0, said.out + said.err

@@ -91,10 +91,17 @@ def test_unlike_features_are_refused() -> None:
 def test_row_is_one_of_metrics_jsonl(tmp_path: Path) -> None:
     found = evaluate([features()], reference(), fid_inf=True)
     weights = {"sha256": "00", "average": "ema", "step": 7}
-    row = found.to_row("a.npz", protocol="abc", weights=weights, features="a.features")
+    of_set = Protocol({"set": {"n": 60}})
+    row = found.to_row("a.npz", of_set, weights=weights, features="a.features")
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row, allow_nan=False) + "\n")
     (again,) = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
-    assert again["step"] == 7 and again["protocol"] == "abc" and again["n"] == 60
+    assert again["step"] == 7 and again["protocol"] == of_set.sha256 and again["n"] == 60
+    # The hash beside a number can be checked from the row alone.
+    parts = {"metrics": {"ddof": 1, "splits": 5000, "k": 3, "pr_fp16": False}}
+    parts |= {"extractors": again["extractors"]}
+    parts |= {"reference": {name: again["reference"][name] for name in ("sha256", "n")}}
+    whole = Protocol(again["pictures"]).with_sections(parts)
+    assert again["metrics"]["fid"]["protocol"] == whole.sha256 != of_set.sha256
     assert list(again["metrics"]) == [name for name in METRICS if name in found.estimates]
     fid = again["metrics"]["fid"]
     assert {"value", "bias", "se", "low", "high", "mean_term", "cov_term", "inf"} <= set(fid)
@@ -102,20 +109,38 @@ def test_row_is_one_of_metrics_jsonl(tmp_path: Path) -> None:
     assert again["extractors"] == [{"id": "inception", "sha256": "6726825d", "dtype": "float32",
                                     "resize": "none"}]  # fmt: skip
     assert read_metrics(tmp_path / "metrics.jsonl") == []  # no row of training
-    plain = found.to_row("a.npz")
-    assert plain["protocol"] is None and plain["weights"] is None and plain["step"] == 0
+    plain = found.to_row("a.npz", of_set)
+    assert plain["weights"] is None and plain["step"] == 0
 
 
 def test_protocol_of_the_numbers_is_that_of_the_set_and_more() -> None:
     found = evaluate([features()], reference())
-    assert found.protocol(None) is None
     of_set = Protocol({"set": {"n": 60}})
-    whole = found.protocol(of_set)
+    whole = found.protocol(of_set, "fid")
     assert whole.record["set"] == {"n": 60} and whole.record["metrics"]["ddof"] == 1
     assert whole.record["extractors"] == [INCEPTION.to_record()]
     assert whole.part("sampling") == of_set
-    other = evaluate([features()], replace(reference(), sha256="0" * 64)).protocol(of_set)
-    assert other.sha256 != whole.sha256
+    other = evaluate([features()], replace(reference(), sha256="0" * 64))
+    assert other.protocol(of_set, "fid").sha256 != whole.sha256
+    renamed = evaluate([features()], replace(reference(), path=Path("copy.npz")))
+    assert renamed.protocol(of_set, "fid") == whole
+    with pytest.raises(ValueError, match="metric must be of fid, .*got 'fd_dinov2'"):
+        found.protocol(of_set, "fd_dinov2")
+
+
+def test_protocol_of_a_number_has_its_own_extractor_alone() -> None:
+    dinov2 = features(extractor=ExtractorId("dinov2", None, ""))
+    both = replace(reference(), gaussians={
+        **reference().gaussians, "dinov2.cls": Gaussian.of(dinov2.arrays["cls"])
+    })  # fmt: skip
+    of_set = Protocol({"set": {"n": 60}})
+    alone, together = evaluate([features()], both), evaluate([dinov2, features()], both)
+    for name in ("fid", "is", "kid", "precision"):
+        assert alone.protocol(of_set, name) == together.protocol(of_set, name)
+    other = together.protocol(of_set, "fd_dinov2")
+    assert other != together.protocol(of_set, "fid")
+    assert other.record["extractors"] == [dinov2.extractor.to_record()]
+    assert len(together.protocol(of_set).record["extractors"]) == 2
 
 
 def test_warnings() -> None:
@@ -139,3 +164,17 @@ def test_the_caller_s_tf32_setting_stays() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     evaluate([features()], reference(), ["kid"])
     assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_reconstructions_and_samples_have_references_of_their_own() -> None:
+    of_set = Protocol({"set": {"n": 60}})
+    unsaid, train, val = (replace(reference(), split=split) for split in (None, "train", "val"))
+    for theirs in (unsaid, train):
+        with pytest.raises(ValueError, match="reconstructions are measured against the validation"):
+            evaluate([features()], theirs, reconstructions=True)
+    with pytest.raises(ValueError, match="ref.npz is of validation images.*--split train"):
+        evaluate([features()], val)
+    plain, again = evaluate([features()], unsaid), evaluate([features()], train)
+    assert plain.protocol(of_set, "fid") == again.protocol(of_set, "fid")
+    r_fid = evaluate([features()], val, reconstructions=True)
+    assert r_fid.protocol(of_set, "fid") != plain.protocol(of_set, "fid")

@@ -128,5 +128,7 @@ def test_the_smallest_gamma_that_is_not_worse() -> None:
         g: Scored(s.value, s.influence.flip(0) if g else s.influence) for g, s in scores.items()
     }
     assert choose_gamma(other).gamma == 0.0
+    # Then nothing is told: which arm is the best may be chance.
+    assert found.conclusive and not choose_gamma(other).conclusive
     with pytest.raises(ValueError, match=r"sets of \[399, 400\]"):
         choose_gamma({0.0: scores[0.0], 0.8: Scored(1.0, shared[1:])})

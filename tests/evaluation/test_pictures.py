@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mixflow_fast.evaluation.pictures import Pictures, open_pictures
+from mixflow_fast.evaluation.pictures import Pictures, open_pictures, protocol_of
+from mixflow_fast.evaluation.protocol import Protocol, check_comparable
 from mixflow_fast.evaluation.sample_sets import write_set
 from tests.support.sample_sets import make, pictures, plan
 
@@ -88,6 +89,12 @@ def test_refusals(tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             open_pictures(tmp_path / "a.npz")
+    latents = np.random.default_rng(0).normal(size=(20, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=latents)
+    with pytest.raises(ValueError, match=r"1[234]% of its values are beyond 1.5: latents have to"):
+        open_pictures(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", x=latents.clip(-1.4, 1.4))
+    assert open_pictures(tmp_path / "a.npz").count == 20
     np.savez(tmp_path / "a.npz", x=np.full((1, 3, 2, 2), np.nan))
     with pytest.raises(ValueError, match="finite"):
         all_of(open_pictures(tmp_path / "a.npz"))
@@ -109,3 +116,51 @@ def test_sets_that_were_made_here_bring_their_protocol(tmp_path: Path) -> None:
         assert torch.equal(all_of(found), pictures(torch.arange(11)))
         assert found.protocol == made.protocol and found.origin == {"weights": "aa"}
         assert np.array_equal(found.labels, np.arange(11) % 3)
+
+
+def test_pictures_of_unknown_origin_compare_with_themselves_alone(tmp_path: Path) -> None:
+    """By content: a copy elsewhere is the same, other pictures are others, also in a folder."""
+    x = pixels(4)
+    np.savez(tmp_path / "a.npz", arr_0=x)
+    (tmp_path / "copies").mkdir()
+    np.savez_compressed(tmp_path / "copies" / "b.npz", arr_0=x)
+    np.savez(tmp_path / "c.npz", arr_0=x[::-1])
+    np.savez(tmp_path / "d.npz", x=x.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
+    a, b, c, d = (protocol_of(open_pictures(tmp_path / n))
+                  for n in ("a.npz", "copies/b.npz", "c.npz", "d.npz"))  # fmt: skip
+    assert a == b and a.record["sampler"] == {"method": "unknown"}
+    assert a.record["image"] == {"size": 8, "quantisation": "unknown"}
+    assert d.record["image"] == {"size": 8, "quantisation": "round"}
+    with pytest.raises(ValueError, match="different protocols.*set.sha256"):
+        check_comparable({"a": a, "c": c})
+    ours = plan(n=4).protocol
+    with pytest.raises(ValueError, match="different protocols"):
+        check_comparable({"a": a, "ours": ours})
+    found = check_comparable({"a": a, "ours": ours}, ["sampler", "set", "image"])
+    assert "sampler.method" in [each.field for each in found]
+
+
+def test_folder_of_unknown_origin_is_known_by_its_files(tmp_path: Path) -> None:
+    for folder, names in (("a", "12"), ("b", "34"), ("c", "21")):
+        (tmp_path / folder).mkdir()
+        for name, image in zip(names, pixels(2, 12), strict=True):
+            Image.fromarray(image[:, :9]).save(tmp_path / folder / f"{name}.png")
+    a, b, c = (protocol_of(open_pictures(tmp_path / name)) for name in "abc")
+    assert a == b != c and a.record["image"]["size"] == [12, 9]
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "0.png")
+    assert protocol_of(open_pictures(tmp_path / "a")).record["image"]["size"] is None
+
+
+def test_content_is_read_once(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pixels(4))
+    found = open_pictures(tmp_path / "a.npz")
+    first = protocol_of(found, tmp_path / "kept")
+    stamp = (tmp_path / "kept" / "pictures.json").stat().st_mtime_ns
+    assert protocol_of(open_pictures(tmp_path / "a.npz"), tmp_path / "kept") == first
+    assert (tmp_path / "kept" / "pictures.json").stat().st_mtime_ns == stamp
+    np.savez(tmp_path / "a.npz", arr_0=pixels(5))
+    other = protocol_of(open_pictures(tmp_path / "a.npz"), tmp_path / "kept")
+    assert other != first and other.record["set"]["n"] == 5
+    (tmp_path / "kept" / "pictures.json").write_text("{")
+    assert protocol_of(open_pictures(tmp_path / "a.npz"), tmp_path / "kept") == other
+    assert isinstance(first, Protocol)

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,15 @@ def test_another_protocol_or_other_weights_are_refused(tmp_path: Path) -> None:
     assert write_set(_never, plan(), folder)
 
 
+def test_the_step_of_the_weights_is_noted_and_not_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    assert write_set(make, replace(plan(), step=7), folder)
+    assert read_set(folder).origin == {"weights": "aa", "step": 7}
+    # The same weights in a file that does not say their step.
+    assert write_set(_never, plan(), folder)
+    assert read_set(folder).origin["step"] == 7
+
+
 def test_nothing_is_ever_replaced(tmp_path: Path, whole: dict[str, bytes]) -> None:
     folder = tmp_path / "a"
     for name in ("a.npz", "a.labels.npy"):
@@ -269,6 +279,15 @@ def test_a_disk_that_is_or_becomes_full(
         with pytest.raises(OSError, match="needs .* GB more .* are free: free some, or") as error:
             write_set(_never, plan(), folder)
         assert error.value.errno == errno.ENOSPC
+        # With 64 KB for the set itself there is no room for what is written beside it.
+        free = (1 << 20) + (1 << 16)
+        m.setattr(sample_sets.shutil, "disk_usage", lambda path: usage._replace(free=free))
+        for wanted, beside in ((plan(), 10_000), (replace(plan(), latents=(4, 64, 64)), 0)):
+            with pytest.raises(OSError, match="GB more .* are free"):
+                write_set(_never, wanted, tmp_path / "b", on_shard_bytes=beside)
+            shutil.rmtree(tmp_path / "b")
+        assert write_set(make, plan(), tmp_path / "b" / "c")
+        shutil.rmtree(tmp_path / "b")
     # A limit of the system on the size of a file, as a disk that is full: a shard fits (368
     # bytes), the file of all does not.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -311,3 +330,49 @@ def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
         SetPlan(protocol=Protocol({}), shape=SHAPE, origin={})
     with pytest.raises(ValueError, match=r"shape \(1 or 3, H, W\)"):
         SetPlan(protocol=plan().protocol, shape=(4, 4, 4), origin={})
+
+
+def _with_latents(ids: Tensor) -> Made:
+    x = ids.view(-1, 1, 1, 1) + torch.arange(16).view(1, 4, 2, 2) / 16
+    return Made(pictures(ids), None, x.float())
+
+
+def test_latents_are_kept_with_each_shard(tmp_path: Path) -> None:
+    """Those of a shard that is done and has lost them are made again, with the same bytes."""
+    folder, wanted = tmp_path / "a", replace(plan(), latents=(4, 2, 2))
+    assert not write_set(_with_latents, wanted, folder, rank=0, world=2)
+    first = (folder / "latents" / "00000.npy").read_bytes()
+    (folder / "latents" / "00000.npy").write_bytes(first[:-1])
+    assert write_set(_with_latents, wanted, folder)
+    files = sorted(path.name for path in (folder / "latents").iterdir())
+    assert files == ["00000.npy", "00001.npy", "00002.npy"]
+    assert (folder / "latents" / "00000.npy").read_bytes() == first
+    found = np.concatenate([np.load(folder / "latents" / name) for name in files])
+    assert found.dtype == np.float16 and found.shape == (11, 4, 2, 2)
+    assert np.array_equal(found, _with_latents(torch.arange(11)).latents.half().numpy())
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert list(arrays) == ["arr_0"]
+    noted = json.loads((folder / "set.json").read_text())["shards"][1]["latents"]
+    assert noted["file"] == "latents/00001.npy"
+    # A set without them is another: they cannot be made without sampling again.
+    assert write_set(make, plan(), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"begun with latents = None, now it is \[4, 2, 2\]"):
+        write_set(_with_latents, wanted, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"latents to be kept must be \(3, 4, 2, 2\), got None"):
+        write_set(make, wanted, tmp_path / "c", batch_size=3)
+    huge = lambda ids: Made(pictures(ids), None, torch.full((len(ids), 4, 2, 2), 1e6))  # noqa: E731
+    with pytest.raises(ValueError, match="which float16 cannot hold"):
+        write_set(huge, wanted, tmp_path / "d")
+
+
+def test_shards_are_shown_before_they_are_done(tmp_path: Path) -> None:
+    seen: list[tuple[int, np.ndarray]] = []
+
+    def on_shard(number: int, rows: np.ndarray) -> None:
+        assert not (tmp_path / "a" / "done" / f"{number:05d}.done.json").exists()
+        seen.append((number, np.array(rows)))
+
+    assert write_set(make, plan(), tmp_path / "a", on_shard=on_shard)
+    assert [number for number, _ in seen] == [0, 1, 2]
+    expected = pictures(torch.arange(11)).movedim(1, -1).numpy()
+    assert np.array_equal(np.concatenate([rows for _, rows in seen]), expected)

@@ -64,3 +64,16 @@ def test_velocity_weight_turns_noise_error_into_velocity_error(weight: str) -> N
 def test_unknown_path() -> None:
     with pytest.raises(ValueError, match="linear.*got 'cosine'"):
         get_path("cosine")
+
+
+def test_velocity_of_the_linear_path_has_the_bits_of_its_formula() -> None:
+    """Zeros of both signs, infinities and NaN among them."""
+    special = torch.tensor([0.0, -0.0, 1.0, -1.5e-40, 3e38, math.inf, -math.inf, math.nan])
+    x1, x0 = special.repeat(8).view(2, 32), special.repeat_interleave(8).view(2, 32)
+    times, path = torch.tensor([0.25, math.nan]), get_path("linear")
+    c = path.coefficients(times)
+    expected = c.d_alpha[:, None] * x1 + c.d_sigma[:, None] * x0
+    found = path.velocity(x1, x0, times)
+    assert torch.equal(found.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(found[numbers].view(torch.int32), expected[numbers].view(torch.int32))

@@ -1,6 +1,7 @@
 """The choice of a backend: results that the self-test rejects, and calls for GPUs on stand-ins."""
 
 import re
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,44 @@ def test_want_of_memory_is_not_remembered(monkeypatch) -> None:
     assert choose().backend == "flash"
 
 
+def test_want_of_memory_everywhere_is_want_of_memory(monkeypatch) -> None:
+    """Who halves batches waits for that error, and there is one backend that cannot serve."""
+
+    def hungry(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("flash", "math"):
+        put(monkeypatch, name, forward=hungry)
+    with pytest.raises(torch.OutOfMemoryError, match="flash: not tested: out of memory"):
+        choose()
+    with pytest.raises(ValueError, match="cudnn: refused"):
+        choose(candidates=("cudnn",))
+
+
+def test_the_device_of_the_data_is_current_in_the_test(monkeypatch) -> None:
+    """Events are recorded on the current device's stream; another's would time nothing."""
+    current, seen = [], []
+
+    @contextmanager
+    def device(index):
+        current.append(torch.device(index))
+        yield
+        current.pop()
+
+    def tested(name, key):
+        seen.append((name, *current))
+        return choice._Result("ok 1.000 ms", True, 1.0, True)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: not current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append(("synchronize", *current)))
+    monkeypatch.setattr(choice, "_self_test", tested)
+    shape = (8, 256, 16, 72, torch.bfloat16)
+    assert choose_backend(*shape, "cuda:1", candidates=("flash",)).backend == "flash"
+    one = torch.device("cuda", 1)
+    assert seen == [("synchronize", one), ("flash", one)] and not current
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_the_default_device_does_not_matter(device) -> None:
     with torch.device(device):
@@ -234,6 +273,7 @@ def test_choices_hold_up_to_a_power_of_two_and_draw_nothing(monkeypatch) -> None
 
 
 def test_no_test_inside_a_capture(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"call choose_backend\(batch=4, tokens=7"):
         choose_backend(4, 7, 2, 16, torch.bfloat16, "cuda:0")

@@ -112,7 +112,8 @@ def test_x0_on_demand_is_what_the_kernel_used() -> None:
     x1, m = data(3, 4, 6, 6), torch.zeros(3, device=DEVICE)
     it = ours.prepare(x1, IDS, t=m, slowed_t=m)
     assert torch.equal(it.x, it.x0()) and it.x0() is not it.x0()
-    torch.testing.assert_close(it.x0(), plain.prepare(x1, IDS).x0(), rtol=0, atol=2e-6)
+    atol = 1e-5 if ON_GPU else 2e-6
+    torch.testing.assert_close(it.x0(), plain.prepare(x1, IDS).x0(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
@@ -150,11 +151,11 @@ def test_moments_are_sampled_in_registers(dtype: torch.dtype, patch_size: int | 
     it = ours.prepare(moments, IDS, patch_size=patch_size)
     eps = philox.normal_reference(SEED, Stream.POSTERIOR, IDS, 144).view(3, 4, 6, 6)
     x1 = (mean.float() + std.float() * eps) * 0.18215
-    torch.testing.assert_close(it.x1, x1, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(it.x1, x1, rtol=1e-5, atol=1e-5 if ON_GPU else 1e-6)
     torch.testing.assert_close(plain.prepare(moments, IDS).x1, x1, rtol=1e-6, atol=1e-7)
     expected = plain.prepare(x1, IDS, patch_size=patch_size)
     assert it.x.dtype == dtype
-    floor = 1e-6 if dtype == torch.float32 else 4e-3
+    floor = 2e-6 if dtype == torch.float32 else 4e-3
     assert relative_rms(it.x, expected.x) < floor
     # The posterior does not share its numbers with the noise.
     assert abs(torch.corrcoef(torch.stack([eps.flatten(), it.x0().flatten()]))[0, 1]) < 0.15

@@ -1,6 +1,7 @@
 """The kernels as operators: opcheck, compilation, checkpointing, host reads, launches."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mixflow_fast.flow import DATA_AT_1, NOISE_AT_1
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.interpolate import triton_kernels as interpolate_kernels
+from mixflow_fast.kernels.layout import one_wave
 from mixflow_fast.kernels.velocity_loss import triton_kernels as loss_kernels
 from mixflow_fast.objective import draws
 from tests.support.kernels import DEVICE
@@ -280,3 +282,47 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         MixFlow(clock=DATA_AT_1, impl="triton").prepare(x1)
     assert MixFlow(clock=DATA_AT_1).prepare(x1).x.shape == (3, 4)
+
+
+def test_a_first_launch_in_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's error, which Triton passes on, as on a GPU that has not loaded the kernel."""
+
+    class OnGpu:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    error = "Triton Error [CUDA]: operation not permitted when stream is capturing"
+    with pytest.raises(RuntimeError, match="once before the capture") as raised:
+        with runtime.on_device(OnGpu()):
+            raise RuntimeError(error)
+    assert error in str(raised.value.__cause__)
+    for other in (RuntimeError("an illegal memory access"), ValueError("capture")):
+        with pytest.raises(type(other)) as raised, runtime.on_device(OnGpu()):
+            raise other
+        assert raised.value is other
+
+
+def test_views_that_no_kernel_reads_well_are_copied() -> None:
+    """Only where a copy of the sample would lie better, and as it is otherwise."""
+    rows = data(4, 4, 6, 6, dtype=torch.bfloat16)
+    flat = data(4 * 144 + 8, dtype=torch.bfloat16)
+    for same in (rows, rows[1:], rows[2:3], rows[:1].expand(3, 4, 6, 6), flat[8:].view(4, 144)):
+        assert runtime.with_unit_rows(same) is same
+    apart = data(4, 145, dtype=torch.bfloat16)
+    for bad in (flat[1:577].view(4, 144), apart[:, :144], apart[:, 1:], rows.transpose(1, 2)):
+        copy = runtime.with_unit_rows(bad)
+        assert torch.equal(copy, bad) and copy.is_contiguous() and copy.data_ptr() % 16 == 0
+    odd = data(4, 145)[1:]
+    assert runtime.with_unit_rows(odd) is odd
+    # The stride of a batch of one may be anything.
+    one = data(4, 6, 6, 1).permute(3, 0, 1, 2)
+    assert one.stride(0) == 1 and runtime.row_stride(one) == 144
+    assert runtime.with_unit_rows(one) is one
+
+
+def test_programs_fill_a_device_once() -> None:
+    """RAE's batch of 256 in one wave, all programs alike; one tile each where there are few."""
+    assert one_wave(768 * 256, 256) == 24 and one_wave(4 * 1024, 256) == 1
+    assert one_wave(768 * 256, 32) == 3 and one_wave(3 * 256 * 256, 64) == 6
+    assert one_wave(768 * 256, 10_000) == 24 and one_wave(5, 1) == 1
+    assert one_wave(1024 * 97, 400) == 18  # a prime: no even division

@@ -165,7 +165,7 @@ def _box_muller_kernel(radius_ptr, angle_ptr, x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + i, y)
 
 
-def test_device_normals_are_within_two_ulp_of_the_radius(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_normals_against_the_reference_and_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a million pairs with the rarest words among them, against PyTorch and float64."""
     n = 1 << 18
     words = random_words(7, Stream.NOISE, torch.tensor([3]), 2 * n)[0]
@@ -185,17 +185,91 @@ def test_device_normals_are_within_two_ulp_of_the_radius(monkeypatch: pytest.Mon
     angle = ((angle_word >> 9).double() + 0.5) * (2 * math.pi / 2**23)
     exact = radius[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
     ulp = 2.0 ** (torch.floor(torch.log2(radius.clamp(min=1e-6))) - 23)[:, None]
-    # The interpreter has no fused multiply-add, which the square root's correction is made for.
-    assert ((device - plain).double().abs() / ulp).max() <= (2 if ON_GPU else 3)
-    errors = [((v.double() - exact).abs() / ulp).square().mean().sqrt() for v in (device, plain)]
+    error = (device.double() - exact).abs()
+    if ON_GPU:
+        # The first words are the rarest, where the logarithm's error is most of a tiny radius.
+        assert error[4000:].square().mean().sqrt() < 2e-6
+        assert error[radius > 0.1].max() < 1e-5 and error.max() < 1e-3
+        return
+    assert ((device - plain).double().abs() / ulp).max() <= 3
+    errors = [(v / ulp).square().mean().sqrt() for v in (error, (plain.double() - exact).abs())]
     assert errors[0] <= 1.2 * errors[1] and errors[1] < 0.6
+
+
+def _hardware_normals(radius_word: torch.Tensor, angle_word: torch.Tensor, off) -> torch.Tensor:
+    """`polar_hardware`'s numbers in float64 steps, each unit off by as much as it may be.
+
+    off(n): n numbers in [-1, 1], errors in units of a bound. The bounds are those of the PTX ISA:
+    lg2.approx 2^-22 (absolute in (1/2, 2), else relative), sqrt.approx 2^-23 relative, sin.approx
+    and cos.approx 2^-20.5 absolute on [-pi, pi].
+    """
+    n = len(radius_word)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float32).double()
+
+    a = rounded(radius_word.to(torch.float32).double() * 2.0**-32 + 2.0**-33)
+    log = torch.log2(a)
+    bound = torch.where(a > 0.5, torch.ones_like(a), log.abs()) * 2.0**-22
+    log = rounded(log + off(n) * bound).abs()
+    radius = torch.sqrt(rounded(log * rounded(torch.tensor(2 * math.log(2.0)).double())))
+    radius = rounded(radius * (1 + off(n) * 2.0**-23))
+    one_to_two = 1 + (angle_word >> 9).double() * 2.0**-23
+    turn = torch.tensor(2 * math.pi).double()  # float32's, as the kernel has it
+    angle = rounded(one_to_two * turn - 9.42477798461914)
+    cosine = rounded(torch.cos(angle) + off(n) * 2.0**-20.5)
+    sine = rounded(torch.sin(angle) + off(n) * 2.0**-20.5)
+    return rounded(torch.stack([-radius * cosine, -radius * sine], dim=-1))
+
+
+@pytest.mark.parametrize("errors", ["random", "at the bounds"])
+def test_the_hardware_units_bounds_are_enough(errors: str) -> None:
+    """Normals made with every unit as wrong as its documentation allows, against float64.
+
+    What no device has shown yet: that the units keep to their bounds.
+    """
+    n = 1 << 17
+    words = random_words(7, Stream.NOISE, torch.tensor([3]), 2 * n)[0]
+    radius_word, angle_word = words[::2].clone(), words[1::2].clone()
+    # The smallest and largest radii and the ends of the circle are in it.
+    edge = torch.tensor([0, 1, 127, 128, 2**31, 2**32 - 1, 2**32 - 2, 2**32 - 129, 2**32 - 4096])
+    radius_word[:9], angle_word[9:18] = edge, edge
+    generator = torch.Generator().manual_seed(5)
+
+    def off(count: int) -> torch.Tensor:
+        drawn = 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+        return drawn if errors == "random" else drawn.sign()
+
+    made = _hardware_normals(radius_word, angle_word, off)
+    a = (radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33).double()
+    radius = torch.sqrt(-2 * torch.log(a))
+    angle = ((angle_word >> 9).double() + 0.5) * (2 * math.pi / 2**23)
+    exact = radius[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
+    error = (made - exact).abs()
+    assert made.isfinite().all()
+    # A tiny radius is mostly the logarithm's error, and rare: below 1e-3 one in two million.
+    assert error[radius > 0.1].max() < 1e-5 and error.max() < 1e-3
+    made, exact = made[18:].flatten(), exact[18:].flatten()  # without the planted words
+    assert (made - exact).square().mean().sqrt() < 2e-6
+    for power in (1, 2, 3, 4):
+        assert abs((made**power).mean() - (exact**power).mean()) < 1e-5
+    tails = [(x.abs() > 4).sum() for x in (made, exact)]
+    assert tails[0] == tails[1] > 0
+    # Kolmogorov-Smirnov, in units of 1 / sqrt(n): one value for both, of a normal distribution.
+    distances = []
+    for x in (made, exact):
+        probability, count = torch.special.ndtr(x.sort().values), len(x)
+        steps = torch.arange(count + 1, dtype=torch.float64) / count
+        low, high = (probability - steps[:-1]).max(), (steps[1:] - probability).max()
+        distances.append(float(torch.maximum(low, high)) * math.sqrt(count))
+    assert abs(distances[0] - distances[1]) < 0.01 and distances[1] < 1.36
 
 
 def test_device_draw_does_not_depend_on_place_or_count(poisoned_memory: None) -> None:
     ids = torch.tensor([5, 2**40 + 3, 11], device=DEVICE)
     full = normal(3, Stream.NOISE, ids, 1500, impl="triton")
     plain = normal(3, Stream.NOISE, ids, 1500, impl="reference")
-    torch.testing.assert_close(full, plain, rtol=0, atol=2e-6)
+    torch.testing.assert_close(full, plain, rtol=0, atol=1e-4 if ON_GPU else 2e-6)
     assert torch.equal(normal(3, Stream.NOISE, ids[1:2], 1500, impl="triton")[0], full[1])
     assert torch.equal(
         normal(3, Stream.NOISE, ids.flip(0), 37, impl="triton"), full.flip(0)[:, :37]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,6 +69,50 @@ def run(model: SiT | DiTDH, g: dict[str, Tensor], execution: dict[str, Any]) -> 
 @pytest.mark.usefixtures("quick_compile")
 def test_golden_in_every_mode(name: str, execution: dict[str, Any]) -> None:
     check_golden(name, execution)
+
+
+WHOLE = [("repa_0", "compile", "none")]
+WHOLE += [
+    pytest.param(name, mode, policy, marks=pytest.mark.long)
+    for name, mode, policy in (
+        ("rae_ddt_0", "fused", "full"),
+        ("rae_ddt_0", "compile", "selective"),
+        ("repa_0", "fused", "none"),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "policy"), WHOLE)
+def test_all_blocks_at_once(
+    name: str, mode: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same function, by one call for each stretch of blocks of a width, where it was a call
+    for each block.
+    """
+    calls, quick = [], compiler("aot_eager")
+
+    def counted(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled = quick(function, **options)
+
+        def call(*args: Any) -> Any:
+            calls.append(function.__name__)
+            return compiled(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    for unit in ("block", "all_blocks"):
+        calls.clear()
+        check_golden(name, {"mode": mode, "checkpointing": policy, "compile_unit": unit})
+        blocks = len(golden(name)[0].blocks)
+        # REPA's projectors stand between two stretches, DiT-DH has two widths.
+        assert len(calls) == (blocks if unit == "block" else 2)
+
+
+def test_all_blocks_at_once_needs_the_compiler() -> None:
+    for how in ({"mode": "eager"}, {"mode": "fused", "compiled": False}):
+        with pytest.raises(ValueError, match="compile_unit='all_blocks' needs torch.compile, got"):
+            Execution(**how, compile_unit="all_blocks")
 
 
 @pytest.mark.parametrize(("name", "mode"), [("sit_0", "compile"), ("rae_ddt_0", "fused")])

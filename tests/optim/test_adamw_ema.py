@@ -36,6 +36,23 @@ def test_state_dict_round_trip_is_exact() -> None:
             assert torch.equal(torch.as_tensor(a.state[p][key]), torch.as_tensor(b.state[q][key]))
 
 
+def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay would repeat the learning rate and bias corrections of one step."""
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = AdamWEMA(params)
+    for p, grad in zip(params, gradients(0), strict=True):
+        p.grad = grad
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    monkeypatch.undo()
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+
+
 def test_parameters_without_gradient_stay() -> None:
     first, *rest = parameters()
     optimizer = AdamWEMA([first, *rest], lr=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mixflow_fast.evaluation.slow_flow import (
 from mixflow_fast.evaluation.slowed_times import Marginal
 from mixflow_fast.reports.slow_flow_report import (
     LEAD,
+    RULE,
     Measured,
     PilotTable,
     SlowFlowReport,
@@ -93,6 +95,8 @@ def test_before_and_after_with_a_pilot() -> None:
     assert [n["gamma"] != [] for n in record(report)["networks"]] == [True, False]
     assert first.startswith("after overshoots at 5 steps") and "1.030" in first
     assert " ".join(first.split()) in page.words and " ".join(second.split()) in page.words
+    # The pilot was run: nobody is told to run one.
+    assert RULE in page.words and "option --pilot" not in page.words
     assert "Pilot: gamma 0.15 at 5 euler steps" in page.words
     arms = [row for row in page.rows if row and row[0].startswith("0")]
     assert [row[0] for row in arms] == ["0", "0.15 (recommended)", "0.3"]
@@ -109,4 +113,27 @@ def test_the_record_has_the_numbers_and_is_json() -> None:
     assert steps["deficit"] == pytest.approx(0.1) and steps["lag"]["high"] == 0.11
     assert found["pilot"]["choice"]["gamma"] == 0.15
     assert found["pilot"]["kid"]["0.15"] == [0.01, 0.001]
-    assert only["losses"] is None and found["note"] == LEAD
+    assert found["pilot"]["recommended"] == 0.15 and found["pilot"]["doubt"] is None
+    assert only["losses"] is None and found["note"] == RULE
+    assert record(SlowFlowReport(networks, "x"))["note"] == LEAD
+
+
+@pytest.mark.parametrize(
+    ("pilot", "why"),
+    [
+        (replace(PILOT, updates=99), "each arm took 99 optimizer steps, fewer than 100"),
+        (
+            replace(PILOT, choice=replace(PILOT.choice, arms=PILOT.choice.arms[1:])),
+            "no arm is significantly worse than the best one",
+        ),
+    ],
+)
+def test_a_pilot_that_tells_nothing_recommends_nothing(pilot: PilotTable, why: str) -> None:
+    report = SlowFlowReport([network("network", 0.9, 0.96, losses=False)], "x", pilot)
+    page = assert_loads_nothing(render(report))
+    assert "Pilot: gamma cannot be told at 5 euler steps" in page.words
+    assert f"No recommendation: {why}" in page.words and "(recommended)" not in page.words
+    found = record(report)["pilot"]
+    assert found["recommended"] is None and found["doubt"].startswith(why)
+    assert pilot.verdict.startswith(f"gamma cannot be told: {why}")
+    assert replace(PILOT, updates=100).verdict.startswith("gamma 0.15, the smallest that")

@@ -3,7 +3,7 @@
 torchrun ... -m tests.support.communication_ranks runs OUT '[["name", ["section.field=value"]]]'
     trains OUT/name with each list of settings
 torchrun ... -m tests.support.communication_ranks errors FILE '[2]'
-    the error of a step's mean gradient by ZeRO stage and train.reduce_dtype
+    the error of a step's mean gradient by ZeRO stage (or "ddp") and train.reduce_dtype
 torchrun ... -m tests.support.communication_ranks gathered FILE '[["bf16", 2]]'
     how many broadcasts `Engine.gathered` took; its bits are compared with DeepSpeed's own here
 """
@@ -22,7 +22,8 @@ from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import SiT
 from mixflow_fast.training import gathering
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.build import build_engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.trainer import train
 from tests.support.runs import tiny
 
@@ -75,12 +76,12 @@ def engine_of(model: SiT, **train: object) -> Engine:
     """The engine of a step of two examples a rank."""
     batch = 2 * dist.get_world_size()
     config = TrainConfig(global_batch_size=batch, microbatch_size=2, device="cpu", **train)
-    engine = Engine(config, OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach"), 2, model)
+    engine = build_engine(config, OptimConfig(beta1=BETA1, grad_clip=0.0, impl="foreach"), 2, model)
     engine.start(None)
     return engine
 
 
-def error_of(stage: int, reduce_dtype: str) -> float:
+def error_of(stage: int | str, reduce_dtype: str) -> float:
     """Relative RMS error of the mean gradient that reaches the optimizer.
 
     After one step Adam's first moment is (1 - beta1) times the gradient.
@@ -89,7 +90,8 @@ def error_of(stage: int, reduce_dtype: str) -> float:
     cast = copy.deepcopy(model).bfloat16()
     for name in model.float32_names:
         cast.get_parameter(name).data = model.get_parameter(name).data.clone()
-    engine = engine_of(model, zero_stage=stage, reduce_dtype=reduce_dtype)
+    how = {"engine": "ddp", "zero_stage": 0} if stage == "ddp" else {"zero_stage": stage}
+    engine = engine_of(model, **how, reduce_dtype=reduce_dtype)
     truth = mean_gradient(cast)  # now: ZeRO 3 has put its own F.linear into the process
     engine.backward(loss_of(engine, dist.get_rank()))
     engine.step()

@@ -1,6 +1,6 @@
 """Runs that are killed with kill -9 at random times, and what must be true of them at the end.
 
-    python -m tests.support.kill_harness [--kills 50] [--seed 0] [--keep FOLDER]
+    python -m tests.support.kill_harness [--kills 50] [--seed 0] [--keep FOLDER] [--engine ddp]
 
 A run is started, killed, and started again by the same command until it has had its share of kills,
 then left to finish. After that
@@ -45,6 +45,10 @@ from tests.support.train_ranks import TINY
 BATCH = 8
 WAIT_S = 90.0  # nothing here may take so long
 KILLS_A_RUN = 8
+ENGINES = {
+    "deepspeed": ["train.zero_stage=1"],
+    "ddp": ["train.engine=ddp", "train.zero_stage=0", "train.precision=bf16"],
+}
 
 
 @dataclass
@@ -150,19 +154,19 @@ def _until(condition, start: Start) -> None:
         time.sleep(0.002)
 
 
-def command(out: Path, ranks: int, steps: int) -> list[str]:
+def command(out: Path, ranks: int, steps: int, engine: str) -> list[str]:
     own = [f"out={out}", f"train.images={BATCH * steps}", "train.save_every=2", "train.keep_last=1"]
     own += [
-        "train.zero_stage=1",
+        *ENGINES[engine],
         f"train.microbatch_size={BATCH // ranks}",
         "optim.ema_decays=[0.9]",
     ]
     return ["train", "photos", *TINY, *own]
 
 
-def uninterrupted(folder: Path, ranks: int, steps: int) -> float:
+def uninterrupted(folder: Path, ranks: int, steps: int, engine: str) -> float:
     """The run that nobody kills; returns the seconds from built to finished."""
-    start = Start(command(folder / "out", ranks, steps), folder / "start_0", ranks)
+    start = Start(command(folder / "out", ranks, steps, engine), folder / "start_0", ranks)
     _until(lambda: start.trace(), start)
     began = time.monotonic()
     codes = start.wait()
@@ -171,7 +175,13 @@ def uninterrupted(folder: Path, ranks: int, steps: int) -> float:
 
 
 def killed(
-    folder: Path, ranks: int, steps: int, kills: int, seconds: float, draw: random.Random
+    folder: Path,
+    ranks: int,
+    steps: int,
+    kills: int,
+    seconds: float,
+    draw: random.Random,
+    engine: str,
 ) -> Counter:
     """A run that is killed so often, then finishes; what the kills met.
 
@@ -183,7 +193,7 @@ def killed(
 
     def again() -> Start:
         name = folder / f"start_{len(starts)}"
-        starts.append(Start(command(folder / "out", ranks, steps), name, ranks))
+        starts.append(Start(command(folder / "out", ranks, steps, engine), name, ranks))
         return starts[-1]
 
     for number in range(kills):
@@ -268,6 +278,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=120, help="of one run")
     parser.add_argument("--one-rank", action="store_true", help="no runs of two ranks")
+    parser.add_argument("--engine", choices=list(ENGINES), default="deepspeed")
     parser.add_argument("--keep", help="work here and keep it; default: a temporary folder")
     options = parser.parse_args()
     import_deepspeed()
@@ -281,10 +292,11 @@ def main() -> None:
     while found["kills"] < options.kills:
         ranks = 2 if number % 3 == 1 and not options.one_rank else 1
         if ranks not in seconds:
-            seconds[ranks] = uninterrupted(work / f"whole_{ranks}", ranks, options.steps)
+            whole = work / f"whole_{ranks}"
+            seconds[ranks] = uninterrupted(whole, ranks, options.steps, options.engine)
         kills = min(KILLS_A_RUN, options.kills - found["kills"])
         folder = work / f"run_{number}"
-        one = killed(folder, ranks, options.steps, kills, seconds[ranks], draw)
+        one = killed(folder, ranks, options.steps, kills, seconds[ranks], draw, options.engine)
         check_result(folder, work / f"whole_{ranks}", options.steps)
         found += one
         found["runs"] += 1

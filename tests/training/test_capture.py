@@ -1,0 +1,186 @@
+"""Mode graph: both passes recorded and replayed, on a stand-in for CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixflow_fast.config.validate import validate
+from mixflow_fast.metrics.metrics_file import read_metrics
+from mixflow_fast.models import SiT
+from mixflow_fast.training import build, ddp_engine
+from mixflow_fast.training.capture import CapturedNetwork, check_device
+from mixflow_fast.training.trainer import Trainer, train
+from tests.support.compiling import compiler
+from tests.support.launches import Launches
+from tests.support.recording import RecorderStandIn
+from tests.support.runs import assert_same_bits, tiny
+
+SIZE = dict(input_size=4, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+REPA = SIZE | dict(z_dims=[8], encoder_depth=1, projector_dim=16)
+DDP = ["train.engine=ddp", "train.zero_stage=0"]
+
+
+def network(size: dict) -> SiT:
+    """Every parameter takes part: as it is built, SiT's last layer and gates are zero."""
+    torch.manual_seed(0)
+    net = SiT(**size)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    return net
+
+
+def batch(number: int, images: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(number)
+    x, t = torch.randn(images, 4, 4, 4, generator=g), torch.rand(images, generator=g)
+    return x, t, torch.randint(0, 10, (images,), generator=g)
+
+
+def loss_of(output: Tensor | tuple[Tensor, list[Tensor]]) -> Tensor:
+    pred, zs = output if isinstance(output, tuple) else (output, [])
+    return pred.square().mean() + sum(z.square().mean() for z in zs)
+
+
+@pytest.mark.parametrize("size", [SIZE, REPA], ids=["SiT", "REPA"])
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_replays_give_the_bits_of_the_network(size: dict, accumulated: int) -> None:
+    """Step by step with a plain copy, while both change in place; sums of several micro-batches."""
+    plain, recorder = network(size), RecorderStandIn()
+    net = copy.deepcopy(plain)
+    captured = CapturedNetwork(net, recorder)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (plain, net)]
+    for step in range(3):
+        for part in range(accumulated):
+            inputs = batch(10 * step + part)
+            expected, found = loss_of(plain(*inputs)), loss_of(captured(*inputs))
+            assert torch.equal(expected, found)
+            expected.backward()
+            found.backward()
+            for tensor in inputs:  # nobody reads them any more
+                tensor.zero_()
+        for (name, p), q in zip(plain.named_parameters(), net.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            assert p.grad is None or torch.equal(p.grad, q.grad), name
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert recorder.recordings == 2 and recorder.replays == 2 * 3 * accumulated
+
+
+def test_gradients_take_no_memory_of_their_own() -> None:
+    """Where nothing is added up, a parameter's gradient is the memory that the replay writes."""
+    net = network(SIZE)
+    captured, places = CapturedNetwork(net, RecorderStandIn()), []
+    for number in range(2):
+        loss_of(captured(*batch(number))).backward()
+        places.append([p.grad.data_ptr() for p in net.parameters() if p.requires_grad])
+        net.zero_grad(set_to_none=True)
+    assert places[0] == places[1]
+
+
+def test_what_is_not_recorded() -> None:
+    """Passes without gradients or with a gradient of the input; other shapes have their own."""
+    net, recorder = network(SIZE), RecorderStandIn()
+    captured = CapturedNetwork(net, recorder)
+    x, t, y = batch(0)
+    with torch.no_grad():
+        assert torch.equal(captured(x, t, y), net(x, t, y))
+    x.requires_grad_()
+    loss_of(captured(x, t, y)).backward()
+    assert x.grad is not None and recorder.recordings == 0
+    for images in (3, 2, 3, 2):
+        inputs = batch(1, images)
+        assert torch.equal(captured(*inputs), net(*inputs))
+    assert recorder.recordings == 4 and recorder.rehearsals == 6
+
+
+def test_a_pass_between_forward_and_backward_is_refused() -> None:
+    """It has overwritten what the backward pass needs: an error, not another gradient."""
+    captured = CapturedNetwork(network(SIZE), RecorderStandIn())
+    first = loss_of(captured(*batch(0)))
+    second = loss_of(captured(*batch(1)))
+    with pytest.raises(RuntimeError, match="a captured network ran again before the backward pass"):
+        first.backward()
+    second.backward()
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[RecorderStandIn]:
+    """Runs on the CPU take the stand-in; those that were made."""
+    made: list[RecorderStandIn] = []
+
+    def recorder(device: torch.device) -> RecorderStandIn:
+        made.append(RecorderStandIn())
+        return made[-1]
+
+    monkeypatch.setattr(torch, "compile", compiler("aot_eager"))
+    monkeypatch.setattr(build, "check_device", lambda device: None)
+    monkeypatch.setattr(ddp_engine, "CudaRecorder", recorder)
+    return made
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
+def test_a_run_has_the_bits_of_mode_compile(
+    tmp_path: Path, precision: str, stand_in: list[RecorderStandIn]
+) -> None:
+    """Two micro-batches a step, an interruption, and a preview's pass without gradients."""
+    own = [*DDP, f"train.precision={precision}", "train.microbatch_size=4", "train.keep_last=1"]
+    own += ["train.validate_every=2", "train.validate_examples=4"]
+    train(tiny(tmp_path / "compile", *own, "model.mode=compile", "train.images=32"), quiet=True)
+    for images in (16, 32):
+        more = ["model.mode=graph", f"train.images={images}"]
+        train(tiny(tmp_path / "graph", *own, *more), quiet=True)
+    assert [one.replays for one in stand_in] == [8, 8]  # of 2 steps, 2 micro-batches, 2 passes
+    assert_same_bits(tmp_path / "compile", tmp_path / "graph")
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("compile", "graph")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_what_the_host_does_besides_the_replays(
+    tmp_path: Path, stand_in: list[RecorderStandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a network of any depth two replays; three copies of inputs, and one of a gradient."""
+    # Operators are not seen inside of compiled code.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = {}
+    for mode, depth in (("eager", 4), ("graph", 4), ("graph", 1)):
+        more = [f"model.mode={mode}", f"model.depth={depth}", "train.precision=bf16"]
+        trainer = Trainer(tiny(tmp_path / f"{mode}{depth}", *DDP, *more), quiet=True)
+        x, t, y = torch.randn(8, 3, 16, 16).bfloat16(), torch.rand(8), torch.zeros(8).long()
+        engine = trainer.engine
+        engine.backward(engine(x, t, y).square().mean())  # what is made once
+        launches, seed = Launches(), torch.randn(8, 3, 16, 16).bfloat16()
+        if mode == "graph":
+            stand_in[-1].replaying = launches.paused
+            replays = stand_in[-1].replays
+        with launches:
+            pred = engine(x, t, y)
+            with launches.paused():
+                loss = (pred * seed).sum()
+            engine.backward(loss)
+        if mode == "graph":
+            assert stand_in[-1].replays == replays + 2
+        found[mode, depth] = launches.counts
+        trainer.close()
+    print({key: counts.total() for key, counts in found.items()}, found["graph", 1])
+    assert found["graph", 4] == found["graph", 1]
+    assert found["eager", 4].total() > 20 * found["graph", 4].total()
+    assert found["graph", 4]["copy_"] == 4
+
+
+def test_where_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="model.mode=graph records CUDA graphs, got a run on cpu"):
+        check_device(torch.device("cpu"))
+    with pytest.raises(ValueError, match="set train.engine=ddp and train.zero_stage=0"):
+        validate(tiny(Path("x"), "model.mode=graph"))
+    with pytest.raises(ValueError, match="got a run on cpu: set model.mode=eager or compile"):
+        Trainer(tiny(Path("x"), *DDP, "model.mode=graph", "train.device=cpu"), quiet=True)
