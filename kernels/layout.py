@@ -116,7 +116,7 @@ def one_wave(numel: int, batch: int) -> int:
     done once is 1.6 instructions an element.
     """
     tiles = triton.cdiv(numel, 1024)
-    least = min(max(tiles * batch // _RESIDENT, 1), 24)
+    least = min(max(triton.cdiv(tiles * batch, _RESIDENT), 1), 24)
     # A divisor, if there is one near, so that all programs have the same to do.
     return next((n for n in range(least, min(2 * least, 24) + 1) if tiles % n == 0), least)
 

@@ -280,16 +280,16 @@ def polar_hardware(radius_word, angle_word):
         is_pure=True,
         pack=1,
     )
-    # Half a turn less, so that the angle is in [-pi, pi]: the signs of both normals turn.
+    # A whole turn and 2^-24 of one less: the angle in (0, 2 pi) that belongs to the word's uniform.
     one_to_two = ((angle_word >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-    angle = tl.fma(one_to_two, 6.283185307179586, -9.42477798461914)  # 3 pi - 2^-23 pi, rounded
+    angle = tl.fma(one_to_two, 6.283185307179586, -6.283185005187988)
     cosine = tl.inline_asm_elementwise(
         "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
     )
     sine = tl.inline_asm_elementwise(
         "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
     )
-    return -radius, cosine, sine
+    return radius, cosine, sine
 
 
 @jit
@@ -306,7 +306,7 @@ def polar_exact(radius_word, angle_word):
 @jit
 def polar(radius_word, angle_word):
     """(radius, cosine, sine) of two words: the normals of the module's docstring are radius times
-    the others. All three may have changed their signs.
+    the others. By the interpreter's formula all three may have changed their signs.
     """
     if HAS_ASM:
         radius, cosine, sine = polar_hardware(radius_word, angle_word)

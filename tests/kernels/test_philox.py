@@ -201,7 +201,7 @@ def _hardware_normals(radius_word: torch.Tensor, angle_word: torch.Tensor, off) 
 
     off(n): n numbers in [-1, 1], errors in units of a bound. The bounds are those of the PTX ISA:
     lg2.approx 2^-22 (absolute in (1/2, 2), else relative), sqrt.approx 2^-23 relative, sin.approx
-    and cos.approx 2^-20.5 absolute on [-pi, pi].
+    and cos.approx 2^-20.5 absolute on [-2 pi, 2 pi].
     """
     n = len(radius_word)
 
@@ -216,10 +216,10 @@ def _hardware_normals(radius_word: torch.Tensor, angle_word: torch.Tensor, off) 
     radius = rounded(radius * (1 + off(n) * 2.0**-23))
     one_to_two = 1 + (angle_word >> 9).double() * 2.0**-23
     turn = torch.tensor(2 * math.pi).double()  # float32's, as the kernel has it
-    angle = rounded(one_to_two * turn - 9.42477798461914)
+    angle = rounded(one_to_two * turn - 6.283185005187988)
     cosine = rounded(torch.cos(angle) + off(n) * 2.0**-20.5)
     sine = rounded(torch.sin(angle) + off(n) * 2.0**-20.5)
-    return rounded(torch.stack([-radius * cosine, -radius * sine], dim=-1))
+    return rounded(torch.stack([radius * cosine, radius * sine], dim=-1))
 
 
 @pytest.mark.parametrize("errors", ["random", "at the bounds"])
