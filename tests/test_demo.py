@@ -11,6 +11,7 @@ from PIL import Image
 
 from mixflow_fast.demo import SETTINGS, Measure, arms, arms_of, run_demo
 from mixflow_fast.demo import measure as measuring
+from mixflow_fast.demo.findings import choice_note
 from mixflow_fast.evaluation import frechet_distance, moments, pooled_pixels
 from mixflow_fast.models import load_model
 from mixflow_fast.sampling.remedies import LabelScale
@@ -210,6 +211,13 @@ def test_sweep_holds_the_gammas_and_the_ablation_rows() -> None:
     assert {n for n, arm in every.items() if not arm.folded} == set(
         arms_of(SETTINGS["photos"], False)
     )
+
+
+def test_the_note_on_the_choice_names_seeds_that_are_not_free_of_it() -> None:
+    photos = SETTINGS["photos"]
+    assert "Seed 0 had been seen before" in choice_note(photos, [0, 1])
+    assert choice_note(photos, [1, 2]).endswith("were chosen on seeds 110, 111, 112, 113.")
+    assert choice_note(photos, [1, 112]).endswith("112 took part in that choice.")
 
 
 def test_bad_folders_and_seeds(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
 from mixflow_fast.cli.sampler_options import chosen_sampler
+from mixflow_fast.messages import shorten
 
 if TYPE_CHECKING:
     from mixflow_fast.cli.picture_sets import Drawer
@@ -28,6 +29,9 @@ _NUM = 1000
 _BATCH = 64
 _STATES = 250  # of slow flow
 _NETWORK = "network"
+# Settings of a training that a control shares with what it is the control of.
+_OF_BOTH = ("train.images", "train.global_batch_size", "train.label_dropout", "train.precision")
+_PARTS_OF_BOTH = ("optim.", "data.")
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class _Checkpoint:
         sha256: of its weights.
         config: of its run; None where nothing says it.
         why: there is none.
+        step: optimizer steps of the weights; None where nothing says them.
     """
 
     model: Transformer
     sha256: str
     config: Config | None
     why: str
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     loaded = {key: _load(options, path, device) for key, path in paths.items()}
     allow = [field for field in options.allow_different if field != _NETWORK]
     notes = _check_networks(paths, loaded, _NETWORK in options.allow_different)
+    notes += _control_notes(loaded)
     shared = _Shared(
         _guide(options, device),
         _decoder(options, paths["after"], loaded["after"].model, choices),
@@ -137,10 +144,12 @@ def _choices(options: argparse.Namespace) -> dict[int, SamplerChoice]:
 def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
     from mixflow_fast.models import load_model
     from mixflow_fast.models.weights.digest import weights_sha256
+    from mixflow_fast.models.weights.files import WeightsFile
 
     model = load_model(path, options.weights or "ema", clock=options.clock)
     config, why = _recorded_config(path)
-    return _Checkpoint(model.to(device), weights_sha256(model), config, why)
+    step = WeightsFile.open(path).steps
+    return _Checkpoint(model.to(device), weights_sha256(model), config, why, step)
 
 
 def _recorded_config(path: Path) -> tuple[Config | None, str]:
@@ -189,6 +198,32 @@ def _check_networks(
         others = ("before", "control") if key.startswith("after") else ()
         same = [o for o in others if o in loaded and loaded[o].sha256 == checkpoint.sha256]
         notes += [f"Identical weights: {key} holds the weights of {other}." for other in same]
+    return notes
+
+
+def _control_notes(loaded: Mapping[str, _Checkpoint]) -> list[str]:
+    """Where the control was trained otherwise than in its objective: then it is no control."""
+    from mixflow_fast.config.loading import flatten
+
+    control, notes = loaded.get("control"), []
+    for key, after in loaded.items():
+        if control is None or not key.startswith("after"):
+            continue
+        apart = {"optimizer steps": (control.step, after.step)}
+        if control.config is not None and after.config is not None:
+            mine, theirs = flatten(control.config.to_dict()), flatten(after.config.to_dict())
+            alike = [name for name in mine if name in _OF_BOTH or name.startswith(_PARTS_OF_BOTH)]
+            apart |= {name: (mine[name], theirs.get(name)) for name in alike}
+        unlike = [
+            f"{name} {own} against {other}"
+            for name, (own, other) in apart.items()
+            if own != other and None not in (own, other)
+        ]
+        if unlike:
+            notes.append(
+                f"The control was not trained as {key} was apart from the objective, so their "
+                f"difference is not that of the method alone: {shorten(unlike)}."
+            )
     return notes
 
 

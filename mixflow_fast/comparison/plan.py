@@ -104,7 +104,8 @@ class Plan:
 def pairs_of(keys: Sequence[str]) -> list[Pair]:
     """Who is compared with whom: what came after with what was before and with the control.
 
-    With a remedy also what came after with the control that has it: the rival without training.
+    With a remedy also what came after, without it and with it, with the control that has it: the
+    rival without training.
     """
     afters = [key for key in keys if key.startswith("after") and not key.endswith("_remedy")]
     found = []
@@ -113,8 +114,10 @@ def pairs_of(keys: Sequence[str]) -> list[Pair]:
         found += [Pair(key, "control", True)] if "control" in keys else []
         found += [Pair(key, "control_remedy", True)] if "control_remedy" in keys else []
     found += [Pair("control", "before", False)] if "control" in keys else []
-    remedied = [key for key in keys if key.endswith("_remedy")]
-    found += [Pair(key, key.removesuffix("_remedy"), False) for key in remedied]
+    for key in (key for key in keys if key.endswith("_remedy")):
+        found.append(Pair(key, key.removesuffix("_remedy"), False))
+        if key != "control_remedy" and "control_remedy" in keys:
+            found.append(Pair(key, "control_remedy", False))
     return found
 
 

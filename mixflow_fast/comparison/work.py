@@ -19,7 +19,7 @@ from mixflow_fast.evaluation.pictures import open_pictures
 from mixflow_fast.evaluation.reference import KEPT, POOL, Reference, read_reference, write_reference
 from mixflow_fast.evaluation.sample_sets import write_set
 from mixflow_fast.files import write_json
-from mixflow_fast.folder_lock import FolderLock
+from mixflow_fast.folder_lock import FolderLock, is_held
 from mixflow_fast.messages import shorten
 from mixflow_fast.metrics.progress import Progress
 from mixflow_fast.reports.comparison_result import Cell, Comparison
@@ -70,6 +70,12 @@ def claim(folder: Path, plan: Plan, fresh: bool) -> None:
     mark, arms = folder / _SETTINGS, _settings(plan)
     if mark.exists():
         if fresh:
+            _refuse_foreign(mark)
+            if is_held(folder):
+                raise ValueError(
+                    f"{folder} is in use by another run, and --fresh would delete what it makes: "
+                    "wait for it or choose another --out"
+                )
             _empty(folder)
         else:
             arms = _with_those_there(folder, arms)
@@ -87,6 +93,19 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != _SETTINGS:
             path.unlink()
+
+
+def _refuse_foreign(mark: Path) -> None:
+    """Nothing is deleted beside a file of this name that something else wrote."""
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return  # damaged: its own way out is --fresh
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(
+            f"{mark} was not written by a comparison, and --fresh would delete {mark.parent}: "
+            "choose another --out"
+        )
 
 
 def _with_those_there(

@@ -24,6 +24,7 @@ PRIMARY = (
     "fd_dinov2",
     "fd_effnet_lite0",
     "fd_effnet_lite0_p128",
+    "kid",
     "fd_pooled_pixels",
     "fd_random_conv",
 )

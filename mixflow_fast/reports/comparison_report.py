@@ -225,7 +225,11 @@ def _curves(c: Comparison) -> str:
             f"<figure><figcaption>{_e(name)}, without its bias, 95%, n = {c.n:,}</figcaption>"
             f"{drawing}</figure>"
         )
-    return f'<h2>Against network evaluations</h2><div class="plots">{"".join(figures)}</div>'
+    return (
+        f'<h2>Against network evaluations</h2><div class="plots">{"".join(figures)}</div>'
+        '<p class="note">Bars are of each arm alone. Arms share their noise, so a paired '
+        "difference above may be sure where bars overlap.</p>"
+    )
 
 
 def _pictures(c: Comparison) -> str:

@@ -14,6 +14,7 @@ import torch
 from mixflow_fast.cli.main import main
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.evaluation.metrics import Gaussian, frechet
+from mixflow_fast.folder_lock import FolderLock
 from mixflow_fast.models import build, load_model, save_weights
 from mixflow_fast.training.trainer import train
 from tests.support.command_line import run
@@ -21,7 +22,7 @@ from tests.support.pages import assert_loads_nothing
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
-SMALL = ["-n", "130", "--steps", "1,2", "--pixels"]
+SMALL = ["-n", "200", "--steps", "1,2", "--pixels"]
 FAST = [*SMALL, "--no-slow-flow"]
 
 
@@ -78,7 +79,7 @@ def test_the_numbers_are_those_of_the_samples(page: Path, runs: Path) -> None:
     """Read back from the files: the distance of the kept features to the kept reference."""
     found = json.loads(page.with_suffix(".json").read_text())
     files = page.with_name("report_files")
-    assert found["n"] == 130 and found["steps"] == [1, 2] and found["control"] is True
+    assert found["n"] == 200 and found["steps"] == [1, 2] and found["control"] is True
     real = np.load(files / "reference.features" / "pooled_pixels.features.npy")
     mine = np.load(files / "after_2.features" / "pooled_pixels.features.npy")
     expected = frechet(mine, Gaussian.of(real))
@@ -93,7 +94,7 @@ def test_the_numbers_are_those_of_the_samples(page: Path, runs: Path) -> None:
         if (v["a"], v["b"], v["steps"], v["metric"]) == ("after", "control", 2, "fd_pooled_pixels")
     )
     assert apart["value"] == pytest.approx(expected.value - other.value)
-    half = 1.959964 * (expected.influence - other.influence).std(ddof=1) / 130**0.5
+    half = 1.959964 * (expected.influence - other.influence).std(ddof=1) / 200**0.5
     assert apart["high"] - apart["low"] == pytest.approx(2 * half)
     model = load_model(runs / "mixflow")
     assert next(a for a in found["arms"] if a["key"] == "after")["path"] == str(runs / "mixflow")
@@ -138,7 +139,7 @@ def test_a_folder_of_other_weights_or_settings_is_refused(
         assert code == 2 and text in err and "--fresh" in err, err
     assert not out.exists()
     # More steps and a remedy only add to it.
-    more = [*arguments(runs, "base", "mixflow", "control"), "-n", "130", "--steps", "1,3"]
+    more = [*arguments(runs, "base", "mixflow", "control"), "-n", "200", "--steps", "1,3"]
     more += ["--pixels", "--no-slow-flow", "--remedy", "ssc=0.2,1", "--out", out]
     code, said, err = run(*more, capsys=capsys)
     assert code == 0, err
@@ -166,6 +167,62 @@ def test_the_same_weights_differ_by_exactly_nothing(
     for verdict in found["verdicts"]:
         assert verdict["verdict"] == "identical weights"
         assert verdict["value"] == verdict["low"] == verdict["high"] == 0.0
+    # Nothing differs, so nothing is shown as differing most.
+    assert found["pictures"] and all(each["chosen"] is None for each in found["pictures"])
+
+
+def test_what_too_few_samples_cannot_tell_does_not_decide(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pooled pixels have 192 dimensions, random convolutions 128."""
+    out = tmp_path / "few.html"
+    command = [*arguments(runs, "base", "mixflow"), "--steps", "1", "--pixels", "--no-slow-flow"]
+    code, said, err = run(*command, "-n", "150", "--out", out, capsys=capsys)
+    assert code == 0, err
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert found["primary"] == "fd_random_conv" and "cannot be relied on" not in said
+    (warning,) = [text for text in found["warnings"] if "does not decide" in text]
+    assert warning.startswith("FD of pooled pixels: too few samples")
+    code, said, err = run(*command, "-n", "120", "--out", tmp_path / "fewer.html", capsys=capsys)
+    assert code == 0, err
+    assert "note: FD of pooled pixels decides here, from 120 samples in more dimensions" in said
+
+
+def test_a_control_that_is_none_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained half as long, at another learning rate: the page says so above the numbers."""
+    settings = load_config(str(runs / "control" / "config.yaml"), ["train.images=16"])
+    train(settings.replace(**{"out": str(tmp_path / "short"), "optim.lr": 0.02}), quiet=True)
+    command = ["compare", runs / "base", runs / "mixflow", "--control"]
+    more = ["-n", "10", "--steps", "1", "--pixels", "--no-slow-flow", "--out", tmp_path / "x.html"]
+    code, said, err = run(*command, tmp_path / "short", *more, capsys=capsys)
+    assert code == 0, err
+    (note,) = [line for line in said.splitlines() if "was not trained as after was" in line]
+    assert note.endswith(
+        "optimizer steps 1 against 2, optim.lr 0.02 against 0.01, train.images 16 against 32."
+    )
+    code, said, err = run(*command, runs / "control", *more, "--fresh", capsys=capsys)
+    assert code == 0, err
+    assert "was not trained" not in said
+
+
+def test_fresh_deletes_nothing_that_is_not_its_own(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "x_files" / "settings.json"
+    mark.parent.mkdir()
+    mark.write_text('{"mine": 1}')
+    used = tmp_path / "used_files" / "settings.json"
+    used.parent.mkdir()
+    used.write_text('{"format": "mixflow-comparison/1", "arms": {}}')
+    command = [*arguments(runs, "base", "mixflow"), *FAST, "--fresh"]
+    code, _, err = run(*command, "--out", tmp_path / "x.html", capsys=capsys)
+    assert code == 2 and "was not written by a comparison" in err
+    assert mark.read_text() == '{"mine": 1}'
+    with FolderLock(used.parent):
+        code, _, err = run(*command, "--out", tmp_path / "used.html", capsys=capsys)
+    assert code == 2 and "is in use by another run" in err and used.exists()
 
 
 def test_sets_of_samples(
@@ -175,7 +232,7 @@ def test_sets_of_samples(
     sets = {}
     for name, steps in (("base", 2), ("mixflow", 2), ("control", 3)):
         sets[name] = tmp_path / f"{name}{steps}"
-        command = ["sample", runs / name, "--steps", steps, "-n", "130", "--out", sets[name]]
+        command = ["sample", runs / name, "--steps", steps, "-n", "200", "--out", sets[name]]
         assert run(*command, capsys=capsys)[0] == 0
     reference = page.with_name("report_files") / "reference.npz"
     command = ["compare", sets["base"], f"{sets['mixflow']}.npz", "--out", tmp_path / "sets.html"]
@@ -241,7 +298,7 @@ def test_wrong_input(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([base, base, "--control", "nothing.pt"], "nothing.pt does not exist"),
         ([base, base, "-n", "1"], "--num must be >= 2, got 1"),
         ([base, tmp_path / "classes.pt"], "num_classes 2"),
-        ([base, official], "hidden_size 32 against 384"),
+        ([base, official], "are different networks (decoder_hidden_size 32 against 384"),
         ([official, official], "does not say how it was trained, so there are no images"),
         ([latents, latents], "4-channel latents, not pictures: give the autoencoder"),
         ([base, base, "--decoder-scale", "2"], "--decoder-scale needs --decoder"),

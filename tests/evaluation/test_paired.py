@@ -107,6 +107,7 @@ def test_the_deciding_number() -> None:
     assert primary_metric(["kid", "fd_pooled_pixels", "fid"]) == "fid"
     assert primary_metric(["fd_pooled_pixels", "fd_effnet_lite0_p128"]) == "fd_effnet_lite0_p128"
     assert primary_metric(["is", "recall"]) == "is"
+    assert primary_metric(["fid", "is", "kid", "fd_pooled_pixels"], aside=["fid"]) == "kid"
     both = ["fd_effnet_lite0_p128", "fd_pooled_pixels"]
     assert primary_metric(both, aside=both[:1]) == "fd_pooled_pixels"
     assert primary_metric(both[:1], aside=both[:1]) == both[0]

@@ -138,7 +138,7 @@ def test_who_is_compared_with_whom() -> None:
     ]
     others = {(pair.a, pair.b) for pair in pairs_of(keys) if not pair.main}
     assert others == {("control", "before"), ("control_remedy", "control"),
-                      ("after_remedy", "after")}  # fmt: skip
+                      ("after_remedy", "after"), ("after_remedy", "control_remedy")}  # fmt: skip
 
 
 def test_settings_of_arms_that_say_nothing_are_passed_over(comparison: Comparison) -> None:
