@@ -155,7 +155,7 @@ def test_moments_are_sampled_in_registers(dtype: torch.dtype, patch_size: int | 
     torch.testing.assert_close(plain.prepare(moments, IDS).x1, x1, rtol=1e-6, atol=1e-7)
     expected = plain.prepare(x1, IDS, patch_size=patch_size)
     assert it.x.dtype == dtype
-    floor = 2e-6 if dtype == torch.float32 else 4e-3
+    floor = (2e-6 if ON_GPU else 1e-6) if dtype == torch.float32 else 4e-3
     assert relative_rms(it.x, expected.x) < floor
     # The posterior does not share its numbers with the noise.
     assert abs(torch.corrcoef(torch.stack([eps.flatten(), it.x0().flatten()]))[0, 1]) < 0.15
