@@ -79,10 +79,15 @@ def claim(folder: Path, plan: Plan, fresh: bool) -> None:
             shutil.rmtree(folder)
         else:
             arms = _with_those_there(folder, arms)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and _holds_something(folder):
         raise ValueError(f"{folder} is not empty and holds no comparison: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"format": _FORMAT, "arms": arms})
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether anything is there beside what a kill leaves that comes before the first rename."""
+    return any(not path.match(f".{_SETTINGS}.*.tmp") for path in folder.iterdir())
 
 
 def _refuse_foreign(mark: Path) -> None:
