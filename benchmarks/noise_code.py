@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.machine_code import Instruction
 
-_FLOAT = ("FFMA", "FMUL", "FADD", "MUFU", "I2FP", "I2F")
+_FLOAT = ("FFMA", "FFMA2", "FMUL", "FMUL2", "FADD", "FADD2", "MUFU", "I2FP", "I2F")
 _MOVES = ("MOV", "UMOV", "IMAD.MOV.U32", "IMAD.U32")
 
 
@@ -43,38 +43,67 @@ def normal_formulas(instructions: Sequence[Instruction]) -> list[str]:
     for one in instructions:
         if len(one.operands) < 2:
             continue
-        target, *operands = one.operands
+        made = {}
         if one.opcode in _FLOAT:
-            given = [_read(operand, values) for operand in operands]
-            value = _computed(one, given)
-            if {x.kind for x in given[:2]} == {"radius", "turn"}:
-                found.add(value.formula)
-            values[_register(target)] = value
-        elif one.name in _MOVES:
-            values[_register(target)] = _read(operands[-1], values, bits=True)
-        elif one.opcode == "HFMA2" and operands[:2] == ["-RZ", "RZ"]:
-            # Two halves of 16 bits that are the bits of a float.
-            high, low = (float(operand) for operand in operands[2:4])
-            values[_register(target)] = _constant(struct.pack("<ee", low, high))
+            for register, name, operands in _lanes(one):
+                given = [_read(operand, values) for operand in operands]
+                made[register] = value = _computed(name, given)
+                if {x.kind for x in given[:2]} == {"radius", "turn"}:
+                    found.add(value.formula)
         else:
-            for register in _written(one):
-                values[register] = _WORD
+            made = _moved(one, values)
+        values |= made
     return sorted(found)
 
 
-def _computed(one: Instruction, given: list[_Value]) -> _Value:
-    if one.opcode in ("FFMA", "FMUL"):
+def _lanes(one: Instruction) -> list[tuple[str, str, list[str]]]:
+    """(register written, name, operands) of an instruction: two of one that computes a pair."""
+    target, *operands = one.operands
+    if not one.opcode.endswith("2"):
+        return [(_register(target), one.name, operands)]
+    first = int(_register(target).removeprefix("R"))
+    name = one.opcode.removesuffix("2") + one.name.removeprefix(one.opcode)
+    return [(f"R{first + i}", name, [_lane(x, i) for x in operands]) for i in range(2)]
+
+
+def _lane(operand: str, i: int) -> str:
+    """The register of a lane: of a pair its own, else the same for both."""
+    operand = operand.replace(".reuse", "")
+    pair = re.fullmatch(r"(-?\|?)R(\d+)(\|?)\.F32x2\.HI_LO", operand)
+    return f"{pair[1]}R{int(pair[2]) + i}{pair[3]}" if pair else operand.removesuffix(".F32")
+
+
+def _moved(one: Instruction, values: dict[str, _Value]) -> dict[str, _Value]:
+    """What an instruction that computes no float leaves in registers."""
+    target, *operands = one.operands
+    if one.name in _MOVES:
+        return {_register(target): _read(operands[-1], values, bits=True)}
+    if one.opcode == "HFMA2" and operands[:2] == ["-RZ", "RZ"]:
+        # Two halves of 16 bits that are the bits of a float.
+        high, low = (float(operand) for operand in operands[2:4])
+        return {_register(target): _constant(struct.pack("<ee", low, high))}
+    if one.name == "LOP3.LUT" and operands[1:4] == ["0x80000000", "RZ", "0x3c"]:
+        value = _read(operands[0], values)
+        if value is not _WORD:  # an exclusive or with the first bit is the sign
+            return {_register(target): replace(value, negative=not value.negative)}
+    return dict.fromkeys(_written(one), _WORD)
+
+
+def _computed(name: str, given: list[_Value]) -> _Value:
+    opcode = name.split(".")[0]
+    if opcode in ("FFMA", "FMUL"):
         # A product has no order and one sign.
         sign = "-" if given[0].negative != given[1].negative else ""
         text = sign + " * ".join(sorted(value.formula for value in given[:2]))
-        text += f" + {given[2]}" if one.opcode == "FFMA" else ""
+        text += f" + {given[2]}" if opcode == "FFMA" else ""
         # A root is a product with the reciprocal root on some architectures.
-        root = one.opcode == "FMUL" and any("MUFU.RSQ(" in x.formula[:9] for x in given[:2])
-        return _Value(f"{one.name}({text})", "radius" if root else "")
-    if one.opcode == "FADD":
-        return _Value(f"{one.name}({' + '.join(sorted(map(str, given[:2])))})")
-    kind = {"MUFU.SQRT": "radius", "MUFU.SIN": "turn", "MUFU.COS": "turn"}.get(one.name, "")
-    return _Value(f"{one.name}({given[0]})", kind)
+        root = opcode == "FMUL" and any("MUFU.RSQ(" in x.formula[:9] for x in given[:2])
+        return _Value(f"{name}({text})", "radius" if root else "")
+    if opcode == "FADD":
+        return _Value(f"{name}({' + '.join(sorted(map(str, given[:2])))})")
+    name = name.replace("I2FP.F32.", "I2F.")  # two units, one result
+    kind = {"MUFU.SQRT": "radius", "MUFU.SIN": "turn", "MUFU.COS": "turn"}.get(name, "")
+    return _Value(f"{name}({given[0]})", kind)
 
 
 def _register(operand: str) -> str:
@@ -99,7 +128,7 @@ def _read(operand: str, values: dict[str, _Value], bits: bool = False) -> _Value
             value = _WORD
     if size:
         value = _Value(f"|{value.formula}|", value.kind)
-    return replace(value, negative=value.negative != negative)
+    return replace(value, negative=not value.negative) if negative else value
 
 
 def _constant(bits: bytes) -> _Value:

@@ -79,8 +79,9 @@ def test_the_record_of_this_process() -> None:
     # Keys of metrics.jsonl's row "start", which files of finished runs have too.
     assert list(json.loads(json.dumps(found.to_dict()))) == [
         *("mixflow_fast", "torch", "cuda", "deepspeed", "triton", "numpy"),
-        *("python", "platform", "host", "device", "threads"),
+        *("python", "platform", "host", "device", "threads", "cudnn", "deterministic"),
     ]
+    assert found.cudnn is None and found.deterministic is False
 
 
 def test_versions_of_distributions(site) -> None:

@@ -313,7 +313,9 @@ class _Reducer:
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         if not self._started:
-            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            # A future of a GPU's tensor must know the GPU.
+            devices = [buffer.device] if buffer.is_cuda else None
+            done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
             done.set_result(buffer)
             return done
         if self._gradients is None:

@@ -359,7 +359,20 @@ def test_reading_machine_code(machine_code):
     assert not straight.loop and len(straight.once) == 16
 
     formulas = importlib.import_module("benchmarks.noise_code").normal_formulas(instructions)
-    radius = "MUFU.SQRT(FMUL.FTZ(0.5 * |MUFU.LG2(I2FP.F32.U32(word))|))"
-    product = f"MUFU.COS(I2FP.F32.U32(word)) * {radius}"
+    radius = "MUFU.SQRT(FMUL.FTZ(0.5 * |MUFU.LG2(I2F.U32(word))|))"
+    product = f"MUFU.COS(I2F.U32(word)) * {radius}"
     # The second is what a fused sum looks like: the product was never rounded.
     assert formulas == sorted([f"FFMA(-{product} + 0)", f"FFMA({product} + 0.5)"])
+    # The same on devices that have no operand with a minus there, and on those that compute pairs.
+    flipped = SASS.replace(
+        "FFMA R14, -R12, R13, RZ ;",
+        "LOP3.LUT R6, R12, 0x80000000, RZ, 0x3c, !PT ;\n/*00a8*/ FFMA R14, R6, R13, RZ ;",
+    )
+    paired = SASS.replace("FFMA R15, R13, R12, R4", "NOP").replace(
+        "FFMA R14, -R12, R13, RZ ;",
+        "FFMA2 R16, R12.F32x2.HI_LO, R14.F32x2.HI_LO, RZ.F32 ;\n"
+        "/*00a8*/ FFMA2 R18, R12.F32x2.HI_LO, R13.F32, R4.F32 ;",
+    )
+    normals = importlib.import_module("benchmarks.noise_code").normal_formulas
+    assert normals(machine_code.parse(flipped)) == formulas
+    assert normals(machine_code.parse(paired)) == [f"FFMA({product} + 0.5)"]

@@ -79,3 +79,24 @@ def test_where_there_is_no_gpu(capsys) -> None:
         pytest.skip("there is one")
     assert sampling.main(["--device", "cuda"]) == 2
     assert "device cuda is not there" in capsys.readouterr().err
+
+
+def test_a_mode_with_other_samples_has_no_speed(tmp_path, monkeypatch, capsys) -> None:
+    """Where a GPU compiles and captures: here a mode that is wrong, beside one that is right."""
+    pytest.importorskip("torchdiffeq")
+    made = sampling.ours
+
+    def ours(cell: Cell, model: torch.nn.Module, mode: str) -> object:
+        call = made(cell, model, "eager")
+        return (lambda: 1.1 * call()) if mode == "graph" else call
+
+    monkeypatch.setattr(sampling, "ours", ours)
+    monkeypatch.setattr(sampling.SamplingSuite, "_modes", lambda self: ("compile", "graph"))
+    monkeypatch.setattr(sampling, "cells", lambda *_: TOY[:1])
+    assert sampling.main(["--smoke", "--out", str(tmp_path)]) == 1
+    rows = read(tmp_path / "rows.jsonl")
+    timed = {row["provider"] for row in rows if row["metric"] == "speedup_over_official"}
+    assert timed == {"mixflow_fast", "mixflow_fast_compile"}
+    (refused,) = (row for row in rows if row["provider"] == "mixflow_fast_graph")
+    assert refused["p50"] is None and "differ from those of the eager loop" in refused["note"]
+    assert "mixflow_fast_graph: RuntimeError" in capsys.readouterr().out

@@ -191,7 +191,7 @@ def test_device_normals_against_the_reference_and_float64(monkeypatch: pytest.Mo
         assert error[4000:].square().mean().sqrt() < 2e-6
         assert error[radius > 0.1].max() < 1e-5 and error.max() < 1e-3
         return
-    assert ((device - plain).double().abs() / ulp).max() <= 2
+    assert ((device - plain).double().abs() / ulp).max() <= 3
     errors = [(v / ulp).square().mean().sqrt() for v in (error, (plain.double() - exact).abs())]
     assert errors[0] <= 1.2 * errors[1] and errors[1] < 0.6
 

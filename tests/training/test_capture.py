@@ -125,7 +125,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[RecorderStandIn]:
     return made
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
 def test_a_run_has_the_bits_of_mode_compile(
     tmp_path: Path, precision: str, stand_in: list[RecorderStandIn]
 ) -> None:

@@ -33,6 +33,8 @@ from tests.support.runs import (
 )
 from tests.support.train_ranks import TINY
 
+# As the recipes run DeepSpeed, and in float32.
+HALF_AND_SINGLE = [("bf16", 2), pytest.param("fp32", 0, marks=pytest.mark.long)]
 RANKS = "tests.support.communication_ranks"
 DDP = ["train.engine=ddp", "train.zero_stage=0"]
 # Two micro-batches a step on one rank and on two, a rate that changes, clipping, three averages.
@@ -45,8 +47,14 @@ def ddp(precision: str, *more: str) -> list[str]:
     return [*DDP, f"train.precision={precision}", *HOW, *more]
 
 
-@pytest.mark.parametrize("more", [[], ["train.on_nonfinite=skip", *ODD]])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SKIPPING = ["train.on_nonfinite=skip", *ODD]
+RESUMED = [("fp32", []), ("bf16", SKIPPING)]
+LONG = [("fp32", SKIPPING), ("bf16", [])]
+
+
+@pytest.mark.parametrize(
+    ("precision", "more"), [*RESUMED, *(pytest.param(*c, marks=pytest.mark.long) for c in LONG)]
+)
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, precision: str, more: list[str]) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(tiny(whole, *ddp(precision, "train.images=32", *more)), quiet=True)
@@ -97,7 +105,7 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "stage"), HALF_AND_SINGLE)
 def test_deepspeed_makes_the_same_steps(tmp_path: Path, precision: str, stage: int) -> None:
     """To the last bit on one rank: the same gradients reach the same optimizer.
 
@@ -111,7 +119,7 @@ def test_deepspeed_makes_the_same_steps(tmp_path: Path, precision: str, stage: i
     assert_same_states(ours, theirs)
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "stage"), HALF_AND_SINGLE)
 def test_the_engine_may_change_on_a_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, stage: int
 ) -> None:
