@@ -79,8 +79,7 @@ def claim(folder: Path, plan: Plan, fresh: bool) -> None:
             _empty(folder)
         else:
             arms = _with_those_there(folder, arms)
-    # Names with a dot are what a kill leaves.
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif folder.exists() and _holds_something(folder):
         raise ValueError(f"{folder} is not empty and holds no comparison: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"format": _FORMAT, "arms": arms})
@@ -93,6 +92,11 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != _SETTINGS:
             path.unlink()
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether anything is there beside what a kill leaves that comes before the first rename."""
+    return any(not path.match(f".{_SETTINGS}.*.tmp") for path in folder.iterdir())
 
 
 def _refuse_foreign(mark: Path) -> None:
