@@ -74,7 +74,12 @@ def write_rates(device: torch.device, writer: rows.Writer) -> None:
 
 
 def write_approximations(device: torch.device, writer: rows.Writer, count: int) -> None:
-    """Rows of each instruction's largest error, and of results of lg2 that would give NaN."""
+    """Rows of each instruction's largest error, and of results of lg2 above zero.
+
+    Raises:
+        ValueError: results that are no number, of which one ends a run; after all rows.
+    """
+    faulty = []
     how = "every value asked once" if device.type == "cuda" else "PyTorch's: no GPU"
     for name in APPROXIMATIONS:
         found = sweep(name, device, count)
@@ -90,6 +95,9 @@ def write_approximations(device: torch.device, writer: rows.Writer, count: int) 
             writer.add(metric="positive_results", p50=float(found.positive), note=note, **fields)
             text += f", {found.positive} positive of {found.count} (largest {found.largest!r})"
         print(text, flush=True)
+        faulty += [f"{name} gave NaN for {found.nan} of {found.count} values"] * (found.nan > 0)
+    if faulty:
+        raise ValueError("; ".join(faulty))
 
 
 def write_kernels(

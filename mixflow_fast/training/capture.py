@@ -12,6 +12,7 @@ until the next backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -83,7 +84,7 @@ class CapturedNetwork:
     """
 
     def __init__(self, net: nn.Module, recorder: Recorder) -> None:
-        self._net, self._recorder = net, recorder
+        self._net, self._recorder, self._memory = net, recorder, _Memory()
         self._passes: dict[tuple[object, ...], _Passes] = {}
 
     def __call__(self, *args: Tensor) -> Output:
@@ -92,19 +93,32 @@ class CapturedNetwork:
             return self._net(*args)
         key = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
         if key not in self._passes:
-            self._passes[key] = _Passes(self._net, self._recorder, args)
+            self._passes[key] = _Passes(self._net, self._recorder, self._memory, args)
         return self._passes[key](args)
+
+
+@dataclass
+class _Memory:
+    """Whose results lie in the memory that all recordings share.
+
+    Attributes:
+        turn: number of replays so far. Each one overwrites what others left there.
+    """
+
+    turn: int = 0
 
 
 class _Passes:
     """Both passes for one shape of inputs.
 
     Attributes:
-        turn: number of forward passes so far.
+        memory: that of all shapes.
     """
 
-    def __init__(self, net: nn.Module, recorder: Recorder, args: Sequence[Tensor]) -> None:
-        self._net = net
+    def __init__(
+        self, net: nn.Module, recorder: Recorder, memory: _Memory, args: Sequence[Tensor]
+    ) -> None:
+        self._net, self.memory = net, memory
         self._params = [p for p in net.parameters() if p.requires_grad]
         self._inputs = [arg.detach().clone() for arg in args]
         self._out_gradients: list[Tensor] = []
@@ -114,7 +128,6 @@ class _Passes:
         kept, self._replay_forward = recorder.record(self._forward)
         self._outputs = [output.detach() for output in kept]
         self._gradients, self._replay_backward = recorder.record(self._backward)
-        self.turn = 0
 
     def _forward(self) -> Sequence[Tensor]:
         output = self._net(*self._inputs)
@@ -139,7 +152,7 @@ class _Passes:
         for place, arg in zip(self._inputs, args, strict=False):
             place.copy_(arg)
         self._replay_forward()
-        self.turn += 1
+        self.memory.turn += 1
         return tuple(output.detach() for output in self._outputs)
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -154,6 +167,7 @@ class _Passes:
         for place, gradient in zip(self._out_gradients, gradients, strict=True):
             place.copy_(gradient)
         self._replay_backward()
+        self.memory.turn += 1
         return [gradient.detach() for gradient in self._gradients]
 
     @property
@@ -168,17 +182,18 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, passes: _Passes, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = passes.forward(tensors)
-        ctx.passes, ctx.turn = passes, passes.turn
+        ctx.passes, ctx.turn = passes, passes.memory.turn
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         passes: _Passes = ctx.passes
-        if ctx.turn != passes.turn:
+        if ctx.turn != passes.memory.turn:
             raise RuntimeError(
-                "a captured network ran again before the backward pass of its last output, which "
-                "needed what the first run kept: use another mode than graph for such a step"
+                "a captured network ran again before the backward pass of this output, which needs "
+                "what its own forward pass kept and can be made once: use another mode than graph "
+                "for such a step"
             )
         return None, *[None] * passes.inputs, *passes.backward(gradients)
 

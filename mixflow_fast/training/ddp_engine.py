@@ -46,6 +46,7 @@ from mixflow_fast.training.engines import (
     restore_float32,
     shapes_and_frozen,
 )
+from mixflow_fast.training.host_memory import keep_freed_memory, return_freed_memory
 
 # Bytes of a gradient in the precision of training.
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -104,6 +105,9 @@ class DDPEngine(Engine):
             self._call = CapturedNetwork(net, CudaRecorder(device))
         if self._ranks > 1:
             self._reducer = _Reducer(self._params, self._gradients, self._microsteps, c)
+        return_freed_memory()
+        if device.type == "cpu":
+            keep_freed_memory()
 
     def load(self, checkpoint: Path) -> bool:
         """As `Engine.load`."""

@@ -116,7 +116,10 @@ def test_the_objective_is_bound_by_bytes(
             assert row["bytes_us"] == pytest.approx(width * elements / 4.3e6, rel=1e-3)
         elif "tokens" in row["variant"]:
             assert 15 < row["loop_instructions_per_element"] <= 32, row
-    assert len({row["variant"] for row in rows}) >= 3 and len(rows) >= 9
+    # On each of three architectures, so that a case by another name does not go unasked.
+    asked = [row["variant"] for row in rows]
+    assert asked.count("rae bf16") == asked.count("rae fp32") == 3
+    assert sum("tokens" in variant for variant in asked) >= 3
 
 
 def test_every_kernel_makes_the_same_noise(quick_rows):

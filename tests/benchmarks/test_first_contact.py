@@ -69,10 +69,24 @@ def test_a_positive_logarithm_and_a_nan_are_found(monkeypatch) -> None:
     )
 
 
+def test_an_instruction_that_gives_nan_is_red(monkeypatch, tmp_path, capsys) -> None:
+    def faulty(name: str, x: torch.Tensor) -> torch.Tensor:
+        out = APPROXIMATIONS[name].exact(x)
+        out[3] = math.nan if name == "sin.approx" else out[3]
+        return out
+
+    monkeypatch.setattr(approximations, "approximate", faulty)
+    monkeypatch.setattr(first_contact, "write_kernels", lambda *_: [])
+    arguments = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--deadline", "600"]
+    assert first_contact.main(arguments) == 1
+    assert "ValueError: sin.approx gave NaN for 1 of 4097 values" in capsys.readouterr().out
+    assert {*APPROXIMATIONS} <= {row["op"] for row in read(tmp_path / "rows.jsonl")}
+
+
 COMPILE = """
 import torch
 from benchmarks.approximations import APPROXIMATIONS, launch
-from benchmarks.compile_report import _target, recording
+from benchmarks.recorded_launches import recording, target_of
 from mixflow_fast.kernels import runtime
 from triton.compiler import ASTSource
 
@@ -81,7 +95,7 @@ with recording(90) as launches:
         launch(entry.asm, torch.ones(4096))
 for recorded, entry in zip(launches, APPROXIMATIONS.values(), strict=True):
     source = ASTSource(recorded.function, *recorded.source)
-    ptx = runtime.triton.compile(source, target=_target(90), options=recorded.options).asm["ptx"]
+    ptx = runtime.triton.compile(source, target=target_of(90), options=recorded.options).asm["ptx"]
     assert entry.asm.split()[0] in ptx, ptx
 print("compiled", len(launches))
 """

@@ -100,14 +100,27 @@ def test_what_is_not_recorded() -> None:
     assert recorder.recordings == 4 and recorder.rehearsals == 6
 
 
-def test_a_pass_between_forward_and_backward_is_refused() -> None:
-    """It has overwritten what the backward pass needs: an error, not another gradient."""
+@pytest.mark.parametrize("images", [3, 2], ids=["same shape", "another shape"])
+def test_a_pass_between_forward_and_backward_is_refused(images: int) -> None:
+    """It has overwritten what the backward pass needs: an error, not another gradient.
+
+    One of another shape too, since all recordings lie in one pool of memory.
+    """
     captured = CapturedNetwork(network(SIZE), RecorderStandIn())
     first = loss_of(captured(*batch(0)))
-    second = loss_of(captured(*batch(1)))
+    second = loss_of(captured(*batch(1, images)))
     with pytest.raises(RuntimeError, match="a captured network ran again before the backward pass"):
         first.backward()
     second.backward()
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The first one has taken the memory of what it went through for its own results."""
+    captured = CapturedNetwork(network(SIZE), RecorderStandIn())
+    loss = loss_of(captured(*batch(0)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="and can be made once"):
+        loss.backward()
 
 
 @pytest.fixture

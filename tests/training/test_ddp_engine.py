@@ -66,7 +66,9 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, precision: str, more: l
 
 
 def test_many_ranks(tmp_path: Path) -> None:
-    """Two ranks: the same bits after a resume, with any buckets, and the losses of one rank."""
+    """Two ranks: the same bits after a resume, with any buckets, and the losses of one rank, which
+    may also go on alone.
+    """
     cases, small = [], "train.reduce_bucket_size=4000"
     for precision in ("fp32", "bf16"):
         own = ddp(precision)
@@ -74,6 +76,7 @@ def test_many_ranks(tmp_path: Path) -> None:
         cases += [(f"{precision}_parts", [*own, f"train.images={n}"]) for n in (16, 32)]
         cases.append((f"{precision}_small", [*own, small, "train.images=32"]))
     cases.append(("narrow", [*ddp("bf16"), "train.reduce_dtype=bf16", "train.images=32"]))
+    cases.append(("left", [*ddp("bf16"), "train.images=16"]))
     on_ranks(2, RANKS, "runs", str(tmp_path), json.dumps(cases))
     for precision in ("fp32", "bf16"):
         whole = tmp_path / f"{precision}_whole"
@@ -86,6 +89,11 @@ def test_many_ranks(tmp_path: Path) -> None:
         )
     assert losses(tmp_path / "narrow") == pytest.approx(losses(tmp_path / "bf16_alone"), rel=1e-2)
     assert losses(tmp_path / "narrow") != losses(tmp_path / "bf16_whole")
+    left = Trainer(tiny(tmp_path / "left", *ddp("bf16", "train.images=32")), quiet=True)
+    assert left.step == 2 and not left._start.resharded_from
+    left.run()
+    assert losses(tmp_path / "left")[:2] == losses(tmp_path / "bf16_whole")[:2]
+    assert losses(tmp_path / "left") == pytest.approx(losses(tmp_path / "bf16_alone"), rel=2e-3)
 
 
 @pytest.mark.long
