@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -85,9 +86,9 @@ def write_approximations(device: torch.device, writer: rows.Writer, count: int) 
         found = sweep(name, device, count)
         fields = dict(op=name, provider="device", mode="forward", shape=[found.count],
                       dtype="float32", timing=None)  # fmt: skip
-        writer.add(
-            metric="max_abs_error", p50=found.error, note=f"at {found.at!r}; {how}", **fields
-        )
+        # Of a result that is no number there is no error to write down; the next row counts them.
+        error = found.error if math.isfinite(found.error) else None
+        writer.add(metric="max_abs_error", p50=error, note=f"at {found.at!r}; {how}", **fields)
         writer.add(metric="nan_results", p50=float(found.nan), note=how, **fields)
         text = f"{name}: largest error {found.error:.3g} at {found.at!r}, {found.nan} NaN"
         if name == "lg2.approx":
