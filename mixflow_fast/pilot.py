@@ -22,7 +22,7 @@ from mixflow_fast.evaluation.gamma import choose_gamma
 from mixflow_fast.evaluation.metrics import Gaussian, frechet, kid
 from mixflow_fast.evaluation.slow_flow import STATES_PER_FEATURE
 from mixflow_fast.evaluation.slowed_times import LinearFeatures
-from mixflow_fast.files import write_json
+from mixflow_fast.files import remove_partial, write_json
 from mixflow_fast.models import load_model
 from mixflow_fast.reports.slow_flow_report import PilotTable
 from mixflow_fast.sampling.samples import sample
@@ -102,7 +102,7 @@ def run_pilot(
         KeyboardInterrupt: a signal ended a training, with a checkpoint.
     """
     known = {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
-    _claim(out, known or {"checkpoint": str(checkpoint.resolve())}, plan)
+    claim(out, known or {"checkpoint": str(checkpoint.resolve())}, plan)
     configs = {
         gamma: arm_config(config, checkpoint, gamma, plan.images, out / f"gamma_{gamma:g}")
         for gamma in plan.gammas
@@ -172,9 +172,10 @@ def _sample(
     partial.replace(done)
 
 
-def _claim(out: Path, weights: Mapping[str, str], plan: PilotPlan) -> None:
+def claim(out: Path, weights: Mapping[str, str], plan: PilotPlan) -> None:
     """Take the folder; arms of another checkpoint or of other sizes must not be mixed with ours."""
     mark = out / "pilot.json"
+    remove_partial(out)
     size = {"images": plan.images, "steps": plan.steps, "samples": plan.samples}
     ours = {**weights, "method": plan.method, **size}
     if mark.exists():

@@ -1,6 +1,8 @@
 """The demo at toy size: files and schema, same seed same bits, interruption, several seeds."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from mixflow_fast.demo import SETTINGS, Measure, arms, arms_of, run_demo
 from mixflow_fast.demo import measure as measuring
 from mixflow_fast.demo.findings import choice_note
+from mixflow_fast.demo.run import claim
 from mixflow_fast.evaluation import frechet_distance, moments, pooled_pixels
 from mixflow_fast.models import load_model
 from mixflow_fast.sampling.remedies import LabelScale
@@ -218,6 +221,14 @@ def test_the_note_on_the_choice_names_seeds_that_are_not_free_of_it() -> None:
     assert "Seed 0 had been seen before" in choice_note(photos, [0, 1])
     assert choice_note(photos, [1, 2]).endswith("were chosen on seeds 110, 111, 112, 113.")
     assert choice_note(photos, [1, 112]).endswith("112 took part in that choice.")
+
+
+def test_a_kill_before_the_first_file_leaves_no_other_demo(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".settings.json.{dead.pid}.tmp").write_text('{"data": "pho')
+    claim(tmp_path, TOY, fresh=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
 def test_bad_folders_and_seeds(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from mixflow_fast import pilot
 from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.evaluation.examples import Examples
-from mixflow_fast.pilot import PilotPlan, arm_config, planned_images, run_pilot
+from mixflow_fast.pilot import PilotPlan, arm_config, claim, planned_images, run_pilot
 from mixflow_fast.sampling.samples import SampleResult
 
 
@@ -36,6 +38,14 @@ def test_a_plan_of_nothing_is_refused() -> None:
     for name in ("images", "steps", "samples", "batch_size"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
             replace(plan, **{name: 0})
+
+
+def test_a_kill_before_the_first_file_leaves_no_other_pilot(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".pilot.json.{dead.pid}.tmp").write_text('{"wei')
+    claim(tmp_path, {"weights": "abc"}, PilotPlan(gammas=(0.0,), images=64, steps=5))
+    assert [path.name for path in tmp_path.iterdir()] == ["pilot.json"]
 
 
 class Recorded:

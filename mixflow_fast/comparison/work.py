@@ -18,7 +18,7 @@ from mixflow_fast.evaluation.features.extractor import Features, kept_or_extract
 from mixflow_fast.evaluation.pictures import open_pictures
 from mixflow_fast.evaluation.reference import KEPT, POOL, Reference, read_reference, write_reference
 from mixflow_fast.evaluation.sample_sets import write_set
-from mixflow_fast.files import write_json
+from mixflow_fast.files import remove_partial, write_json
 from mixflow_fast.folder_lock import FolderLock, is_held
 from mixflow_fast.messages import shorten
 from mixflow_fast.metrics.progress import Progress
@@ -68,6 +68,7 @@ def claim(folder: Path, plan: Plan, fresh: bool) -> None:
         ValueError: it holds another comparison, or something else.
     """
     mark, arms = folder / _SETTINGS, _settings(plan)
+    remove_partial(folder)
     if mark.exists():
         if fresh:
             _refuse_foreign(mark)
@@ -79,7 +80,7 @@ def claim(folder: Path, plan: Plan, fresh: bool) -> None:
             _empty(folder)
         else:
             arms = _with_those_there(folder, arms)
-    elif folder.exists() and _holds_something(folder):
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no comparison: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"format": _FORMAT, "arms": arms})
@@ -92,11 +93,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != _SETTINGS:
             path.unlink()
-
-
-def _holds_something(folder: Path) -> bool:
-    """Whether anything is there beside what a kill leaves that comes before the first rename."""
-    return any(not path.match(f".{_SETTINGS}.*.tmp") for path in folder.iterdir())
 
 
 def _refuse_foreign(mark: Path) -> None:

