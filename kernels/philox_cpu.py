@@ -17,10 +17,13 @@ from torch import Tensor
 from mixflow_fast import extension
 
 
-# Asked once while `torch.compile` traces, which cannot follow the search for a library.
-@torch.compiler.assume_constant_result
 def _is_loaded() -> bool:
     return extension.load().serves("cpu")
+
+
+# Asked once while `torch.compile` traces, which cannot follow the search for a library. It is what
+# `torch.compiler.assume_constant_result` sets; calling that imports the compiler, for seconds.
+_is_loaded._dynamo_marked_constant = True
 
 
 def serves(positions: Tensor) -> bool:

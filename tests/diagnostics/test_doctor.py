@@ -26,7 +26,7 @@ from tests.support.compiling import compiler
 from tests.support.kernels import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = re.compile(r"^@jit\ndef (\w+_kernel)\(", re.MULTILINE)
+KERNELS = re.compile(r"^@jit[^@]*?\ndef (\w+_kernel)\(", re.MULTILINE)
 
 
 def statuses(found: Diagnosis, section: str) -> dict[str, str]:

@@ -422,7 +422,7 @@ def test_attention_is_chosen_once_and_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "fast"}, "mode must be one of eager, compile, fused, got 'fast'"),
+        ({"mode": "fast"}, "mode must be one of eager, compile, fused, graph, got 'fast'"),
         ({"attention": "flash4"}, "attention must be one of auto, flash3"),
         ({"checkpointing": "all"}, "checkpointing must be one of none, elementwise, selective"),
         ({"checkpointing": "elementwise"}, 'use mode="fused"'),
