@@ -61,6 +61,12 @@ class _Shared:
     decoder: Decoder | None
 
 
+_REMEDY_NOTE = (
+    "The remedy has the constants that were given, the same for every arm and number of steps. "
+    "Chosen by these samples they look better than they are: choose them with another seed."
+)
+
+
 def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> Plan:
     """Of checkpoints."""
     from mixflow_fast.comparison.plan import Plan
@@ -71,6 +77,7 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     allow = [field for field in options.allow_different if field != _NETWORK]
     notes = _check_networks(paths, loaded, _NETWORK in options.allow_different)
     notes += _control_notes(loaded)
+    notes += [] if options.remedy is None else [_REMEDY_NOTE]
     shared = _Shared(
         _guide(options, device),
         _decoder(options, paths["after"], loaded["after"].model, choices),

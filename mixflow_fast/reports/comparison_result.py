@@ -28,6 +28,7 @@ NAMES = {
 COVERS = (
     "Intervals are 95% and cover the drawing of the generated images: another seed of the noise. "
     "They do not cover another training, which may differ by more, nor another reference."
+    " Each verdict is at 95% by itself: of twenty between equal networks one is to be expected."
 )
 NO_CONTROL = "no control: this difference includes plain further training"
 

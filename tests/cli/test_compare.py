@@ -147,6 +147,7 @@ def test_a_folder_of_other_weights_or_settings_is_refused(
     keys = [arm["key"] for arm in found["arms"]]
     assert keys == ["before", "control", "after", "control_remedy", "after_remedy"]
     assert "against control + ssc (a 0.2, b 1)" in said
+    assert "choose them with another seed" in said
     shown = assert_loads_nothing(out.read_text())
     assert "after: mixflow + ssc (a 0.2, b 1)" in shown.words
     protocols = found["protocols"].values()

@@ -99,6 +99,7 @@ def test_a_loss_is_said_as_plainly_as_a_win(comparison: Comparison) -> None:
     assert verdicts[0][4:] == ["3.000", "4.000"] and verdicts[1][3].startswith("+1")
     assert "No control: this difference includes plain further training." in shown.words
     assert shown.words.count("They do not cover another training") == 1
+    assert shown.words.count("of twenty between equal networks one is to be expected") == 1
     # Precision falls where the distance grows: lower is worse there.
     row = [r for r in shown.rows if r[0] == "after: <after> − before: <before>"][1]
     assert "better" in row[1] and "worse" in row[2]
