@@ -12,7 +12,7 @@ import html
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import plots, rows
@@ -171,12 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="of the pictures")
     options = parser.parse_args(argv)
-    draw: Callable[[Path], str] = lambda drawn: make(options.folder, drawn)  # noqa: E731
-    if options.plots is not None:
-        text = draw(options.plots)
-    else:
-        with tempfile.TemporaryDirectory() as drawn:
-            text = draw(Path(drawn))
+    with tempfile.TemporaryDirectory() as drawn:
+        text = make(options.folder, options.plots or Path(drawn))
     write_text(options.folder / PAGE, text)
     print(f"page: {options.folder / PAGE}")
     return 0

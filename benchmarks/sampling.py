@@ -141,7 +141,10 @@ def difference(cell: Cell, model: Transformer) -> float:
     own, _ = cell.sampler.run(velocity, z, lambda step: noises[step])
     if cell.method == "sde_euler":
         left = iter(noises)
-        draw = lambda x: next(left).repeat(len(x) // cell.batch, 1, 1, 1)  # noqa: E731
+
+        def draw(x: Tensor) -> Tensor:
+            return next(left).repeat(len(x) // cell.batch, 1, 1, 1)
+
         theirs = sample_sde(model, z, y, cell.steps, cell.cfg_scale, draw)
     else:
         method = {"euler": "euler", "heun": "heun2"}[cell.method]

@@ -360,7 +360,10 @@ def test_latents_are_kept_with_each_shard(tmp_path: Path) -> None:
         write_set(_with_latents, wanted, tmp_path / "b")
     with pytest.raises(ValueError, match=r"latents to be kept must be \(3, 4, 2, 2\), got None"):
         write_set(make, wanted, tmp_path / "c", batch_size=3)
-    huge = lambda ids: Made(pictures(ids), None, torch.full((len(ids), 4, 2, 2), 1e6))  # noqa: E731
+
+    def huge(ids: torch.Tensor) -> Made:
+        return Made(pictures(ids), None, torch.full((len(ids), 4, 2, 2), 1e6))
+
     with pytest.raises(ValueError, match="which float16 cannot hold"):
         write_set(huge, wanted, tmp_path / "d")
 
