@@ -17,6 +17,7 @@ from mixflow_fast.optim.lr_schedule import learning_rate
 from mixflow_fast.optim.skip_nonfinite import PIECE, skipping
 from tests.support import apex_stand_in
 from tests.support.csrc_library import require_library
+from tests.support.launches import Operators
 from tests.support.recorded_graph import record
 
 SHAPES = [(1,), (3,), (33, 31), (0,), (4_001,)]
@@ -132,7 +133,7 @@ def test_what_the_host_launches_in_a_step(impl: str) -> None:
             run.give(step)
             if step == 3 and name == "replay":
                 run._replay = lambda: None
-            launched = _Launched()
+            launched = Operators()
             with launched:
                 getattr(run, name)()
         found[name] = launched.names
@@ -140,20 +141,6 @@ def test_what_the_host_launches_in_a_step(impl: str) -> None:
     each = ["adamw_constants_"] if impl == "csrc" else ["fill_"] * 5
     assert found["replay"] == calls * each
     assert len(found["step"]) == {"csrc": 12, "foreach": 50}[impl]
-
-
-class _Launched(torch.utils._python_dispatch.TorchDispatchMode):
-    """Names of operators that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.partition("::")[2]
-        if not func.is_view and not name.startswith(("detach", "_record_function")):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @EVERY
