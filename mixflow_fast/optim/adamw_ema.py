@@ -34,7 +34,6 @@ from mixflow_fast.optim.step_calls import (
     CONSTANTS,
     MAX_EMAS,
     Call,
-    Group,
     State,
     csrc_settings,
     ema_names,
@@ -271,11 +270,12 @@ class AdamWEMA(torch.optim.Optimizer):
         """Counts a step of every parameter that has a gradient, in calls for those alike."""
         calls: list[Call] = []
         for group in self.param_groups:
+            names = ema_names(group)
             alike: dict[_Kind, Call] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self._started(group, p)
+                state = self._started(p, names)
                 state["step"] += 1
                 csrc = (p.device, p.grad.dtype) if self._takes_csrc(p) else None
                 kind = _Kind(state["step"], p in self._copies, csrc)
@@ -323,14 +323,14 @@ class AdamWEMA(torch.optim.Optimizer):
         if call.copies:
             torch._foreach_copy_(call.copies, call.params)
 
-    def _started(self, group: Group, p: Tensor) -> State:
+    def _started(self, p: Tensor, names: list[str]) -> State:
         """The state of a parameter; EMAs that it does not have yet start at the current weights."""
         state = self.state[p]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-        for name in ema_names(group):
+        for name in names:
             if name not in state:
                 state[name] = p.detach().to(torch.float32, copy=True)
         return state
