@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixflow_fast.diagnostics import kernel_replays
+from mixflow_fast.optim import adamw_ema
 from tests.support.kernels import DEVICE
 
 CPU = torch.device("cpu")
@@ -18,6 +19,14 @@ def test_replays_are_red_when_nothing_is_computed_anew(monkeypatch, replays, cou
     assert len(found) == count and all(finding.passed for finding in found)
     monkeypatch.setattr(kernel_replays, "capture", lambda step, device: (step(), lambda: None))
     assert not any(finding.passed for finding in replays(CPU, "reference"))
+
+
+def test_replays_of_the_optimizer_are_red_without_their_constants(monkeypatch) -> None:
+    found = list(kernel_replays.optimizer_replays(CPU))
+    assert len(found) == 5 and all(finding.passed for finding in found)
+    monkeypatch.setattr(adamw_ema, "send_constants", lambda call: None)
+    found = list(kernel_replays.optimizer_replays(CPU))
+    assert not any(finding.passed for finding in found)
 
 
 @pytest.mark.parametrize(
