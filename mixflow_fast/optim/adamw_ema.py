@@ -14,6 +14,7 @@ every step, which stalls a GPU.
 
 Where `csrc/` was built (`mixflow_fast.extension`) a step is one pass over the memory, elsewhere a
 series of foreach calls. The state of both is the same, so a run can change from one to the other.
+A CUDA graph takes the device's half of a step, `AdamWEMA.update`; `AdamWEMA.advance` is the host's.
 """
 
 from __future__ import annotations
