@@ -217,8 +217,13 @@ class AdamWEMA(torch.optim.Optimizer):
         A step then is `advance()`, and `update()` or the replay of a graph that has it:
 
             if optimizer.advance():
-                optimizer.update()  # runs as it is; to be captured before the next replay
+                optimizer.update()
+                graph = None
             else:
+                if graph is None:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        optimizer.update()  # captured, and not run
                 graph.replay()
 
         The constants are those of `step`, computed in float64 and rounded to float32. They travel

@@ -137,5 +137,6 @@ def frozen_in_graphs(call: Call) -> tuple[object, ...]:
         (p, p.grad, *(s[k] for k in keys)) for p, s in zip(call.params, call.states, strict=True)
     ]
     places = [[t.data_ptr() for t in some] for some in (*tensors, call.copies)]
+    layouts = [(p.grad.dtype, p.grad.stride()) for p in call.params]
     fixed = [group["betas"], group["eps"], bool(group["weight_decay"]), _fixed_decays(group)]
-    return call.csrc, fixed, places
+    return call.csrc, fixed, layouts, places

@@ -171,6 +171,11 @@ def _move_gradient(run: Run) -> None:
     run.params[2].grad = run.params[2].grad.clone()
 
 
+def _turn_gradient(run: Run) -> None:
+    p = run.params[2]
+    p.grad = p.grad.view(-1).as_strided(p.shape, (1, p.shape[0]))
+
+
 def _other_copies(run: Run) -> None:
     run.copies = {p: copy.clone() for p, copy in run.copies.items()}
     run.optimizer.set_copies(run.copies)
@@ -196,7 +201,16 @@ def _other_decay(run: Run) -> None:
     run.optimizer.param_groups[0]["weight_decay"] = 0.2
 
 
-MOVES = [_load, _move_gradient, _other_copies, _forget, _other_betas, _other_clip, _no_gradient]
+MOVES = [
+    _load,
+    _move_gradient,
+    _turn_gradient,
+    _other_copies,
+    _forget,
+    _other_betas,
+    _other_clip,
+    _no_gradient,
+]
 
 
 @EVERY
