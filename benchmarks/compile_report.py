@@ -28,8 +28,8 @@ from functools import partial
 import torch
 
 from benchmarks import machine_code
+from benchmarks.kernel_work import Work, work_of
 from benchmarks.noise_code import normal_formulas
-from benchmarks.objective_work import Work, work_of
 from benchmarks.recorded_launches import Launch, recording, target_of
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
@@ -39,12 +39,6 @@ from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepa
 
 RED = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "atomics")
 ARCHS, KNOWN_ARCHS = (80, 90, 100), (80, 86, 89, 90, 100, 120)
-
-
-OBJECTIVE = (
-    *("_interpolate_kernel", "_velocity_loss_kernel", "_reduce_kernel"),
-    "_scale_gradient_kernel",
-)
 CPU = torch.device("cpu")
 # What bounds an H200: instructions that its threads issue (132 multiprocessors, 4 warps of 32
 # threads a clock, 1.98 GHz), and what a copy reaches.
@@ -289,10 +283,10 @@ def _bounds(launch: Launch, cubin: bytes) -> dict[str, object]:
     work = work_of(launch.kernel, launch.arguments, launch.options["num_warps"], code)
     if work is None and code.loop:
         return bounds  # nobody knows how often it goes round
-    work = work or Work(rounds=0, elements=1)
+    known, work = work is not None, work or Work(rounds=0, elements=1)
     issued = len(code.once) + len(code.loop) * work.rounds
     bounds["issue_us"] = launch.threads * issued / ISSUE_PER_US
-    if launch.kernel in OBJECTIVE:
+    if known:
         bounds["loop_instructions_per_element"] = len(code.loop) * work.rounds / work.elements
         bounds["prologue_instructions_per_element"] = len(code.once) / work.elements
     return bounds
@@ -306,9 +300,10 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
     and stores of how many bits the PTX has; `vector128`: whether everything but single values
     (seed, times) moves 128 bits at once; `instructions`: lines of PTX; `seconds`: compiling took.
 
-    `issue_us`, `bytes_us`: the two bounds of the module's docstring. Rows of the objective's
-    kernels have instructions of the machine that a thread issues for an element of the data: in
-    the main loop, and besides it (`prologue`: before and after). `normals`: the formulas of the
+    `issue_us`, `bytes_us`: the two bounds of the module's docstring. Rows of the objective, of the
+    residual norm's two passes and of q's and k's norm have instructions of the machine that a
+    thread issues for an element of the data: in the main loop, and besides it (`prologue`: before
+    and after; all of it where no loop is left). `normals`: the formulas of the
     normal numbers that the machine code makes (`benchmarks/noise_code.py`).
     """
     with tempfile.TemporaryDirectory() as folder, runtime.triton.knobs.cache.scope():

@@ -1,4 +1,4 @@
-"""How much of the data a thread of the objective's kernels works on: `compile_report`'s part."""
+"""How much of the data a thread of a kernel works on: `compile_report`'s part."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Work:
 
 
 def work_of(kernel: str, given: dict[str, object], num_warps: int, code: Code) -> Work | None:
-    """The work of a launch with these arguments; None for kernels that are not the objective's."""
+    """The work of a launch with these arguments; None for kernels that nobody asks about."""
     threads = 32 * num_warps
     if kernel in ("_interpolate_kernel", "_velocity_loss_kernel"):
         bits = _interpolation_bits(given) if kernel == "_interpolate_kernel" else _loss_bits(given)
@@ -40,7 +40,26 @@ def work_of(kernel: str, given: dict[str, object], num_warps: int, code: Code) -
         samples = given["BLOCK_B"] if given["PER_SAMPLE"] else given["B"]
         rounds *= 1 if given["PER_SAMPLE"] else math.ceil(given["B"] / given["BLOCK_B"])
         return Work(rounds, min(samples, given["B"]) * given["numel"] / threads)
+    if kernel in ("_residual_norm_forward_kernel", "_residual_norm_backward_kernel"):
+        # The loop may be unrolled: what a round stores says how many rows it is.
+        slots = (given["HEAD"] + given["TAIL"]) / threads
+        stored = sum(access_bits([one for one in code.loop if one.opcode == "STG"]))
+        rows = max(round(stored / (slots * _row_bits(given))), 1) if _row_bits(given) else 1
+        return Work(given["ROWS"] / rows, given["ROWS"] * given["D"] / threads)
+    if kernel == "_qk_norm_forward_kernel":
+        return Work(0, given["ROWS"] * given["K"] / threads)
+    if kernel == "_qk_norm_backward_kernel":
+        loops = given["loops"]
+        return Work(loops, loops * given["ROWS"] * given["K"] / threads)
     return None
+
+
+def _row_bits(given: dict[str, object]) -> int:
+    """Bits that the residual norm stores for an element, statistics and partial sums left out."""
+    if "eps" in given:  # the forward pass
+        return _bits(given["y_ptr"]) * (2 if given["HAS_H"] else 1)
+    flags = dict(DX="dx", DH="dh", DGATE="dgate", DSHIFT="dshift", DSCALE="dscale", WITH_Y="y")
+    return sum(_bits(given[f"{name}_ptr"]) for flag, name in flags.items() if given[flag])
 
 
 def _bits(tensor: object) -> int:
