@@ -231,7 +231,7 @@ class MixedPlan(Plan):
 def mixed_arms(settings: MixedSettings, sweep: bool = False) -> dict[str, MixedArm]:
     """Rectified flow, MixFlow and kappa-FC at one lambda, and kappa-FC at its own.
 
-    The sweep adds both learned sources at every lambda of SWEEP that is not among these.
+    The sweep adds both learned sources at every other lambda of SWEEP and at these two.
     """
     lam, own = settings.lam, settings.fc_lam
     arms = {
@@ -239,14 +239,14 @@ def mixed_arms(settings: MixedSettings, sweep: bool = False) -> dict[str, MixedA
         "mix": _mix(lam),
         "fc": _fc(lam, ", as MixFlow's"),
         "fc_tuned": _fc(own, ", its own best"),
-        "mix_matched": _mix(own),
     }
     if own == lam:
-        del arms["fc_tuned"], arms["mix_matched"]
+        del arms["fc_tuned"]
     if sweep:
-        for each in SWEEP:
-            if each not in (lam, own):
+        for each in sorted({*SWEEP, lam, own}):
+            if each != lam:
                 arms[f"mix_{each:g}"] = _mix(each, folded=True)
+            if each not in (lam, own):
                 arms[f"fc_{each:g}"] = _fc(each, folded=True)
     return arms
 

@@ -103,9 +103,7 @@ def _health(weights: Path, model: Transformer, dataset: Dataset) -> dict[str, fl
         return {}
     index = sample_index(torch.arange(min(HEALTH_IMAGES, len(dataset))), len(dataset), seed=0)
     batch = dataset.get(index, index, 0)
-    mix = MixFlow(
-        gamma=0.0, timesteps="uniform", clock=model.clock, seed=0, source=stored.source
-    )
+    mix = MixFlow(gamma=0.0, timesteps="uniform", clock=model.clock, seed=0, source=stored.source)
     with torch.no_grad():
         health = source_health(mix.prepare(batch.x, ids=index, y=batch.y))
     return {name: float(value) for name, value in health.items()}

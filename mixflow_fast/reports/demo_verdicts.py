@@ -19,7 +19,6 @@ _PAIRS = (
     ("fc_tuned", "rf"),
     ("mix", "fc"),
     ("mix", "fc_tuned"),
-    ("mix_matched", "fc_tuned"),
     ("mix_slowed", "mix_plain"),
     ("mix_plain", "rf_plain"),
     ("mix_slowed", "rf_slowed"),
