@@ -86,9 +86,8 @@ def test_bits_of_plain_mixflow(clock: str, path: str, dtype: torch.dtype, case: 
 
 
 def test_the_standard_source_is_none() -> None:
-    a, b = (
-        plain(source=source).prepare(data(), torch.arange(4)) for source in (None, StandardSource())
-    )
+    sources = None, StandardSource()
+    a, b = (plain(source=source).prepare(data(), torch.arange(4)) for source in sources)
     assert torch.equal(a.x, b.x) and a.source is None and b.source is None
 
 
@@ -242,11 +241,8 @@ def test_calls_without_ids_go_on() -> None:
 
 
 def test_uniform_weights() -> None:
-    w = (
-        mixed(lambda x1: x1.repeat(1, 2))
-        .prepare(torch.zeros(20_000, 1), torch.arange(20_000))
-        .source.w
-    )
+    mix = mixed(lambda x1: x1.repeat(1, 2))
+    w = mix.prepare(torch.zeros(20_000, 1), torch.arange(20_000)).source.w
     assert 0 < w.min() and w.max() < 1
     counts = torch.histc(w, 10, 0, 1)
     assert (counts - 2000).abs().max() < 5 * 2000**0.5
@@ -278,18 +274,14 @@ def test_lam_is_the_same_at_every_resolution() -> None:
     """The same picture at twice the size: mse and lam KL / D are what they were, beta KL is not."""
     small = data(n=2)
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    parts = {}
+    kl = {}
     for size, x1 in (("small", small), ("large", large)):
         for weight in ("lam", "beta"):
-            source = MixedSource(lambda x1: (x1, 0.3 * x1), **{weight: 0.01})
-            mix = plain(source=source)
+            mix = plain(source=MixedSource(lambda x1: (x1, 0.3 * x1), **{weight: 0.01}))
             it = mix.prepare(x1, torch.arange(2))
-            with_kl = mix.loss(torch.zeros_like(x1), it, reduction="none", weight=0.0)
-            parts[size, weight] = with_kl
-    torch.testing.assert_close(parts["large", "lam"], parts["small", "lam"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(
-        parts["large", "beta"], 4 * parts["small", "beta"], rtol=1e-5, atol=0
-    )
+            kl[size, weight] = mix.loss(it.x, it, reduction="none", weight=0.0)
+    torch.testing.assert_close(kl["large", "lam"], kl["small", "lam"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(kl["large", "beta"], 4 * kl["small", "beta"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("part", [0, 1])
