@@ -75,8 +75,8 @@ def sample(
 
     The starting noise of id i is normal(seed, Stream.SAMPLE_NOISE, i). The last batch is filled up
     with the ids that follow, so a sample's bits do not depend on how many are asked for; between
-    batch sizes (and for "dopri5", whose step control spans the batch) they agree to rounding
-    (to the solver's tolerance). The network is put in evaluation mode and gets its training flags
+    batch sizes they agree to rounding (for "dopri5" and "rk45", whose step control spans the batch,
+    to the solver's tolerance). The network is put in evaluation mode and gets its training flags
     back; no global random state is read or changed.
 
     Args:
@@ -86,7 +86,7 @@ def sample(
             network without num_classes.
         num: number of samples, when neither labels nor ids say it; ids default to 0 .. num - 1.
         steps, method, shift: a `Sampler` of these; steps are intervals of the grid (SiT's
-            num_steps - 1), of which "dopri5" uses only the ends.
+            num_steps - 1), of which "dopri5" and "rk45" use only the ends.
         cfg_scale, cfg_channels, guidance_interval: a `Guidance` of these.
         ids: (B,) int64 >= 0.
         balanced: drawn labels are id % num_classes.
