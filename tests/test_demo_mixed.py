@@ -28,7 +28,7 @@ TOY = replace(
     samples=70,
     trajectories=6,
     curvature_steps=4,
-    toy_steps=5,
+    toy_steps=20,
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*full-rank.*", "ignore:.*samples.*:UserWarning")
 
@@ -81,7 +81,7 @@ def test_arms_differ_in_their_source_alone(folder: Path) -> None:
         assert config["train"]["init"] is None and config["train"]["images"] == 320
     sources = {name: config["source"] for name, config in configs.items()}
     assert sources["rf"]["kind"] == "standard"
-    assert [sources[n]["w"] for n in ("mix", "fc", "fc_tuned")] == ["uniform", "1", "1"]
+    assert [sources[n]["w"] for n in ("mix", "fc", "fc_tuned")] == ["uniform", 1.0, 1.0]
     assert [sources[n]["lam"] for n in ("mix", "fc", "fc_tuned")] == [0.3, 0.3, 3.0]
     assert all(sources[n]["kappa"] == "data" for n in ("mix", "fc", "fc_tuned"))
     # The same network before training, and after it others.
@@ -109,7 +109,7 @@ def test_numbers_are_what_they_say(folder: Path) -> None:
     kl = {n: found["arms"][n]["source"]["health"]["kl_per_dim"] for n in ("fc", "fc_tuned")}
     assert kl["fc"] > kl["fc_tuned"] > 0
     toy = found["toy"]["arms"]
-    assert len(toy) == 3 and all(len(arm["paths"]) >= 20 for arm in toy.values())
+    assert len(toy) == 4 and all(len(arm["paths"]) >= 20 for arm in toy.values())
 
 
 def test_the_page_and_its_tables(folder: Path) -> None:
@@ -181,7 +181,7 @@ def test_other_settings_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_sweep_holds_both_sources_at_every_lambda() -> None:
     every = mixed_arms(MIXED, sweep=True)
-    for w in ("uniform", "1"):
+    for w in ("uniform", 1.0):
         lambdas = [arm.lam for arm in every.values() if arm.w == w]
         assert sorted(lambdas) == sorted({*SWEEP, MIXED.lam, MIXED.fc_lam})
     # Folded: exactly what the sweep adds.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mixflow_fast.demo.arms import grid_name, save_pictures, strip_name
-from mixflow_fast.demo.measure import Measure, floor_of
+from mixflow_fast.demo.measure import Measure, floor_of, over_seeds
 from mixflow_fast.demo.plan import Finished, Plan
 from mixflow_fast.environment import cpu_name, current_environment
 from mixflow_fast.metrics.metrics_file import read_metrics
@@ -20,7 +20,6 @@ from mixflow_fast.reports.demo_result import (
     DemoResult,
     Distances,
     Metric,
-    Number,
     Pictures,
     main_arms,
 )
@@ -89,14 +88,6 @@ def _arm_result(
 def combine(tables: Sequence[Mapping[str, Cell]]) -> Distances:
     """The distances of one arm and metric over the seeds."""
     return {key: over_seeds([table[key]["value"] for table in tables]) for key in tables[0]}
-
-
-def over_seeds(values: Sequence[float]) -> Number:
-    """One seed's number as it is; of several the mean and the sample standard deviation."""
-    if len(values) == 1:
-        return values[0]
-    mean, std = statistics.fmean(values), statistics.stdev(values)
-    return {"mean": mean, "std": std, "values": list(values)}
 
 
 def _corrected(tables: Sequence[Mapping[str, Cell]]) -> Distances:

@@ -16,7 +16,7 @@ from mixflow_fast.evaluation.features.effnet_lite import EffNetLite0, package_we
 from mixflow_fast.evaluation.features.extractor import extract
 from mixflow_fast.evaluation.frechet import pooled_pixels, random_conv_features
 from mixflow_fast.evaluation.metrics import Gaussian, frechet
-from mixflow_fast.reports.demo_result import Cell, Metric
+from mixflow_fast.reports.demo_result import Cell, Metric, Number
 from mixflow_fast.reports.images import to_uint8
 
 FLOOR_DRAWS = 10
@@ -107,6 +107,14 @@ def floor_of(data: str, size: int, samples: int) -> dict[Metric, float]:
         for metric, cell in measure(images[index], without).items():
             values[metric].append(cell["value"])
     return {metric: statistics.fmean(each) for metric, each in values.items()}
+
+
+def over_seeds(values: Sequence[float]) -> Number:
+    """One seed's number as it is; of several the mean and the sample standard deviation."""
+    if len(values) == 1:
+        return values[0]
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    return {"mean": mean, "std": std, "values": list(values)}
 
 
 def all_images(data: str, split: str, size: int) -> Tensor:

@@ -15,8 +15,7 @@ from typing import Literal
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
-from mixflow_fast.demo.findings import over_seeds
-from mixflow_fast.demo.measure import Measure, measure_notes
+from mixflow_fast.demo.measure import Measure, measure_notes, over_seeds
 from mixflow_fast.demo.mixed_toy import toy_of
 from mixflow_fast.demo.plan import Finished, Plan, SourceNumbers, Words
 from mixflow_fast.demo.source_numbers import HEUN, source_numbers
@@ -45,7 +44,7 @@ class MixedArm:
     """
 
     label: str
-    w: str | None = None
+    w: str | float | None = None
     lam: float | None = None
     after: str | None = None
     gamma: float = 0.0
@@ -66,6 +65,8 @@ class MixedSettings:
     base_lr: float = 1e-3
     schedule: LrSchedule = "cosine"
     ema_decay: float = 0.99
+    widths: tuple[int, ...] = (16, 32, 32)  # of the predictor: half the recipe's, twice as fast
+    groups: int = 8
     gamma: float = 0.15  # of slowed interpolation on top
     post_images: int = 32_000
     post_lr: float = 5e-4
@@ -121,7 +122,7 @@ class MixedPlan(Plan):
                 f"optim.lr={settings.base_lr}",
                 f"optim.schedule={settings.schedule}",
                 f"optim.ema_decays=[{settings.ema_decay}]",
-                *_source(start),
+                *_source(start, settings),
             ],
         )
         if arm.after is None:
@@ -279,14 +280,19 @@ def _mix(lam: float, folded: bool = False) -> MixedArm:
 
 
 def _fc(lam: float, more: str = "", folded: bool = False) -> MixedArm:
-    return MixedArm(f"kappa-FC, lambda {lam:g}{more}", "1", lam, folded=folded)
+    return MixedArm(f"kappa-FC, lambda {lam:g}{more}", 1.0, lam, folded=folded)
 
 
-def _source(arm: MixedArm) -> list[str]:
+def _source(arm: MixedArm, settings: MixedSettings) -> list[str]:
     """Overrides of the recipe that make an arm's source."""
     if arm.w is None:
         return ["source={kind: standard}"]
-    return [f"source.w={arm.w}", f"source.lam={arm.lam}"]
+    return [
+        f"source.w={arm.w}",
+        f"source.lam={arm.lam}",
+        f"source.widths={list(settings.widths)}",
+        f"source.groups={settings.groups}",
+    ]
 
 
 def facts(arm: MixedArm, settings: MixedSettings) -> list[str]:
@@ -301,7 +307,7 @@ def facts(arm: MixedArm, settings: MixedSettings) -> list[str]:
         return [f"{settings.post_images:,} more crops, {frozen}{times}", "sampled from N(0, I)"]
     if arm.w is None:
         return ["x0 ~ N(0, I) in training (w = 0)", "sampled from N(0, I)"]
-    mixing = "w = 1 always (Fast-ODE)" if arm.w == "1" else "w ~ U[0, 1)"
+    mixing = "w = 1 always (Fast-ODE)" if arm.w == 1.0 else "w ~ U[0, 1)"
     return [
         f"x0 from the learned source of the image, {mixing}, lambda = {arm.lam:g}",
         "sampled from N(0, I), the source thrown away",

@@ -72,6 +72,8 @@ class ToyArm(TypedDict):
     Keys:
         curvature: of its paths.
         sliced: sliced 2-Wasserstein distance of its samples to fresh points, by Euler steps.
+        mse: velocity loss at the end of training.
+        sigma: mean standard deviation of the source, unmixed.
         aggregate: the same distance between its training's noise ends and N(0, I).
         paths: of the first seed, each a list of (x, y) from noise to sample.
     """
@@ -79,6 +81,8 @@ class ToyArm(TypedDict):
     label: str
     curvature: Number
     sliced: Distances
+    mse: Number
+    sigma: Number
     aggregate: Number
     paths: Sequence[Sequence[Sequence[float]]]
 
