@@ -64,6 +64,7 @@ class Stream(IntEnum):
     SAMPLE_SDE = 12  # noise of stochastic samplers
     PERTURBATION = 13  # noise that input perturbation adds
     ROLLOUT = 14  # size of the step that makes a rolled-out input
+    DROPOUT = 21  # masks of dropout, under a key of each layer
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
