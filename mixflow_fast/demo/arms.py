@@ -68,7 +68,8 @@ class Seed:
         folder = self.folder / name
         cells = evaluate(folder, Path(config.out), name, self, measure, quiet)
         found: Evaluation = {"cells": cells, "seconds": 0.0}
-        source = self.plan.source_numbers(config, self.number, measure, quiet)
+        weights = Path(config.out) / "weights.pt"
+        source = self.plan.source_numbers(weights, self.number, measure, quiet)
         if source is not None:
             found["source"] = source
         found["seconds"] = time.monotonic() - started

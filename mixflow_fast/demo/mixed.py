@@ -157,11 +157,11 @@ class MixedPlan(Plan):
             raise ValueError('the report needs matplotlib: pip install "mixflow_fast[eval]"')
 
     def source_numbers(
-        self, config: Config, seed: int, measure: Measure, quiet: bool
+        self, weights: Path, seed: int, measure: Measure, quiet: bool
     ) -> SourceNumbers:
         s = self.settings
         return source_numbers(
-            config,
+            weights,
             measure,
             seed=seed,
             samples=s.samples,

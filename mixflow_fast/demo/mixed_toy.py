@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -69,13 +69,8 @@ def toy_results(
     arms: Mapping[str, ToyArm],
     settings: ToySettings,
     seeds: Sequence[int],
-    log: Callable[[str], None] = lambda text: None,
 ) -> Toy:
-    """Train every arm with every seed, and measure.
-
-    Args:
-        log: is told of each that is done.
-    """
+    """Train every arm with every seed, and measure."""
     found: dict[str, ToyArmResult] = {}
     for name, arm in arms.items():
         paths: list[list[list[float]]] = []
@@ -85,7 +80,6 @@ def toy_results(
             results.append(measure_toy(model))
             if not paths:
                 paths = _paths(model)
-            log(f"{arm.name}, seed {seed}: {results[-1]}")
         found[name] = {
             "label": arm.name,
             "curvature": over_seeds([result.curvature for result in results]),
@@ -103,7 +97,7 @@ def toy_results(
         "seeds": list(seeds),
         "steps": list(STEP_COUNTS),
         "arms": found,
-        "floor": over_seeds([_floor(settings, seed) for seed in seeds]),
+        "floor": over_seeds([floor_of(settings, seed) for seed in seeds]),
         "points": _rounded(points),
     }
 
@@ -114,7 +108,7 @@ def _paths(model: ToyModel) -> list[list[list[float]]]:
     return [_rounded(path) for path in states.transpose(0, 1)]
 
 
-def _floor(settings: ToySettings, seed: int) -> float:
+def floor_of(settings: ToySettings, seed: int) -> float:
     """Two draws of the data, as many as the samples, against each other."""
     g = torch.Generator().manual_seed(40_000 + seed)
     one, other = (toy_data(settings.data, settings.samples, g)[0] for _ in range(2))

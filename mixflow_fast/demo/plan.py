@@ -139,12 +139,12 @@ class Plan(ABC):
         return None
 
     def source_numbers(
-        self, config: Config, seed: int, measure: Measure, quiet: bool
+        self, weights: Path, seed: int, measure: Measure, quiet: bool
     ) -> SourceNumbers | None:
         """What is measured of a trained arm beyond its distances by Euler steps, if anything.
 
         Args:
-            config: of the finished training.
+            weights: of the finished training.
         """
         return None
 

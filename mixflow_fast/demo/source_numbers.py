@@ -6,17 +6,14 @@ what training drew the noise end from is from N(0, I), which every arm is sample
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 
-from mixflow_fast.config.schema import Config
 from mixflow_fast.data import Dataset, build_dataset, sample_index
 from mixflow_fast.demo.measure import Measure
 from mixflow_fast.demo.plan import SourceNumbers
 from mixflow_fast.evaluation.curvature import Curvature, path_curvature
-from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.models import Transformer, load_model
 from mixflow_fast.models.weights.sources import load_source
 from mixflow_fast.objective.mixflow import MixFlow
@@ -25,6 +22,7 @@ from mixflow_fast.reports.demo_result import Cell, Metric
 from mixflow_fast.sampling.draws import draw_labels
 from mixflow_fast.sampling.guidance import model_velocity
 from mixflow_fast.sampling.samples import sample
+from mixflow_fast.sampling.source import sampling_noise
 
 # Intervals of Heun's method with a last Euler step, which costs 2 N - 1 evaluations.
 HEUN = {"Heun, 2 steps": 2, "Heun, 3 steps": 3, "Heun, 5 steps": 5}
@@ -34,7 +32,7 @@ _BATCH = 100
 
 
 def source_numbers(
-    config: Config,
+    weights: Path,
     measure: Measure,
     *,
     seed: int,
@@ -46,14 +44,13 @@ def source_numbers(
     """Everything above, of a finished training.
 
     Args:
-        config: of the training.
-        measure: distances; FD-EffLite0 is left to the Euler steps, for it costs as much as
-            the samples.
+        weights: of the training.
+        measure: distances to photos of its size; FD-EffLite0 is left to the Euler steps, for it
+            costs as much as the samples.
         seed: of the samples.
         samples: for each distance.
         trajectories, curvature_steps: of the curvature.
     """
-    weights = Path(config.out) / "weights.pt"
     model = load_model(weights).eval()
     curvature = _curvature(model, seed, trajectories, curvature_steps)
     solvers: dict[Metric, dict[str, Cell]] = {}
@@ -71,8 +68,8 @@ def source_numbers(
         for metric, cell in measure(drawn.x, without=("frechet_effnet_lite0",)).items():
             solvers.setdefault(metric, {})[name] = cell
     few = min(RK45_SAMPLES, samples)
-    adaptive = sample(model, num=few, method="dopri5", seed=seed, balanced=True, batch_size=few)
-    dataset = build_dataset(config.data.kind, size=config.data.size, split="train")
+    adaptive = sample(model, num=few, method="rk45", seed=seed, balanced=True, batch_size=few)
+    dataset = build_dataset("photos", size=measure.size, split="train")
     return {
         "curvature": curvature.mean,
         "curvature_se": curvature.se,
@@ -91,7 +88,7 @@ def _curvature(model: Transformer, seed: int, trajectories: int, steps: int) -> 
     for start in range(0, trajectories, _BATCH):
         ids = torch.arange(start, min(start + _BATCH, trajectories))
         labels = draw_labels(seed, ids, c["num_classes"], balanced=True)
-        x0 = normal(seed, Stream.SAMPLE_NOISE, ids, math.prod(shape)).view(-1, *shape)
+        x0 = sampling_noise(None, seed, ids, shape)
         values.append(path_curvature(model_velocity(model, labels), x0, steps)[0])
     return Curvature(torch.cat(values), steps)
 
