@@ -134,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
     paths = {"network": options.checkpoint}
     if options.after is not None:
         paths = {"before": options.checkpoint, "after": options.after}
+    for path in paths.values():
+        _check_source(path)
     models = {name: load_model(path, options.weights) for name, path in paths.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = without_flips(build_data(config.data, config.model, config.encoder))
@@ -233,6 +235,17 @@ def _config(options: argparse.Namespace) -> Config:
         file = Path(place) / "config.yaml"
         file.write_text(metadata.config)  # JSON is YAML
         return load_config(str(file), options.overrides)
+
+
+def _check_source(path: Path) -> None:
+    from mixflow_fast.cli.compared_networks import NO_SLOW_FLOW
+    from mixflow_fast.models.weights.sources import load_source
+
+    if load_source(path) is not None:
+        raise ValueError(
+            f"slow flow of {path} cannot be measured: {NO_SLOW_FLOW}. `mixflow-fast curvature` "
+            "measures how straight its paths are, and `compare` its samples"
+        )
 
 
 def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
