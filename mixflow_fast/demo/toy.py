@@ -196,7 +196,7 @@ def train_toy(arm: ToyArm, settings: ToySettings, seed: int) -> ToyModel:
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-        if step >= 0.9 * settings.steps:
+        if step >= settings.steps - max(settings.steps // 10, 1):
             kl = 0 if it.source is None else it.source.kl_weight * it.source.kl.detach()
             last.append((samples - kl).mean())
     return ToyModel(arm, settings, seed, ema.eval(), source, torch.stack(last).mean().item())
