@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
 from mixflow_fast.cli.sampler_options import chosen_sampler
-from mixflow_fast.cli.sources import chosen_source, describe_start, why_normal
+from mixflow_fast.cli.sources import chosen_source, describe_start, refuse_unused
 from mixflow_fast.messages import shorten
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     device = extractors.device_of(options)
     choices = _choices(options)
     loaded = {key: _load(options, path, device) for key, path in paths.items()}
-    _check_source_w(options, loaded)
+    refuse_unused(options.source_w, {key: one.trained_source for key, one in loaded.items()})
     allow = [field for field in options.allow_different if field != _NETWORK]
     notes = _check_networks(paths, loaded, _NETWORK in options.allow_different)
     notes += _control_notes(loaded)
@@ -173,19 +173,11 @@ def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
     config, why = _recorded_config(path)
     file = WeightsFile.open(path)
     stored = source_of(file, average)
-    # Refused below where it has no effect on any arm.
-    source = chosen_source(stored, None if why_normal(stored) else options.source_w, path)
+    source = chosen_source(stored, options.source_w)
     if source is not None:
         source.source.predictor.to(device)
     sha256 = weights_sha256(model)
     return _Checkpoint(model.to(device), sha256, config, why, file.steps, stored, source)
-
-
-def _check_source_w(options: argparse.Namespace, loaded: Mapping[str, _Checkpoint]) -> None:
-    if options.source_w is None or any(each.source is not None for each in loaded.values()):
-        return
-    why = "; ".join(f"{key}: {why_normal(each.trained_source)}" for key, each in loaded.items())
-    raise ValueError(f"--source-w has no effect on any of them ({why}): leave it out")
 
 
 def _source_notes(loaded: Mapping[str, _Checkpoint]) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start
+from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start, refuse_unused
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ def _check(options: argparse.Namespace) -> None:
 
 def _measure_all(options: argparse.Namespace) -> list[_Measured]:
     """One checkpoint after the other, so that one network at a time needs memory."""
+    from mixflow_fast.models.weights.sources import load_source
+
+    if options.source_w is not None:
+        sources = {str(path): load_source(path, options.weights) for path in options.checkpoints}
+        refuse_unused(options.source_w, sources)
     found: list[_Measured] = []
     sizes: dict[str, object] = {}
     for path in options.checkpoints:
@@ -189,8 +194,7 @@ def _prepared(
     device = device_of_rank("auto")
     file = WeightsFile.open(path)
     stored = source_of(file, options.weights)
-    weight = options.source_w
-    source = chosen_source(stored, weight, path)
+    source = chosen_source(stored, options.source_w)
     if source is not None:
         source.source.predictor.to(device)
     model = model_of(file, options.weights, clock=options.clock).to(device).eval()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
-from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start
+from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start, refuse_unused
 from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
@@ -258,7 +258,8 @@ def _drawer(options: argparse.Namespace) -> tuple[Drawer, StoredSource | None]:
     chosen = chosen_sampler(options)
     loaded = _network(options.checkpoint, options)
     model = loaded.model
-    source = chosen_source(loaded.source, options.source_w, options.checkpoint)
+    refuse_unused(options.source_w, {str(options.checkpoint): loaded.source})
+    source = chosen_source(loaded.source, options.source_w)
     if options.path is None:
         chosen = chosen.for_network(model.path)
     preset = chosen.preset

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,27 +37,33 @@ def _weight(text: str) -> float | str:
     return found
 
 
-def chosen_source(
-    stored: StoredSource | None, w: float | str | None, path: Path
-) -> SampleSource | None:
+def chosen_source(stored: StoredSource | None, w: float | str | None) -> SampleSource | None:
     """Where the samples of a checkpoint begin; None is N(0, I).
 
     Args:
         stored: the source in its file.
-        w: of the option.
-        path: of the checkpoint, for messages.
-
-    Raises:
-        ValueError: a weight that has no effect.
+        w: of the option, see `refuse_unused`; it changes nothing where samples begin at N(0, I).
     """
-    from mixflow_fast.sampling.source import sample_source
+    from mixflow_fast.sampling.source import SampleSource
 
-    source = None if stored is None else stored.source
-    if w is not None and (reason := why_normal(stored)):
-        raise ValueError(f"--source-w has no effect for {path}: {reason}; leave it out")
-    if w is None and stored is not None and not stored.source.needs_data:
+    if stored is None or why_normal(stored):
+        return None
+    if w is None:
         w = stored.sample_w
-    return sample_source(source, None if w == _TRAINING else w)
+    return SampleSource(stored.source, None if w == _TRAINING else w)
+
+
+def refuse_unused(w: float | str | None, stored: Mapping[str, StoredSource | None]) -> None:
+    """Refuse `--source-w` where it has no effect on any checkpoint, with the reasons.
+
+    Args:
+        w: of the option.
+        stored: name of a checkpoint -> the source in its file.
+    """
+    reasons = {name: why_normal(source) for name, source in stored.items()}
+    if w is not None and all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"--source-w has no effect: {why}. Leave it out")
 
 
 def why_normal(stored: StoredSource | None) -> str:
