@@ -64,6 +64,13 @@ class Stream(IntEnum):
     SAMPLE_SDE = 12  # noise of stochastic samplers
     PERTURBATION = 13  # noise that input perturbation adds
     ROLLOUT = 14  # size of the step that makes a rolled-out input
+    SOURCE_WEIGHT = 15  # weight w of a mixed source
+    SOURCE_NOISE = 16  # second noise of a mixed source that mixes samples
+    SOURCE_SIGNAL = 17  # noise that a mixed source is conditioned on
+    SAMPLE_SIGNAL = 18  # the same for generated samples
+    SAMPLE_WEIGHT = 19  # weight w for generated samples
+    SAMPLE_SOURCE_NOISE = 20  # second noise for generated samples
+    DROPOUT = 21  # dropout inside a network
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

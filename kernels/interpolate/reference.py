@@ -45,6 +45,32 @@ def sample_moments(moments: Moments, seed: int | Tensor, ids: Tensor, impl: str 
     return (mean.to(dtype) + std.to(dtype) * eps.to(dtype)) * scale
 
 
+def draw_times(
+    schedule: Schedule,
+    seed: int | Tensor,
+    ids: Tensor | None,
+    t: Tensor | None = None,
+    slowed_t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B,) times t and m in the caller's clock: as given, or drawn.
+
+    The slowed times are NaN where a given time lies outside [0, 1].
+    """
+    u = v = None
+    given = [time for time in (t, slowed_t) if time is not None]
+    if t is None:
+        u = philox.uniform(seed, Stream.TIME, ids)[:, 0]
+        t = schedule.time(u)
+    if slowed_t is None:
+        if schedule.gamma or schedule.interval == "full":
+            v = philox.uniform(seed, Stream.SLOWING, ids)[:, 0]
+        slowed_t = schedule.slowed(t, u, v)
+    # As in the kernel, which cannot raise: NaN shows in the loss.
+    for time in given:
+        slowed_t = torch.where((time >= 0) & (time <= 1), slowed_t, math.nan)
+    return t, slowed_t
+
+
 def interpolate_reference(
     x1: Tensor | Moments,
     schedule: Schedule,
@@ -63,18 +89,7 @@ def interpolate_reference(
     """
     data = x1.mean if isinstance(x1, Moments) else x1
     compute = compute_dtype(data)
-    u = v = None
-    given = [time for time in (t, slowed_t) if time is not None]
-    if t is None:
-        u = philox.uniform(seed, Stream.TIME, ids)[:, 0]
-        t = schedule.time(u)
-    if slowed_t is None:
-        if schedule.gamma or schedule.interval == "full":
-            v = philox.uniform(seed, Stream.SLOWING, ids)[:, 0]
-        slowed_t = schedule.slowed(t, u, v)
-    # As in the kernel, which cannot raise: NaN shows in the loss.
-    for time in given:
-        slowed_t = torch.where((time >= 0) & (time <= 1), slowed_t, math.nan)
+    t, slowed_t = draw_times(schedule, seed, ids, t, slowed_t)
     if isinstance(x1, Moments):
         x1 = sample_moments(x1, seed, ids, "reference")
     if x0 is None:

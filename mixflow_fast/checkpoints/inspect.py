@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixflow_fast.models import build
 from mixflow_fast.models.registry import describe_model
-from mixflow_fast.models.weights.damage import first_damaged, is_finite
+from mixflow_fast.models.weights.damage import first_damaged, is_finite, not_finite
 from mixflow_fast.models.weights.files import WeightsFile, tensors_in
 from mixflow_fast.models.weights.foreign import describe_unknown
 from mixflow_fast.models.weights.loading import (
@@ -27,6 +27,8 @@ from mixflow_fast.models.weights.loading import (
     spec_of_any_heads,
 )
 from mixflow_fast.models.weights.naming import ClassName, depth, kind_of
+from mixflow_fast.models.weights.source_record import PREFIX
+from mixflow_fast.models.weights.sources import record_of, source_state
 from mixflow_fast.models.weights.state_dicts import StateDict
 
 _OPTIMIZERS = ("opt", "optimizer")
@@ -85,11 +87,12 @@ class Inspection:
         path, size_bytes, format, layout: the file.
         contents: one row per top-level entry.
         weights: the container that was looked at ("" for a bare state dict).
-        kind: "SiT", "REPA SiT", "DiT-DH" or "unknown".
+        kind: "SiT", "REPA SiT", "DiT-DH", "SongUNet" or "unknown".
         model: a description of the network.
         class_name, kwargs: what builds it.
         clock_from: what the clock is known from.
         misshaped: name -> [shape in the file, shape expected].
+        source: the mixed source beside the network, in words; None where there is none.
         non_finite: container and name.
     """
 
@@ -107,6 +110,7 @@ class Inspection:
     clock: str | None = None
     clock_from: str | None = None
     prediction: str | None = None
+    source: str | None = None
     parameters: int = 0
     trainable: int | None = None
     dtypes: list[str] = field(default_factory=list)
@@ -169,6 +173,7 @@ def inspect_file(
         found.notes.append("legacy REPA names decoder_blocks.* were read as blocks.*")
     _find_network(found, file, state)
     _compare_with(found, state, against)
+    _find_source(found, file, key)
     _add_notes(found, file.entries)
     return found
 
@@ -258,7 +263,7 @@ def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]
     if recorded is not None and recorded.clock:
         found.clock_from = "recorded in the file"
     found.prediction = spec.prediction
-    found.tokens = (model.input_size // model.patch_size) ** 2
+    found.tokens = model.tokens
     found.model = describe_model(spec.class_name, spec.kwargs)
     found.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if found.kind == "SiT" and not model.learn_sigma and not spec.clock:
@@ -268,13 +273,27 @@ def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]
         )
 
 
+def _find_source(found: Inspection, file: WeightsFile, key: str) -> None:
+    record = record_of(file)
+    if record is None:
+        return
+    weight = f"beta {record.beta:g}" if record.lam is None else f"lambda {record.lam:g}"
+    found.source = f"{record.describe()}, {weight}"
+    state, own = source_state(file, key), record.build_predictor("meta").state_dict()
+    missing, unexpected, shapes = compare(state, own)
+    found.missing += [PREFIX + name for name in missing]
+    found.unexpected += [PREFIX + name for name in unexpected]
+    found.misshaped |= {PREFIX + name: list(pair) for name, pair in shapes.items()}
+    found.non_finite += [PREFIX + name for name in not_finite(state)]
+
+
 def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> NetworkSpec:
     """The network, with heads of one where their number cannot be read and does not matter here."""
     projected = None
     if found.kind == "REPA SiT" and file.official.encoder_depth is None:
         projected = min(8, depth(state))  # REPA's default, where the network is deep enough
     spec = spec_of_any_heads(file, state, projected)
-    if spec.kwargs["num_heads"] is not None:
+    if spec.kwargs.get("num_heads", 1) is not None:
         return spec
     found.notes.append(
         "the number of heads cannot be read from these shapes: load_model needs num_heads=; names "
@@ -287,9 +306,12 @@ def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> Net
 def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:
     if against is not None:
         own = found.kwargs
-        other = "DiTDH" if against.startswith("DiTDH") else "SiT"
+        # "SiT-XL/2", "DiTDH-S" and "SongUNet-64" begin with their classes.
+        other = against.partition("-")[0]
         names = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma")
         names += ("z_dims", "projector_dim", "encoder_depth", "qk_norm")
+        if other == "SongUNet":
+            names = ("in_channels", "out_channels", "activate_w_mode")
         # What the name of a published size leaves open is taken from the file.
         same = {n: own[n] for n in names if n in own} if other == found.class_name else {}
         with torch.device("meta"):

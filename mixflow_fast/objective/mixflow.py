@@ -22,6 +22,7 @@ from torch import Tensor
 from mixflow_fast.flow.clock import CLOCKS, check_clock
 from mixflow_fast.flow.path import LOSS_WEIGHTS, PREDICTIONS, get_path
 from mixflow_fast.flow.schedule import INTERVALS, Schedule, TargetAt
+from mixflow_fast.flow.source import MixedSource, StandardSource
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.interpolate import (
     Moments,
@@ -47,6 +48,13 @@ from mixflow_fast.objective.checks import (
     check_weight,
 )
 from mixflow_fast.objective.draws import draw_noise, next_ids, perturbed, seed_on
+from mixflow_fast.objective.mixed import (
+    SourceDraw,
+    check_labels,
+    check_source,
+    mixed_interpolation,
+    mixed_times,
+)
 
 # Counters of `mixflow_loss` calls without ids, by seed and device.
 _COUNTERS: dict[int, dict[torch.device, Tensor]] = {}
@@ -63,6 +71,8 @@ class Interpolation:
         slowed_t: (B,) time m at which x was interpolated, caller's clock, float32.
         data: the (B, ...) data or `Moments`, as given.
         ids: (B,) int64 positions that the draws are keyed by; None when nothing was drawn.
+        source: what a mixed source gave, else None. x and `x0()` then carry the graph to its
+            predictor.
     """
 
     x: Tensor
@@ -75,6 +85,7 @@ class Interpolation:
     _impl: str
     _made_by: tuple[str, str]  # clock and path
     _versions: tuple[int, ...]  # change counts of the tensors that the loss reads, too
+    source: SourceDraw | None = None
 
     @property
     def x1(self) -> Tensor:
@@ -111,7 +122,8 @@ class MixFlow:
             "label" at t (the published patch). They differ off the linear path, and for scores
             and weighted losses.
         loss_weight: None, "velocity" or "likelihood": SiT's weights of noise and score losses.
-        source: distribution of the noise end; None is N(0, I), the only one in this version.
+        source: distribution of the noise end: None or `StandardSource()` is N(0, I), a
+            `MixedSource` (`flow.source`) has a predictor, trained along by the same loss.
         seed: of the counter-based draws, in [0, 2**64).
         impl: "reference" is plain PyTorch; "triton" the fused kernels; "auto" takes the kernels
             on CUDA devices (float32, bf16, fp16; Triton installed) and else the reference.
@@ -135,7 +147,7 @@ class MixFlow:
         prediction: str = "velocity",
         target_at: str = "slowed",
         loss_weight: str | None = None,
-        source: object | None = None,
+        source: StandardSource | MixedSource | None = None,
         seed: int = 0,
         impl: str = "auto",
         interval: str = "shifted",
@@ -158,11 +170,6 @@ class MixFlow:
                 f'loss_weight={loss_weight!r} is defined for prediction="noise" and "score" '
                 f"(SiT), got prediction={prediction!r}: use loss_weight=None"
             )
-        if source is not None:
-            raise ValueError(
-                "source must be None (standard Gaussian noise): mixed sources are not in this "
-                f"version, got {source!r}"
-            )
         self.seed = philox.check_seed(seed)
         self.clock = check_clock(clock)
         self.path = get_path(path)
@@ -170,6 +177,7 @@ class MixFlow:
         self.schedule = Schedule.of(
             self.clock, timesteps, float(gamma), float(shift), interval, bounds
         )
+        self.source = check_source(source, self.schedule, prediction)
         self.prediction = prediction
         self.target_at = target_at
         self.loss_weight = loss_weight
@@ -196,8 +204,11 @@ class MixFlow:
         slowed_t: Tensor | None = None,
         patch_size: int | None = None,
         dtype: torch.dtype | None = None,
+        y: Tensor | None = None,
     ) -> Interpolation:
-        """Draw (or take) t, m and x0, and interpolate. Nothing here needs a gradient.
+        """Draw (or take) t, m and x0, and interpolate.
+
+        Nothing here needs a gradient but a mixed source, whose predictor is called here.
 
         Args:
             x1: (B, ...) data in float32, bf16, fp16 or float64, or the `Moments` of an
@@ -208,7 +219,7 @@ class MixFlow:
                 at 0 in every process and goes on with every call, spread over the ranks of an
                 initialised process group; in a worker of a DataLoader it starts at the worker's
                 seed, and says so. On a GPU such calls belong on one stream, which advances it.
-            x0: (B, ...) noise, used exactly.
+            x0: (B, ...) noise, used exactly. Not beside a mixed source, which makes it.
             t: (B,) times of the network, caller's clock, used exactly: no shift is applied.
             slowed_t: (B,) times m in the caller's clock, used exactly; beside a given t at least
                 as noisy, unless interval="full".
@@ -216,6 +227,8 @@ class MixFlow:
                 the patch, column, channel), for (B, C, H, W) data; None keeps x1's shape.
             dtype: floating-point type of x, for a network that computes in another one than x1 is
                 stored in: x is rounded once. None is that of x1.
+            y: (B,) integer classes for a mixed source with kappa="class", without label dropout;
+                no other source reads it.
 
         Returns:
             `Interpolation`; arithmetic and times are float32 (given times keep float64 for
@@ -236,11 +249,37 @@ class MixFlow:
         slowed_t = None if slowed_t is None else check_times("slowed_t", slowed_t, like)
         if t is not None and slowed_t is not None and self.schedule.interval != "full":
             check_slowing(t, slowed_t, self.clock)
+        if self.source is not None and x0 is not None:
+            raise ValueError(
+                "x0 must not be given beside a mixed source, which makes the noise end itself: "
+                "leave x0 out, or use MixFlow(source=None)"
+            )
         x0 = None if x0 is None else check_noise(x0, like)
         patch_size = check_patch_size(patch_size, like)
         seed, path = seed_on(self.seed, like.device), self.path.name
         perturb = self.input_perturbation > 0 and x0 is None
-        if kernels:
+        draw = None
+        # A kernel's loss gives its gradient to x0 in a velocity's target alone.
+        kernels = kernels and (self.source is None or self.prediction == "velocity")
+        impl = "triton" if kernels else "reference"
+        if self.source is not None:
+            end = sample_moments(x1, seed, ids, impl) if isinstance(x1, Moments) else x1
+            y = check_labels(y, like) if self.source.needs_labels else None
+            t, slowed_t = mixed_times(self.schedule, path, like, seed, ids, t, slowed_t, impl)
+            x, x0, draw = mixed_interpolation(
+                self.source,
+                end,
+                y,
+                seed,
+                ids,
+                slowed_t,
+                clock=self.clock,
+                path=path,
+                patch_size=patch_size,
+                dtype=dtype or like.dtype,
+                impl=impl,
+            )
+        elif kernels:
             x, t, slowed_t = interpolate(
                 x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, "triton", dtype
             )
@@ -251,13 +290,13 @@ class MixFlow:
             x, t, slowed_t = interpolate_reference(
                 x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, dtype
             )
-        impl = "triton" if kernels else "reference"
         if perturb:
             xi = draw_noise(seed, ids, like, impl, Stream.PERTURBATION)
             strength = self.input_perturbation
             x = perturbed(x, strength, self.path, self.clock, slowed_t, xi, patch_size)
         made_by = self.clock, path
-        return Interpolation(x, t, slowed_t, x1, ids, x0, seed, impl, made_by, _versions(x1, ids))
+        versions = _versions(x1, ids)
+        return Interpolation(x, t, slowed_t, x1, ids, x0, seed, impl, made_by, versions, draw)
 
     def loss(
         self,
@@ -269,12 +308,14 @@ class MixFlow:
     ) -> Tensor:
         """The mean squared error of the prediction, per sample or reduced.
 
+        With a mixed source that is not frozen each sample's loss has its KL on top: + lam KL / D.
+
         Args:
             pred: the network's output for `it.x`, `it.t`: (B, ...) in x1's shape, or tokens
                 (B, N, p p C) of (B, C, H, W) data, features as `prepare` writes them.
             it: what `prepare` returned.
             weight: a number, (B,) per sample, or broadcastable to x1's shape per element;
-                multiplies the squared error, and the mean still divides by the count.
+                multiplies the squared error alone, and the mean still divides by the count.
             reduction: "none" -> (B,) float32, "sum" over the batch, "mean" over the batch. Each
                 sample's loss is the mean over its elements.
             learn_sigma: pred has twice the channels of x1; the second half is not used and its
@@ -337,12 +378,18 @@ class MixFlow:
                 impl="triton",
                 **options,
             )
-            return loss, loss.detach() if reduction == "none" else samples
+            samples = loss.detach() if reduction == "none" else samples
+            if it.source is not None and it.source.kl_weight:
+                kl = it.source.kl_weight * it.source.kl
+                return loss + reduce(kl, reduction), samples + kl.detach()
+            return loss, samples
         if patch_size:
             pred = from_tokens(pred, like.shape, patch_size)
         if learn_sigma:
             pred = pred[:, : like.shape[1]]
         samples = velocity_loss_reference(pred, it.x1, it.x0(), times, reduction="none", **options)
+        if it.source is not None and it.source.kl_weight:
+            samples = samples + it.source.kl_weight * it.source.kl
         return reduce(samples, reduction), samples.detach()
 
     def _check_interpolation(self, it: object) -> None:
@@ -382,7 +429,7 @@ def mixflow_loss(
     Args:
         net: called as net(x, t, y), or net(x, t) when y is None; returns the prediction.
         x1: (B, ...) data, or its `Moments`.
-        y: (B,) labels or whatever the network takes.
+        y: (B,) labels or whatever the network takes; a source with kappa="class" takes them, too.
         ids, x0, t, slowed_t: as `MixFlow.prepare`. Without ids each call draws afresh, from a
             counter per seed that starts at 0 in every process.
         weight, reduction, learn_sigma: as `MixFlow.loss`.
@@ -408,7 +455,7 @@ def mixflow_loss(
     if ids is None and (isinstance(x1, Moments) or None in (x0, t, slowed_t)):
         # From the module's counter: that of `mix` would start at 0 in every call.
         ids = next_ids(_COUNTERS.setdefault(mix.seed, {}), like)
-    it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t, patch_size=patch_size)
+    it = mix.prepare(x1, ids=ids, x0=x0, t=t, slowed_t=slowed_t, patch_size=patch_size, y=y)
     pred = net(it.x, it.t) if y is None else net(it.x, it.t, y)
     return mix.loss(pred, it, weight=weight, reduction=reduction, learn_sigma=learn_sigma)
 

@@ -43,12 +43,18 @@ def roll_in(
         `it` with another x, and with t - h as its `slowed_t`, in the caller's clock.
 
     Raises:
-        ValueError: another path or prediction, steps < 1, times and noise that were all given.
+        ValueError: another path or prediction, steps < 1, times and noise that were all given, a
+            mixed source.
     """
     if mix.path.name != "linear" or mix.prediction != "velocity":
         raise ValueError(
             "a rollout needs the linear path and velocity prediction, whose target is the same at "
             f"every time: got path={mix.path.name!r} and prediction={mix.prediction!r}"
+        )
+    if mix.source is not None:
+        raise ValueError(
+            "a rollout takes the noise of a batch as given, which a mixed source does not: use "
+            "source=None"
         )
     if steps < 1:
         raise ValueError(f"steps of a rollout must be >= 1, got {steps}")

@@ -28,12 +28,14 @@ from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.stragglers import StragglerWatch
 from mixflow_fast.models import Transformer
 from mixflow_fast.models.autoencoders.decoding import Decoder
+from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
 from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.nonfinite_guard import NonFiniteGuard
+from mixflow_fast.training.source import SourceHealth
 
 
 def validation_loss(
@@ -119,6 +121,7 @@ class Logging:
         learning_rate: as a function of the images seen.
         global_batch_size: images a step.
         data_wait: says that training waits for its data; None says nothing.
+        source: numbers of a mixed source; None where it is N(0, I).
     """
 
     def __init__(
@@ -129,10 +132,12 @@ class Logging:
         learning_rate: Callable[[int], float],
         global_batch_size: int,
         data_wait: DataWaitWatch | None = None,
+        source: SourceHealth | None = None,
     ) -> None:
         self._context, self._timetable, self._guard = context, timetable, guard
         self._learning_rate, self._batch = learning_rate, global_batch_size
         self._stragglers, self._data_wait = StragglerWatch(), data_wait
+        self._source = source
 
     def due(self, step: int) -> bool:
         """Every so many steps, and at the end of the run."""
@@ -148,10 +153,14 @@ class Logging:
         images_seen = step * self._batch
         row: dict[str, object] = {"step": step, "images_seen": images_seen}
         row |= self._guard.row()
+        if self._source is not None:
+            row |= self._source.row(step)
         row |= {"lr": self._learning_rate(images_seen)}
         row |= self._context.throughput.take()
         self._context.log.training_row(row)
         if sentence := self._stragglers.sentence(self._context.throughput.straggler):
+            self._context.log.log(sentence)
+        if self._source is not None and (sentence := self._source.warning(row)):
             self._context.log.log(sentence)
         if self._data_wait is not None and (sentence := self._data_wait.sentence(step, row)):
             self._context.log.log(sentence)
@@ -165,6 +174,7 @@ class Previews:
         timetable: when it is due.
         options: how the pictures come about.
         watched: the copy to sample with.
+        source: the mixed source whose predictor the copy carries; None for N(0, I).
     """
 
     def __init__(
@@ -173,9 +183,10 @@ class Previews:
         timetable: Timetable,
         options: PreviewOptions,
         watched: WatchedCopy,
+        source: SourceRecord | None = None,
     ) -> None:
         self._context, self._timetable = context, timetable
-        self._options, self._watched = options, watched
+        self._options, self._watched, self._source = options, watched, source
         self._decoder: Decoder | None = None
 
     def due(self, step: int) -> bool:
@@ -201,7 +212,7 @@ class Previews:
             try:
                 if decoder is not None:
                     decoder.to(next(self._watched.net.parameters()).device)
-                write_preview(self._watched.net, self._options, path, decoder)
+                write_preview(self._watched.net, self._options, path, decoder, self._source)
             finally:
                 if decoder is not None:  # training has the device's memory to itself
                     decoder.to("cpu")
