@@ -95,6 +95,7 @@ def assert_same(a: Run, b: Run, step: int) -> None:
 def test_replays_have_the_bits_of_steps(impl: str, kind: type[AdamWEMA], clip: float) -> None:
     """20 steps of one recording, with a rate that changes; a step in between is passed over."""
     eager, captured = (Run(impl, kind, grad_clip=clip) for _ in range(2))
+    norms = set()
     for step in range(1, 21):
         bad = step == 9 and kind is not AdamWEMA
         before = [t.clone() for t in captured.everything()]
@@ -102,12 +103,14 @@ def test_replays_have_the_bits_of_steps(impl: str, kind: type[AdamWEMA], clip: f
             run.give(step, bad)
         eager.step()
         captured.replay()
+        norms.add(captured.optimizer.grad_norm.data_ptr())
         assert_same(eager, captured, -1 if bad else step)
         if bad:
             assert not captured.optimizer.grad_norm.isfinite()
             after = captured.everything()
             assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-    assert captured.captures == 1
+    # The norm is not of a capture's own memory, which later passes may take.
+    assert captured.captures == len(norms) == 1
 
 
 def test_a_frozen_number_would_show() -> None:
