@@ -325,9 +325,7 @@ def _source_backward_kernel(
             second, second_log_var, second_exp, w, second_eps, SAMPLES
         )
         of_log_var = tl.fma(0.5 * grad_kl, rest + log_var, of_log_var)
-        second_of_log_var = tl.fma(
-            0.5 * grad_kl, second_rest + second_log_var, second_of_log_var
-        )
+        second_of_log_var = tl.fma(0.5 * grad_kl, second_rest + second_log_var, second_of_log_var)
         of_mean = tl.fma(grad_kl, mean, w * gradient)
         second_of_mean = tl.fma(grad_kl, second_mean, w * second)
         of_mean = tl.interleave(of_mean, second_of_mean).to(grad_mean_ptr.dtype.element_ty)
