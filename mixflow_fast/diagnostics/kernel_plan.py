@@ -111,8 +111,10 @@ class Task(NamedTuple):
 def tasks(
     device: torch.device, impl: str, level: Level, ops: Iterable[str] = tuple(NEEDS)
 ) -> Iterator[Task]:
-    """The checks of a level for some operators; "step", a training step, needs all."""
-    ops = set(NEEDS if "step" in ops else ops)
+    """The checks of a level for some operators; "step", a training step, needs all of its own."""
+    ops = set(ops)
+    ops |= NEEDS.keys() - {"mixed_source"} if "step" in ops else set()
+    ops -= {"step"}
     yield from _block_tasks(device, impl, level, [op for op in BLOCK_OPS if op in ops])
     objective = ops - set(BLOCK_OPS) - {"mixed_source"}
     yield from _objective_tasks(device, impl, level, objective)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mixflow_fast.diagnostics.kernel_cases import (
     SEED,
@@ -18,16 +19,29 @@ from mixflow_fast.diagnostics.kernel_cases import (
     function_call,
     shape_name,
 )
-from mixflow_fast.flow.source import SourceMode
+from mixflow_fast.flow.source import SourceMode, bounded_log_var, halves
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.mixed_source import mix_and_interpolate, mix_and_interpolate_reference
 
 OUTPUTS = ("x", "x0", "kl")
+# Narrower than a run's, so that some of the log-variances are clamped.
+LOG_VAR_RANGE = (-1.5, 0.75)
+
+
+def _ours(predicted: Tensor, **given: object) -> tuple[Tensor, Tensor, Tensor]:
+    options = {"log_var": None, "log_var_range": LOG_VAR_RANGE, **given}
+    return mix_and_interpolate(mean=predicted, **options)
+
+
+def _reference(predicted: Tensor, **given: object) -> tuple[Tensor, Tensor, Tensor]:
+    mean, log_var = halves(predicted, None)
+    log_var = bounded_log_var(log_var, LOG_VAR_RANGE)
+    return mix_and_interpolate_reference(mean=mean, log_var=log_var, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCase:
-    """`mix_and_interpolate` and its gradient.
+    """`mix_and_interpolate` and its gradient, of a predictor's one tensor.
 
     Attributes:
         shape: (B, C, H, W).
@@ -63,14 +77,13 @@ class SourceCase:
         return "mixed_source"
 
     def inputs(self, device: torch.device, empty: bool = False) -> Inputs:
-        """A source that is neither near N(0, I) nor far from it, and weights from 0 to 1."""
+        """A source that is neither near N(0, I) nor far from it; weights from 0 to 1, both ends."""
         draw = Draw(device, self.dtype, empty)
         B, C, H, W = self.shape
         single = partial(draw.normal, dtype=torch.float32)
         tensors = {
             "x1": draw.normal(*self.shape, mean=0.5),
-            "mean": single(*self.shape).requires_grad_(self.mode != "forward"),
-            "log_var": single(*self.shape, mean=-0.5).requires_grad_(self.mode != "forward"),
+            "predicted": single(B, 2 * C, H, W).requires_grad_(self.mode != "forward"),
             "w": torch.linspace(0, 1, B, device=device),
             "slowed_t": draw.uniform(B),
             "ids": torch.arange(B, device=device) + (1 << 33),
@@ -88,13 +101,17 @@ class SourceCase:
         return {"seed": seed, "patch_size": self.patch_size, **names}
 
     def call(self, inputs: Inputs, impl: str) -> Call:
-        # The function's own argument is called mode, too.
-        function = partial(mix_and_interpolate, **self._options(inputs), impl=impl)
+        # What the operator calls mode is none of `function_call`'s.
+        function = partial(_ours, **self._options(inputs), impl=impl)
         return function_call(function, inputs, OUTPUTS, self.mode)
 
     def reference(self, inputs: Inputs) -> Call:
-        function = partial(mix_and_interpolate_reference, **self._options(inputs))
+        function = partial(_reference, **self._options(inputs))
         return function_call(function, inputs, OUTPUTS, self.mode)
 
     def parts(self, inputs: Inputs, found: Tensors) -> Tensors:
-        return found
+        """The gradient's halves apart, so that neither hides behind the other's size."""
+        parts = dict(found)
+        if "dpredicted" in parts:
+            parts["dmean"], parts["dlog_var"] = parts.pop("dpredicted").chunk(2, dim=1)
+        return parts

@@ -334,14 +334,39 @@ def test_memory_layouts() -> None:
     assert all(torch.equal(a[name], b[name]) for name in NAMES)
 
 
-def test_both_halves_of_one_tensor_get_their_gradients() -> None:
-    x1, pair = data(3, 4, 6, 6), torch.cat(moments(3, 4, 6, 6), dim=1).requires_grad_()
-    options = dict(clock=DATA_AT_1, path="linear", mode="moments", impl="triton")
-    made = mix_and_interpolate(x1, *pair.chunk(2, dim=1), W, M, SEED, IDS, **options)
-    (gradient,) = torch.autograd.grad(made, pair, upstream(*made))
-    expected = ours(x1, *pair.detach().chunk(2, dim=1))
-    assert torch.equal(gradient[:, :4], expected["dmean"])
-    assert torch.equal(gradient[:, 4:], expected["dlog_var"])
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(4, 6, 6), (5, 3, 7), (64,)])
+def test_one_tensor_of_both_halves(shape: tuple[int, ...], mode: str, impl: str) -> None:
+    """The bits of two tensors, and a gradient in one, without a pass that puts it together."""
+    x1, (mean, log_var) = data(3, *shape), moments(3, *shape)
+    options = dict(clock=DATA_AT_1, path="linear", mode=mode, impl=impl, log_var_range=(-1.5, 1.0))
+    both = torch.cat([mean, log_var], dim=1).requires_grad_()
+    made = mix_and_interpolate(x1, both, None, W, M, SEED, IDS, **options)
+    (gradient,) = torch.autograd.grad(made, both, upstream(*made))
+    expected = run(mix_and_interpolate, x1, mean, log_var, **options)
+    found = dict(zip(NAMES, [*made, *gradient.chunk(2, dim=1)], strict=True))
+    assert gradient.is_contiguous()
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_clamping_is_torchs(mode: str) -> None:
+    """Values and gradients of a clamp before the operator, the ends themselves included."""
+    x1, (mean, log_var) = data(3, 4, 6, 6), moments(3, 4, 6, 6)
+    low, high = -1.5, 1.0
+    log_var[:, 0, 0, :2] = torch.tensor([low, high], device=DEVICE)
+    inside = (log_var >= low) & (log_var <= high)
+    assert 0.3 < inside.float().mean() < 0.7
+
+    def clamped(x1, mean, log_var, *rest, **options) -> tuple[Tensor, Tensor, Tensor]:
+        options.update(impl="triton")
+        return mix_and_interpolate(x1, mean, log_var.clamp(low, high), *rest, **options)
+
+    expected = run(clamped, x1, mean, log_var, mode=mode)
+    made = ours(x1, mean, log_var, mode=mode, log_var_range=(low, high))
+    assert all(torch.equal(made[name], expected[name]) for name in NAMES)
+    assert torch.equal(made["dlog_var"] != 0, inside)
 
 
 @pytest.mark.parametrize("source", [FP32, BF16])
@@ -368,7 +393,11 @@ def test_a_value_that_is_not_finite_shows_in_its_own_sample() -> None:
     made = ours(x1, mean, log_var)
     assert made["kl"].isnan().tolist() == [False, True, False]
     assert made["x"][1, 0, 0, 0].isnan() and made["x"].isnan().sum() == 1
-    assert made["dlog_var"].isnan().sum() == 1
+    assert not made["dlog_var"].isnan().any()  # as a clamped one has none
+    log_var[2, 0, 0, 0] = math.inf
+    for bounds in ((-12.0, 6.0), (-math.inf, math.inf)):
+        made = ours(x1, mean, log_var, log_var_range=bounds)
+        assert made["kl"].isnan().tolist() == [False, True, True]
 
 
 def test_empty_batches_and_what_no_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,12 +424,16 @@ def test_opcheck(impl: str, mode: str, drawn: bool) -> None:
     noise = (None, None) if drawn else (data(3, 4, 6, 6, seed=8), data(3, 4, 6, 6, seed=9))
     patch_size, dtype = (2, BF16) if drawn else (0, None)
     arguments = x1, mean, log_var, W, M, SEED, IDS, *noise, NOISE_AT_1, "gvp", mode
-    torch.library.opcheck(OPS.mix_and_interpolate, (*arguments, patch_size, impl, dtype))
+    rest = patch_size, -1.5, 1.0, impl, dtype
+    torch.library.opcheck(OPS.mix_and_interpolate, (*arguments, *rest))
+    both = torch.cat([mean, log_var], dim=1).detach().requires_grad_()
+    torch.library.opcheck(OPS.mix_and_interpolate, (x1, both, None, *arguments[3:], *rest))
     shape = (3, 9, 16) if drawn else (3, 4, 6, 6)
     gradients = data(*shape, dtype=dtype or FP32), None if drawn else data(3, 4, 6, 6), W
-    source = mean.detach(), log_var.detach(), W, M, SEED, IDS, noise[1 if mode == "samples" else 0]
-    rest = NOISE_AT_1, "gvp", mode, patch_size, impl == "triton"
-    torch.library.opcheck(OPS.source_backward, (*gradients, *source, *rest))
+    source = W, M, SEED, IDS, noise[1 if mode == "samples" else 0]
+    rest = NOISE_AT_1, "gvp", mode, patch_size, -1.5, 1.0, impl == "triton"
+    for moments_ in ((mean.detach(), log_var.detach()), (both.detach(), None)):
+        torch.library.opcheck(OPS.source_backward, (*gradients, *moments_, *source, *rest))
 
 
 @pytest.mark.parametrize("how", [{}, {"dynamic": True}], ids=str)
@@ -464,6 +497,8 @@ def test_the_closed_form_is_that_of_the_formulas() -> None:
             path="linear",
             mode=mode,
             patch_size=0,
+            low=-math.inf,
+            high=math.inf,
         )
         for name, value in zip(("dmean", "dlog_var"), found, strict=True):
             assert relative_rms(value, truth[name]) < 1e-14
