@@ -37,6 +37,8 @@ from mixflow_fast.models.weights.loading import compare, load_into, network_spec
 from mixflow_fast.models.weights.metadata import Scalar
 from mixflow_fast.models.weights.naming import ClassName, with_sigma_head, with_velocity_head
 from mixflow_fast.models.weights.places import parts, weights_file
+from mixflow_fast.models.weights.source_record import SETTINGS
+from mixflow_fast.models.weights.sources import check_source, record_of, source_state
 
 Format = Literal["official", "ema", "diffusers"]
 Head = Literal["velocity", "sigma", "as-is"]
@@ -75,6 +77,7 @@ class _Weights:
         model: the network on the meta device.
         which: the state dict that was read from `file`.
         recorded_args: settings in the file that are passed on.
+        source: weights of the mixed source beside the network; empty without one.
     """
 
     state: dict[str, Tensor]
@@ -86,6 +89,7 @@ class _Weights:
     which: Which
     recorded_args: dict[str, Scalar]
     notes: list[str]
+    source: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -132,6 +136,11 @@ def export(
     loaded = _read(file, weights, clock, num_heads)
     _set_head(loaded, head or ("as-is" if to == "ema" else "velocity"), head is not None)
     _check_fit(loaded)
+    if loaded.source and (to != "official" or bare):
+        loaded.notes.append(
+            "the file has a mixed source, which this form cannot hold: it is left out, and samples "
+            "begin at N(0, I)"
+        )
     if to == "official":
         count = _write_official(loaded, out, bare)
     elif to == "ema":
@@ -192,6 +201,9 @@ def _read(
         spec = network_spec(file, state, num_heads)
         file.check_values(which, state)
         state = portable(state, str(path))
+        record, source = record_of(file), source_state(file, which)
+        if record is not None:
+            check_source(file, source, record)
     return _Weights(
         state=state,
         model=spec.on_meta(clock),
@@ -206,6 +218,7 @@ def _read(
             if isinstance(value, str | int | float | bool)
         },
         notes=[str(warning.message) for warning in caught],
+        source={} if record is None else portable(source, str(path)),
     )
 
 
@@ -265,10 +278,13 @@ def _write_official(loaded: _Weights, out: Path, bare: bool) -> int:
         write_pt(out, loaded.state)
         return len(loaded.state)
     args = _metadata(loaded) | {"model": json.dumps(loaded.model.config)}
+    if loaded.source:
+        args[SETTINGS] = loaded.recorded_args[SETTINGS]
     rest = {n: v for n, v in loaded.recorded_args.items() if n not in args and n not in _OWN_NAMES}
     if rest:
         args["source_args"] = json.dumps(rest)
-    write_pt(out, {"ema": loaded.state, "args": args, "steps": loaded.steps})
+    beside = {"source_ema": loaded.source} if loaded.source else {}
+    write_pt(out, {"ema": loaded.state, **beside, "args": args, "steps": loaded.steps})
     return len(loaded.state)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixflow_fast.models import build
 from mixflow_fast.models.registry import describe_model
-from mixflow_fast.models.weights.damage import first_damaged, is_finite
+from mixflow_fast.models.weights.damage import first_damaged, is_finite, not_finite
 from mixflow_fast.models.weights.files import WeightsFile, tensors_in
 from mixflow_fast.models.weights.foreign import describe_unknown
 from mixflow_fast.models.weights.loading import (
@@ -27,6 +27,8 @@ from mixflow_fast.models.weights.loading import (
     spec_of_any_heads,
 )
 from mixflow_fast.models.weights.naming import ClassName, depth, kind_of
+from mixflow_fast.models.weights.source_record import PREFIX
+from mixflow_fast.models.weights.sources import record_of, source_state
 from mixflow_fast.models.weights.state_dicts import StateDict
 
 _OPTIMIZERS = ("opt", "optimizer")
@@ -90,6 +92,7 @@ class Inspection:
         class_name, kwargs: what builds it.
         clock_from: what the clock is known from.
         misshaped: name -> [shape in the file, shape expected].
+        source: the mixed source beside the network, in words; None where there is none.
         non_finite: container and name.
     """
 
@@ -107,6 +110,7 @@ class Inspection:
     clock: str | None = None
     clock_from: str | None = None
     prediction: str | None = None
+    source: str | None = None
     parameters: int = 0
     trainable: int | None = None
     dtypes: list[str] = field(default_factory=list)
@@ -169,6 +173,7 @@ def inspect_file(
         found.notes.append("legacy REPA names decoder_blocks.* were read as blocks.*")
     _find_network(found, file, state)
     _compare_with(found, state, against)
+    _find_source(found, file, key)
     _add_notes(found, file.entries)
     return found
 
@@ -266,6 +271,20 @@ def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]
             "a SiT without sigma channels and projectors may be REPA's, whose clock is noise_at_1: "
             "`sample` and `export` take --clock"
         )
+
+
+def _find_source(found: Inspection, file: WeightsFile, key: str) -> None:
+    record = record_of(file)
+    if record is None:
+        return
+    weight = f"beta {record.beta:g}" if record.lam is None else f"lambda {record.lam:g}"
+    found.source = f"{record.describe()}, {weight}"
+    state, own = source_state(file, key), record.build_predictor("meta").state_dict()
+    missing, unexpected, shapes = compare(state, own)
+    found.missing += [PREFIX + name for name in missing]
+    found.unexpected += [PREFIX + name for name in unexpected]
+    found.misshaped |= {PREFIX + name: list(pair) for name, pair in shapes.items()}
+    found.non_finite += [PREFIX + name for name in not_finite(state)]
 
 
 def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> NetworkSpec:

@@ -21,6 +21,7 @@ from mixflow_fast.data import DataSummary
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.read_once import read_once_a_machine
 from mixflow_fast.models import Transformer
+from mixflow_fast.models.weights.source_record import SourceRecord
 
 # Fields that may change between the parts of one run: they do not touch what is computed, up to
 # rounding (but train.images does where the learning rate descends towards it).
@@ -35,7 +36,7 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "train.loggers",
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.preview_decoder", "train.preview_stats",
-        "train.validate_every", "train.validate_examples"}  # fmt: skip
+        "train.validate_every", "train.validate_examples", "source.sample_w"}  # fmt: skip
 # Where the data lie. Free where the fingerprint of the data is compared, or may be another one.
 DATA_PATHS = {"data.path", "data.images", "data.features"}
 
@@ -101,7 +102,12 @@ class ResumePoint:
         return messages
 
     def fill(
-        self, model: Transformer, init: str | None, host_group: HostGroup, whole: bool = False
+        self,
+        model: Transformer,
+        init: str | None,
+        host_group: HostGroup,
+        whole: bool = False,
+        source: SourceRecord | None = None,
     ) -> None:
         """Set a network on the CPU to the weights of the files that the run begins with.
 
@@ -112,6 +118,7 @@ class ResumePoint:
             init: checkpoint whose EMA weights start a new run (`train.init`).
             host_group: all ranks, or this one alone.
             whole: also what the engine loads by itself when the run is resumed.
+            source: how the predictor that the network carries is built; None without one.
 
         Raises:
             ValueError: weights that are damaged or do not fit; on all ranks.
@@ -119,7 +126,7 @@ class ResumePoint:
         tensors = model.state_dict().values()
         if self.checkpoint is None:
             if init is not None:
-                read_once_a_machine(host_group, partial(start_from, model, init), tensors)
+                read_once_a_machine(host_group, partial(start_from, model, init, source), tensors)
         elif whole or self.resharded_from:
             read = partial(fill_network, model, self.checkpoint, trained=True)
             read_once_a_machine(host_group, read, tensors)

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from warnings import warn
+
+from torch import Tensor
 
 from mixflow_fast.models import Transformer, load_into
 from mixflow_fast.models.registry import describe_model, published_size
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.loading import CLASSES, NetworkSpec, spec_of_any_heads
 from mixflow_fast.models.weights.naming import ClassName
+from mixflow_fast.models.weights.source_record import PREFIX, SourceRecord, predictor_of, split
+from mixflow_fast.models.weights.sources import check_source, record_of, source_state
 
 _SIZES = ("hidden_size", "depth", "num_heads")
 # Recorded arguments that shapes do not show and that would train without an error.
@@ -38,8 +43,16 @@ _FACTS = {
 _RECIPES = {"SiT": "sit-xl2-256", "DiTDH": "rae-xl-256"}
 
 
-def start_from(model: Transformer, path: str | Path) -> None:
+def start_from(model: Transformer, path: str | Path, source: SourceRecord | None = None) -> None:
     """Start a network (and so its EMA) from the EMA weights of a checkpoint.
+
+    A predictor that the network carries starts from the checkpoint's source; where that has none,
+    the predictor stays as it is.
+
+    Args:
+        model: the network.
+        path: the checkpoint.
+        source: how the predictor is built; None for a network without one.
 
     Raises:
         ValueError: they cannot be read, are damaged or not finite, or do not fit; or were trained
@@ -61,10 +74,42 @@ def start_from(model: Transformer, path: str | Path) -> None:
                 f"has {own[name]!r}: set model.{name}"
             )
     file.check_values("ema", state)
+    state = state | _start_of_source(model, file, source)
     try:
         load_into(model, state)
     except ValueError as error:
         raise ValueError(f"train.init={file.path}: {error}") from None
+
+
+def _start_of_source(
+    model: Transformer, file: WeightsFile, own: SourceRecord | None
+) -> dict[str, Tensor]:
+    """The predictor's first weights by the names that they have in the network; {} without one."""
+    theirs = record_of(file)
+    if own is None:
+        if theirs is not None:
+            warn(
+                f"train.init={file.path} was trained with a source ({theirs.describe()}), which is "
+                "left out here: source.kind=standard",
+                stacklevel=2,
+            )
+        return {}
+    if theirs is None:
+        if not any(p.requires_grad for p in predictor_of(model).parameters()):
+            raise ValueError(
+                f"source.frozen=true keeps the source of train.init, and {file.path} holds none: "
+                "give a run with source.kind=mixed, or set source.frozen=false"
+            )
+        as_it_is = split(model.state_dict())[1]
+        return {PREFIX + name: tensor for name, tensor in as_it_is.items()}
+    if odd := own.differences(theirs):
+        raise ValueError(
+            f"train.init={file.path} holds another source than this run makes: {', '.join(odd)}: "
+            "give the same source.* settings, or start from a file without a source"
+        )
+    state = source_state(file)
+    check_source(file, state, theirs)
+    return {PREFIX + name: tensor for name, tensor in state.items()}
 
 
 def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) -> str:

@@ -104,6 +104,7 @@ def _network(found: Inspection) -> list[str]:
         ),
         _line("clock", f"{found.clock}, {found.clock_from}"),
         _line("prediction", found.prediction or ""),
+        *([_line("source", found.source)] if found.source else []),
     ]
 
 

@@ -16,6 +16,7 @@ from mixflow_fast.config.data_sections import ANY_KIND, DATA_FIELDS, ENCODER_FIE
 from mixflow_fast.config.renamed import refuse_former_value
 from mixflow_fast.config.schema import SECTIONS, Config, check_key, hint_of
 from mixflow_fast.config.section import from_text, takes_text
+from mixflow_fast.config.source_section import SOURCE_FIELDS
 from mixflow_fast.messages import did_you_mean
 
 REQUIRED = "???"
@@ -23,6 +24,7 @@ REQUIRED = "???"
 _KIND_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "data": {kind: (*fields, *ANY_KIND) for kind, fields in DATA_FIELDS.items()},
     "encoder": ENCODER_FIELDS,
+    "source": SOURCE_FIELDS,
 }
 _HELP = {
     "train.init": " (the checkpoint to post-train; null trains from random weights)",

@@ -26,6 +26,7 @@ from mixflow_fast.config.section import (
     at_least,
     hints_of,
 )
+from mixflow_fast.config.source_section import SourceConfig
 from mixflow_fast.environment import LoggerName
 from mixflow_fast.flow.path import LossWeight, PathName, Prediction
 from mixflow_fast.flow.schedule import Interval, TargetAt
@@ -341,6 +342,7 @@ class Config(Section):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -398,6 +400,7 @@ class Config(Section):
 SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelConfig,
     "objective": ObjectiveConfig,
+    "source": SourceConfig,
     "data": DataConfig,
     "encoder": EncoderConfig,
     "teacher": TeacherConfig,

@@ -24,6 +24,7 @@ from mixflow_fast.config.schema import (
     TrainConfig,
 )
 from mixflow_fast.config.section import Section
+from mixflow_fast.config.source_section import SourceConfig
 from mixflow_fast.environment import apex_message, detect_apex, is_installed
 from mixflow_fast.models.autoencoders.rae import PIXELS_PER_TOKEN
 
@@ -45,6 +46,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_model(c.model, c.train)
     _check_alignment(c.objective, c.model, c.data, c.teacher, c.train.zero_stage)
     _check_rollout(c.objective, c.train.zero_stage)
+    _check_source(c.source, c.objective, c.model, c.train.init)
     _check_watching(c.train, c.model, c.objective, c.latent)
 
 
@@ -63,6 +65,39 @@ def _check_rollout(o: ObjectiveConfig, zero_stage: int) -> None:
         raise ValueError(
             "objective.rollout_steps runs the network twice a step, which is not tested under ZeRO "
             "3: set train.zero_stage=2, or objective.rollout_steps=0"
+        )
+
+
+def _check_source(s: SourceConfig, o: ObjectiveConfig, m: ModelConfig, init: str | None) -> None:
+    if s.kind == "standard":
+        return
+    if s.frozen and init is None:
+        raise ValueError(
+            "source.frozen=true needs the weights of a trained source: add train.init=RUN of a run "
+            "with source.kind=mixed, or set source.frozen=false"
+        )
+    if o.gamma > 0 and not s.frozen:
+        raise ValueError(
+            f"objective.gamma = {o.gamma} slows the interpolation of a source that is being "
+            "trained, which would learn to shrink |x1 - x0| for a reason that has nothing to do "
+            "with its paths: train with objective.gamma=0 objective.timesteps=uniform first, then "
+            "go on from that run with train.init=RUN source.frozen=true"
+        )
+    if m.mode == "graph" and not s.frozen:
+        raise ValueError(
+            "model.mode=graph records a network whose input needs no gradient, and a source is "
+            "trained through the input: set model.mode=compile, or source.frozen=true"
+        )
+    if o.rollout_steps:
+        raise ValueError(
+            f"objective.rollout_steps = {o.rollout_steps} makes the input by a step from given "
+            "noise, and a mixed source makes the noise itself: set objective.rollout_steps=0"
+        )
+    if o.alignment_input == "label":
+        raise ValueError(
+            "objective.alignment_input=label prepares every example a second time, with the source "
+            "once more: set objective.alignment_input=slowed (which is the same at "
+            "objective.gamma=0)"
         )
 
 

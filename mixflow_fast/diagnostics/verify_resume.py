@@ -176,7 +176,7 @@ _MASTERS = {"single_partition_of_fp32_groups", "fp32_flat_groups", "masters"}
 
 def _kind(file: str, path: str) -> str:
     parts = path.split("/")
-    if file == "weights.pt" and parts[0] in ("model", "ema"):
+    if file == "weights.pt" and parts[0] in ("model", "ema", "source", "source_ema"):
         return f"exported {parts[0]} (weights.pt)"
     if _MASTERS & set(parts):
         return "master weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
 from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.models.weights.source_record import predictor_of
 from mixflow_fast.objective.mixflow import MixFlow
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
@@ -77,7 +79,8 @@ class ValidationLoss:
         at a grid of labels t, m <= t:  E | net(x_m, t) - u*(x_m, m) |^2      what MixFlow trains
 
     The loss is the objective's own; labels are never dropped. With interval "full" the grid has
-    m > t too.
+    m > t too. With a mixed source the noise ends are those that the source beside the network draws
+    at a seed of its own, and the loss has its KL, as in training.
 
     Args:
         data: the examples.
@@ -168,10 +171,20 @@ class ValidationLoss:
             torch.full((len(held.y),), value, device=self._device)
             for value in (self._own(time) for time in point)
         )
-        it = self._mix.prepare(held.x1, ids=held.positions, x0=held.noise, t=t, slowed_t=m)
+        mix, noise = self._mix, held.noise
+        if mix.source is not None:
+            mix, noise = self._with_source_of(net), None
+        it = mix.prepare(held.x1, ids=held.positions, x0=noise, t=t, slowed_t=m, y=held.y)
         output = net(it.x, it.t, held.y)
         prediction = output[0] if isinstance(output, tuple) else output
-        return self._mix.loss(prediction, it, reduction="none").double().sum()
+        return mix.loss(prediction, it, reduction="none").double().sum()
+
+    def _with_source_of(self, net: Network) -> MixFlow:
+        """The objective with the source that a network carries, its draws the same in all runs."""
+        mix = copy.copy(self._mix)
+        mix.source, mix.seed = copy.copy(mix.source), SEED
+        mix.source.predictor = predictor_of(net)
+        return mix
 
     def _on_device(self, chunk: int) -> _Chunk:
         """A chunk and its noise; kept until another chunk is asked for."""

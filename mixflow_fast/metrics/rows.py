@@ -31,6 +31,11 @@ class TrainingRow(_Step, total=False):
         alignment: REPA's term in it.
         loss_by_t, count_by_t: mean loss, and samples, in equal parts of the network's time.
         grad_norm: of the last step, before clipping.
+        source_kl, source_sigma, source_mean_rms: of a mixed source, at the row's step: KL from N(0,
+            I) per dimension, mean deviation, RMS of the mean.
+        source_aggregate_mean, source_aggregate_var, source_distance: of all noise ends of its first
+            micro-batches by channel: RMS mean, variance, squared Wasserstein distance from N(0, 1).
+        source_mse_low_w, source_mse_high_w: losses without the KL where w < 0.1 and w > 0.9.
         skipped, rollbacks: steps of the whole run, where the configuration allows any.
         seconds: length of the window.
         data_wait_s: seconds in it that the host waited for data; data_stall_s: that the device
@@ -47,6 +52,14 @@ class TrainingRow(_Step, total=False):
     loss_by_t: list[float | None]
     count_by_t: list[int]
     grad_norm: float | None
+    source_kl: float | None
+    source_sigma: float | None
+    source_mean_rms: float | None
+    source_aggregate_mean: float | None
+    source_aggregate_var: float | None
+    source_distance: float | None
+    source_mse_low_w: float | None
+    source_mse_high_w: float | None
     skipped: int
     rollbacks: int
     lr: float
@@ -69,7 +82,7 @@ class StartRow(_Step, total=False):
     Keys:
         clock: "data_at_1" or "noise_at_1", the network's.
         environment: the fields of `environment.Environment`.
-        objective, network, averages, data: sentences.
+        objective, source, network, averages, data: sentences; source of a mixed source alone.
         decoder: whose decoder gives the images, where they are decoded: "pil/13.0.0",
             "dali/2.4.0/cuda".
     """
@@ -82,6 +95,7 @@ class StartRow(_Step, total=False):
     recipe: str | None
     train_gflops_per_image: float
     objective: str
+    source: str
     network: str
     averages: str
     data: str

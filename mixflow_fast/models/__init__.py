@@ -2,8 +2,11 @@
 
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.execution import Execution
+from mixflow_fast.models.network import Network
 from mixflow_fast.models.registry import DITDH_SIZES, MODELS, SIT_SIZES, build
 from mixflow_fast.models.sit import SiT, repa_alignment_loss
+from mixflow_fast.models.songunet import SongUNet
+from mixflow_fast.models.source_predictor import SourceTable, SourceUNet
 from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.files import load_weights, save_weights
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
@@ -20,7 +23,11 @@ __all__ = [
     "SIT_SIZES",
     "DiTDH",
     "Execution",
+    "Network",
     "SiT",
+    "SongUNet",
+    "SourceTable",
+    "SourceUNet",
     "Transformer",
     "build",
     "export_official_sit",

@@ -26,7 +26,8 @@ from mixflow_fast.models.embedders import (
     sincos_position_embedding,
 )
 from mixflow_fast.models.fused.block import resolve
-from mixflow_fast.models.transformer import Transformer, check, check_sizes, check_width, zero_
+from mixflow_fast.models.network import check, check_sizes, zero_
+from mixflow_fast.models.transformer import Transformer, check_width
 
 
 class DiTDHConfig(TypedDict):

@@ -7,8 +7,9 @@ from functools import partial
 
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.ditdh import DiTDH
+from mixflow_fast.models.network import ModelArgument
 from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import ModelArgument, Transformer
+from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights.naming import ClassName
 
 SIT_SIZES: dict[str, dict[str, int]] = {

@@ -24,7 +24,8 @@ from mixflow_fast.models.embedders import (
     sincos_position_embedding,
 )
 from mixflow_fast.models.fused.block import resolve
-from mixflow_fast.models.transformer import Transformer, check, check_sizes, check_width, zero_
+from mixflow_fast.models.network import check, check_sizes, zero_
+from mixflow_fast.models.transformer import Transformer, check_width
 
 _SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
           "num_classes", "encoder_depth", "projector_dim")  # fmt: skip

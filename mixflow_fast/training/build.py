@@ -30,9 +30,11 @@ from mixflow_fast.data.dataset import without_flips
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
+from mixflow_fast.flow.source import MixedSource
 from mixflow_fast.models import Execution, Transformer, build
 from mixflow_fast.models.dinov2 import Dinov2Files
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
+from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
 from mixflow_fast.training.capture import check_device
@@ -42,6 +44,7 @@ from mixflow_fast.training.engine import DeepSpeedEngine
 from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.loading import check_loading
+from mixflow_fast.training.source import carry_predictor, mixed_source, source_record
 
 # Fields of the section `model` that are not arguments of the class.
 _NOT_ARGUMENTS = ("name", "init_seed", "mode", "compile_unit", "attention", "checkpointing")
@@ -56,13 +59,15 @@ class RunParts:
     """What a run is made of.
 
     Attributes:
-        model: the network on the meta device, without weights; see `FirstNetwork`.
+        model: the network on the meta device, without weights, with the predictor of its source;
+            see `FirstNetwork`.
         execution: how it is run on the device.
         mix: the objective, in the model's clock.
         alignment: REPA's term; zero where the configuration has none.
         dataset: training examples.
         inputs: what the network trains on, from a batch on the device.
         validation: examples to validate on; None where the run does not validate.
+        source: how the mixed source is built; None where it is N(0, I).
     """
 
     model: Transformer
@@ -72,6 +77,7 @@ class RunParts:
     dataset: Dataset
     inputs: Inputs
     validation: ValidationData | None
+    source: SourceRecord | None
 
 
 def build_run(config: Config, device: torch.device) -> RunParts:
@@ -86,7 +92,9 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     """
     c = config
     model = build_model(c.model, "meta")
-    mix = build_objective(c.objective, model.clock, c.train.seed)
+    source = source_record(c.source, c.model)
+    carry_predictor(model, source, c.source.frozen, c.model.init_seed)
+    mix = build_objective(c.objective, model.clock, c.train.seed, mixed_source(source, model))
     encoder = build_encoder(c.encoder, c.model)
     dataset = build_data(c.data, c.model, c.encoder)
     check_loading(c.data, dataset, device)
@@ -104,6 +112,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         dataset=dataset,
         inputs=Inputs(encoder),
         validation=build_validation(c.data, c.model, dataset) if c.train.validate_every else None,
+        source=source,
     )
 
 
@@ -127,11 +136,15 @@ class FirstNetwork:
         section: the network's section of the configuration.
         init: checkpoint whose EMA weights start a new run (`train.init`), or None.
         start: where the run begins.
+        source: how the predictor of its source is built; None for N(0, I).
+        frozen: whether the source is not trained.
     """
 
     section: ModelConfig
     init: str | None
     start: ResumePoint
+    source: SourceRecord | None = None
+    frozen: bool = False
 
     def __call__(self, host_group: HostGroup, whole: bool = False) -> Transformer:
         """The network on the CPU. Every rank of the group must call it.
@@ -143,11 +156,15 @@ class FirstNetwork:
         Raises:
             ValueError: weights that are damaged or do not fit; on all ranks.
         """
-        if self.start.checkpoint is None and self.init is None:
-            return build_model(self.section)
-        # Without random weights, because every tensor comes from a file.
-        model = build_model(self.section, "meta").to_empty(device="cpu")
-        self.start.fill(model, self.init, host_group, whole)
+        fresh = self.start.checkpoint is None and self.init is None
+        # Else without random weights, because every tensor of it comes from a file.
+        model = build_model(self.section, "cpu" if fresh else "meta")
+        if not fresh:
+            model = model.to_empty(device="cpu")
+        # A file may hold no source: then its first weights are its own.
+        carry_predictor(model, self.source, self.frozen, self.section.init_seed)
+        if not fresh:
+            self.start.fill(model, self.init, host_group, whole, self.source)
         return model
 
 
@@ -194,13 +211,22 @@ def build_engine(
     return kind(train, optim, microbatch, model)
 
 
-def build_objective(section: ObjectiveConfig, clock: str, seed: int) -> MixFlow:
-    """The objective of a configuration, in the clock of its model."""
+def build_objective(
+    section: ObjectiveConfig, clock: str, seed: int, source: MixedSource | None = None
+) -> MixFlow:
+    """The objective of a configuration, in the clock of its model.
+
+    Args:
+        section: the section `objective`.
+        clock: of the model.
+        seed: of its draws.
+        source: of the noise end; None for N(0, I).
+    """
     options = dataclasses.asdict(section)
     # Belong to alignment.py and to objective/rollout.py.
     for name in ("alignment_weight", "alignment_input", "rollout_steps"):
         options.pop(name)
-    return MixFlow(**options, clock=clock, seed=seed)
+    return MixFlow(**options, clock=clock, seed=seed, source=source)
 
 
 def build_data(
@@ -324,7 +350,10 @@ def check(config: Config, world_size: int = 1) -> None:
     """
     validate(config, world_size)
     model = build_model(config.model, "meta")
-    build_objective(config.objective, model.clock, config.train.seed)
+    source = source_record(config.source, config.model)
+    carry_predictor(model, source, config.source.frozen, config.model.init_seed)
+    objective = config.objective, model.clock, config.train.seed
+    build_objective(*objective, mixed_source(source, model))
     check_encoder(config.encoder, config.model)
     if config.teacher.path is not None:
         _check_teacher(config.teacher, config.model, _token_side(model))

@@ -39,6 +39,7 @@ from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import Transformer
+from mixflow_fast.models.weights.source_record import PREFIX
 from mixflow_fast.training.capture import CapturedNetwork, CudaRecorder
 from mixflow_fast.training.engines import (
     Engine,
@@ -81,7 +82,10 @@ class DDPEngine(Engine):
         """Cast and move the network, and take its state up; as `Engine.start`."""
         c, net = self._train, self.module
         device = process_group.local_device(c.device)
-        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        # The gradients of a source come last, through the network's input, as those of what stands
+        # first: behind the network it would hold up the first sum over the ranks.
+        named = sorted(net.named_parameters(), key=lambda item: not item[0].startswith(PREFIX))
+        trained = {name: p for name, p in named if p.requires_grad}
         if self._half:  # before the cast takes their digits away
             masters = {name: _master_of(p, device) for name, p in trained.items()}
             net.to(device, torch.bfloat16)

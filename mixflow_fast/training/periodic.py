@@ -34,6 +34,7 @@ from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.nonfinite_guard import NonFiniteGuard
+from mixflow_fast.training.source import SourceHealth
 
 
 def validation_loss(
@@ -119,6 +120,7 @@ class Logging:
         learning_rate: as a function of the images seen.
         global_batch_size: images a step.
         data_wait: says that training waits for its data; None says nothing.
+        source: numbers of a mixed source; None where it is N(0, I).
     """
 
     def __init__(
@@ -129,10 +131,12 @@ class Logging:
         learning_rate: Callable[[int], float],
         global_batch_size: int,
         data_wait: DataWaitWatch | None = None,
+        source: SourceHealth | None = None,
     ) -> None:
         self._context, self._timetable, self._guard = context, timetable, guard
         self._learning_rate, self._batch = learning_rate, global_batch_size
         self._stragglers, self._data_wait = StragglerWatch(), data_wait
+        self._source = source
 
     def due(self, step: int) -> bool:
         """Every so many steps, and at the end of the run."""
@@ -148,10 +152,14 @@ class Logging:
         images_seen = step * self._batch
         row: dict[str, object] = {"step": step, "images_seen": images_seen}
         row |= self._guard.row()
+        if self._source is not None:
+            row |= self._source.row(step)
         row |= {"lr": self._learning_rate(images_seen)}
         row |= self._context.throughput.take()
         self._context.log.training_row(row)
         if sentence := self._stragglers.sentence(self._context.throughput.straggler):
+            self._context.log.log(sentence)
+        if self._source is not None and (sentence := self._source.warning(row)):
             self._context.log.log(sentence)
         if self._data_wait is not None and (sentence := self._data_wait.sentence(step, row)):
             self._context.log.log(sentence)

@@ -7,6 +7,7 @@ state. Nothing in a step waits for the device; the loss is read every `train.log
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from mixflow_fast.checkpoints.writing import SaveInProgress
 from mixflow_fast.config.schema import Config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Batch
-from mixflow_fast.data.label_dropout import LabelDropout
+from mixflow_fast.data.label_dropout import LabelDropout, drop_labels
 from mixflow_fast.distributed import heartbeat, lost_ranks, process_group
 from mixflow_fast.distributed.stop_signal import StopSignal
 from mixflow_fast.environment import current_environment
@@ -69,6 +70,13 @@ from mixflow_fast.training.periodic import (
 )
 from mixflow_fast.training.run_log import RunLog, TrainResult
 from mixflow_fast.training.saving import Checkpoints, begin_save
+from mixflow_fast.training.source import (
+    build_health,
+    describe_source,
+    describe_start,
+    follow_network,
+    wants_labels,
+)
 from mixflow_fast.training.step_record import OnStep, StepOutput, StepRecord
 
 
@@ -121,6 +129,7 @@ class Trainer:
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
         self._rollout_steps = config.objective.rollout_steps
         self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
+        self._source_record, self._drops_here = parts.source, wants_labels(parts.mix)
         # After the parts: a rank whose data are not there ends before the others wait for it.
         self.host_group, self._save_group = meet(config.train, ranks)
         group = self.host_group
@@ -129,8 +138,11 @@ class Trainer:
         with heartbeat.watching(), self._folder.closed_on_error(), self._determinism.on():
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
-            self._first_network = FirstNetwork(config.model, config.train.init, self._start)
+            self._first_network = FirstNetwork(
+                config.model, config.train.init, self._start, parts.source, config.source.frozen
+            )
             self.model = self._first_network(group)
+            follow_network(self.mix, self.model)
             self.alignment.move_teacher()
             self.inputs.move_encoder(self.device)
             self.model.set_execution(parts.execution)
@@ -145,12 +157,17 @@ class Trainer:
             self._saved = self.step if self._start.checkpoint else -1
             self._resharded = bool(self._start.resharded_from) and not self._start.finished
             self.guard = self._build_guard()
+            self._source_health = build_health(self.mix, config.train, config.steps, group)
             self._stop = StopSignal(ranks, process_group.timeout())
 
     @property
     def examples(self) -> LabelDropout:
-        """The dataset with the labels that the network is trained on, some of them dropped."""
-        return LabelDropout(self.dataset, self.config.train.label_dropout, self.model.null_class)
+        """The dataset with the labels that the network is trained on, some of them dropped.
+
+        Where the source sees the class, `forward` drops them, for the network alone.
+        """
+        probability = 0.0 if self._drops_here else self.config.train.label_dropout
+        return LabelDropout(self.dataset, probability, self.model.null_class)
 
     @property
     def images_seen(self) -> int:
@@ -230,12 +247,16 @@ class Trainer:
         self.engine.set_lr(self._learning_rate(end))
         record = self.guard.record
         outputs: list[StepOutput] = []
+        looked = False
         for _ in range(loader.microsteps):
             batch = next(loader)
             if self.on_step is not None:  # who may keep it
                 batch = batch.map(torch.clone)
             with self._throughput.working:
                 made = self.forward(self.engine, batch.to(self.device))
+            if self._source_health is not None and not looked:
+                self._source_health.look(self.step + 1, made)
+                looked = True
             self.engine.backward(record.micro_batch(made))
             self.engine.step()
             if self.on_step is not None:
@@ -252,9 +273,10 @@ class Trainer:
 
         Args:
             net: the engine, or the network itself.
-            batch: M examples, of the loader: some labels are dropped already.
+            batch: M examples, of the loader.
         """
-        it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype)
+        own, batch = batch.y, self._dropped(batch)
+        it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype, y=own)
         if self._rollout_steps:
             it = roll_in(self.mix, net, it, batch.y, self._rollout_steps)
         output = net(it.x, it.t, batch.y)
@@ -264,6 +286,15 @@ class Trainer:
         if self.alignment.weight or zs is not None:
             loss = loss + self.alignment.weight * alignment
         return StepOutput(it, batch.y, pred, alignment, loss, samples)
+
+    def _dropped(self, batch: Batch) -> Batch:
+        """The batch as the network sees it: the same labels are dropped as in the loader."""
+        null, probability = self.model.null_class, self.config.train.label_dropout
+        if not self._drops_here or not probability:
+            return batch
+        seed = self.config.train.seed
+        y = drop_labels(batch.y, batch.positions, seed, probability, null)
+        return dataclasses.replace(batch, y=y)
 
     def save(self) -> Path:
         """Write a resumable checkpoint; complete or not there. Every rank must call it.
@@ -318,6 +349,7 @@ class Trainer:
             steps=self.step,
             images_seen=self.images_seen,
             config=json.dumps(self.config.to_dict()),
+            source=self._source_record,
         ).to_record()
 
     @property
@@ -330,6 +362,12 @@ class Trainer:
     def describe_network(self) -> str:
         """How the network is run: mode, attention, checkpointing."""
         return describe_network(self.model, self.attention, self._used_before)
+
+    def _describe_source(self) -> str:
+        init, resumed = self.config.train.init, self._start.checkpoint is not None
+        m = self.config.model
+        numel = m.in_channels * m.input_size**2
+        return describe_source(self.mix, self._source_record, describe_start(init, resumed), numel)
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
@@ -390,6 +428,7 @@ class Trainer:
         )
         facts = {
             "objective": f"{self.objective} on {self.device}",
+            "source": self._describe_source(),
             "network": self.describe_network(),
             "averages": describe_averages(self.config.optim, self.config.steps),
             "data": self._data.what,
@@ -420,8 +459,8 @@ class Trainer:
         check, batch = self.guard.check, c.global_batch_size
         rows = Timetable(c.log_every, total, step)
         data_wait = DataWaitWatch(ways_out(self.config.data), step)
-        rate = self._learning_rate
-        duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait)]
+        rate, health = self._learning_rate, self._source_health
+        duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait, health)]
         if c.preview_every:
             when, options = Timetable(c.preview_every, total, beginning), self._previews
             duties.append(Previews(context, when, options, self.watched))

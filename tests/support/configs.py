@@ -10,7 +10,7 @@ GIVEN = {"train.init": "null", "data.path": "latents"}
 
 
 def resolved(name: str) -> Config:
-    given = {} if name in ("photos", "digits") else GIVEN
+    given = {} if name in ("photos", "photos-mixed", "digits") else GIVEN
     if "repa" in name:
         given = given | {"data.features": "features.npy"}
     if "rae" in name:

@@ -21,6 +21,10 @@ from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.training.trainer import Trainer
 from tests.support.train_ranks import TINY
 
+# A mixed source on top of TINY: the paper trains it without slowing.
+MIXED = ["source.kind=mixed", "source.lam=0.3", "source.widths=[16]", "source.groups=8"]
+MIXED += ["source.layers=1", "objective.gamma=0", "objective.timesteps=uniform"]
+
 
 def training_row(step: int, **values: object) -> dict:
     return {"step": step, "loss": 0.5, "lr": 1e-4, "images_per_s": 10.0} | values
@@ -162,3 +166,8 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
             raise AssertionError(process.communicate()[1][-3000:])
         time.sleep(0.02)
     raise AssertionError("no progress in 120 s")
+
+
+def tiny_mixed(out: Path, *overrides: str) -> Config:
+    """`tiny` with a mixed source of 6,166 parameters."""
+    return tiny(out, *MIXED, *overrides)

@@ -37,9 +37,11 @@ def main() -> None:
         "ids": torch.cat([row.ids for row in rows]),
         "t": torch.cat([row.t for row in rows]),
         "slowed_t": torch.cat([row.slowed_t for row in rows]),
-        "x0": torch.cat([row.x0() for row in rows]),
+        "x0": torch.cat([row.x0().detach() for row in rows]),
         "x1": torch.cat([row.x1 for row in rows]),
     }
+    if rows[0].source is not None:
+        stream["w"] = torch.cat([row.source.w for row in rows])
     torch.save(stream, dump / f"rank_{torch.distributed.get_rank()}.pt")
 
 

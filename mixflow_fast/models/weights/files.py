@@ -1,6 +1,7 @@
 """Weight files, opened once and read safely, written whole or not at all.
 
-A file of ours holds {"model", "ema", "args", "steps"} with float32 CPU tensors, no wrapper prefixes
+A file of ours holds {"model", "ema", "args", "steps"}, and "source" and "source_ema" where the
+noise end of its training was a mixed source, with float32 CPU tensors, no wrapper prefixes
 and no pickled classes, so SiT's, REPA's and RAE's samplers find the `ema` they look for, and
 `torch.load(weights_only=True)` reads it.
 """
@@ -32,6 +33,7 @@ from mixflow_fast.models.weights.foreign import ZERO_SHARD, entries_that_are, un
 from mixflow_fast.models.weights.metadata import Metadata, OfficialArgs, Scalar, count
 from mixflow_fast.models.weights.naming import rename_legacy_repa
 from mixflow_fast.models.weights.safe_unpickling import harmless_globals, plain
+from mixflow_fast.models.weights.source_record import split
 from mixflow_fast.models.weights.state_dicts import (
     StateDict,
     choose,
@@ -312,7 +314,9 @@ def save_weights(
 ) -> None:
     """Write {"model", "ema", "args", "steps"} so that an interruption leaves the old file or none.
 
-    The file is written beside `path`, flushed to the disk and renamed over it.
+    A mixed source, whose names begin with `source.`, goes under "source" and "source_ema", so that
+    the others hold official names alone. The file is written beside `path`, flushed to the disk and
+    renamed over it.
 
     Args:
         path: the .pt file; its folder is created.
@@ -343,7 +347,9 @@ def save_weights(
             f"model_state and ema_state must hold the same names and shapes, got {what}: pass two "
             "full state dicts of one model"
         )
-    write_pt(path, {"model": model, "ema": ema, "args": args, "steps": steps})
+    (model, source), (ema, source_ema) = split(model), split(ema)
+    beside = {"source": source, "source_ema": source_ema} if source else {}
+    write_pt(path, {"model": model, "ema": ema, **beside, "args": args, "steps": steps})
 
 
 def write_pt(path: str | os.PathLike[str], content: Mapping[str, object]) -> None:

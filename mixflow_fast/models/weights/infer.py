@@ -12,8 +12,8 @@ from warnings import warn
 from torch import Tensor
 
 from mixflow_fast.messages import shorten
+from mixflow_fast.models.network import ModelConfig
 from mixflow_fast.models.registry import DITDH_HEAD, SIT_SIZES
-from mixflow_fast.models.transformer import ModelConfig
 from mixflow_fast.models.weights.naming import (
     DITDH_MARK,
     HEAD_KEYS,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mixflow_fast.models.weights.source_record import SETTINGS, SourceRecord
+
 # What `save_weights` and a JSON file can hold under a name.
 Scalar = str | int | float | bool | None
 _OFFICIAL_PREDICTIONS = ("velocity", "noise", "score")
@@ -24,6 +26,7 @@ class Metadata:
         prediction: "velocity", "noise", "data" or "score".
         steps, images_seen: progress of the run.
         config: run configuration as a JSON text; None outside a run.
+        source: how the mixed source beside the network is built; None where it is N(0, I).
     """
 
     kwargs: Mapping[str, object]
@@ -32,6 +35,7 @@ class Metadata:
     steps: int = 0
     images_seen: int = 0
     config: str | None = None
+    source: SourceRecord | None = None
 
     @staticmethod
     def is_in(record: Mapping[str, object]) -> bool:
@@ -46,7 +50,7 @@ class Metadata:
         Raises:
             ValueError: it cannot be read.
         """
-        config = record.get("config")
+        config, source = record.get("config"), record.get(SETTINGS)
         try:
             kwargs = json.loads(_arguments(record))
             run = json.loads(config) if isinstance(config, str) else {}
@@ -62,6 +66,7 @@ class Metadata:
             steps=count(record.get("steps")) or 0,
             images_seen=count(record.get("images_seen")) or 0,
             config=config if isinstance(config, str) else None,
+            source=SourceRecord.from_json(source, path) if isinstance(source, str) else None,
         )
 
     def to_record(self) -> dict[str, str | int]:
@@ -71,6 +76,8 @@ class Metadata:
             record["clock"] = self.clock
         # With the clock, so that the text is a whole `model.config`.
         record["model"] = json.dumps({**self.kwargs, "clock": self.clock})
+        if self.source is not None:
+            record[SETTINGS] = self.source.to_json()
         if self.config is None:
             return record | {"prediction": self.prediction}
         return record | {"config": self.config}
