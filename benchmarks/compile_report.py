@@ -34,6 +34,7 @@ from benchmarks.recorded_launches import Launch, recording, target_of
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
+from mixflow_fast.diagnostics.source_cases import SourceCase
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepare
 
@@ -87,7 +88,7 @@ def _block(op: str, variant: str, shape: Shape, quick: bool = False, **options: 
     return Case(op, _name(case), partial(_launch, case), quick)
 
 
-def _launch(case: ObjectiveCase | BlockCase, mark: Callable[[], None]) -> None:
+def _launch(case: ObjectiveCase | SourceCase | BlockCase, mark: Callable[[], None]) -> None:
     call = case.call(case.inputs(CPU, empty=True), "triton")
     mark()
     call()
@@ -154,6 +155,30 @@ def _objective_cases() -> Iterator[Case]:
         yield from _objective(case.label, quick, case)
     yield Case("normal", "sit", partial(_normal, SIT), True)
     yield Case("normal", "odd", partial(_normal, ODD))
+
+
+def _source_cases() -> Iterator[Case]:
+    kernels = ("_mixed_source_kernel", "_source_backward_kernel")
+    quick = [
+        ("rae bf16", SourceCase(shape=RAE, drawn=True)),
+        ("rae fp32", SourceCase(shape=RAE, dtype=FP32, drawn=True)),
+        ("rae bf16 samples", SourceCase(shape=RAE, mixes="samples", drawn=True)),
+        ("sit bf16 tokens", SourceCase(shape=SIT, patch_size=2, drawn=True)),
+    ]
+    cases = (
+        SourceCase(shape=RAE, mixes="samples", dtype=FP32, drawn=True),
+        SourceCase(shape=SIT, dtype=FP16, path="gvp", clock="noise_at_1", drawn=True),
+        SourceCase(shape=ODD, dtype=FP16, path="vp", mixes="samples", drawn=True),
+        SourceCase(shape=ODD, drawn=True),
+        SourceCase(shape=SIT, dtype=FP32, patch_size=2, mixes="samples", drawn=True),
+        SourceCase(shape=RAE, patch_size=1, drawn=True),
+        SourceCase(shape=RAE, mixes="samples"),
+        SourceCase(shape=(64, 3, 64, 64), drawn=True),
+    )
+    named = [*quick, *((case.label.removeprefix("mixed_source "), case) for case in cases)]
+    for number, (name, case) in enumerate(named):
+        launch = partial(_launch, case)
+        yield Case("mixed_source", name, launch, number < len(quick), kernels)
 
 
 def _norm_cases() -> Iterator[Case]:
@@ -233,7 +258,10 @@ def _attention_cases() -> Iterator[Case]:
     yield row("plain", xl)
 
 
-CASES = [*_objective_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases()]
+CASES = [
+    *(*_objective_cases(), *_source_cases()),
+    *(*_norm_cases(), *_activation_cases(), *_attention_cases()),
+]
 
 
 def launches_of(case: Case, arch: int) -> list[Launch]:

@@ -26,8 +26,8 @@ class Work:
 def work_of(kernel: str, given: dict[str, object], num_warps: int, code: Code) -> Work | None:
     """The work of a launch with these arguments; None for kernels that nobody asks about."""
     threads = 32 * num_warps
-    if kernel in ("_interpolate_kernel", "_velocity_loss_kernel"):
-        bits = _interpolation_bits(given) if kernel == "_interpolate_kernel" else _loss_bits(given)
+    if kernel in _STREAMING:
+        bits = _STREAMING[kernel](given)
         tile = given["BLOCK_C"] * given["BLOCK_S"] / threads
         # A compiler may have unrolled the loop: what a round moves says how many tiles it is.
         tiles = max(round(sum(access_bits(code.loop)) / (bits * tile)), 1)
@@ -87,3 +87,29 @@ def _loss_bits(given: dict[str, object]) -> int:
     if given["GRADIENT"]:
         tensors += ["gradient_ptr"] * (2 if given["LEARN_SIGMA"] else 1)
     return sum(_bits(given[name]) for name in tensors)
+
+
+def _source_bits(given: dict[str, object]) -> int:
+    """Bits that the mixed source's forward kernel moves for an element."""
+    tensors = ["x1_ptr", "mean_ptr", "log_var_ptr", "x_ptr", "x0_ptr"]
+    tensors += ["eps_ptr"] if given["HAS_EPS"] else []
+    tensors += ["eps1_ptr"] if given["SAMPLES"] and given["HAS_EPS1"] else []
+    return sum(_bits(given[name]) for name in tensors)
+
+
+def _source_backward_bits(given: dict[str, object]) -> int:
+    """Bits that the mixed source's backward kernel moves for an element."""
+    tensors = ["mean_ptr", "log_var_ptr", "grad_mean_ptr", "grad_log_var_ptr"]
+    tensors += ["grad_x_ptr"] if given["HAS_GRAD_X"] else []
+    tensors += ["grad_x0_ptr"] if given["HAS_GRAD_X0"] else []
+    tensors += ["eps_ptr"] if given["HAS_EPS"] else []
+    return sum(_bits(given[name]) for name in tensors)
+
+
+# Kernels that stream through the data, and what they move for an element.
+_STREAMING = {
+    "_interpolate_kernel": _interpolation_bits,
+    "_velocity_loss_kernel": _loss_bits,
+    "_mixed_source_kernel": _source_bits,
+    "_source_backward_kernel": _source_backward_bits,
+}
