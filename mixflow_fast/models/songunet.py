@@ -554,6 +554,13 @@ def _check_config(config: SongUNetConfig) -> None:
         f"img_resolution must be a multiple of {1 << halvings} for {halvings + 1} levels, got "
         f"{side}",
     )
+    sides = [side >> level for level in range(halvings + 1)]
+    odd = [attended for attended in config["attn_resolutions"] if attended not in sides]
+    check(
+        not odd,
+        f"attn_resolutions must be sides of levels ({', '.join(map(str, sides))}), got "
+        f"{', '.join(map(str, odd))}",
+    )
     check(width % 4 == 0, f"model_channels must be a multiple of 4 (groups of 4), got {width}")
     p = config["dropout"]
     check(0 <= p < 1, f"dropout must be in [0, 1), got {p!r}")
