@@ -154,8 +154,9 @@ class UNetBlock(nn.Module):
     @property
     def signature(self) -> tuple[int, int, str | None, bool]:
         """Blocks of one resolution with the same signature compute the same function."""
-        width, in_width = self.conv0.weight.shape[:2]
-        return in_width, width, self.conv0.resample, self.attends
+        # Not by the weights, which ZeRO 3 cuts.
+        conv = self.conv0
+        return conv.in_channels, conv.out_channels, conv.resample, self.attends
 
     def forward(
         self, x: Tensor, emb_BE: Tensor, p: float, key: Tensor | None, positions: Tensor | None
