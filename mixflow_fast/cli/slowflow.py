@@ -241,9 +241,10 @@ def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
     own = (model.in_channels, *((side, side) if isinstance(side, int) else side))
     if own != shape:
         raise ValueError(f"{path} takes {own}, the data give {shape}: name its own data")
-    if data.y is not None and int(data.y.max()) >= model.num_classes:
+    known = model.num_classes
+    if data.y is not None and known is not None and int(data.y.max()) >= known:
         raise ValueError(
-            f"{path} knows {model.num_classes} classes, the data have {int(data.y.max()) + 1}: "
+            f"{path} knows {known} classes, the data have {int(data.y.max()) + 1}: "
             "name its own data"
         )
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.metrics.progress import Progress
-from mixflow_fast.models.transformer import Transformer
+from mixflow_fast.models import network as models
 from mixflow_fast.sampling.draws import SdeNoise, draw_labels, sde_keys
-from mixflow_fast.sampling.execution import Mode, Precision, choose_mode, network_dtype, network_for
+from mixflow_fast.sampling.execution import Mode, Precision, choose_mode, network_for
 from mixflow_fast.sampling.graphs import Capture, GraphLoop
 from mixflow_fast.sampling.guidance import Guidance, Network, guided_velocity
 from mixflow_fast.sampling.remedies import Remedy
@@ -45,6 +45,8 @@ def _config_value(model: Network, name: str) -> int | tuple[int, int] | None:
 
 
 def _sample_shape(model: Network, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    if shape is None and isinstance(model, models.Network):
+        shape = (model.in_channels, model.input_size, model.input_size)
     if shape is None:
         channels, size = _config_value(model, "in_channels"), _config_value(model, "input_size")
         if channels is None or size is None:
@@ -142,8 +144,8 @@ class PreparedSampling:
     @property
     def dtype(self) -> torch.dtype:
         """Of the network's weights."""
-        if isinstance(self._model, Transformer):
-            return network_dtype(self._model)
+        if isinstance(self._model, models.Network):
+            return self._model.product_dtype
         return next((p.dtype for p in self._model.parameters()), torch.float32)
 
     def describe(self) -> str:
@@ -157,7 +159,7 @@ class PreparedSampling:
 
     @property
     def _runs_compiled(self) -> bool:
-        return isinstance(self._model, Transformer) and self._model.execution.compiles
+        return isinstance(self._model, models.Network) and self._model.execution.compiles
 
     def with_sampler(self, sampler: Sampler) -> PreparedSampling:
         """Another sampler on the same prepared networks, in an eager loop."""

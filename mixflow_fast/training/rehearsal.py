@@ -23,7 +23,7 @@ from mixflow_fast.data import BatchLoader, Dataset
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
-from mixflow_fast.models import Execution, Transformer
+from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.models.weights.source_record import split
@@ -109,7 +109,7 @@ def _describe_determinism(wanted: bool, device: torch.device) -> Iterator[str]:
 
 
 def checkpoint_bytes(
-    model: Transformer, train: TrainConfig, optim: OptimConfig, last: bool = True
+    model: Network, train: TrainConfig, optim: OptimConfig, last: bool = True
 ) -> int:
     """Size of a resumable checkpoint, with weights.pt where one is written.
 
@@ -123,7 +123,7 @@ def checkpoint_bytes(
     return sum(_state_bytes(model, train, optim)) + (8 * every if weights else 0)
 
 
-def _state_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
+def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
     """Of a checkpoint: what ZeRO shards, and what rank 0 alone writes."""
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -134,12 +134,12 @@ def _state_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> 
     return state, network
 
 
-def _describe_model(section: ModelConfig, model: Transformer) -> str:
+def _describe_model(section: ModelConfig, model: Network) -> str:
     network, _ = split(dict(model.named_parameters()))
     parameters = sum(p.numel() for p in network.values())
-    side = model.input_size // model.patch_size
+    cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (
-        f"{section.name}, {parameters:,} parameters, {side * side} tokens of an input "
+        f"{section.name}, {parameters:,} parameters, {cut}an input "
         f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.clock}, "
         f"{train_flops(model) / 1e9:,.3g} GFLOPs an image and training step"
     )
@@ -159,7 +159,7 @@ def _describe_length(c: TrainConfig, steps: int, ranks: int, microbatch: int) ->
 
 
 def _describe_disk(
-    c: TrainConfig, p: OptimConfig, out: Path, model: Transformer, length: tuple[int, int]
+    c: TrainConfig, p: OptimConfig, out: Path, model: Network, length: tuple[int, int]
 ) -> Iterator[str]:
     """Bytes of the checkpoints, and of the copy that each takes.
 
@@ -197,7 +197,7 @@ def _describe_disk(
 
 
 def _describe_memory(
-    c: TrainConfig, p: OptimConfig, model: Transformer, execution: Execution, split: tuple[int, int]
+    c: TrainConfig, p: OptimConfig, model: Network, execution: Execution, split: tuple[int, int]
 ) -> str:
     """Bytes of what is kept for good, and of what a forward pass keeps for its backward pass.
 
@@ -217,14 +217,19 @@ def _describe_memory(
     masters = stage > 0 or element == 2
     optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + masters)
     state = count * (weights + gradients + optimizer / (ranks if stage else 1))
-    kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
-    tokens = (model.input_size // model.patch_size) ** 2
-    width = sum(block.attn.proj.in_features for block in model.blocks)
+    activations = element * microbatch * _kept_elements(model, execution)
     return (
         f"memory per rank, an estimate: {_in_units(state)} of weights, gradients, optimizer and "
-        f"EMA, {_in_units(kept * element * microbatch * tokens * width)} of activations for "
-        f"{microbatch} images"
+        f"EMA, {_in_units(activations)} of activations for {microbatch} images"
     )
+
+
+def _kept_elements(model: Network, execution: Execution) -> float:
+    """Elements of an image that a forward pass keeps for its backward pass."""
+    if isinstance(model, SongUNet):
+        return model.kept_elements()
+    kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
+    return kept * model.tokens * sum(block.attn.proj.in_features for block in model.blocks)
 
 
 def _reading_rate(dataset: Dataset, microbatch: int, workers: int) -> float:
