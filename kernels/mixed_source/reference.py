@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import engine_times
-from mixflow_fast.flow.path import get_path
+from mixflow_fast.flow.path import get_path, per_sample
 from mixflow_fast.flow.source import kl_per_sample, mixed_moments, mixed_samples
 from mixflow_fast.kernels import philox
-from mixflow_fast.kernels.layout import to_tokens
+from mixflow_fast.kernels.layout import from_tokens, to_tokens
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.runtime import compute_dtype
 
@@ -72,6 +72,48 @@ def mix_and_interpolate_reference(
     times = engine_times(slowed_t.to(compute), clock)
     x = get_path(path).interpolate(x1.to(compute), x0, *times).to(dtype or x1.dtype)
     return to_tokens(x, patch_size) if patch_size else x, x0, kl_per_sample(mean, log_var)
+
+
+def source_backward_reference(
+    grad_x: Tensor | None,
+    grad_x0: Tensor | None,
+    grad_kl: Tensor | None,
+    mean: Tensor,
+    log_var: Tensor,
+    w: Tensor,
+    slowed_t: Tensor,
+    seed: int | Tensor,
+    ids: Tensor | None,
+    eps: Tensor | None,
+    *,
+    clock: str,
+    path: str,
+    mode: str,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of mean and log_var in closed form: an operator cannot record its own.
+
+    Formulas stand in `op.py`; arguments as its `source_backward`.
+    """
+    shape, compute = mean.shape, compute_dtype(mean)
+    mu, l, w = mean.to(compute), log_var.to(compute), per_sample(w.to(compute), mean)
+    gradient = torch.zeros_like(mu) if grad_x0 is None else grad_x0.to(compute)
+    if grad_x is not None:
+        h = from_tokens(grad_x, shape, patch_size) if patch_size else grad_x
+        times = engine_times(slowed_t.to(compute), clock)
+        sigma = per_sample(get_path(path).coefficients(*times).sigma, mu)
+        gradient = gradient + sigma * h.to(compute)
+    stream = Stream.NOISE if mode == "moments" else Stream.SOURCE_NOISE
+    eps = (_normal(mean, seed, stream, ids) if eps is None else eps).to(compute)
+    if mode == "moments":
+        slope = w * torch.exp(l) / (2 * mixed_moments(mu, l, w.flatten())[1])
+    else:
+        slope = w * torch.exp(l / 2) / 2
+    of_mean, of_log_var = w * gradient, gradient * eps * slope
+    if grad_kl is not None:
+        grad_kl = per_sample(grad_kl.to(compute), mu)
+        of_mean, of_log_var = of_mean + grad_kl * mu, of_log_var + grad_kl * torch.expm1(l) / 2
+    return of_mean.to(mean.dtype).contiguous(), of_log_var.to(log_var.dtype).contiguous()
 
 
 def _normal(x1: Tensor, seed: int | Tensor, stream: Stream, ids: Tensor | None) -> Tensor:

@@ -124,11 +124,11 @@ def launch(
             **data_arguments(x1, std, x0, seed, ids, scale, layout, pred.element_size()),
         )
         if loss:
-            _launch_reduction(partial, out, samples, B, programs, layout.numel, reduction)
+            launch_reduction(partial, out, samples, B, programs, layout.numel, reduction)
     return out, grad, samples
 
 
-def _launch_reduction(
+def launch_reduction(
     partial: Tensor,
     out: Tensor,
     samples: Tensor,

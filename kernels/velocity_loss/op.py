@@ -13,6 +13,11 @@ The forward pass writes the gradient for an upstream gradient of 1. The backward
 by the true one in place, on the device, and touches nothing if that is 1. float16 lacks the range
 for this (2 / E underflows before a loss scaler can act), so its backward pass computes the gradient
 itself, in one pass over the prediction with the upstream gradient inside.
+
+A given x0 that requires a gradient, as that of a mixed source does, gets that of the target in a
+velocity: -d_sigma d loss / d pred, a multiple of what is there already. So it has the rounding of
+pred's gradient, one to pred's dtype and in bf16 and fp16 one more where the upstream gradient is not
+1, and is computed and returned in float32.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from mixflow_fast.kernels.interpolate.launch import check_sample_size
 from mixflow_fast.kernels.runtime import compute_dtype
 from mixflow_fast.kernels.velocity_loss.launch import launch, launch_scale
 from mixflow_fast.kernels.velocity_loss.reference import (
+    gradient_of_x0,
     gradient_reference,
     loss_shape,
     reduce,
@@ -150,7 +156,8 @@ def _scale_gradient_op(gradient: Tensor, upstream: Tensor) -> None:
 
 
 # Places among the operator's arguments.
-_UPSTREAM, _WITH_GRADIENT = 9, 17
+_X1, _X0, _TIMES, _UPSTREAM, _CLOCK, _PATH = 1, 6, 7, 9, 10, 11
+_LEARN_SIGMA, _PATCH_SIZE, _WITH_GRADIENT = 15, 16, 17
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -161,7 +168,9 @@ def _setup_context(ctx, inputs, output) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.fused = with_gradient
     ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*([gradient] if with_gradient else tensors))
+    x0 = inputs[_X0]
+    ctx.shape, ctx.x0_dtype = inputs[_X1].shape, None if x0 is None else x0.dtype
+    ctx.save_for_backward(*([gradient, inputs[_TIMES]] if with_gradient else tensors))
 
 
 def _backward(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
@@ -179,9 +188,22 @@ def _backward(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
             for option, tensor in zip(ctx.options, ctx.saved_tensors, strict=True)
         ]
         inputs[_UPSTREAM], inputs[_WITH_GRADIENT] = upstream, True
-        return _velocity_loss_op(*inputs)[1], *nothing[1:]
-    (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, upstream), *nothing[1:]
+        gradient, times = _velocity_loss_op(*inputs)[1], inputs[_TIMES]
+    else:
+        gradient, times = ctx.saved_tensors
+        gradient = _scaled(gradient, upstream)
+    gradients = [gradient, *nothing[1:]]
+    if ctx.needs_input_grad[_X0]:
+        gradients[_X0] = gradient_of_x0(
+            gradient,
+            times,
+            ctx.shape,
+            clock=ctx.options[_CLOCK],
+            path=ctx.options[_PATH],
+            learn_sigma=ctx.options[_LEARN_SIGMA],
+            patch_size=ctx.options[_PATCH_SIZE],
+        ).to(ctx.x0_dtype)
+    return tuple(gradients)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -227,7 +249,8 @@ def velocity_loss(
             `learn_sigma` it has 2 C channels, of which the second half gets gradient zero.
         x1: (B, ...) the data or its `Moments`, as given to `interpolate`.
         times: (B,) float32, the time of target, score scale and weight; caller's clock.
-        seed, ids, x0: where the noise comes from, as given to `interpolate`.
+        seed, ids, x0: where the noise comes from, as given to `interpolate`. An x0 that requires a
+            gradient gets one, for prediction="velocity".
         clock, path, prediction, loss_weight: as `MixFlow`.
         weight: float32, () or (B,) or broadcastable to x1; no gradient flows to it.
         reduction: "none" -> (B,), "sum", "mean" over the batch; a sample's loss is its elements'
@@ -241,14 +264,22 @@ def velocity_loss(
         for bit what "none" gives; for "none" they are empty, as the loss has them.
 
     Raises:
-        ValueError: impl="triton" where it cannot run; too large samples or batches.
+        ValueError: impl="triton" where it cannot run; too large samples or batches; an x0 that
+            requires a gradient beside another prediction than the velocity.
     """
     moments = isinstance(x1, Moments)
     data, std, scale = x1 if moments else (x1, None, 1.0)
     # Outside of the operator, so that tracing refuses it as well.
     if runtime.use_kernels(impl, data.device, pred.dtype, data.dtype):
         check_sample_size(data)
-    with_gradient = pred.requires_grad and torch.is_grad_enabled() and pred.dtype != torch.float16
+    trained = torch.is_grad_enabled() and x0 is not None and x0.requires_grad
+    if trained and prediction != "velocity":
+        raise ValueError(
+            'x0 may require a gradient with prediction="velocity" alone, got '
+            f'prediction={prediction!r}: use impl="reference"'
+        )
+    with_gradient = torch.is_grad_enabled() and (pred.requires_grad or trained)
+    with_gradient = with_gradient and pred.dtype != torch.float16
     loss, _, samples = _velocity_loss_op(
         pred,
         data,

@@ -128,6 +128,38 @@ def gradient_reference(
     return (2 * scale * total * slope * error).to(pred.dtype)
 
 
+def gradient_of_x0(
+    gradient: Tensor,
+    times: Tensor,
+    shape: torch.Size,
+    *,
+    clock: str,
+    path: str,
+    learn_sigma: bool,
+    patch_size: int,
+) -> Tensor:
+    """(B, ...) gradient of the noise in a velocity target, from that of the prediction.
+
+    Args:
+        gradient: of the prediction, in its layout.
+        times: (B,) of the target, caller's clock.
+        shape: of the data.
+
+    Returns:
+        float32, or float64 for a float64 prediction; it may be `gradient` itself.
+    """
+    if patch_size:
+        gradient = from_tokens(gradient, shape, patch_size)
+    if learn_sigma:
+        gradient = gradient[:, : shape[1]]
+    gradient = gradient.to(compute_dtype(gradient))
+    if path == "linear":  # d_sigma is -1: no product, and for one clock no pass over memory
+        return gradient if clock == DATA_AT_1 else -gradient
+    pair = engine_times(times.to(gradient.dtype), clock)
+    d_sigma = per_sample(get_path(path).coefficients(*pair).d_sigma, gradient)
+    return gradient * (-d_sigma if clock == DATA_AT_1 else d_sigma)
+
+
 def reference_inputs(
     pred: Tensor,
     x1: Tensor,

@@ -11,7 +11,11 @@ from torch import Tensor
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.flow.source import MixedSource, StandardSource, kl_per_sample
 from mixflow_fast.kernels import philox
-from mixflow_fast.kernels.mixed_source import mix_and_interpolate_reference
+from mixflow_fast.kernels.interpolate import draw_times, interpolate
+from mixflow_fast.kernels.mixed_source import (
+    mix_and_interpolate,
+    mix_and_interpolate_reference,
+)
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.runtime import compute_dtype
 from mixflow_fast.objective.draws import draw_noise
@@ -92,6 +96,31 @@ def draw_weight(source: MixedSource, seed: Tensor, ids: Tensor, stream: Stream) 
     return philox.uniform(seed, stream, ids)[:, 0]
 
 
+def mixed_times(
+    schedule: Schedule,
+    path: str,
+    like: Tensor,
+    seed: Tensor,
+    ids: Tensor,
+    t: Tensor | None,
+    slowed_t: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(B,) new tensors of the times t and m that plain MixFlow draws for the data `like`.
+
+    impl: "triton" or "reference".
+    """
+    if impl == "triton":
+        # One launch for both, with the bits of the kernel that draws them beside the data.
+        nothing = like.new_zeros((len(like), 1))
+        _, t, slowed_t = interpolate(
+            nothing, schedule, path, seed, ids, nothing, t, slowed_t, impl=impl
+        )
+        return t, slowed_t
+    t, slowed_t = draw_times(schedule, seed, ids, t, slowed_t)
+    return t.clone(), slowed_t.clone()
+
+
 def mixed_interpolation(
     source: MixedSource,
     x1: Tensor,
@@ -114,27 +143,24 @@ def mixed_interpolation(
         seed, ids: of the draws.
         slowed_t: (B,) times m in the caller's clock.
         clock, path, patch_size, dtype: of the input, as `MixFlow.prepare`.
-        impl: "triton" or "reference", of the draws.
+        impl: "triton" or "reference".
     """
     z = draw_noise(seed, ids, x1, impl, Stream.SOURCE_SIGNAL) if source.needs_noise else None
     mean, log_var = source.moments(x1.shape, x1=x1, y=y, z=z, dtype=compute_dtype(x1))
     w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(mean.dtype)
-    detached = mean.detach(), log_var.detach()
-    of_path = detached if source.detach else (mean, log_var)
-    x, x0, kl = mix_and_interpolate_reference(
-        x1,
-        of_path[0],
-        of_path[1],
-        w,
-        slowed_t,
-        seed,
-        ids,
-        clock=clock,
-        path=path,
-        mode=source.mode,
-        patch_size=patch_size,
-        dtype=dtype,
-    )
+    path_mean, path_log_var = mean, log_var
+    if source.detach:
+        path_mean, path_log_var = mean.detach(), log_var.detach()
+    options = dict(clock=clock, path=path, mode=source.mode, patch_size=patch_size, dtype=dtype)
+    if impl == "triton":
+        x, x0, kl = mix_and_interpolate(
+            x1, path_mean, path_log_var, w, slowed_t, seed, ids, impl=impl, **options
+        )
+    else:
+        # Not by the operator, which has no second derivatives.
+        x, x0, kl = mix_and_interpolate_reference(
+            x1, path_mean, path_log_var, w, slowed_t, seed, ids, **options
+        )
     if source.detach:
         kl = kl_per_sample(mean, log_var)
     _, beta = source.weights(x1.shape[1:].numel())

@@ -26,7 +26,6 @@ from mixflow_fast.flow.source import MixedSource, StandardSource
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.interpolate import (
     Moments,
-    draw_times,
     interpolate,
     interpolate_reference,
     sample_moments,
@@ -54,6 +53,7 @@ from mixflow_fast.objective.mixed import (
     check_labels,
     check_source,
     mixed_interpolation,
+    mixed_times,
 )
 
 # Counters of `mixflow_loss` calls without ids, by seed and device.
@@ -259,12 +259,13 @@ class MixFlow:
         seed, path = seed_on(self.seed, like.device), self.path.name
         perturb = self.input_perturbation > 0 and x0 is None
         draw = None
+        # A kernel's loss gives its gradient to x0 in a velocity's target alone.
+        kernels = kernels and (self.source is None or self.prediction == "velocity")
+        impl = "triton" if kernels else "reference"
         if self.source is not None:
-            kernels = False
-            end = sample_moments(x1, seed, ids, "reference") if isinstance(x1, Moments) else x1
+            end = sample_moments(x1, seed, ids, impl) if isinstance(x1, Moments) else x1
             y = check_labels(y, like) if self.source.needs_labels else None
-            t, slowed_t = draw_times(self.schedule, seed, ids, t, slowed_t)
-            t, slowed_t = t.clone(), slowed_t.clone()
+            t, slowed_t = mixed_times(self.schedule, path, like, seed, ids, t, slowed_t, impl)
             x, x0, draw = mixed_interpolation(
                 self.source,
                 end,
@@ -276,7 +277,7 @@ class MixFlow:
                 path=path,
                 patch_size=patch_size,
                 dtype=dtype or like.dtype,
-                impl="reference",
+                impl=impl,
             )
         elif kernels:
             x, t, slowed_t = interpolate(
@@ -289,7 +290,6 @@ class MixFlow:
             x, t, slowed_t = interpolate_reference(
                 x1, self.schedule, path, seed, ids, x0, t, slowed_t, patch_size, dtype
             )
-        impl = "triton" if kernels else "reference"
         if perturb:
             xi = draw_noise(seed, ids, like, impl, Stream.PERTURBATION)
             strength = self.input_perturbation
@@ -378,7 +378,11 @@ class MixFlow:
                 impl="triton",
                 **options,
             )
-            return loss, loss.detach() if reduction == "none" else samples
+            samples = loss.detach() if reduction == "none" else samples
+            if it.source is not None and it.source.kl_weight:
+                kl = it.source.kl_weight * it.source.kl
+                return loss + reduce(kl, reduction), samples + kl.detach()
+            return loss, samples
         if patch_size:
             pred = from_tokens(pred, like.shape, patch_size)
         if learn_sigma:

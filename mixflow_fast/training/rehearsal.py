@@ -26,12 +26,14 @@ from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
-from mixflow_fast.training.build import FirstNetwork, build_run
+from mixflow_fast.models.weights.source_record import split
+from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.determinism import Determinism, describe_determinism
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.loading import loader_workers
+from mixflow_fast.training.source import describe_source, describe_start, example_numel
 
 # Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
 # batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
@@ -67,7 +69,8 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     folder = RunFolder(user_path(config.out), group, rehearsal=True)
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
-        FirstNetwork(config.model, config.train.init, start)(group)
+        frozen = config.source.frozen
+        FirstNetwork(config.model, config.train.init, start, parts.source, frozen)(group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
@@ -77,6 +80,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *data.lines,
         *_describe_encoder(config.encoder, parts.inputs.encoder),
         f"model: {_describe_model(config.model, parts.model)}",
+        *_describe_source(parts, config.train.init, start.checkpoint is not None),
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
         *_describe_determinism(c.deterministic, device),
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
@@ -90,6 +94,12 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
 def _describe_encoder(section: EncoderConfig, encoder: Encoder | None) -> Iterator[str]:
     if encoder is not None:
         yield f"encoder: {describe_encoder(section, encoder)}"
+
+
+def _describe_source(parts: RunParts, init: str | None, resumed: bool) -> Iterator[str]:
+    if parts.source is not None:
+        numel, how = example_numel(parts.model), describe_start(init, resumed)
+        yield f"source: {describe_source(parts.mix, parts.source, how, numel)}"
 
 
 def _describe_determinism(wanted: bool, device: torch.device) -> Iterator[str]:
@@ -125,7 +135,8 @@ def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tupl
 
 
 def _describe_model(section: ModelConfig, model: Network) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
+    network, _ = split(dict(model.named_parameters()))
+    parameters = sum(p.numel() for p in network.values())
     cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (
         f"{section.name}, {parameters:,} parameters, {cut}an input "

@@ -74,6 +74,7 @@ from mixflow_fast.training.source import (
     build_health,
     describe_source,
     describe_start,
+    example_numel,
     follow_network,
     wants_labels,
 )
@@ -276,10 +277,10 @@ class Trainer:
             batch: M examples, of the loader.
         """
         own, batch = batch.y, self._dropped(batch)
+        self.engine.module.set_draws(self.config.train.seed, batch.positions)
         it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype, y=own)
         if self._rollout_steps:
             it = roll_in(self.mix, net, it, batch.y, self._rollout_steps)
-        self.engine.module.set_draws(self.config.train.seed, batch.positions)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)
@@ -365,10 +366,11 @@ class Trainer:
         return describe_network(self.model, self.attention, self._used_before)
 
     def _describe_source(self) -> str:
-        init, resumed = self.config.train.init, self._start.checkpoint is not None
-        m = self.config.model
-        numel = m.in_channels * m.input_size**2
-        return describe_source(self.mix, self._source_record, describe_start(init, resumed), numel)
+        record = self._source_record
+        if record is None:
+            return ""
+        how = describe_start(self.config.train.init, self._start.checkpoint is not None)
+        return describe_source(self.mix, record, how, example_numel(self.model))
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""

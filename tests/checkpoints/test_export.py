@@ -285,7 +285,7 @@ def test_time_features_change_basis_back_without_amplifying_rounding() -> None:
 
 def test_a_songunet_is_exported_and_not_to_diffusers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = SongUNet(8, model_channels=8, channel_mult=(1, 2), num_blocks=1, dropout=0.3)
+    net = SongUNet(8, attn_resolutions=(4,), model_channels=8, channel_mult=(1, 2), num_blocks=1)
     record = Metadata(kwargs=net.config, clock=net.clock).to_record()
     save_weights(tmp_path / "in.pt", net.state_dict(), net.state_dict(), record)
     for to, out in (("official", "out.pt"), ("ema", "out.safetensors")):

@@ -80,8 +80,9 @@ def test_micro_batches_do_not_change_what_is_dropped(tmp_path: Path) -> None:
         ["train.precision=bf16", "train.zero_stage=2"],
         ["train.zero_stage=3", "train.preview_every=3"],
         ["train.engine=ddp", "train.precision=bf16", "model.checkpointing=full"],
+        ["model.checkpointing=full", "train.microbatch_size=4"],
     ],
-    ids=["ZeRO 2, bf16", "ZeRO 3", "ddp, bf16, checkpointing"],
+    ids=["ZeRO 2, bf16", "ZeRO 3", "ddp, bf16, checkpointing", "checkpointing"],
 )
 def test_engines(overrides: list[str], tmp_path: Path) -> None:
     """Losses of three steps near those of ZeRO 0 in float32, which other masks would not give."""
@@ -95,6 +96,12 @@ def test_engines(overrides: list[str], tmp_path: Path) -> None:
     exact = not any("bf16" in override for override in overrides)
     tolerance = 1e-5 if exact else 0.02
     torch.testing.assert_close(losses["other"], losses["plain"], rtol=tolerance, atol=tolerance)
+
+
+def test_a_rolled_out_input_is_made_with_the_same_masks(tmp_path: Path) -> None:
+    """The network runs twice in a step."""
+    rolled = ["objective.rollout_steps=4", "objective.gamma=0", "objective.timesteps=uniform"]
+    assert train(tiny(tmp_path, *rolled), quiet=True).finished
 
 
 def test_settings_make_the_network(tmp_path: Path) -> None:
