@@ -98,7 +98,7 @@ def _common(options: QkOptions, x: Tensor) -> dict[str, object]:
         "NORM": options.norm,
         "HAS_WEIGHT": options.q_weight is not None,
         "HAS_BIAS": options.q_bias is not None,
-        # In two parts, a row for each group of lanes: only so do threads hold the same of both.
+        # In two parts a row for each group of lanes: only so do threads hold the same rows of both.
         "ROWS": 32 * NORM_WARPS // lanes if tail else max(BLOCK // head, 1),
         "LANES": lanes,
         "HEAD": head,
