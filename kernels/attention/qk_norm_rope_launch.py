@@ -98,7 +98,7 @@ def _common(options: QkOptions, x: Tensor) -> dict[str, object]:
         "NORM": options.norm,
         "HAS_WEIGHT": options.q_weight is not None,
         "HAS_BIAS": options.q_bias is not None,
-        # In two parts, a row for each group of lanes: only so do threads hold the same of both.
+        # In two parts a row for each group of lanes: only so do threads hold the same rows of both.
         "ROWS": 32 * NORM_WARPS // lanes if tail else max(BLOCK // head, 1),
         "LANES": lanes,
         "HEAD": head,
@@ -203,6 +203,10 @@ def launch_backward(
         qkv.new_empty(2 * blocks * K if has else 0, dtype=torch.float32)
         for has in (common["HAS_WEIGHT"], common["HAS_BIAS"])
     ]
+    head, tail, registers = common["HEAD"], common["TAIL"], {}
+    if tail and out.element_size() == 2:
+        # The compiler would rather spill a register or two than use more than 64.
+        registers["maxnreg"] = 80 if 4 * tail <= head else 128
     # Gradients do not depend on the biases.
     del common["q_bias_ptr"], common["k_bias_ptr"]
     with runtime.on_device(out):
@@ -224,6 +228,7 @@ def launch_backward(
             rows=rows,
             blocks=blocks,
             loops=loops,
+            **registers,
             **common,
         )
         weight = _sum_partials(partials[0], options.q_weight, options.k_weight, blocks)

@@ -73,14 +73,15 @@ def scratch_shapes(
     return (B, -(-N // backward_rows(N)), rows, D), (B, needs.dh_bias + needs.dweight, D)
 
 
-def _options(D: int, rows: int, *streams: Tensor | None) -> dict[str, int]:
-    """Options for programs that read `rows` rows of each of `streams`.
+def _options(D: int, rows: int, scale: Tensor, *streams: Tensor | None) -> dict[str, int]:
+    """Options for programs that read `rows` rows of each of `streams`, and scale.
 
     A row's sums are a round trip through shared memory in which the device would have nothing to
     fetch, so the loads of the next two rows are under way (STAGES - 1).
     """
-    head, tail, warps = row_parts(D)
     sizes = [v.element_size() for v in streams if v is not None]
+    # Threads hold 4 neighbours of float32 rows and 8 of 16-bit vectors, where both cannot fit.
+    head, tail, warps = row_parts(D, in_two=scale.element_size() >= max(sizes))
     stages = 3 if rows > 2 and 2 * (head + tail) * sum(sizes) <= SHARED_BYTES else 1
     return {
         "HEAD": head,
@@ -158,7 +159,7 @@ def launch_forward(
             PER_TOKEN=per_token,
             EVEN=N % rows == 0,
             ROWS=rows,
-            **_options(D, rows, x, h),
+            **_options(D, rows, scale, x, h),
             **runtime.OPTIONS,
         )
     return x_new, y, mean, rstd
@@ -242,7 +243,7 @@ def launch_backward(
             WITH_Y=needs.y,
             EVEN=N % rows == 0,
             ROWS=rows,
-            **_options(D, rows, dy, dx_new, x_new, h, *modulation),
+            **_options(D, rows, scale, dy, dx_new, x_new, h, *modulation),
             **(written if per_token else unwritten),
             **common,
         )

@@ -12,8 +12,10 @@ from mixflow_fast.kernels.runtime import jit, tl, triton
 MAX_WARPS = 8
 
 
-def row_parts(D: int) -> tuple[int, int, int]:
+def row_parts(D: int, in_two: bool = True) -> tuple[int, int, int]:
     """(head, tail, warps): the block or the two blocks that hold a row, and warps of a program.
+
+    in_two=False asks for one block.
 
     Blocks are powers of two, and one for 1152 columns would be 2048 wide: 44% of the lanes would
     issue instructions for nothing. Such a row is a head of 1024 and a tail of 128. 8 elements of
@@ -25,7 +27,7 @@ def row_parts(D: int) -> tuple[int, int, int]:
     # Two neighbours of the tail a thread at least: 4 bytes is the least that is fetched ahead.
     tail = max(triton.next_power_of_2(max(D - head, 1)), head // 8, 64)
     # Rows that begin at any address are read an element at a time, where threads hold others.
-    if head >= 256 and 2 * tail <= head and D % 16 == 0:
+    if in_two and head >= 256 and 2 * tail <= head and D % 16 == 0:
         return head, tail, min(max(head // (512 if 8 * tail <= head else 256), 1), MAX_WARPS)
     # 16 a thread waste fewer instructions on lanes beyond the end of a row.
     warps = block // (512 if 4 * D <= 3 * block and block > 512 else 256)
