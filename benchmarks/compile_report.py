@@ -125,6 +125,11 @@ def _normal(shape: Shape, mark: Callable[[], None]) -> None:
     philox.normal(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
 
 
+def _words(shape: Shape, mark: Callable[[], None]) -> None:
+    numel = torch.Size(shape[1:]).numel()
+    philox.random_words(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
+
+
 def _objective_cases() -> Iterator[Case]:
     for name, shape in (("rae", RAE), ("sit", SIT)):
         for short, dtype in (("bf16", BF16), ("fp32", FP32)):
@@ -161,6 +166,8 @@ def _objective_cases() -> Iterator[Case]:
         yield from _objective(case.label, quick, case)
     yield Case("normal", "sit", partial(_normal, SIT), True)
     yield Case("normal", "odd", partial(_normal, ODD))
+    yield Case("normal", "words", partial(_words, (256, 1)), True)
+    yield Case("normal", "many words", partial(_words, SIT))
 
 
 def _source_cases() -> Iterator[Case]:

@@ -95,15 +95,17 @@ def check_labels(y: object, like: Tensor) -> Tensor:
     return y.to(torch.int64)
 
 
-def draw_weight(source: MixedSource, seed: Tensor, ids: Tensor, stream: Stream) -> Tensor:
-    """(B,) float32 weights w of the mixture."""
+def draw_weight(
+    source: MixedSource, seed: Tensor, ids: Tensor, stream: Stream, impl: str = "reference"
+) -> Tensor:
+    """(B,) float32 weights w of the mixture; impl: as `philox.uniform`."""
     if isinstance(source.w, float):
         return torch.full(ids.shape, source.w, device=ids.device)
     if source.discrete:
         # Every k of 0..n is as likely as the next, both ends included: w = 1 is trained.
-        k = (philox.random_words(seed, stream, ids)[:, 0] * (source.discrete + 1)) >> 32
+        k = (philox.random_words(seed, stream, ids, 1, impl)[:, 0] * (source.discrete + 1)) >> 32
         return k.to(torch.float32) / source.discrete
-    return philox.uniform(seed, stream, ids)[:, 0]
+    return philox.uniform(seed, stream, ids, 1, impl)[:, 0]
 
 
 def mixed_times(
@@ -158,7 +160,7 @@ def mixed_interpolation(
     z = draw_noise(seed, ids, x1, impl, Stream.SOURCE_SIGNAL) if source.needs_noise else None
     compute = compute_dtype(x1)
     mean, log_var = source.predict(x1.shape, x1=x1, y=y, z=z, dtype=compute)
-    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(compute)
+    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT, impl).to(compute)
     options = dict(clock=clock, path=path, mode=source.mode, patch_size=patch_size, dtype=dtype)
     if impl == "triton" and not source.detach:
         mean, log_var = (
