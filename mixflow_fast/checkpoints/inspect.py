@@ -87,7 +87,7 @@ class Inspection:
         path, size_bytes, format, layout: the file.
         contents: one row per top-level entry.
         weights: the container that was looked at ("" for a bare state dict).
-        kind: "SiT", "REPA SiT", "DiT-DH" or "unknown".
+        kind: "SiT", "REPA SiT", "DiT-DH", "SongUNet" or "unknown".
         model: a description of the network.
         class_name, kwargs: what builds it.
         clock_from: what the clock is known from.
@@ -263,7 +263,7 @@ def _find_network(found: Inspection, file: WeightsFile, state: dict[str, Tensor]
     if recorded is not None and recorded.clock:
         found.clock_from = "recorded in the file"
     found.prediction = spec.prediction
-    found.tokens = (model.input_size // model.patch_size) ** 2
+    found.tokens = model.tokens
     found.model = describe_model(spec.class_name, spec.kwargs)
     found.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if found.kind == "SiT" and not model.learn_sigma and not spec.clock:
@@ -293,7 +293,7 @@ def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> Net
     if found.kind == "REPA SiT" and file.official.encoder_depth is None:
         projected = min(8, depth(state))  # REPA's default, where the network is deep enough
     spec = spec_of_any_heads(file, state, projected)
-    if spec.kwargs["num_heads"] is not None:
+    if spec.kwargs.get("num_heads", 1) is not None:
         return spec
     found.notes.append(
         "the number of heads cannot be read from these shapes: load_model needs num_heads=; names "
@@ -306,9 +306,12 @@ def _spec(found: Inspection, file: WeightsFile, state: dict[str, Tensor]) -> Net
 def _compare_with(found: Inspection, state: dict[str, Tensor], against: str | None) -> None:
     if against is not None:
         own = found.kwargs
-        other = "DiTDH" if against.startswith("DiTDH") else "SiT"
+        # "SiT-XL/2", "DiTDH-S" and "SongUNet-64" begin with their classes.
+        other = against.partition("-")[0]
         names = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "learn_sigma")
         names += ("z_dims", "projector_dim", "encoder_depth", "qk_norm")
+        if other == "SongUNet":
+            names = ("in_channels", "out_channels", "activate_w_mode")
         # What the name of a published size leaves open is taken from the file.
         same = {n: own[n] for n in names if n in own} if other == found.class_name else {}
         with torch.device("meta"):

@@ -30,6 +30,16 @@ _SETTINGS = {
 }
 # Arguments of DiT-DH that no setting changes.
 _FIXED = ("use_swiglu", "use_rope", "use_rmsnorm", "wo_shift", "use_pos_embed")
+# Arguments of SongUNet, which have settings of other names or none.
+_SONGUNET_SETTINGS = {
+    "img_resolution": "input_size",
+    "in_channels": "in_channels",
+    "model_channels": "hidden_size",
+    "channel_mult": "channel_mult",
+    "num_blocks": "depth",
+    "attn_resolutions": "attn_resolutions",
+}
+_SONGUNET_FIXED = ("channel_mult_emb", "channel_mult_noise", "activate_w_mode")
 # Those that are told where they differ; others are in `describe_model`.
 _FACTS = {
     "hidden_size": "{} wide",
@@ -120,6 +130,8 @@ def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) 
         class_name, own: class and constructor arguments of the recipe's.
     """
     theirs, other = spec.kwargs, spec.class_name != class_name
+    if "SongUNet" in (spec.class_name, class_name):
+        return _songunet_misfit(spec, class_name, own)
     settings = [
         *_size_settings(spec, class_name, own),
         *(["model.learn_sigma=null"] if other and class_name == "SiT" else []),
@@ -141,6 +153,30 @@ def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) 
     kind = other or bool(theirs.get("z_dims")) != bool(own.get("z_dims"))
     also = f", or take a recipe of its kind, such as {recipe}" if kind else ""
     return f"{text}set {' '.join(settings)}{also}"
+
+
+def _songunet_misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) -> str:
+    theirs = spec.kwargs
+    what = (
+        f"{describe_model(spec.class_name, theirs)}; the recipe makes "
+        f"{describe_model(class_name, own)}: "
+    )
+    if spec.class_name != class_name:
+        size = published_size(spec.class_name, theirs)
+        # Most settings of the one have no meaning for the other.
+        return f"{what}take a recipe of a {spec.class_name}{f'-{size}' if size else ''}"
+    settings = [
+        f"model.{setting}={_text(theirs[name])}"
+        for name, setting in _SONGUNET_SETTINGS.items()
+        if theirs[name] != own[name]
+    ]
+    if settings:
+        return f"{what}set {' '.join(settings)}"
+    odd = [n for n in _SONGUNET_FIXED if n in theirs and theirs[n] != own[n]]
+    listed = ", ".join(f"{name}={theirs[name]}" for name in odd)
+    return (
+        f"{what}it has {listed}, which no setting makes: choose another checkpoint" if odd else ""
+    )
 
 
 def _size_settings(

@@ -35,8 +35,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--against",
         metavar="NAME",
-        help="hold it against SiT-{S,B,L,XL}/{2,4,8} or DiTDH-{S,B,L,XL}; default: what the "
-        "shapes tell",
+        help="hold it against SiT-{S,B,L,XL}/{2,4,8}, DiTDH-{S,B,L,XL} or "
+        "SongUNet-{CIFAR10,64}; default: what the shapes tell",
     )
     command.add_argument("--weights", choices=("ema", "model"), default="ema")
     command.add_argument("--json", action="store_true", help="all findings as JSON")
@@ -89,6 +89,22 @@ def _network(found: Inspection) -> list[str]:
     if found.class_name is None:
         return []
     own = found.kwargs
+    both = [_line("clock", f"{found.clock}, {found.clock_from}")]
+    both += [_line("prediction", found.prediction or "")]
+    both += [_line("source", found.source)] if found.source else []
+    if found.class_name == "SongUNet":
+        side, attends = own["img_resolution"], own["attn_resolutions"]
+        widths = [own["model_channels"] * multiplier for multiplier in own["channel_mult"]]
+        levels = ", ".join(f"{width} at {side >> k}" for k, width in enumerate(widths))
+        return [
+            _line("", f"images {own['in_channels']}x{side}x{side}, no classes"),
+            _line(
+                "levels",
+                f"channels {levels}; {own['num_blocks']} blocks a level, "
+                f"attention at {', '.join(map(str, attends)) or 'the deepest alone'}",
+            ),
+            *both,
+        ]
     side, channels = own["input_size"], own["in_channels"]
     null = " and the null class" if own.get("class_dropout_prob", 0.1) > 0 else ""
     sigma = own.get("learn_sigma")
@@ -102,9 +118,7 @@ def _network(found: Inspection) -> list[str]:
             "head",
             "velocity and sigma channels (learn_sigma)" if sigma else "velocity channels",
         ),
-        _line("clock", f"{found.clock}, {found.clock_from}"),
-        _line("prediction", found.prediction or ""),
-        *([_line("source", found.source)] if found.source else []),
+        *both,
     ]
 
 

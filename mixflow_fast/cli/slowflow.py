@@ -134,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
     paths = {"network": options.checkpoint}
     if options.after is not None:
         paths = {"before": options.checkpoint, "after": options.after}
+    for path in paths.values():
+        _check_source(path)
     models = {name: load_model(path, options.weights) for name, path in paths.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = without_flips(build_data(config.data, config.model, config.encoder))
@@ -235,15 +237,27 @@ def _config(options: argparse.Namespace) -> Config:
         return load_config(str(file), options.overrides)
 
 
+def _check_source(path: Path) -> None:
+    from mixflow_fast.cli.compared_networks import NO_SLOW_FLOW
+    from mixflow_fast.models.weights.sources import load_source
+
+    if load_source(path) is not None:
+        raise ValueError(
+            f"slow flow of {path} cannot be measured: {NO_SLOW_FLOW}. `mixflow-fast curvature` "
+            "measures how straight its paths are, and `compare` its samples"
+        )
+
+
 def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
     shape = tuple(data.x.shape[1:])
     side = model.input_size
     own = (model.in_channels, *((side, side) if isinstance(side, int) else side))
     if own != shape:
         raise ValueError(f"{path} takes {own}, the data give {shape}: name its own data")
-    if data.y is not None and int(data.y.max()) >= model.num_classes:
+    known = model.num_classes
+    if data.y is not None and known is not None and int(data.y.max()) >= known:
         raise ValueError(
-            f"{path} knows {model.num_classes} classes, the data have {int(data.y.max()) + 1}: "
+            f"{path} knows {known} classes, the data have {int(data.y.max()) + 1}: "
             "name its own data"
         )
 

@@ -35,6 +35,7 @@ from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.dinov2 import Precision
 from mixflow_fast.models.execution import Checkpointing, CompileUnit, Mode
+from mixflow_fast.models.songunet import WAYS as SONGUNET_WAYS
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
 from mixflow_fast.optim.lr_schedule import LrSchedule, learning_rate
@@ -62,21 +63,21 @@ class ModelConfig(Section, name="model"):
     """The network, and how it is run. Fields that are None keep the named model's own value."""
 
     name: str = "SiT-XL/2"
-    """The network: SiT-{S,B,L,XL}/{2,4,8} or DiTDH-{S,B,L,XL}."""
+    """The network: SiT-{S,B,L,XL}/{2,4,8}, DiTDH-{S,B,L,XL} or SongUNet-{CIFAR10,64}."""
     input_size: Positive = 32
     """Side of the latent or image, in latent places or pixels."""
     in_channels: Positive = 4
     """Channels of the latent or image: 4 for the SD-VAE, 768 for RAE, 3 for pixels."""
     num_classes: Positive = 1000
-    """Classes, without the null class."""
+    """Classes, without the null class. A SongUNet has none, and takes any data."""
     class_dropout_prob: Fraction = 0.1
-    """> 0 gives the null class, which guidance needs, its row."""
+    """> 0 gives the null class, which guidance needs, its row. Not for a SongUNet."""
     learn_sigma: bool | None = None
     """SiT: whether there is the unused sigma half of official checkpoints (true)."""
     depth: Positive | tuple[Positive, ...] | None = None
-    """Blocks; DiTDH: [encoder, head], like the next two."""
+    """Blocks; DiTDH: [encoder, head], like the next two; SongUNet: of a level on its way down."""
     hidden_size: Positive | tuple[Positive, ...] | None = None
-    """Width."""
+    """Width; SongUNet: that which model.channel_mult multiplies."""
     num_heads: Positive | tuple[Positive, ...] | None = None
     """Attention heads."""
     mlp_ratio: PositiveFloat | None = None
@@ -91,6 +92,14 @@ class ModelConfig(Section, name="model"):
     """Normalises queries and keys."""
     train_embeddings: bool | None = None
     """DiTDH: positions and Fourier frequencies are trained too (false)."""
+    channel_mult: tuple[Positive, ...] | None = None
+    """SongUNet: width of each level, times model.hidden_size; each has half the side of the one
+    before."""
+    attn_resolutions: tuple[Positive, ...] | None = None
+    """SongUNet: sides of the levels whose blocks have attention ([16])."""
+    dropout: Fraction | None = None
+    """SongUNet: probability of dropout in each block (CIFAR10 0.13, 64 0.05; AFHQv2 had 0.25). What
+    is dropped follows from train.seed and the example."""
     init_seed: Seed = 0
     """Seed of the random initial weights."""
     mode: Literal["auto", Mode] = "auto"
@@ -109,7 +118,18 @@ class ModelConfig(Section, name="model"):
         """Whether the named network is a DiT-DH, which has an encoder and a head."""
         return self.name.startswith("DiTDH")
 
+    @property
+    def is_songunet(self) -> bool:
+        """Whether the named network is a SongUNet, which has levels and no classes."""
+        return self.name.startswith("SongUNet")
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the network has a null class, as guidance and label dropout need it."""
+        return self.class_dropout_prob > 0 and not self.is_songunet
+
     def check(self) -> None:
+        self._check_songunet()
         if self.checkpointing == "elementwise" and self.mode != "fused":
             raise ValueError(
                 f"model.checkpointing=elementwise needs model.mode=fused, got {self.mode}: set "
@@ -128,6 +148,23 @@ class ModelConfig(Section, name="model"):
                 raise ValueError(f"model.{name} must be {expected} for {self.name}, got {value}")
         if self.train_embeddings is not None and not self.is_ditdh:
             raise ValueError(f"model.train_embeddings has no meaning for {self.name}: leave it out")
+
+    def _check_songunet(self) -> None:
+        if not self.is_songunet:
+            idle = ("channel_mult", "attn_resolutions", "dropout")
+        else:
+            idle = ("learn_sigma", "num_heads", "mlp_ratio", "z_dims", "encoder_depth",
+                    "projector_dim", "qk_norm")  # fmt: skip
+            for name, ways in SONGUNET_WAYS.items():
+                value = getattr(self, name)
+                if value not in ("auto", *ways):
+                    raise ValueError(
+                        f"model.{name}={value} is not for {self.name}, which has no transformer "
+                        f"blocks: set it to {' or '.join(ways)}"
+                    )
+        for name in idle:
+            if getattr(self, name) is not None:
+                raise ValueError(f"model.{name} has no meaning for {self.name}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

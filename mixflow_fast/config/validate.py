@@ -107,7 +107,12 @@ def _check_batch(t: TrainConfig, m: ModelConfig, world_size: int) -> None:
             f"train.global_batch_size = {t.global_batch_size} must be a multiple of the number of "
             f"ranks, got {world_size}"
         )
-    if t.label_dropout and not m.class_dropout_prob:
+    if t.label_dropout and m.is_songunet:
+        raise ValueError(
+            f"train.label_dropout = {t.label_dropout} has no meaning for {m.name}, which has no "
+            "classes: set train.label_dropout=0"
+        )
+    if t.label_dropout and not m.has_null_class:
         raise ValueError(
             f"train.label_dropout = {t.label_dropout} needs a null class: set "
             "model.class_dropout_prob > 0, or train.label_dropout=0"
@@ -177,7 +182,12 @@ def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig, latent: 
         )
     if t.preview_stats and not t.preview_decoder:
         raise ValueError("train.preview_stats needs train.preview_decoder=FOLDER: leave it out")
-    if t.preview_cfg != 1 and not m.class_dropout_prob:
+    if t.preview_cfg != 1 and m.is_songunet:
+        raise ValueError(
+            f"train.preview_cfg = {t.preview_cfg} has no meaning for {m.name}, which has no "
+            "classes to guide to: set train.preview_cfg=1"
+        )
+    if t.preview_cfg != 1 and not m.has_null_class:
         raise ValueError(
             f"train.preview_cfg = {t.preview_cfg} needs a null class: set "
             "model.class_dropout_prob > 0, or train.preview_cfg=1"

@@ -3,7 +3,7 @@
 from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.execution import Execution
 from mixflow_fast.models.network import Network
-from mixflow_fast.models.registry import DITDH_SIZES, MODELS, SIT_SIZES, build
+from mixflow_fast.models.registry import DITDH_SIZES, MODELS, SIT_SIZES, SONGUNET_SIZES, build
 from mixflow_fast.models.sit import SiT, repa_alignment_loss
 from mixflow_fast.models.songunet import SongUNet
 from mixflow_fast.models.source_predictor import SourceTable, SourceUNet
@@ -21,6 +21,7 @@ __all__ = [
     "DITDH_SIZES",
     "MODELS",
     "SIT_SIZES",
+    "SONGUNET_SIZES",
     "DiTDH",
     "Execution",
     "Network",

@@ -6,6 +6,8 @@ With N tokens, width D, F columns of the activation, C channels, patches of p x 
                where D_mod = 6 D; N times the adaLN where the condition is per token
     ends       patches 2 N p^2 C D, final layer 2 N D p^2 C_out, its adaLN 4 D^2,
                times 2 (T D + D^2) for T features
+    U-Net      2 C_in C_out k^2 at each place of a convolution's output, attention 4 N^2 C at its
+               resolution, 2 E C for the embedding in each block
     training   three times the forward pass, less the gradients of latents and time features
 
 Norms, activations, sums and RoPE do not count, nor what is computed twice (flash attention's
@@ -18,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mixflow_fast.models import DiTDH, SiT, Transformer
+from mixflow_fast.models import DiTDH, Network, SiT, SongUNet, Transformer
 from mixflow_fast.models.blocks import PAD_TO, Block, SwiGLU
 
 # Dense bf16 TFLOP/s by the vendor's data sheets, SXM or HGX boards unless named; by the words of
@@ -57,13 +59,19 @@ class Flops:
         return 3 * self.forward - self.untaken
 
 
-def count(net: Transformer, padded: bool = False) -> Flops:
+def count(net: Network, padded: bool = False) -> Flops:
     """FLOPs by formula, from the sizes of the layers alone; also of a network on meta.
 
     Args:
-        net: a SiT, REPA's variant or a DiT-DH.
+        net: a SiT, REPA's variant, a DiT-DH or a SongUNet.
         padded: with the zeros that the modes compile and fused append to DiT-DH's 5461 columns.
     """
+    if isinstance(net, SongUNet):
+        return _songunet(net)
+    return _transformer(net, padded)
+
+
+def _transformer(net: Transformer, padded: bool) -> Flops:
     N, area = (net.input_size // net.patch_size) ** 2, net.patch_size**2
     split = net.encoder_depth if isinstance(net, DiTDH) else len(net.blocks)
     groups = list(net.blocks)[:split], list(net.blocks)[split:]
@@ -98,13 +106,34 @@ def _block(block: Block, N: int, rows: int, padded: bool) -> int:
     return 8 * N * D * D + 4 * N * N * D + mlp + rows * modulation
 
 
+def _songunet(net: SongUNet) -> Flops:
+    emb, features = net.map_layer0.weight.shape
+    first, last = net.ends
+    places = net.input_size**2
+    first_of_image = 2 * first.weight.numel() * places
+    first_of_times = 2 * features * emb
+    forward = first_of_image + 2 * last.weight.numel() * places
+    forward += first_of_times + 2 * emb * emb
+    forward += 2 * features * features if net.config["activate_w_mode"] else 0
+    attention = 0
+    for block, side in zip(net.unet_blocks, net.block_sides, strict=True):
+        N, C = side * side, block.conv1.out_channels
+        convolutions = [block.conv0, block.conv1]
+        convolutions += [] if block.skip is None else [block.skip]
+        convolutions += [block.qkv, block.proj] if block.attends else []
+        forward += sum(2 * N * convolution.weight.numel() for convolution in convolutions)
+        forward += 2 * block.affine.weight.numel()
+        attention += 4 * N * N * C if block.attends else 0
+    return Flops(forward + attention, attention, first_of_image + first_of_times, 0)
+
+
 def _projectors(net: SiT, N: int) -> int:
     c = net.config
     D, P = c["hidden_size"], c["projector_dim"]
     return sum(2 * N * (D * P + P * P + P * z) for z in c["z_dims"] or ())
 
 
-def train_flops(net: Transformer) -> int:
+def train_flops(net: Network) -> int:
     """Model FLOPs per image and training step."""
     return count(net).train
 

@@ -26,7 +26,7 @@ class Network(nn.Module):
 
     Attributes:
         clock: what t = 1 means. The velocity is the derivative by the time of this clock.
-        input_size, in_channels, num_classes: as given.
+        input_size, in_channels, num_classes: as given; None for num_classes has no classes.
         null_class: int, or None without a null row.
         cfg_channels: how many leading channels the official sampler guides; None = all.
         float32_names: parameters that stay float32 in a network of half precision.
@@ -39,7 +39,7 @@ class Network(nn.Module):
     clock: str
     input_size: int
     in_channels: int
-    num_classes: int
+    num_classes: int | None
     null_class: int | None
     cfg_channels: int | None
     float32_names: tuple[str, ...] = ()
@@ -58,6 +58,30 @@ class Network(nn.Module):
             ValueError: unknown values, or ways in which this network does not run.
         """
         raise NotImplementedError
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the weights that are multiplied by activations."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that an input is cut into; None for a network that does not cut it."""
+        return None
+
+    def set_draws(self, seed: int, positions: Tensor) -> None:
+        """What random masks inside the network are drawn from, in the forward passes that follow.
+
+        Nothing, for networks without such masks.
+
+        Args:
+            seed: of the run.
+            positions: (B,) int64 global positions of the examples, on the network's device.
+
+        Raises:
+            ValueError: a seed or positions of another kind.
+        """
+        return None
 
     def choose_attention(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixflow_fast.flow.clock import CLOCKS
 from mixflow_fast.kernels.dropout import dropout, layer_keys
 from mixflow_fast.models.execution import Execution, runner
 from mixflow_fast.models.network import Network, check, check_sizes, zero_
@@ -24,6 +25,13 @@ from mixflow_fast.models.network import Network, check, check_sizes, zero_
 EPS = 1e-6
 # Both ends of a residual connection have variance 1, and so has this much of their sum.
 SKIP_SCALE = math.sqrt(0.5)
+# Ways of running it, by the fields of `Execution`; the others are those of transformers' blocks.
+WAYS: dict[str, tuple[str, ...]] = {
+    "mode": ("eager", "compile"),
+    "attention": ("auto",),
+    "checkpointing": ("none", "full"),
+    "compile_unit": ("block",),
+}
 # Arguments of the official class of which one value is known to work, and that value.
 _ONLY = {
     "label_dim": 0,
@@ -57,6 +65,7 @@ class SongUNetConfig(TypedDict):
     decoder_type: str
     resample_filter: list[int]
     activate_w_mode: bool
+    clock: str
 
 
 class _Draws(NamedTuple):
@@ -199,12 +208,13 @@ class SongUNet(Network):
         dropout: probability in every block.
         channel_mult_noise: number of time features over `model_channels`.
         activate_w_mode: the network is told the mixing weight w of its source too (`forward`).
+        clock: what t = 1 means, "data_at_1" or "noise_at_1"; None: the official one, data.
         label_dim, augment_dim, label_dropout, embedding_type, encoder_type, decoder_type,
             resample_filter: taken because the official class takes them, at the published values
             alone: labels (label_dim > 0) cannot be run by the official code either.
 
     Attributes:
-        num_classes: 1, since it knows none.
+        num_classes, null_class: None.
 
     Raises:
         ValueError: sizes that do not fit together, or another value of what has only one.
@@ -230,6 +240,7 @@ class SongUNet(Network):
         decoder_type: str = "standard",
         resample_filter: Sequence[int] = (1, 1),
         activate_w_mode: bool = False,
+        clock: str | None = None,
     ) -> None:
         super().__init__()
         self.config: SongUNetConfig = {
@@ -251,11 +262,12 @@ class SongUNet(Network):
             "decoder_type": decoder_type,
             "resample_filter": list(resample_filter),
             "activate_w_mode": activate_w_mode,
+            "clock": "data_at_1" if clock is None else clock,
         }
         _check_config(self.config)
-        self.clock = "data_at_1"
+        self.clock = self.config["clock"]
         self.input_size, self.in_channels = img_resolution, in_channels
-        self.num_classes, self.null_class, self.cfg_channels = 1, None, None
+        self.num_classes = self.null_class = self.cfg_channels = None
         self._draws: _Draws | None = None
         self._layer_keys: tuple[int, Tensor] | None = None
         self._build_layers()
@@ -317,6 +329,40 @@ class SongUNet(Network):
         parts = [*self.enc.values(), *self.dec.values()]
         return [part for part in parts if isinstance(part, UNetBlock)]
 
+    @property
+    def ends(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """The first and the last convolution."""
+        return next(iter(self.enc.values())), list(self.dec.values())[-1]
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the weights that are multiplied by activations."""
+        return self.map_layer0.weight.dtype
+
+    @property
+    def block_sides(self) -> list[int]:
+        """Resolution of the output of each of `unet_blocks`."""
+        sides, side = [], self.input_size
+        for block in self.unet_blocks:
+            side = {"up": side * 2, "down": side // 2, None: side}[block.conv0.resample]
+            sides.append(side)
+        return sides
+
+    def kept_elements(self) -> int:
+        """Elements of an image that a forward pass keeps for its backward pass, about.
+
+        Of a block its input, the norm's and the activation's output before conv0; as much before
+        conv1, with what dropout returns; of attention norm, q, k, v and result. Recomputed, its
+        input alone.
+        """
+        full, kept = self.execution.checkpointing == "full", 0
+        for block, side in zip(self.unet_blocks, self.block_sides, strict=True):
+            in_width, width, resample, attends = block.signature
+            before = {"up": side // 2, "down": side * 2, None: side}[resample]
+            kept += in_width * before**2 * (1 if full else 3)
+            kept += 0 if full else width * side**2 * (4 + 5 * attends)
+        return kept
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """DDPM++'s initialisation, from torch's default generator; harmless on meta tensors.
@@ -330,11 +376,7 @@ class SongUNet(Network):
                 nn.init.zeros_(module.bias)
         for block in self.unet_blocks:
             zero_([block.conv1, block.proj] if block.attends else [block.conv1])
-        zero_([self._last_conv])
-
-    @property
-    def _last_conv(self) -> nn.Conv2d:
-        return list(self.dec.values())[-1]
+        zero_([self.ends[1]])
 
     def set_execution(self, execution: Execution | None = None, **options: str | bool) -> SongUNet:
         """Choose how the network is run; returns it. Weights and their names do not change.
@@ -345,12 +387,7 @@ class SongUNet(Network):
             ValueError: unknown values, or ways that are those of transformers' blocks.
         """
         execution = Execution(**options) if execution is None else execution
-        for name, allowed in (
-            ("mode", ("eager", "compile")),
-            ("attention", ("auto",)),
-            ("checkpointing", ("none", "full")),
-            ("compile_unit", ("block",)),
-        ):
+        for name, allowed in WAYS.items():
             value = getattr(execution, name)
             check(
                 value in allowed,
@@ -363,16 +400,12 @@ class SongUNet(Network):
 
     def _build_runners(self) -> None:
         # Beside the module's own registries. Blocks that compute the same share one compilation.
-        shared = {}
-        runners = []
-        side = self.input_size
-        for block in self.unet_blocks:
-            key = (side, *block.signature)
-            if key not in shared:
-                shared[key] = runner(_block, self.execution, ())
-            runners.append(shared[key])
-            side = {"up": side * 2, "down": side // 2, None: side}[block.conv0.resample]
-        self.__dict__["_runners"] = runners
+        keys = [
+            (side, *block.signature)
+            for side, block in zip(self.block_sides, self.unet_blocks, strict=True)
+        ]
+        shared = {key: runner(_block, self.execution, ()) for key in dict.fromkeys(keys)}
+        self.__dict__["_runners"] = [shared[key] for key in keys]
 
     def __getstate__(self) -> dict[str, object]:
         # Copies make their own: compiled functions cannot be pickled, and draws are of one pass.
@@ -410,7 +443,7 @@ class SongUNet(Network):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, w: Tensor | float | None = None
     ) -> Tensor:
-        """The velocity, the derivative of x by a time that is 1 at the data.
+        """The velocity in the model's own clock.
 
         Args:
             x: (B, C, img_resolution, img_resolution) floating point; cast to the weights' dtype.
@@ -438,16 +471,13 @@ class SongUNet(Network):
             else:
                 h = part(h)
             left.append(h)
-        for part in self.dec.values():
-            if not isinstance(part, UNetBlock):
-                # The last norm and convolution have an activation in between.
-                h = part(F.silu(h)) if part is self._last_conv else part(h)
-                continue
+        *blocks, norm, last = self.dec.values()
+        for part in blocks:
             if h.shape[1] != part.norm0.num_channels:
                 h = torch.cat([h, left.pop()], dim=1)
             h = self._run(part, number, h, emb_BE, draws)
             number += 1
-        return h
+        return last(F.silu(norm(h)))
 
     def velocity(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """As `forward`: the name that sampling uses for every network."""
@@ -527,3 +557,5 @@ def _check_config(config: SongUNetConfig) -> None:
     check(width % 4 == 0, f"model_channels must be a multiple of 4 (groups of 4), got {width}")
     p = config["dropout"]
     check(0 <= p < 1, f"dropout must be in [0, 1), got {p!r}")
+    clock = config["clock"]
+    check(clock in CLOCKS, f"clock must be one of {CLOCKS} or None, got {clock!r}")

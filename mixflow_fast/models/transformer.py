@@ -192,19 +192,28 @@ class Transformer(Network):
         execution, choices = self.execution, []
         if execution.mode != "fused" and execution.attention == "auto":
             return choices
-        tokens = (self.input_size // self.patch_size) ** 2
         for number, blocks in enumerate(self._block_groups()):
             layer = blocks[0].attn
             wanted = names[number] if names else execution.attention
             candidates = BACKENDS if wanted == "auto" else (wanted,)
             head_dim = layer.proj.in_features // layer.num_heads
             choice = choose_backend(
-                batch, tokens, layer.num_heads, head_dim, dtype, device, candidates=candidates
+                batch, self.tokens, layer.num_heads, head_dim, dtype, device, candidates=candidates
             )
             choices.append(choice)
             for block in blocks:
                 block.attn.backend = choice.backend
         return choices
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the weights that are multiplied by activations."""
+        return self.blocks[0].attn.qkv.weight.dtype
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that an input is cut into."""
+        return (self.input_size // self.patch_size) ** 2
 
     def _block_groups(self) -> Iterable[Sequence[Block]]:
         """The blocks, apart by width."""

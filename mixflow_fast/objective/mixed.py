@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.flow.source import MixedSource, StandardSource, kl_per_sample
-from mixflow_fast.kernels import philox, runtime
+from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.interpolate import draw_times, interpolate
 from mixflow_fast.kernels.mixed_source import (
     mix_and_interpolate,
     mix_and_interpolate_reference,
 )
+from mixflow_fast.kernels.mixed_source.weights import draw_weight
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.runtime import compute_dtype
 from mixflow_fast.objective.draws import draw_noise
@@ -93,19 +94,6 @@ def check_labels(y: object, like: Tensor) -> Tensor:
             f"source is conditioned on, got {tuple(y.shape)} {y.dtype} on {y.device}"
         )
     return y.to(torch.int64)
-
-
-def draw_weight(
-    source: MixedSource, seed: Tensor, ids: Tensor, stream: Stream, impl: str = "reference"
-) -> Tensor:
-    """(B,) float32 weights w of the mixture; impl: as `philox.uniform`."""
-    if isinstance(source.w, float):
-        return torch.full(ids.shape, source.w, device=ids.device)
-    if source.discrete:
-        # Every k of 0..n is as likely as the next, both ends included: w = 1 is trained.
-        k = (philox.random_words(seed, stream, ids, 1, impl)[:, 0] * (source.discrete + 1)) >> 32
-        return k.to(torch.float32) / source.discrete
-    return philox.uniform(seed, stream, ids, 1, impl)[:, 0]
 
 
 def mixed_times(

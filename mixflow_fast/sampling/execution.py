@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.models.transformer import Transformer
+from mixflow_fast.models import network as models
 from mixflow_fast.sampling.guidance import Network
 
 Mode = Literal["auto", "eager", "compile", "graph"]
@@ -38,7 +38,7 @@ def choose_mode(mode: Mode, network: Network, device: torch.device, calls: int |
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    ours, on_gpu = isinstance(network, Transformer), device.type == "cuda"
+    ours, on_gpu = isinstance(network, models.Network), device.type == "cuda"
     if mode == "auto":
         return "compile" if ours and on_gpu and (calls or 0) >= _WORTH_COMPILING else "eager"
     if mode == "compile" and not ours:
@@ -70,26 +70,22 @@ def network_for(network: Network, compiled: bool, precision: Precision | None) -
     if precision is not None:
         if precision not in DTYPES:
             raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
-        if not isinstance(network, Transformer):
+        if not isinstance(network, models.Network):
             raise ValueError(
                 f"precision casts the networks of mixflow_fast.models, got "
                 f"{type(network).__name__}: cast it yourself, and leave precision out"
             )
         dtype = DTYPES[precision]
-        dtype = None if dtype == network_dtype(network) else dtype
-    compiles = compiled and isinstance(network, Transformer) and network.execution.mode == "eager"
+        dtype = None if dtype == network.product_dtype else dtype
+    ours = isinstance(network, models.Network)
+    compiles = compiled and ours and network.execution.mode == "eager"
     if dtype is None and not compiles:
         return network
     own = _copy(network, dtype)
     return own.set_execution(mode="compile") if compiles else own
 
 
-def network_dtype(network: Transformer) -> torch.dtype:
-    """Of the products of matrices."""
-    return network.blocks[0].attn.qkv.weight.dtype
-
-
-def _copy(network: Transformer, dtype: torch.dtype | None) -> Transformer:
+def _copy(network: models.Network, dtype: torch.dtype | None) -> models.Network:
     """The modules anew, on the same tensors, or on floating ones of another dtype."""
     taken: dict[int, Tensor] = {}
     for buffer in network.buffers():  # tables, which stay float32

@@ -6,6 +6,7 @@ Components take these objects and their own section of the configuration, never 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +45,13 @@ from mixflow_fast.training.engine import DeepSpeedEngine
 from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
 from mixflow_fast.training.loading import check_loading
-from mixflow_fast.training.source import carry_predictor, mixed_source, source_record
+from mixflow_fast.training.source import carry_predictor, mixed_source, source_record, wants_labels
 
 # Fields of the section `model` that are not arguments of the class.
 _NOT_ARGUMENTS = ("name", "init_seed", "mode", "compile_unit", "attention", "checkpointing")
+# Fields of the section `model` that have another name in SongUNet, and those that it has not.
+_SONGUNET = {"input_size": "img_resolution", "hidden_size": "model_channels", "depth": "num_blocks"}
+_NOT_SONGUNETS = ("num_classes", "class_dropout_prob")
 # Fields of a data kind that are no arguments of its class.
 _HOW_IT_COMES = ("loader", "resident")
 # Data kinds with a held-out set of their own.
@@ -97,6 +101,8 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     mix = build_objective(c.objective, model.clock, c.train.seed, mixed_source(source, model))
     encoder = build_encoder(c.encoder, c.model)
     dataset = build_data(c.data, c.model, c.encoder)
+    if wants_labels(mix):  # a SongUNet takes any, its source does not
+        _check_classes(dataset, c.model)
     check_loading(c.data, dataset, device)
     teacher = None
     if c.teacher.path is not None:
@@ -123,9 +129,17 @@ def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Tra
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     if section.name.startswith("DiTDH") and "qk_norm" in options:
         options["use_qknorm"] = options.pop("qk_norm")
+    if section.is_songunet:
+        options = _songunet_arguments(options)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(section.init_seed)
         return build(section.name, **options)
+
+
+def _songunet_arguments(options: Mapping[str, object]) -> dict[str, object]:
+    """Fields of the section `model` as arguments of `SongUNet`."""
+    given = {_SONGUNET.get(k, k): v for k, v in options.items() if k not in _NOT_SONGUNETS}
+    return given | {"out_channels": given["in_channels"]}
 
 
 @dataclass(frozen=True)
@@ -268,12 +282,17 @@ def build_data(
         _check_shape(dataset, section, model)
     else:
         _check_images(dataset, encoder, model)
+    if not model.is_songunet:
+        _check_classes(dataset, model)
+    return dataset
+
+
+def _check_classes(dataset: Dataset, model: ModelConfig) -> None:
     if dataset.num_classes > model.num_classes:
         raise ValueError(
             f"data has {dataset.num_classes} classes, the model only {model.num_classes}: set "
             "model.num_classes"
         )
-    return dataset
 
 
 def _check_shape(dataset: Dataset, section: DataConfig, model: ModelConfig) -> None:

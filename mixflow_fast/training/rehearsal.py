@@ -23,15 +23,17 @@ from mixflow_fast.data import BatchLoader, Dataset
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
-from mixflow_fast.models import Execution, Transformer
+from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
-from mixflow_fast.training.build import FirstNetwork, build_run
+from mixflow_fast.models.weights.source_record import split
+from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.determinism import Determinism, describe_determinism
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.loading import loader_workers
+from mixflow_fast.training.source import describe_source, describe_start, example_numel
 
 # Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
 # batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
@@ -67,7 +69,8 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     folder = RunFolder(user_path(config.out), group, rehearsal=True)
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
-        FirstNetwork(config.model, config.train.init, start)(group)
+        frozen = config.source.frozen
+        FirstNetwork(config.model, config.train.init, start, parts.source, frozen)(group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
@@ -77,6 +80,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *data.lines,
         *_describe_encoder(config.encoder, parts.inputs.encoder),
         f"model: {_describe_model(config.model, parts.model)}",
+        *_describe_source(parts, config.train.init, start.checkpoint is not None),
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
         *_describe_determinism(c.deterministic, device),
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
@@ -92,6 +96,12 @@ def _describe_encoder(section: EncoderConfig, encoder: Encoder | None) -> Iterat
         yield f"encoder: {describe_encoder(section, encoder)}"
 
 
+def _describe_source(parts: RunParts, init: str | None, resumed: bool) -> Iterator[str]:
+    if parts.source is not None:
+        numel, how = example_numel(parts.model), describe_start(init, resumed)
+        yield f"source: {describe_source(parts.mix, parts.source, how, numel)}"
+
+
 def _describe_determinism(wanted: bool, device: torch.device) -> Iterator[str]:
     if wanted:
         Determinism(wanted)  # refuses what the run would refuse
@@ -99,7 +109,7 @@ def _describe_determinism(wanted: bool, device: torch.device) -> Iterator[str]:
 
 
 def checkpoint_bytes(
-    model: Transformer, train: TrainConfig, optim: OptimConfig, last: bool = True
+    model: Network, train: TrainConfig, optim: OptimConfig, last: bool = True
 ) -> int:
     """Size of a resumable checkpoint, with weights.pt where one is written.
 
@@ -113,7 +123,7 @@ def checkpoint_bytes(
     return sum(_state_bytes(model, train, optim)) + (8 * every if weights else 0)
 
 
-def _state_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
+def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
     """Of a checkpoint: what ZeRO shards, and what rank 0 alone writes."""
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -124,11 +134,12 @@ def _state_bytes(model: Transformer, train: TrainConfig, optim: OptimConfig) -> 
     return state, network
 
 
-def _describe_model(section: ModelConfig, model: Transformer) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    side = model.input_size // model.patch_size
+def _describe_model(section: ModelConfig, model: Network) -> str:
+    network, _ = split(dict(model.named_parameters()))
+    parameters = sum(p.numel() for p in network.values())
+    cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (
-        f"{section.name}, {parameters:,} parameters, {side * side} tokens of an input "
+        f"{section.name}, {parameters:,} parameters, {cut}an input "
         f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.clock}, "
         f"{train_flops(model) / 1e9:,.3g} GFLOPs an image and training step"
     )
@@ -148,7 +159,7 @@ def _describe_length(c: TrainConfig, steps: int, ranks: int, microbatch: int) ->
 
 
 def _describe_disk(
-    c: TrainConfig, p: OptimConfig, out: Path, model: Transformer, length: tuple[int, int]
+    c: TrainConfig, p: OptimConfig, out: Path, model: Network, length: tuple[int, int]
 ) -> Iterator[str]:
     """Bytes of the checkpoints, and of the copy that each takes.
 
@@ -186,7 +197,7 @@ def _describe_disk(
 
 
 def _describe_memory(
-    c: TrainConfig, p: OptimConfig, model: Transformer, execution: Execution, split: tuple[int, int]
+    c: TrainConfig, p: OptimConfig, model: Network, execution: Execution, split: tuple[int, int]
 ) -> str:
     """Bytes of what is kept for good, and of what a forward pass keeps for its backward pass.
 
@@ -206,14 +217,19 @@ def _describe_memory(
     masters = stage > 0 or element == 2
     optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + masters)
     state = count * (weights + gradients + optimizer / (ranks if stage else 1))
-    kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
-    tokens = (model.input_size // model.patch_size) ** 2
-    width = sum(block.attn.proj.in_features for block in model.blocks)
+    activations = element * microbatch * _kept_elements(model, execution)
     return (
         f"memory per rank, an estimate: {_in_units(state)} of weights, gradients, optimizer and "
-        f"EMA, {_in_units(kept * element * microbatch * tokens * width)} of activations for "
-        f"{microbatch} images"
+        f"EMA, {_in_units(activations)} of activations for {microbatch} images"
     )
+
+
+def _kept_elements(model: Network, execution: Execution) -> float:
+    """Elements of an image that a forward pass keeps for its backward pass."""
+    if isinstance(model, SongUNet):
+        return model.kept_elements()
+    kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
+    return kept * model.tokens * sum(block.attn.proj.in_features for block in model.blocks)
 
 
 def _reading_rate(dataset: Dataset, microbatch: int, workers: int) -> float:

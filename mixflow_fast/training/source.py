@@ -17,6 +17,7 @@ from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.config.source_section import SourceConfig
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.flow.source import MixedSource
+from mixflow_fast.models import Transformer
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.source_record import SourceRecord, predictor_of
 from mixflow_fast.models.weights.sources import record_of
@@ -135,17 +136,20 @@ def wants_labels(mix: MixFlow) -> bool:
     return mix.source is not None and mix.source.needs_labels
 
 
-def describe_source(mix: MixFlow, record: SourceRecord | None, start: str, numel: int) -> str:
-    """The source of a run in words; "" for N(0, I).
+def example_numel(network: Transformer) -> int:
+    """D, the numbers in an example of a network's data."""
+    return network.in_channels * network.input_size**2
+
+
+def describe_source(mix: MixFlow, record: SourceRecord, start: str, numel: int) -> str:
+    """The mixed source of a run in words.
 
     Args:
-        mix: the objective, whose source follows the network.
+        mix: the objective, whose source has the run's predictor.
         record: how the source is built.
         start: where its weights come from.
         numel: D, numbers in an example.
     """
-    if record is None:
-        return ""
     lam, beta = mix.source.weights(numel)
     trained = f"weight of its KL: lambda {lam:g} per dimension, beta {beta:g} of the sum"
     if mix.source.frozen:

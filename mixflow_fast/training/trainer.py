@@ -74,6 +74,7 @@ from mixflow_fast.training.source import (
     build_health,
     describe_source,
     describe_start,
+    example_numel,
     follow_network,
     wants_labels,
 )
@@ -279,6 +280,7 @@ class Trainer:
         it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype, y=own)
         if self._rollout_steps:
             it = roll_in(self.mix, net, it, batch.y, self._rollout_steps)
+        self.engine.module.set_draws(self.config.train.seed, batch.positions)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)
@@ -364,10 +366,11 @@ class Trainer:
         return describe_network(self.model, self.attention, self._used_before)
 
     def _describe_source(self) -> str:
-        init, resumed = self.config.train.init, self._start.checkpoint is not None
-        m = self.config.model
-        numel = m.in_channels * m.input_size**2
-        return describe_source(self.mix, self._source_record, describe_start(init, resumed), numel)
+        record = self._source_record
+        if record is None:
+            return ""
+        how = describe_start(self.config.train.init, self._start.checkpoint is not None)
+        return describe_source(self.mix, record, how, example_numel(self.model))
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
@@ -463,7 +466,7 @@ class Trainer:
         duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait, health)]
         if c.preview_every:
             when, options = Timetable(c.preview_every, total, beginning), self._previews
-            duties.append(Previews(context, when, options, self.watched))
+            duties.append(Previews(context, when, options, self.watched, self._source_record))
         if self._validation is not None:
             when = Timetable(c.validate_every, total, beginning)
             duties.append(Validation(context, when, self._validation, self.watched))

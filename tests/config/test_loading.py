@@ -15,7 +15,7 @@ from tests.support.configs import resolved
 def test_every_recipe_is_there() -> None:
     assert set(recipe_names()) == {
         *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "rae-xl-256", "rae-xl-512"),
-        *("photos", "photos-mixed", "digits"),
+        *("photos", "photos-mixed", "digits", "sit-b2-256-mixed"),
     }
 
 

@@ -14,7 +14,7 @@ from mixflow_fast.config.schema import Config
 from mixflow_fast.diagnostics import verify_resume
 from mixflow_fast.diagnostics.verify_resume import Row, compare_checkpoints, compare_streams, table
 from mixflow_fast.training.trainer import train
-from tests.support.runs import tiny
+from tests.support.runs import MIXED, tiny
 from tests.support.train_ranks import TINY
 
 STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
@@ -56,6 +56,33 @@ def test_a_resumed_run_has_the_same_bits(
     for what in ("positions", "images", "labels", "t", "slowed time m", "network input", "loss"):
         assert compared[f"each step's {what}"] == [str(3 * ranks), str(3 * ranks), "0"]
     assert json.loads((newest_checkpoint(out / "parts") / "state.json").read_text())["step"] == 3
+
+
+# Of those with a mixed source, the quickest.
+FEW_MIXED = [("fp32", 0, 1)]
+ALL_MIXED = [*FEW_MIXED, ("bf16", 2, 1), ("bf16", 2, 2), ("fp32", 3, 1), ("bf16", 3, 2)]
+ALL_MIXED += [("bf16", "ddp", 1), ("fp32", "ddp", 2)]
+MIXED_CASES = [
+    *FEW_MIXED,
+    *(pytest.param(*c, marks=pytest.mark.long) for c in ALL_MIXED if c not in FEW_MIXED),
+]
+
+
+@pytest.mark.parametrize(("precision", "stage", "ranks"), MIXED_CASES)
+def test_a_resumed_run_with_a_mixed_source_has_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, stage: int | str, ranks: int
+) -> None:
+    out = tmp_path / "both"
+    command = ["verify-resume", "photos", *TINY, *HOW, *MIXED, f"train.precision={precision}"]
+    command += ["train.microbatch_size=3", f"train.zero_stage={0 if stage == 'ddp' else stage}"]
+    command += ["train.engine=ddp"] if stage == "ddp" else []
+    code = main([*command, "--steps", "3", "--ranks", str(ranks), "--out", str(out)])
+    said = capsys.readouterr()
+    assert code == 0, said.out + said.err
+    compared = {line[:34].strip(): line[34:].split() for line in said.out.splitlines()[3:]}
+    for what in ("exported source (weights.pt)", "exported source_ema (weights.pt)"):
+        assert int(compared[what][1].replace(",", "")) > 10_000, what
+    assert compared["each step's network input"] == [str(3 * ranks), str(3 * ranks), "0"]
 
 
 @pytest.fixture(scope="module")

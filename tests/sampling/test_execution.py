@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixflow_fast.models import DiTDH, SiT
 from mixflow_fast.models.transformer import Transformer
-from mixflow_fast.sampling.execution import choose_mode, network_dtype, network_for
+from mixflow_fast.sampling.execution import choose_mode, network_for
 from mixflow_fast.sampling.guidance import Guidance
 from mixflow_fast.sampling.prepared import PreparedSampling
 from mixflow_fast.sampling.sampler import Sampler
@@ -51,7 +51,7 @@ def test_bf16_network_with_a_float32_state(build) -> None:
     assert all(after[name].dtype == value.dtype for name, value in before.items())
     assert all(torch.equal(after[name], value) for name, value in before.items())
     own = network_for(model, False, "bf16")
-    assert network_dtype(own) == torch.bfloat16
+    assert own.product_dtype == torch.bfloat16
     kept = {name for name, p in own.named_parameters() if p.dtype == torch.float32}
     assert kept == set(model.float32_names)
     assert all(buffer.dtype == torch.float32 for buffer in own.buffers())
@@ -63,7 +63,7 @@ def test_the_network_is_told_exact_times_in_bf16(monkeypatch: pytest.MonkeyPatch
 
     def watched(self: SiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         told.append(t.clone())
-        assert x.dtype == torch.float32 and network_dtype(self) == torch.bfloat16
+        assert x.dtype == torch.float32 and self.product_dtype == torch.bfloat16
         return velocity(self, x, t, y)
 
     monkeypatch.setattr(SiT, "velocity", watched)
@@ -119,7 +119,7 @@ def test_bad_arguments(network: type[nn.Module], change: dict, message: str) -> 
 
 
 def test_methods_without_a_plan_have_no_graph() -> None:
-    for method in ("dopri5", "unipc"):
+    for method in ("dopri5", "rk45", "unipc"):
         with pytest.raises(ValueError, match=f"known beforehand, got {method}"):
             PreparedSampling(
                 Net(), Sampler(method, 2), Guidance(), mode="graph", capture=lambda step: step

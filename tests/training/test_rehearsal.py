@@ -12,7 +12,7 @@ from mixflow_fast.training.rehearsal import checkpoint_bytes, rehearse
 from mixflow_fast.training.trainer import train
 from tests.support.command_line import run
 from tests.support.datasets import write_classes
-from tests.support.runs import settings, tiny
+from tests.support.runs import settings, tiny, tiny_mixed
 from tests.support.train_ranks import TINY
 
 
@@ -113,3 +113,13 @@ def test_too_little_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     checkpoints = tmp_path / "run/checkpoints"
     shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000001")
     assert "warning" not in "\n".join(rehearse(tiny(tmp_path / "run", "model.hidden_size=192")))
+
+
+def test_a_mixed_source_is_told_and_opened(tmp_path: Path) -> None:
+    lines = rehearse(tiny_mixed(tmp_path / "new"))
+    (said,) = (line for line in lines if line.startswith("source: "))
+    assert "lambda 0.3 per dimension, beta 0.000390625 of the sum" in said and "(D = 768)" in said
+    (model,) = (line for line in lines if line.startswith("model: "))
+    (plain,) = (line for line in rehearse(tiny(tmp_path / "new")) if line.startswith("model: "))
+    assert model == plain  # the network's own parameters
+    assert not (tmp_path / "new").exists()

@@ -39,7 +39,10 @@ def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("precision", "stage"),
-    [("fp32", 0), ("bf16", 2), ("fp32", 3), *(("bf16", stage) for stage in (1, 3, "ddp"))],
+    [
+        *(("fp32", 0), ("bf16", 2), ("fp32", 3), ("bf16", "ddp")),
+        *(pytest.param("bf16", stage, marks=pytest.mark.long) for stage in (1, 3)),
+    ],
 )
 def test_network_and_source_move_and_both_have_an_average(
     tmp_path: Path, precision: str, stage: int | str
@@ -282,3 +285,20 @@ def test_the_files_of_a_run_load_without_its_source(tmp_path: Path) -> None:
     assert stored.source.kappa == "data" and stored.source.weights(768) == (0.3, 0.3 / 768)
     for name, tensor in stored.source.predictor.state_dict().items():
         assert torch.equal(tensor, weights(run.out)["source_ema"][name])
+
+
+def test_the_kernels_train_like_the_reference(tmp_path: Path) -> None:
+    found = []
+    for impl in ("reference", "triton"):
+        out = tmp_path / impl
+        own = [f"objective.impl={impl}", "train.microbatch_size=4", "train.images=24"]
+        train(tiny_mixed(out, *own, *settings("fp32", 0), "source.widths=[8]"), quiet=True)
+        found.append((read_metrics(out / "metrics.jsonl"), weights(out)))
+    (rows, plain), (fused_rows, fused) = found
+    for a, b in zip(rows, fused_rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+        assert b["source_kl"] == pytest.approx(a["source_kl"], rel=1e-4)
+    for key in ("model", "source"):
+        for name, tensor in plain[key].items():
+            torch.testing.assert_close(fused[key][name], tensor, rtol=1e-4, atol=1e-5)

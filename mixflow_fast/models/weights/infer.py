@@ -6,6 +6,7 @@ Shapes alone are looked at, so that a state dict on the meta device is as good a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from warnings import warn
 
@@ -17,6 +18,7 @@ from mixflow_fast.models.registry import DITDH_HEAD, SIT_SIZES
 from mixflow_fast.models.weights.naming import (
     DITDH_MARK,
     HEAD_KEYS,
+    SONGUNET_MARK,
     ClassName,
     depth,
 )
@@ -45,7 +47,7 @@ def infer_kwargs(
     num_heads: int | tuple[int, int] | None = None,
     encoder_depth: int | None = None,
 ) -> tuple[ClassName, ModelConfig]:
-    """("SiT" or "DiTDH", constructor arguments) of the network that a state dict belongs to.
+    """(class, constructor arguments) of the network that a state dict belongs to.
 
     Args:
         state: name -> tensor; only shapes are looked at.
@@ -56,6 +58,8 @@ def infer_kwargs(
     Raises:
         ValueError: names or shapes of neither, or a number that must be given.
     """
+    if SONGUNET_MARK in state:
+        return "SongUNet", infer_songunet_kwargs(state)
     if DITDH_MARK in state:
         return "DiTDH", infer_ditdh_kwargs(state, num_heads, encoder_depth)
     if isinstance(num_heads, tuple):
@@ -248,3 +252,36 @@ def _mlp_ratio(width: int, inner: int, swiglu: bool) -> float:
         if (int(2 / 3 * wide) if swiglu else wide) == inner:
             return ratio
     raise ValueError(f"no mlp_ratio gives an inner width of {inner} at width {width}")
+
+
+def infer_songunet_kwargs(state: Mapping[str, Tensor]) -> ModelConfig:
+    """Constructor arguments of the SongUNet that a state dict belongs to, by its names and shapes.
+
+    Not in them: the probability of dropout, which is left to the class and drops nothing in
+    evaluation mode.
+
+    Raises:
+        ValueError: names or shapes of something else.
+    """
+    _require(state, "SongUNet", (SONGUNET_MARK, "map_layer1.weight"))
+    blocks = [name.split(".")[1] for name in state if name.startswith("enc.")]
+    found = {match for name in blocks if (match := re.match(r"(\d+)x\1_", name))}
+    sides = sorted({int(match[1]) for match in found}, reverse=True)
+    # The highest number and not a count: a missing block is for the comparison to report.
+    numbers = [int(match[1]) for name in blocks if (match := re.search(r"_block(\d+)$", name))]
+    ends = [f"enc.{side}x{side}_block0.conv0.weight" for side in sides]
+    first = f"enc.{sides[0]}x{sides[0]}_conv.weight" if sides else "enc.*_conv.weight"
+    _require(state, "SongUNet", (first, *ends))
+    (width, channels), (emb, features) = state[first].shape[:2], state[SONGUNET_MARK].shape
+    return {
+        "img_resolution": sides[0],
+        "in_channels": channels,
+        "out_channels": channels,
+        "model_channels": width,
+        "channel_mult": [state[name].shape[0] // width for name in ends],
+        "channel_mult_emb": emb // width,
+        "num_blocks": 1 + max(numbers),
+        "attn_resolutions": [s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in state],
+        "channel_mult_noise": features // width,
+        "activate_w_mode": "map_w.1.weight" in state,
+    }

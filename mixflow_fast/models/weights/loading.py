@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.ditdh import DiTDH
+from mixflow_fast.models.network import Network
 from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import Transformer
+from mixflow_fast.models.songunet import SongUNet
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.foreign import describe_unknown, network_that_is
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
@@ -24,7 +25,7 @@ from mixflow_fast.models.weights.naming import (
     with_velocity_head,
 )
 
-CLASSES: dict[ClassName, type[Transformer]] = {"SiT": SiT, "DiTDH": DiTDH}
+CLASSES: dict[ClassName, type[Network]] = {"SiT": SiT, "DiTDH": DiTDH, "SongUNet": SongUNet}
 
 
 def load_into(
@@ -120,7 +121,7 @@ class NetworkSpec:
     prediction: str
     path: str | None
 
-    def on_meta(self, clock: str | None = None) -> Transformer:
+    def on_meta(self, clock: str | None = None) -> Network:
         """The network without storage; `clock` overrides its own."""
         return on_meta(self.class_name, {**self.kwargs, "clock": clock or self.clock})
 
@@ -185,7 +186,7 @@ def spec_of_any_heads(
     return replace(spec, kwargs={**spec.kwargs, "num_heads": None})
 
 
-def on_meta(class_name: ClassName, kwargs: Mapping[str, object]) -> Transformer:
+def on_meta(class_name: ClassName, kwargs: Mapping[str, object]) -> Network:
     """A network without storage, for its names and shapes or to be loaded into.
 
     Raises:
@@ -206,7 +207,7 @@ def load_model(
     num_heads: int | tuple[int, int] | None = None,
     encoder_depth: int | None = None,
     clock: str | None = None,
-) -> Transformer:
+) -> Network:
     """Build the network that a checkpoint holds and load its weights, in float32 on the CPU.
 
     The class follows from the names of the weights. A file that this engine wrote says how its
@@ -219,7 +220,7 @@ def load_model(
         clock: overrides the recorded clock, or the one that the class implies.
 
     Returns:
-        a `SiT` or `DiTDH` in eval mode; `prediction` and `path` are set on it.
+        a `SiT`, `DiTDH` or `SongUNet` in eval mode; `prediction` and `path` are set on it.
 
     Raises:
         ValueError: whatever `load_weights`, `infer_kwargs` and `load_into` refuse.
@@ -233,7 +234,7 @@ def model_of(
     num_heads: int | tuple[int, int] | None = None,
     encoder_depth: int | None = None,
     clock: str | None = None,
-) -> Transformer:
+) -> Network:
     """`load_model` of a file that is open already, whose record the caller has read."""
     state = file.state(key)
     spec = network_spec(file, state, num_heads, encoder_depth)

@@ -12,18 +12,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ClassName = Literal["SiT", "DiTDH"]
-Kind = Literal["SiT", "REPA SiT", "DiT-DH"]
+ClassName = Literal["SiT", "DiTDH", "SongUNet"]
+Kind = Literal["SiT", "REPA SiT", "DiT-DH", "SongUNet"]
 HEAD_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 DITDH_MARK = "s_embedder.proj.weight"
+SONGUNET_MARK = "map_layer0.weight"
+# Conditions that EDM's networks of the same names have, and this class has not.
+_EDM = ("map_label.", "map_augment.")
 # What DDP, torch.compile, FSDP and activation checkpointing put into names, wherever they wrap.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module")
 _WRAPPERS += ("_checkpoint_wrapped_module",)
 
 
 def kind_of(state: Iterable[str]) -> Kind | None:
-    """ "SiT", "REPA SiT" or "DiT-DH" by the names of a state dict; None for anything else."""
+    """ "SiT", "REPA SiT", "DiT-DH" or "SongUNet" by the names of a state dict; None for others."""
     names = set(state)
+    if SONGUNET_MARK in names:
+        last = any(n.startswith("dec.") and n.endswith("_aux_conv.weight") for n in names)
+        whole = last and "map_layer1.weight" in names
+        return "SongUNet" if whole and not any(n.startswith(_EDM) for n in names) else None
     if not {"final_layer.linear.weight", "blocks.0.attn.qkv.weight"} <= names:
         return None
     if DITDH_MARK in names:
@@ -46,7 +53,8 @@ def prefixes_of_networks(names: Iterable[str]) -> list[str]:
     Lightning's modules and EMA wrappers hold the network as `model.`, `net.` or `ema_model.`.
     """
     names = list(names)
-    ends = [name.removesuffix(HEAD_KEYS[0]) for name in names if name.endswith(HEAD_KEYS[0])]
+    marks = (HEAD_KEYS[0], SONGUNET_MARK)
+    ends = [name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)]
     return [
         prefix
         for prefix in ends
@@ -57,7 +65,10 @@ def prefixes_of_networks(names: Iterable[str]) -> list[str]:
 
 def class_of(state: Iterable[str]) -> ClassName:
     """The class that computes a network which `kind_of` knows."""
-    return "DiTDH" if DITDH_MARK in set(state) else "SiT"
+    names = set(state)
+    if SONGUNET_MARK in names:
+        return "SongUNet"
+    return "DiTDH" if DITDH_MARK in names else "SiT"
 
 
 def depth(state: Iterable[str]) -> int:

@@ -127,6 +127,11 @@ NETWORKS = {
         *("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight"),
     ],
     "EDM's network, a UNet": ["model.map_layer0.weight", "model.enc.64x64_conv.w", "model.dec.a"],
+    # As released: but for how times are embedded and augmentations told, the names of SongUNet.
+    "EDM's network, a .*UNet": [
+        *(f"model.map_{name}.weight" for name in ("layer0", "layer1", "augment")),
+        *("model.enc.64x64_conv.weight", "model.dec.64x64_aux_conv.weight"),
+    ],
     "^an autoencoder .VAE.": [
         "encoder.conv_in.weight",
         "decoder.conv_in.weight",
