@@ -126,6 +126,11 @@ def _dropout(shape: Shape, dtype: torch.dtype, mark: Callable[[], None]) -> None
     dropout(x, 0.13, layer_keys(0, 1)[0], positions, "triton")
 
 
+def _words(shape: Shape, mark: Callable[[], None]) -> None:
+    numel = torch.Size(shape[1:]).numel()
+    philox.random_words(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
+
+
 def _objective_cases() -> Iterator[Case]:
     for name, shape in (("rae", RAE), ("sit", SIT)):
         for short, dtype in (("bf16", BF16), ("fp32", FP32)):
@@ -166,6 +171,8 @@ def _objective_cases() -> Iterator[Case]:
     yield Case("dropout", "bf16", partial(_dropout, (64, 256, 32, 32), BF16), True)
     yield Case("dropout", "fp32", partial(_dropout, (64, 256, 32, 32), FP32))
     yield Case("dropout", "odd", partial(_dropout, ODD, FP32))
+    yield Case("normal", "words", partial(_words, (256, 1)), True)
+    yield Case("normal", "many words", partial(_words, SIT))
 
 
 def _source_cases() -> Iterator[Case]:

@@ -153,9 +153,14 @@ def words_reference(seed: int | Tensor, stream: int, positions: Tensor, numel: i
     return words.flatten(1)[:, :numel]
 
 
-def random_words(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+def random_words(
+    seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1, impl: str = "reference"
+) -> Tensor:
     """Uniform 32-bit words, (B, numel) int64 in [0, 2**32); arguments as `uniform`."""
     positions = _check_positions(positions)
+    if runtime.use_kernels(impl, positions.device):
+        _check_numel(numel)
+        return _words_op(_seed_bits(seed, positions), positions, int(stream), numel)
     if philox_cpu.serves(positions):
         return philox_cpu.words(_seed_bits(seed, positions), int(stream), positions, numel)
     return words_reference(seed, stream, positions, numel)
@@ -172,7 +177,9 @@ def uniform_reference(seed: int | Tensor, stream: int, positions: Tensor, numel:
     return _unit_open(words_reference(seed, stream, positions, numel))
 
 
-def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) -> Tensor:
+def uniform(
+    seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1, impl: str = "reference"
+) -> Tensor:
     """Uniform numbers in the open interval (0, 1).
 
     Args:
@@ -180,6 +187,8 @@ def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) 
         stream: a `Stream`.
         positions: (B,) int64 global sample positions.
         numel: numbers per sample.
+        impl: "reference" is plain PyTorch, a hundred small launches on a GPU, "triton" one and
+            "auto" takes that on CUDA devices. The numbers are the same bits.
 
     Returns:
         (B, numel) float32 on the device of `positions`, in [2^-24, 1 - 2^-24].
@@ -188,6 +197,8 @@ def uniform(seed: int | Tensor, stream: int, positions: Tensor, numel: int = 1) 
         ValueError: bad seed, positions that are not a 1-D integer tensor, negative numel.
     """
     positions = _check_positions(positions)
+    if runtime.use_kernels(impl, positions.device):
+        return _unit_open(random_words(seed, stream, positions, numel, impl))
     if philox_cpu.serves(positions):
         return philox_cpu.uniform(_seed_bits(seed, positions), int(stream), positions, numel)
     return uniform_reference(seed, stream, positions, numel)
@@ -222,9 +233,13 @@ def normal(
             return philox_cpu.normal(_seed_bits(seed, positions), int(stream), positions, numel)
         return normal_reference(seed, stream, positions, numel)
     seed = _seed_bits(seed, positions)
+    _check_numel(numel)
+    return _normal_op(seed, _check_positions(positions), int(stream), numel)
+
+
+def _check_numel(numel: int) -> None:
     if not 0 <= numel <= runtime.MAX_SAMPLE:
         raise ValueError(f"numel must be in [0, 2**29] for the Triton kernel, got {numel}")
-    return _normal_op(seed, _check_positions(positions), int(stream), numel)
 
 
 @jit
@@ -427,3 +442,45 @@ def _normal_op(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tens
 @_normal_op.register_fake
 def _(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tensor:
     return positions.new_empty((len(positions), numel), dtype=torch.float32)
+
+
+@jit(any_value=["blocks"], any_address=["seed_ptr", "positions_ptr"])
+def _words_kernel(
+    seed_ptr, positions_ptr, out_ptr, numel, blocks, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    element = (program % blocks) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)[None, :]
+    block = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    seed, position = tl.load(seed_ptr), tl.load(positions_ptr + sample)
+    w0, w1, w2, w3 = philox_words(seed, STREAM, position, block)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int64)
+    tl.store(out_ptr + sample * numel + element, words, mask=element < numel)
+
+
+@torch.library.custom_op("mixflow_fast::words", mutates_args=())
+def _words_op(seed: Tensor, positions: Tensor, stream: int, numel: int) -> Tensor:
+    out = torch.empty(len(positions), numel, dtype=torch.int64, device=positions.device)
+    if out.numel():
+        positions = positions.contiguous()
+        block = 32 if numel <= 128 else 256
+        blocks = triton.cdiv(numel, 4 * block)
+        grid = (runtime.check_grid(len(positions) * blocks, len(positions)),)
+        with runtime.on_device(positions):
+            _words_kernel[grid](
+                seed,
+                positions,
+                out,
+                numel,
+                blocks,
+                STREAM=stream,
+                BLOCK=block,
+                num_warps=1 if block == 32 else 4,
+                **runtime.OPTIONS,
+            )
+    return out
+
+
+@_words_op.register_fake
+def _(seed, positions, stream, numel):
+    return positions.new_empty(len(positions), numel, dtype=torch.int64)

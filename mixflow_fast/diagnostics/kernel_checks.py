@@ -35,8 +35,7 @@ from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.kernels.attention.choice import FLOORS as ROUNDING
 from mixflow_fast.kernels.dropout import dropout, layer_keys
-from mixflow_fast.kernels.philox import Stream, philox_words
-from mixflow_fast.kernels.runtime import jit, tl, triton
+from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.messages import error_line
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.optim.adamw_ema import AdamWEMA
@@ -210,37 +209,9 @@ def nan_filled_buffers(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-@jit
-def _words_kernel(
-    seed_ptr, positions_ptr, out_ptr, blocks, STREAM: tl.constexpr, BLOCK: tl.constexpr
-):
-    sample = tl.program_id(0)
-    block = tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox_words(tl.load(seed_ptr), STREAM, tl.load(positions_ptr + sample), block)
-    out = out_ptr + (sample * blocks + block) * 4
-    inside = block < blocks
-    tl.store(out, w0.to(tl.int32, bitcast=True), mask=inside)
-    tl.store(out + 1, w1.to(tl.int32, bitcast=True), mask=inside)
-    tl.store(out + 2, w2.to(tl.int32, bitcast=True), mask=inside)
-    tl.store(out + 3, w3.to(tl.int32, bitcast=True), mask=inside)
-
-
 def _kernel_words(stream: Stream, positions: Tensor, numel: int) -> Tensor:
-    """`philox.random_words` by the device function; numel a multiple of 4."""
-    seed = philox.seed_tensor(SEED, positions.device)
-    out = torch.zeros(len(positions), numel, dtype=torch.int32, device=positions.device)
-    block = triton.next_power_of_2(numel // 4)
-    with runtime.on_device(positions):
-        _words_kernel[(len(positions),)](
-            seed,
-            positions,
-            out,
-            numel // 4,
-            STREAM=int(stream),
-            BLOCK=block,
-            **runtime.OPTIONS,
-        )
-    return out.to(torch.int64) & 0xFFFFFFFF
+    """`philox.random_words` by the device function that the other kernels call."""
+    return philox.random_words(SEED, stream, positions, numel, "triton")
 
 
 def words(device: torch.device, impl: str) -> Iterator[Finding]:

@@ -148,7 +148,7 @@ def mixed_interpolation(
     z = draw_noise(seed, ids, x1, impl, Stream.SOURCE_SIGNAL) if source.needs_noise else None
     compute = compute_dtype(x1)
     mean, log_var = source.predict(x1.shape, x1=x1, y=y, z=z, dtype=compute)
-    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(compute)
+    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT, impl).to(compute)
     options = dict(clock=clock, path=path, mode=source.mode, patch_size=patch_size, dtype=dtype)
     if impl == "triton" and not source.detach:
         mean, log_var = (

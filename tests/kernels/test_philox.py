@@ -156,6 +156,20 @@ def test_device_words_are_the_same_integers(seed: int, stream: Stream) -> None:
     assert torch.equal(words, random_words(seed_bits, stream, positions, 1024))
 
 
+@pytest.mark.parametrize("numel", [1, 5, 128, 129, 2051])
+def test_words_and_uniform_numbers_in_one_launch(numel: int, poisoned_memory: None) -> None:
+    positions = torch.tensor([3, 2**32 - 1, 2**40 + 12345], device=DEVICE)
+    for draw in (random_words, uniform):
+        expected = draw(2**63 + 7, Stream.SOURCE_WEIGHT, positions, numel)
+        made = draw(2**63 + 7, Stream.SOURCE_WEIGHT, positions, numel, "triton")
+        assert made.dtype == expected.dtype and torch.equal(made, expected)
+        assert draw(7, Stream.TIME, positions[:0], numel, "triton").shape == (0, numel)
+    arguments = seed_tensor(7, DEVICE), positions, int(Stream.TIME), numel
+    torch.library.opcheck(torch.ops.mixflow_fast.words, arguments)
+    with pytest.raises(ValueError, match="numel"):
+        random_words(7, Stream.TIME, positions, -1, "triton")
+
+
 @jit
 def _box_muller_kernel(radius_ptr, angle_ptr, x_ptr, y_ptr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
