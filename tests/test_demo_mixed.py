@@ -156,7 +156,7 @@ def test_both_goes_on_from_the_arms_of_mixed(folder: Path, monkeypatch: pytest.M
     for section in ("model", "data", "optim", "train"):
         assert plain[section] == slowed[section]
     text = (folder / "report.html").read_text()
-    assert "the label t is where the sampler" in text and "source frozen" in text
+    assert "the label t is where the sampler" in text and "the source frozen" in text
 
 
 def test_other_settings_are_refused(folder: Path, tmp_path: Path) -> None:

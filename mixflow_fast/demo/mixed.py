@@ -238,8 +238,8 @@ def mixed_arms(settings: MixedSettings, sweep: bool = False) -> dict[str, MixedA
     arms = {
         "rf": MixedArm("rectified flow"),
         "mix": _mix(lam),
-        "fc": _fc(lam, ", as MixFlow's"),
-        "fc_tuned": _fc(own, ", its own best"),
+        "fc": _fc(lam),
+        "fc_tuned": _fc(own, " (its best)"),
     }
     if own == lam:
         del arms["fc_tuned"]
@@ -254,24 +254,14 @@ def mixed_arms(settings: MixedSettings, sweep: bool = False) -> dict[str, MixedA
 
 def both_arms(settings: MixedSettings) -> dict[str, MixedArm]:
     """Rectified flow and MixFlow, and each trained on with slowed interpolation and without."""
-    mix, g = _mix(settings.lam), settings.gamma
+    g = settings.gamma
     return {
         "rf": MixedArm("rectified flow"),
-        "rf_plain": MixedArm("rectified flow, then as before", after="rf"),
-        "rf_slowed": MixedArm(
-            f"rectified flow, then slowed, gamma {g:g}",
-            after="rf",
-            gamma=g,
-            timesteps="beta21",
-        ),
-        "mix": mix,
-        "mix_plain": MixedArm(f"{mix.label}, then as before, source frozen", after="mix"),
-        "mix_slowed": MixedArm(
-            f"{mix.label}, then slowed, gamma {g:g}, source frozen",
-            after="mix",
-            gamma=g,
-            timesteps="beta21",
-        ),
+        "rf_plain": MixedArm("rectified flow, continued", after="rf"),
+        "rf_slowed": MixedArm("rectified flow, slowed", after="rf", gamma=g, timesteps="beta21"),
+        "mix": _mix(settings.lam),
+        "mix_plain": MixedArm("MixFlow, continued", after="mix"),
+        "mix_slowed": MixedArm("MixFlow, slowed", after="mix", gamma=g, timesteps="beta21"),
     }
 
 

@@ -29,9 +29,9 @@ from mixflow_fast.files import write_json
 from mixflow_fast.reports.demo_result import Toy
 from mixflow_fast.reports.demo_result import ToyArm as ToyArmResult
 
-PATHS = 60
-POINTS = 400
-_PATH_STEPS, _KEPT = 128, 4  # Euler steps of a path, and every how many of its states are kept
+PATHS = 40
+POINTS = 300
+_PATH_STEPS, _KEPT = 128, 8  # Euler steps of a path, and every how many of its states are kept
 
 
 def mixed(lam: float) -> ToyArm:
@@ -117,4 +117,4 @@ def floor_of(settings: ToySettings, seed: int) -> float:
 
 def _rounded(points: torch.Tensor) -> list[list[float]]:
     """(n, 2) for a file that is read by people, too."""
-    return [[round(value, 4) for value in point] for point in points.tolist()]
+    return [[round(value, 3) for value in point] for point in points.tolist()]

@@ -92,9 +92,8 @@ def _sources(result: DemoResult) -> list[str]:
         "What training drew the noise end from (N(0, I) has the value in brackets)": health_table(
             result
         ),
-        "In two dimensions: eight Gaussians, sliced 2-Wasserstein distances": toy_table(toy)
-        if toy
-        else None,
+        "In two dimensions: eight Gaussians; sliced 2-Wasserstein distance of samples by N Euler "
+        "steps, and of the noise ends of training to N(0, I)": toy_table(toy) if toy else None,
     }
     lines = []
     for title, table in tables.items():

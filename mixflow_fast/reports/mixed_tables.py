@@ -44,7 +44,7 @@ def toy_table(toy: Toy) -> Table:
     """Curvature and distances in two dimensions."""
     steps = toy["steps"]
     return Table(
-        ["arm", "curvature", *(f"SW, {s} steps" for s in steps), "SW, source to N(0, I)"],
+        ["arm", "curvature", *(f"SW, {s}" for s in steps), "SW, source"],
         [
             [
                 arm["label"],
