@@ -36,6 +36,7 @@ from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepare
+from mixflow_fast.kernels.dropout import dropout, layer_keys
 
 RED = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "atomics")
 ARCHS, KNOWN_ARCHS = (80, 90, 100), (80, 86, 89, 90, 100, 120)
@@ -124,6 +125,12 @@ def _normal(shape: Shape, mark: Callable[[], None]) -> None:
     philox.normal(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
 
 
+def _dropout(shape: Shape, dtype: torch.dtype, mark: Callable[[], None]) -> None:
+    x, positions = torch.empty(shape, dtype=dtype), torch.arange(shape[0])
+    mark()
+    dropout(x, 0.13, layer_keys(0, 1)[0], positions, "triton")
+
+
 def _objective_cases() -> Iterator[Case]:
     for name, shape in (("rae", RAE), ("sit", SIT)):
         for short, dtype in (("bf16", BF16), ("fp32", FP32)):
@@ -160,6 +167,10 @@ def _objective_cases() -> Iterator[Case]:
         yield from _objective(case.label, quick, case)
     yield Case("normal", "sit", partial(_normal, SIT), True)
     yield Case("normal", "odd", partial(_normal, ODD))
+    # A block of SongUNet-CIFAR10.
+    yield Case("dropout", "bf16", partial(_dropout, (64, 256, 32, 32), BF16), True)
+    yield Case("dropout", "fp32", partial(_dropout, (64, 256, 32, 32), FP32))
+    yield Case("dropout", "odd", partial(_dropout, ODD, FP32))
 
 
 def _norm_cases() -> Iterator[Case]:

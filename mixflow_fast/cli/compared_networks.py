@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixflow_fast.comparison.real_data import RealImages, SlowFlowPlan
     from mixflow_fast.config.schema import Config
     from mixflow_fast.evaluation.reference import Reference
-    from mixflow_fast.models import Transformer
+    from mixflow_fast.models import Network
     from mixflow_fast.models.autoencoders.decoding import Decoder
 
 _STEPS = (5, 10, 20, 50)
@@ -46,7 +46,7 @@ class _Checkpoint:
         step: optimizer steps of the weights; None where nothing says them.
     """
 
-    model: Transformer
+    model: Network
     sha256: str
     config: Config | None
     why: str
@@ -57,7 +57,7 @@ class _Checkpoint:
 class _Shared:
     """What all arms are sampled with, on the device."""
 
-    guide: Transformer | None
+    guide: Network | None
     decoder: Decoder | None
 
 
@@ -234,7 +234,7 @@ def _control_notes(loaded: Mapping[str, _Checkpoint]) -> list[str]:
     return notes
 
 
-def _guide(options: argparse.Namespace, device: str) -> Transformer | None:
+def _guide(options: argparse.Namespace, device: str) -> Network | None:
     """The other network of autoguidance."""
     from mixflow_fast.models import load_model
 
@@ -246,7 +246,7 @@ def _guide(options: argparse.Namespace, device: str) -> Transformer | None:
 def _decoder(
     options: argparse.Namespace,
     path: Path,
-    model: Transformer,
+    model: Network,
     choices: Mapping[int, SamplerChoice],
 ) -> Decoder | None:
     from mixflow_fast.models.autoencoders.decoding import load_decoder
@@ -278,7 +278,7 @@ def _rounding(options: argparse.Namespace, chosen: SamplerChoice) -> str:
 
 def _drawers(
     options: argparse.Namespace,
-    model: Transformer,
+    model: Network,
     choices: Mapping[int, SamplerChoice],
     shared: _Shared,
 ) -> dict[int, Drawer]:

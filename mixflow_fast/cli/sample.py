@@ -15,7 +15,7 @@ from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
     from mixflow_fast.cli.picture_sets import Drawer, Measure
-    from mixflow_fast.models import Transformer
+    from mixflow_fast.models import Network
     from mixflow_fast.sampling.samples import SampleResult
 
 _UNDO_SCALE = (
@@ -313,7 +313,7 @@ class _Loaded:
         latent: whether it says that its run trained on latents.
     """
 
-    model: Transformer
+    model: Network
     step: int | None
     latent: bool
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mixflow_fast.evaluation.examples import Examples
     from mixflow_fast.evaluation.slow_flow import Settings
     from mixflow_fast.evaluation.validation_loss import ValidationLoss
-    from mixflow_fast.models import Transformer
+    from mixflow_fast.models import Network
     from mixflow_fast.reports.slow_flow_report import Measured, SlowFlowReport
 
 
@@ -235,7 +235,7 @@ def _config(options: argparse.Namespace) -> Config:
         return load_config(str(file), options.overrides)
 
 
-def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
+def _check_fit(path: Path, model: Network, data: Examples) -> None:
     shape = tuple(data.x.shape[1:])
     side = model.input_size
     own = (model.in_channels, *((side, side) if isinstance(side, int) else side))
@@ -249,7 +249,7 @@ def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
         )
 
 
-def _check_same_network(before: Path, first: Transformer, after: Path, second: Transformer) -> None:
+def _check_same_network(before: Path, first: Network, after: Path, second: Network) -> None:
     """Refuse a network that is not the first one trained further: another one has another flow.
 
     REPA's projectors may be in one file alone: they take no part in sampling.
@@ -283,7 +283,7 @@ def _check_same_network(before: Path, first: Transformer, after: Path, second: T
 
 def _measured(
     name: str,
-    model: Transformer,
+    model: Network,
     data: Examples,
     settings: Settings,
     losses: ValidationLoss | None,

@@ -15,7 +15,7 @@ from mixflow_fast.evaluation.examples import read_examples
 from mixflow_fast.evaluation.loss_surface import loss_surface
 from mixflow_fast.evaluation.slow_flow import METHODS, Settings, slow_flow
 from mixflow_fast.evaluation.validation_loss import ValidationLoss
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import quantise
 from mixflow_fast.reports.slow_flow_report import Measured
 from mixflow_fast.training.build import (
@@ -120,7 +120,7 @@ class SlowFlowPlan:
         settings: what is measured.
     """
 
-    networks: Mapping[str, Transformer]
+    networks: Mapping[str, Network]
     config: Config
     settings: Settings
 

@@ -33,6 +33,7 @@ from mixflow_fast.diagnostics.kernel_cases import (
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.kernels.attention.choice import FLOORS as ROUNDING
+from mixflow_fast.kernels.dropout import dropout, layer_keys
 from mixflow_fast.kernels.philox import Stream, philox_words
 from mixflow_fast.kernels.runtime import jit, tl, triton
 from mixflow_fast.messages import error_line
@@ -321,6 +322,21 @@ def times(device: torch.device, impl: str) -> Iterator[Finding]:
             yield Finding("interpolate", f"times {kind}", tensor, "float32", error, DRAWN_FLOOR)
 
 
+def masks(device: torch.device, impl: str) -> Iterator[Finding]:
+    """Dropout and its gradient against the reference, whose bits they have."""
+    positions = torch.tensor(POSITIONS, device=device)
+    key = layer_keys(SEED, 2).to(device)[1]
+    numel = 33 if device.type == "cpu" else 5000
+    x = torch.linspace(-1, 1, len(positions) * numel, device=device).view(-1, numel)
+    found: dict[str, dict[str, Tensor]] = {}
+    for of in (impl, "reference"):
+        given = x.clone().requires_grad_()
+        out = dropout(given, 0.13, key, positions, of)
+        (gradient,) = torch.autograd.grad(out, given, x)
+        found[of] = {"out": out.detach(), "dx": gradient}
+    yield from differing("dropout", "masks", "float32", found[impl], found["reference"])
+
+
 def check_kernels(device: torch.device) -> list[Finding]:
     """Every operator at a small shape, in bfloat16 and float32: what `doctor` runs.
 
@@ -328,6 +344,7 @@ def check_kernels(device: torch.device) -> list[Finding]:
     """
     impl = "triton" if runtime.can_launch(device) else "auto"
     found = list(guarded(("normal",), "normals", "float32", lambda: normals(device, impl)))
+    found += guarded(("dropout",), "masks", "float32", lambda: masks(device, impl))
     for case in small_cases(device):
         for dtype in (torch.bfloat16, torch.float32):
             one = replace(case, dtype=dtype)

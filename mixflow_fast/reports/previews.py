@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.config.schema import ModelConfig, TrainConfig
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import Decoder, load_decoder
 from mixflow_fast.reports.images import save_grid
 from mixflow_fast.sampling.samples import sample
@@ -123,7 +123,7 @@ def caption(options: PreviewOptions) -> str:
 
 
 def write_preview(
-    net: Transformer, options: PreviewOptions, path: Path, decoder: Decoder | None = None
+    net: Network, options: PreviewOptions, path: Path, decoder: Decoder | None = None
 ) -> None:
     """Sample and write one preview, whole or not at all.
 

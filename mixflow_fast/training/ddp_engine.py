@@ -38,7 +38,7 @@ from mixflow_fast.checkpoints.shards import (
 from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.weights.source_record import PREFIX
 from mixflow_fast.training.capture import CapturedNetwork, CudaRecorder
 from mixflow_fast.training.engines import (
@@ -66,7 +66,7 @@ class DDPEngine(Engine):
     """
 
     def __init__(
-        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
+        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Network
     ) -> None:
         self._train, self._optim, self.module = train, optim, model
         self.shapes, self.initial = shapes_and_frozen(model)
