@@ -18,7 +18,7 @@ from mixflow_fast.kernels.mixed_source import (
 )
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.runtime import compute_dtype
-from mixflow_fast.objective.draws import draw_noise
+from mixflow_fast.objective.draws import draw_noise, drop_weights
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,6 @@ def draw_weight(source: MixedSource, seed: Tensor, ids: Tensor, stream: Stream) 
     return philox.uniform(seed, stream, ids)[:, 0]
 
 
-def training_weight(source: MixedSource, seed: Tensor, ids: Tensor) -> Tensor:
-    """(B,) float32 weights w of training examples, some of them dropped to 0."""
-    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT)
-    if not source.dropout:
-        return w
-    dropped = philox.uniform(seed, Stream.SOURCE_DROPOUT, ids)[:, 0] < source.dropout
-    return torch.where(dropped, 0.0, w)
-
-
 def mixed_times(
     schedule: Schedule,
     path: str,
@@ -156,7 +147,8 @@ def mixed_interpolation(
     """
     z = draw_noise(seed, ids, x1, impl, Stream.SOURCE_SIGNAL) if source.needs_noise else None
     mean, log_var = source.moments(x1.shape, x1=x1, y=y, z=z, dtype=compute_dtype(x1))
-    w = training_weight(source, seed, ids).to(mean.dtype)
+    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(mean.dtype)
+    w = drop_weights(w, source.dropout, seed, ids)
     path_mean, path_log_var = mean, log_var
     if source.detach:
         path_mean, path_log_var = mean.detach(), log_var.detach()
