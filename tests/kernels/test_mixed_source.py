@@ -127,8 +127,16 @@ def plain_input(x1: Tensor, clock: str, path: str, patch_size: int = 0, **option
     return interpolate(x1, schedule, path, SEED, IDS, **times)[0]
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("shape", [(4, 6, 6), (5, 3, 7), (4, 8, 40)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 6, 6), FP32),
+        ((4, 6, 6), BF16),
+        ((5, 3, 7), FP16),
+        ((5, 3, 7), FP32),
+        ((4, 8, 40), BF16),
+    ],
+)
 @pytest.mark.parametrize("case", ["w = 0, moments", "w = 0, samples", "zero moments"])
 def test_bits_of_plain_interpolation(case: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x1, (mean, log_var) = data(3, *shape, dtype=dtype), moments(3, *shape)
@@ -241,7 +249,7 @@ def test_results_that_nobody_used_have_no_gradient(impl: str) -> None:
 
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("shape", [(4, 6, 6), (40, 6, 12)])
+@pytest.mark.parametrize("shape", [(4, 6, 6), (34, 6, 6)])
 def test_tokens_are_the_same_numbers(
     patch_size: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
@@ -415,9 +423,10 @@ def test_empty_batches_and_what_no_launch_takes(monkeypatch: pytest.MonkeyPatch)
         ours(x1, mean.double(), log_var)
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize(
+    ("impl", "mode", "drawn"),
+    [("triton", "moments", True), ("triton", "samples", False), ("reference", "samples", True)],
+)
 def test_opcheck(impl: str, mode: str, drawn: bool) -> None:
     x1, (mean, log_var) = data(3, 4, 6, 6), moments(3, 4, 6, 6)
     mean.requires_grad_(), log_var.requires_grad_()
