@@ -13,8 +13,8 @@ from PIL import Image
 
 from mixflow_fast.demo import SETTINGS, Measure, arms, arms_of, run_demo
 from mixflow_fast.demo import measure as measuring
-from mixflow_fast.demo.findings import choice_note
 from mixflow_fast.demo.run import claim
+from mixflow_fast.demo.slowed import choice_note
 from mixflow_fast.evaluation import frechet_distance, moments, pooled_pixels
 from mixflow_fast.models import load_model
 from mixflow_fast.sampling.remedies import LabelScale

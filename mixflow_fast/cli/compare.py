@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.data.resumable import resumable
 from mixflow_fast.cli.sampler_options import REMEDIES, add_sampler_options
+from mixflow_fast.cli.sources import add_source_option
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--quantise", choices=("round", "floor", "round_even"), help="to 8 bits (default round)"
     )
     add_sampler_options(command, several=True)
+    add_source_option(command)
     command.add_argument(
         "--reference",
         type=user_path,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
 from mixflow_fast.cli.sampler_options import chosen_sampler
+from mixflow_fast.cli.sources import chosen_source, describe_start, refuse_unused
 from mixflow_fast.messages import shorten
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mixflow_fast.evaluation.reference import Reference
     from mixflow_fast.models import Network
     from mixflow_fast.models.autoencoders.decoding import Decoder
+    from mixflow_fast.models.weights.sources import StoredSource
+    from mixflow_fast.sampling.source import SampleSource
 
 _STEPS = (5, 10, 20, 50)
 _NUM = 1000
@@ -44,6 +47,8 @@ class _Checkpoint:
         config: of its run; None where nothing says it.
         why: there is none.
         step: optimizer steps of the weights; None where nothing says them.
+        trained_source: the mixed source that it was trained with; None for N(0, I).
+        source: where its samples begin, on the same device; None is N(0, I).
     """
 
     model: Network
@@ -51,6 +56,8 @@ class _Checkpoint:
     config: Config | None
     why: str
     step: int | None
+    trained_source: StoredSource | None
+    source: SampleSource | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class _Shared:
     decoder: Decoder | None
 
 
+# Of a network that was trained with a mixed source.
+NO_SLOW_FLOW = (
+    "the states on the true path are made of data and independent noise N(0, I), and a network "
+    "with a mixed source was trained on others"
+)
 _REMEDY_NOTE = (
     "The remedy has the constants that were given, the same for every arm and number of steps. "
     "Chosen by these samples they look better than they are: choose them with another seed."
@@ -74,10 +86,12 @@ def plan_of_networks(options: argparse.Namespace, paths: Mapping[str, Path]) -> 
     device = extractors.device_of(options)
     choices = _choices(options)
     loaded = {key: _load(options, path, device) for key, path in paths.items()}
+    refuse_unused(options.source_w, {key: one.trained_source for key, one in loaded.items()})
     allow = [field for field in options.allow_different if field != _NETWORK]
     notes = _check_networks(paths, loaded, _NETWORK in options.allow_different)
     notes += _control_notes(loaded)
     notes += [] if options.remedy is None else [_REMEDY_NOTE]
+    notes += _source_notes(loaded)
     shared = _Shared(
         _guide(options, device),
         _decoder(options, paths["after"], loaded["after"].model, choices),
@@ -125,10 +139,10 @@ def _all_drawers(
     for key, checkpoint in loaded.items():
         path = checkpoint.model.path if options.path is None else None
         own = {steps: chosen.for_network(path) for steps, chosen in choices.items()}
-        plain[key] = _drawers(options, checkpoint.model, own, shared)
+        plain[key] = _drawers(options, checkpoint, own, shared)
         if remedy is not None and key != "before":
             corrected = {steps: replace(chosen, remedy=remedy) for steps, chosen in own.items()}
-            remedied[f"{key}_remedy"] = _drawers(options, checkpoint.model, corrected, shared)
+            remedied[f"{key}_remedy"] = _drawers(options, checkpoint, corrected, shared)
     return {**plain, **remedied}
 
 
@@ -152,11 +166,24 @@ def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
     from mixflow_fast.models import load_model
     from mixflow_fast.models.weights.digest import weights_sha256
     from mixflow_fast.models.weights.files import WeightsFile
+    from mixflow_fast.models.weights.sources import source_of
 
-    model = load_model(path, options.weights or "ema", clock=options.clock)
+    average = options.weights or "ema"
+    model = load_model(path, average, clock=options.clock)
     config, why = _recorded_config(path)
-    step = WeightsFile.open(path).steps
-    return _Checkpoint(model.to(device), weights_sha256(model), config, why, step)
+    file = WeightsFile.open(path)
+    stored = source_of(file, average)
+    source = chosen_source(stored, options.source_w)
+    if source is not None:
+        source.source.predictor.to(device)
+    sha256 = weights_sha256(model)
+    return _Checkpoint(model.to(device), sha256, config, why, file.steps, stored, source)
+
+
+def _source_notes(loaded: Mapping[str, _Checkpoint]) -> list[str]:
+    """Where the samples of each network with a mixed source begin."""
+    starts = {key: describe_start(each.trained_source, each.source) for key, each in loaded.items()}
+    return [f"{key}: {text}." for key, text in starts.items() if text]
 
 
 def _recorded_config(path: Path) -> tuple[Config | None, str]:
@@ -278,7 +305,7 @@ def _rounding(options: argparse.Namespace, chosen: SamplerChoice) -> str:
 
 def _drawers(
     options: argparse.Namespace,
-    model: Network,
+    checkpoint: _Checkpoint,
     choices: Mapping[int, SamplerChoice],
     shared: _Shared,
 ) -> dict[int, Drawer]:
@@ -287,7 +314,7 @@ def _drawers(
 
     return {
         steps: Drawer(
-            model=model,
+            model=checkpoint.model,
             chosen=chosen,
             guide=shared.guide,
             weights=options.weights or "ema",
@@ -297,6 +324,7 @@ def _drawers(
             batch_size=options.batch_size or _BATCH,
             decoder=shared.decoder,
             quantisation=_rounding(options, chosen),
+            source=checkpoint.source,
         )
         for steps, chosen in choices.items()
     }
@@ -316,9 +344,9 @@ def _arm(
     from mixflow_fast.reports.comparison_result import ArmRecord
 
     average = options.weights or "ema"
-    origin = {"weights_sha256": checkpoint.sha256, "average": average}
     config = None if checkpoint.config is None else flatten(checkpoint.config.to_dict())
     sets = {}
+    origin = next(iter(drawers.values())).origin()
     for steps, drawer in drawers.items():
         protocol = drawer.protocol(options.num or _NUM)
         plan = SetPlan(protocol=protocol, shape=drawer.shape, origin=origin, shard=SHARD)
@@ -374,6 +402,8 @@ def _slow_flow(
 
     if options.no_slow_flow:
         return None, "Left out by --no-slow-flow."
+    if any(each.trained_source is not None for each in loaded.values()):
+        return None, f"Left out: {NO_SLOW_FLOW}."
     after = loaded["after"]
     if after.config is None:
         return None, f"Left out: {after.why}, and it is measured on training data."

@@ -21,6 +21,7 @@ from mixflow_fast import __version__
 from mixflow_fast.cli import (
     compare,
     consolidate,
+    curvature,
     data,
     demo,
     doctor,
@@ -60,8 +61,8 @@ _NO_OPTIONS = {
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, evaluate, reference, slowflow, compare, demo, inspect,
-    export, doctor, report, verify_resume, consolidate, ema,
+    train, recipes, settings, data, sample, evaluate, reference, slowflow, curvature, compare, demo,
+    inspect, export, doctor, report, verify_resume, consolidate, ema,
 )  # fmt: skip
 
 

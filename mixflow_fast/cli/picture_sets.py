@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mixflow_fast.models.autoencoders.decoding import Decoder, Quantisation
     from mixflow_fast.sampling.execution import Mode, Precision
     from mixflow_fast.sampling.prepared import PreparedSampling, SampleResult
+    from mixflow_fast.sampling.source import SampleSource
 
 _GRID = 64  # pictures of a set that are shown in one PNG
 # Work that is over sooner is not worth being predicted, in evaluations of the network.
@@ -49,6 +50,7 @@ class Drawer:
         quantisation: the rule that rounds to 8 bits.
         mode, precision: how the network is run, as `mixflow_fast.sampling.sample` takes them.
         num: how many samples are to be drawn in all; by it mode "auto" decides.
+        source: where samples begin, on the same device; None is N(0, I).
     """
 
     model: Network
@@ -65,6 +67,7 @@ class Drawer:
     mode: Mode = "eager"
     precision: Precision | None = None
     num: int = 0
+    source: SampleSource | None = None
 
     @cached_property
     def prepared(self) -> PreparedSampling:
@@ -82,6 +85,7 @@ class Drawer:
             mode=self.mode,
             precision=self.precision,
             calls=None if calls is None else calls * -(-self.num // self.batch_size),
+            source=self.source,
         )
 
     def samples(self, ids: Tensor, progress: bool = False) -> SampleResult:
@@ -129,6 +133,15 @@ class Drawer:
             return self.model.in_channels, side, side
         return 3, self.decoder.size(side), self.decoder.size(side)
 
+    def origin(self) -> dict[str, str]:
+        """Which weights the pictures are of."""
+        from mixflow_fast.models.weights.digest import weights_sha256
+
+        found = {"weights_sha256": weights_sha256(self.model), "average": self.weights}
+        if self.source is not None:
+            found["source_sha256"] = weights_sha256(self.source.source.predictor)
+        return found
+
     def protocol(self, n: int) -> Protocol:
         """How `n` pictures with the ids 0 .. n - 1 come about."""
         import torch
@@ -142,10 +155,13 @@ class Drawer:
         # "auto" is what it is for this network.
         guidance = replace(chosen.guidance, channels=chosen.guidance.channels_of(self.model))
         drawn = "balanced" if self.balanced else "random"
+        # What begins at N(0, I) has one protocol, whatever the network was trained with.
+        begins = {} if self.source is None else {"source": self.source.to_record()}
         return Protocol(
             {
                 "sampler": {**chosen.sampler.to_record(), "remedy": remedy},
                 "guidance": {**guidance.to_record(), "guide_sha256": guide},
+                **begins,
                 "precision": {
                     "network": str(self.prepared.dtype).removeprefix("torch."),
                     "state": "float32",
@@ -219,16 +235,14 @@ def make_set(drawer: Drawer, n: int, folder: Path, extras: Extras) -> int:
     from mixflow_fast.evaluation.sample_sets import SetPlan, npz_of, read_set, write_set
     from mixflow_fast.evaluation.shard_features import ShardFeatures
     from mixflow_fast.evaluation.shard_pngs import ShardPngs
-    from mixflow_fast.models.weights.digest import weights_sha256
     from mixflow_fast.reports.images import save_grid
 
     rank, world = ranks_of_environment()
-    origin = {"weights_sha256": weights_sha256(drawer.model), "average": drawer.weights}
     side, channels = drawer.model.input_size, drawer.model.in_channels
     plan = SetPlan(
         protocol=drawer.protocol(n),
         shape=drawer.shape,
-        origin=origin,
+        origin=drawer.origin(),
         step=drawer.step,
         latents=(channels, side, side) if extras.keep_latents else None,
     )

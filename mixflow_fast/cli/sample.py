@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
+from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start, refuse_unused
 from mixflow_fast.files import check_folder_writable, check_writable, user_path
 
 if TYPE_CHECKING:
     from mixflow_fast.cli.picture_sets import Drawer, Measure
     from mixflow_fast.models import Network
+    from mixflow_fast.models.weights.sources import StoredSource
     from mixflow_fast.sampling.samples import SampleResult
 
 _UNDO_SCALE = (
@@ -136,6 +138,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="of --evaluate: ADM's .npz, EDM2's .pkl, or what `mixflow-fast reference` made",
     )
     add_sampler_options(command)
+    add_source_option(command)
     extractors.add_options(command, "features for --evaluate", device=False)
     command.set_defaults(run=run)
 
@@ -153,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
             "give a folder as --out, or start one process"
         )
     measure = _measure(options)
-    drawer = _drawer(options)
+    drawer, stored = _drawer(options)
     if options.keep_latents and drawer.decoder is None:
         raise ValueError(
             f"--keep-latents keeps what --decoder decodes, and {options.checkpoint} is sampled "
@@ -162,6 +165,8 @@ def run(options: argparse.Namespace) -> int:
     if rank() == 0:
         print(drawer.chosen.describe())
         print(f"network: {drawer.prepared.describe()}")
+        if start := describe_start(stored, drawer.source):
+            print(start)
     if pictures:
         extras = Extras(
             keep_shards=options.keep_shards,
@@ -243,8 +248,8 @@ def _measure(options: argparse.Namespace) -> Measure | None:
     return Measure(reference, networks, device)
 
 
-def _drawer(options: argparse.Namespace) -> Drawer:
-    """The networks, on this process's device, and how they are sampled."""
+def _drawer(options: argparse.Namespace) -> tuple[Drawer, StoredSource | None]:
+    """The networks, on this process's device, and how they are sampled; the source of the file."""
     from mixflow_fast.cli.data.encode import device_of_rank
     from mixflow_fast.cli.picture_sets import Drawer
     from mixflow_fast.distributed.process_group import rank
@@ -253,6 +258,8 @@ def _drawer(options: argparse.Namespace) -> Drawer:
     chosen = chosen_sampler(options)
     loaded = _network(options.checkpoint, options)
     model = loaded.model
+    refuse_unused(options.source_w, {str(options.checkpoint): loaded.source})
+    source = chosen_source(loaded.source, options.source_w)
     if options.path is None:
         chosen = chosen.for_network(model.path)
     preset = chosen.preset
@@ -285,7 +292,9 @@ def _drawer(options: argparse.Namespace) -> Drawer:
     device, guide = device_of_rank("auto"), None
     if chosen.guide is not None:
         guide = _network(chosen.guide, options, guide=True).model.to(device)
-    return Drawer(
+    if source is not None:
+        source.source.predictor.to(device)
+    drawer = Drawer(
         model=model.to(device),
         chosen=chosen,
         guide=guide,
@@ -300,7 +309,9 @@ def _drawer(options: argparse.Namespace) -> Drawer:
         mode=options.mode,
         precision=options.precision,
         num=options.num,
+        source=source,
     )
+    return drawer, loaded.source
 
 
 @dataclass(frozen=True)
@@ -311,11 +322,13 @@ class _Loaded:
         model: on the CPU.
         step: optimizer steps of the weights; None where the file does not say them.
         latent: whether it says that its run trained on latents.
+        source: the mixed source that it was trained with; None for N(0, I).
     """
 
     model: Network
     step: int | None
     latent: bool
+    source: StoredSource | None
 
 
 def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _Loaded:
@@ -328,6 +341,7 @@ def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _L
     """
     from mixflow_fast.models.weights.files import WeightsFile
     from mixflow_fast.models.weights.loading import model_of
+    from mixflow_fast.models.weights.sources import source_of
 
     file, clock = WeightsFile.open(path), options.clock
     recorded = None if file.metadata is None else file.metadata.clock
@@ -342,7 +356,8 @@ def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _L
     run = {} if file.metadata is None else json.loads(file.metadata.config or "{}")
     latent = run.get("data", {}).get("kind") == "latents"
     latent |= run.get("encoder", {}).get("kind", "none") != "none"
-    return _Loaded(model_of(file, options.weights, clock=clock), file.steps, latent)
+    model = model_of(file, options.weights, clock=clock)
+    return _Loaded(model, file.steps, latent, None if guide else source_of(file, options.weights))
 
 
 def save(out: Path, result: SampleResult) -> None:

@@ -23,6 +23,7 @@ METHODS = (
     "midpoint",
     "rk4",
     "dopri5",
+    "rk45",
     "dpmpp2m",
     "unipc",
     "sde_euler",
@@ -64,6 +65,15 @@ def add_sampler_options(command: argparse.ArgumentParser, *, several: bool = Fal
         type=float,
         metavar="H",
         help="raw size of the last interval (default: as the others; 0.04 for sde_*)",
+    )
+    steps.add_argument(
+        "--rtol",
+        type=float,
+        metavar="R",
+        help="relative error of a step of dopri5 (default 1e-3) or rk45 (1e-5)",
+    )
+    steps.add_argument(
+        "--atol", type=float, metavar="A", help="absolute error of a step (default 1e-6 and 1e-5)"
     )
     steps.add_argument("--sde-form", choices=FORMS, help="w(t) of sde_* (default sigma)")
     steps.add_argument("--sde-norm", type=float, help="factor of w(t) (default 1)")
@@ -181,6 +191,8 @@ def chosen_sampler(options: argparse.Namespace) -> SamplerChoice:
         norm=options.sde_norm,
         last=options.sde_last,
         path=options.path,
+        rtol=options.rtol,
+        atol=options.atol,
     )
     sampler = replace(Sampler() if preset is None else preset.sampler, **steps)
     _refuse_unused(options, sampler)

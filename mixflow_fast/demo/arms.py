@@ -7,13 +7,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from torch import Tensor
 
 from mixflow_fast.config.schema import Config
 from mixflow_fast.demo.measure import Measure
-from mixflow_fast.demo.settings import Arm, Settings, arm_config, base_config
+from mixflow_fast.demo.plan import Evaluation, Plan
 from mixflow_fast.files import write_json
 from mixflow_fast.models import load_model
 from mixflow_fast.reports.demo_result import Cell, Metric
@@ -24,28 +23,6 @@ STRIP = 10  # images that every arm shows in one row, the same noise in the same
 GRID = 32
 
 
-class Evaluation(TypedDict):
-    """One arm of one seed, as in its frechet.json: cells by number of steps, by metric."""
-
-    cells: dict[Metric, dict[str, Cell]]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished arm of one seed.
-
-    Attributes:
-        folder: its own.
-        config: of the training of its weights.
-        evaluation: what was measured.
-    """
-
-    folder: Path
-    config: Config
-    evaluation: Evaluation
-
-
 @dataclass(frozen=True)
 class Seed:
     """Where the arms of one seed are.
@@ -53,21 +30,16 @@ class Seed:
     Attributes:
         folder: of the seed, with a folder for each arm.
         number: the seed.
-        settings: of the demo.
+        plan: of the demo.
     """
 
     folder: Path
     number: int
-    settings: Settings
+    plan: Plan
 
-    def config(self, name: str, arms: Mapping[str, Arm]) -> Config:
+    def config(self, name: str) -> Config:
         """Configuration of the training of an arm's weights, which may be another arm's."""
-        base = base_config(self.settings, self.number, self.folder / "base")
-        trained = arms[name].weights_of or name
-        if trained == "base":
-            return base
-        folder = self.folder / trained
-        return arm_config(base, arms[trained], self.settings, self.number, folder)
+        return self.plan.config(name, self.number, self.folder)
 
     def kept(self, name: str, measure: Measure) -> Evaluation | None:
         """What an earlier demo measured of an arm; None unless all that is measured now is there.
@@ -80,7 +52,7 @@ class Seed:
         found: Evaluation = json.loads(file.read_text())
         return found if measure.spaces.keys() <= found["cells"].keys() else None
 
-    def run(self, name: str, arms: Mapping[str, Arm], measure: Measure, quiet: bool) -> Evaluation:
+    def run(self, name: str, measure: Measure, quiet: bool) -> Evaluation:
         """Train unless that is done, sample and measure; frechet.json is written last.
 
         Raises:
@@ -89,13 +61,18 @@ class Seed:
         from mixflow_fast.training.trainer import train
 
         started = time.monotonic()
-        config, own = self.config(name, arms), arms[name].weights_of is None
+        config, own = self.config(name), self.plan.arms[name].weights_of is None
         # A signal ends the training with a checkpoint: the demo must end too.
         if own and not train(config, quiet=quiet).finished:
             raise KeyboardInterrupt
         folder = self.folder / name
         cells = evaluate(folder, Path(config.out), name, self, measure, quiet)
-        found: Evaluation = {"cells": cells, "seconds": time.monotonic() - started}
+        found: Evaluation = {"cells": cells, "seconds": 0.0}
+        weights = Path(config.out) / "weights.pt"
+        source = self.plan.source_numbers(weights, self.number, measure, quiet)
+        if source is not None:
+            found["source"] = source
+        found["seconds"] = time.monotonic() - started
         write_json(folder / "frechet.json", found)
         return found
 
@@ -110,11 +87,11 @@ def evaluate(
         trained: the run whose weights are sampled.
         name: of the arm, which says what remedy there is.
     """
-    settings = seed.settings
+    settings = seed.plan.settings
     model = load_model(trained / "weights.pt")
     cells: dict[Metric, dict[str, Cell]] = {metric: {} for metric in measure.spaces}
     for steps in settings.steps:
-        remedy = settings.remedy(name, steps)
+        remedy = seed.plan.remedy(name, steps)
         if remedy is None and folder != trained:
             # No remedy at this number of steps: what the arm without it has, not sampled again.
             _copy(trained, folder, cells, steps)

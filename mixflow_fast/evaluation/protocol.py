@@ -6,6 +6,7 @@ What is compared (weights) and what changes rounding only (device, kernels) is n
 
     sampler     method, intervals, grid (shift, ends), nfe, network_calls, sde, remedy
     guidance    kind, scale, channels, interval, guide_sha256
+    source      kind, kappa, mode, w; absent where samples begin at N(0, I)
     precision   network, state, decode, tf32
     set         n, seed, ids, labels, K
     decoder     kind, sha256, scale
@@ -28,7 +29,7 @@ from mixflow_fast.messages import did_you_mean
 SCHEMA = "mixflow-protocol/1"
 # What decides about the images, about features of them, and about what they are compared with.
 PARTS: dict[str, tuple[str, ...]] = {
-    "sampling": ("sampler", "guidance", "precision", "set", "decoder", "image"),
+    "sampling": ("sampler", "guidance", "source", "precision", "set", "decoder", "image"),
     "features": ("extractors",),
     "reference": ("reference", "metrics"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 
 from mixflow_fast.messages import duration
 from mixflow_fast.reports.demo_result import (
@@ -19,6 +20,12 @@ from mixflow_fast.reports.demo_result import (
 )
 from mixflow_fast.reports.demo_verdicts import verdicts
 from mixflow_fast.reports.html import number
+from mixflow_fast.reports.mixed_tables import (
+    curvature_table,
+    health_table,
+    solver_table,
+    toy_table,
+)
 
 
 def evidence_markdown(result: DemoResult) -> str:
@@ -35,7 +42,7 @@ def evidence_markdown(result: DemoResult) -> str:
             lines += _head(result, "one arm, against another")
             lines += [f"| {_escape(v.text)} | {' | '.join(v.cells)} |" for v in found]
             lines.append("")
-    lines += [*_remedies(result), *_corrected(result)]
+    lines += [*_remedies(result), *_sources(result), *_corrected(result)]
     environment = ", ".join(f"{k} {v}" for k, v in result["environment"].items())
     lines.append(f"* {describe_seeds(result)}; seeds {', '.join(map(str, result['seeds']))}.")
     lines.append(f"* Whole run: {duration(result['seconds'])}. {_escape(environment)}.")
@@ -74,6 +81,30 @@ def _remedies(result: DemoResult) -> list[str]:
             cells = [_escape(arm["remedies"].get(str(s), "none")) for s in result["steps"]]
             lines.append(f"| {_escape(arm['label'])} | {' | '.join(cells)} |")
     return ["What the remedies are", "", *_head(result), *lines, ""] if lines else []
+
+
+def _sources(result: DemoResult) -> list[str]:
+    """What is measured where the noise end may be learned."""
+    toy = result.get("toy")
+    tables = {METRICS[metric]: solver_table(result, metric) for metric in result["metrics"]}
+    tables |= {
+        "How much the paths bend": curvature_table(result),
+        "What training drew the noise end from (N(0, I) has the value in brackets)": health_table(
+            result
+        ),
+        "In two dimensions: eight Gaussians; sliced 2-Wasserstein distance of samples by N Euler "
+        "steps, and of the noise ends of training to N(0, I)": toy_table(toy) if toy else None,
+    }
+    lines = []
+    for title, table in tables.items():
+        if table is not None:
+            rule = "|---|" + "---:|" * (len(table.head) - 1)
+            lines += [title, "", *map(_line, [table.head]), rule, *map(_line, table.rows), ""]
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escape, cells))} |"
 
 
 def _corrected(result: DemoResult) -> list[str]:

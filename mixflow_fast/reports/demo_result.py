@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 from mixflow_fast.reports.html import number
 
 Metric = Literal["frechet", "frechet_random_conv", "frechet_effnet_lite0"]
+Method = Literal["slowed", "mixed", "both"]
 METRICS: dict[Metric, str] = {
     "frechet": "Fréchet distance, averaged pixels",
     "frechet_random_conv": "Fréchet distance, random convolutional features",
@@ -32,8 +33,12 @@ class Spread(TypedDict, total=False):
     values: list[float]
 
 
+# A number of one seed, or of several.
+Number = float | Spread
+
+
 # By the number of sampling steps, as text: JSON has no other keys.
-Distances = Mapping[str, float | Spread]
+Distances = Mapping[str, Number]
 
 
 class Pictures(TypedDict):
@@ -41,6 +46,60 @@ class Pictures(TypedDict):
 
     grid: str
     strip: str
+
+
+class SourceResult(TypedDict):
+    """What is measured of an arm where the noise end may be learned.
+
+    Keys:
+        curvature: of its paths, mean over trajectories.
+        curvature_se: the standard error that so few trajectories leave in one seed's number.
+        solvers: distances by metric and name of a solver.
+        rk45_nfe: network evaluations that an adaptive solver took.
+        health: of the distribution that training drew the noise end from, by name.
+    """
+
+    curvature: Number
+    curvature_se: float
+    solvers: Mapping[Metric, Distances]
+    rk45_nfe: Number
+    health: Mapping[str, Number]
+
+
+class ToyArm(TypedDict):
+    """One way to train on two-dimensional points.
+
+    Keys:
+        curvature: of its paths.
+        sliced: sliced 2-Wasserstein distance of its samples to fresh points, by Euler steps.
+        mse: velocity loss at the end of training.
+        sigma: mean standard deviation of the source, unmixed.
+        aggregate: the same distance between its training's noise ends and N(0, I).
+        paths: of the first seed, each a list of (x, y) from noise to sample.
+    """
+
+    label: str
+    curvature: Number
+    sliced: Distances
+    mse: Number
+    sigma: Number
+    aggregate: Number
+    paths: Sequence[Sequence[Sequence[float]]]
+
+
+class Toy(TypedDict):
+    """The method where it can be looked at.
+
+    Keys:
+        floor: the sliced distance of two draws of points.
+        points: some of the points.
+    """
+
+    seeds: Sequence[int]
+    steps: Sequence[int]
+    arms: Mapping[str, ToyArm]
+    floor: Number
+    points: Sequence[Sequence[float]]
 
 
 class ArmResult(TypedDict, total=False):
@@ -55,6 +114,8 @@ class ArmResult(TypedDict, total=False):
         distances: to real crops, by metric and number of sampling steps.
         corrected: the same without the bias of so many samples; "std" is the standard error.
         pictures: of its samples, by number of sampling steps.
+        facts: how it is trained and sampled, in words, where times alone do not say it.
+        source: what is measured where the noise end may be learned.
     """
 
     label: str
@@ -67,6 +128,8 @@ class ArmResult(TypedDict, total=False):
     distances: Mapping[Metric, Distances]
     corrected: Mapping[Metric, Distances]
     pictures: Mapping[str, Pictures]
+    facts: Sequence[str]
+    source: SourceResult
 
 
 class DemoResult(TypedDict, total=False):
@@ -85,6 +148,9 @@ class DemoResult(TypedDict, total=False):
         compare: the command that compares these models in detail.
         images_caption: how the pictures were sampled.
         about: what was trained.
+        method: of the demo; without one it is slowed interpolation alone.
+        solver_nfe: network evaluations of the solvers beside Euler, by name.
+        toy: the same method on two-dimensional points.
     """
 
     title: str
@@ -104,6 +170,9 @@ class DemoResult(TypedDict, total=False):
     compare: str | None
     images_caption: str
     about: str
+    method: Method
+    solver_nfe: Mapping[str, int]
+    toy: Toy | None
 
 
 _NEEDED = (
@@ -145,11 +214,19 @@ def value_at(distances: Distances, steps: int) -> tuple[float, float | None] | N
     """The same, of the distances of one arm and metric."""
     # A result that has not been through JSON may have numbers as keys.
     cell = {str(key): value for key, value in distances.items()}.get(str(steps))
-    if cell is None:
-        return None
-    if isinstance(cell, dict):
-        return float(cell["mean"]), float(cell["std"])
-    return float(cell), None
+    return None if cell is None else mean_and_spread(cell)
+
+
+def mean_and_spread(value: Number) -> tuple[float, float | None]:
+    """(mean, standard deviation; None of one seed)."""
+    if isinstance(value, dict):
+        return float(value["mean"]), float(value["std"])
+    return float(value), None
+
+
+def number_text(value: Number) -> str:
+    """A number as a table cell."""
+    return cell_text(mean_and_spread(value))
 
 
 def values_of(arm: ArmResult, metric: Metric, steps: int) -> list[float]:

@@ -14,6 +14,15 @@ _PAIRS = (
     ("mixflow", "control_remedy"),
     ("mixflow_remedy", "mixflow"),
     ("mixflow_remedy", "control_remedy"),
+    ("mix", "rf"),
+    ("fc", "rf"),
+    ("fc_tuned", "rf"),
+    ("mix", "fc"),
+    ("mix", "fc_tuned"),
+    ("mix_slowed", "mix_plain"),
+    ("mix_plain", "rf_plain"),
+    ("mix_slowed", "rf_slowed"),
+    ("rf_slowed", "rf_plain"),
 )
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import Decoder, load_decoder
+from mixflow_fast.models.weights.source_record import SourceRecord, predictor_of
 from mixflow_fast.reports.images import save_grid
 from mixflow_fast.sampling.samples import sample
+from mixflow_fast.sampling.source import sample_source
 
 SEED = 0
 _LATENT_RANGE = 3.0  # latents of about unit variance; the same for every preview
@@ -123,7 +125,11 @@ def caption(options: PreviewOptions) -> str:
 
 
 def write_preview(
-    net: Network, options: PreviewOptions, path: Path, decoder: Decoder | None = None
+    net: Network,
+    options: PreviewOptions,
+    path: Path,
+    decoder: Decoder | None = None,
+    source: SourceRecord | None = None,
 ) -> None:
     """Sample and write one preview, whole or not at all.
 
@@ -132,11 +138,15 @@ def write_preview(
         options: how the pictures come about.
         path: the PNG; its folder is made.
         decoder: `options.load_decoder()`, on the device where it is to work.
+        source: the mixed source whose predictor the network carries; None for N(0, I).
 
     Raises:
         ValueError: the samples are not finite, or not what the decoder takes.
         OSError: the file could not be written.
     """
+    begins = None
+    if source is not None:
+        begins = sample_source(source.source(predictor_of(net)), source.sample_w)
     x = sample(
         net,
         labels=preview_labels(options.pictures, options.num_classes),
@@ -145,6 +155,7 @@ def write_preview(
         shift=options.shift,
         seed=SEED,
         batch_size=options.batch_size,
+        source=begins,
     ).x
     if decoder is not None:
         x = decoder(x)

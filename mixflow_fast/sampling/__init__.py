@@ -7,12 +7,14 @@ from mixflow_fast.sampling.remedies import Remedy, parse_remedy
 from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import SampleResult, draw_labels, sample
 from mixflow_fast.sampling.solvers import integrate
+from mixflow_fast.sampling.source import SampleSource, sample_source, sampling_noise
 
 __all__ = [
     "Guidance",
     "PreparedSampling",
     "Remedy",
     "SampleResult",
+    "SampleSource",
     "Sampler",
     "draw_labels",
     "guided_velocity",
@@ -20,5 +22,7 @@ __all__ = [
     "model_velocity",
     "parse_remedy",
     "sample",
+    "sample_source",
+    "sampling_noise",
     "time_grid",
 ]

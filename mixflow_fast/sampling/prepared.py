@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.metrics.progress import Progress
 from mixflow_fast.models import network as models
 from mixflow_fast.sampling.draws import SdeNoise, draw_labels, sde_keys
@@ -20,6 +18,7 @@ from mixflow_fast.sampling.guidance import Guidance, Network, guided_velocity
 from mixflow_fast.sampling.remedies import Remedy
 from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.solvers import PlannedVelocity
+from mixflow_fast.sampling.source import SampleSource, sampling_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,23 @@ class SampleResult:
     x: Tensor
     labels: Tensor | None
     nfe: int
+
+
+@dataclass(frozen=True)
+class StartingBatch:
+    """Samples before their first step, on the device; all batches have one size.
+
+    Attributes:
+        x0: (B, C, H, W) float32 states at t = 0.
+        ids: (B,) int64.
+        y: (B,) int64 labels; None for a network without classes.
+        wanted: how many of the rows were asked for; those after them fill up the last batch.
+    """
+
+    x0: Tensor
+    ids: Tensor
+    y: Tensor | None
+    wanted: int
 
 
 def _config_value(model: Network, name: str) -> int | tuple[int, int] | None:
@@ -92,13 +108,14 @@ class PreparedSampling:
     step of an optimizer in place is fine), and in bf16 they are those of the moment of preparation.
 
     Args:
-        model, sampler, guidance, guide, remedy, batch_size, shape, device, mode, precision: as
-            `mixflow_fast.sampling.sample` takes them.
+        model, sampler, guidance, guide, remedy, batch_size, shape, device, mode, precision, source:
+            as `mixflow_fast.sampling.sample` takes them.
         calls: of the network that are to come in all, for mode "auto".
         capture: what makes a graph of a step, in place of a CUDA graph; for mode "graph".
 
     Attributes:
         mode: "eager", "compile" or "graph".
+        batch_size: samples in every batch, those that fill up the last one included.
 
     Raises:
         ValueError: as `mixflow_fast.sampling.sample`.
@@ -119,14 +136,16 @@ class PreparedSampling:
         precision: Precision | None = None,
         calls: int | None = None,
         capture: Capture | None = None,
+        source: SampleSource | None = None,
     ) -> None:
         _check_path(model, sampler, remedy, guide)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
         self._sampler, self._guidance, self._remedy = sampler, guidance, remedy
-        self._batch_size, self._capture = batch_size, capture
+        self.batch_size, self._capture = batch_size, capture
         self._shape = _sample_shape(model, shape)
         self._num_classes = _config_value(model, "num_classes")
+        self._source = source
         self._device = _device_of(model) if device is None else torch.device(device)
         if capture is None:
             mode = choose_mode(mode, model, self._device, calls)
@@ -169,9 +188,10 @@ class PreparedSampling:
             self._guidance,
             guide=self._guide,
             remedy=self._remedy,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             shape=self._shape,
             device=self._device,
+            source=self._source,
         )
 
     def draw(
@@ -184,34 +204,84 @@ class PreparedSampling:
         progress: bool = False,
     ) -> SampleResult:
         """The samples of ids (B,) int64 >= 0; other arguments as `mixflow_fast.sampling.sample`."""
-        total, size = ids.shape[0], self._batch_size
+        total = ids.shape[0]
+        keys = sde_keys(seed, self._sampler.steps) if self._sampler.stochastic else None
+        # Allocated outside inference mode: the caller may differentiate through what comes back.
+        x = torch.empty(total, *self._shape, dtype=torch.float32, device="cpu")
+        drawn: list[Tensor] = []
+        nfe = done = 0
+        counted = Progress(total, "sampling", "samples", quiet=not progress)
+        with self.evaluating(), counted:
+            for batch in self.batches(ids, labels, seed=seed, balanced=balanced):
+                out, evaluations = self._run(batch.x0, batch.ids, batch.y, keys)
+                nfe = max(nfe, evaluations)
+                x[done : done + batch.wanted] = out[: batch.wanted].to("cpu", torch.float32)
+                drawn += [] if batch.y is None else [batch.y[: batch.wanted].cpu()]
+                done += batch.wanted
+                counted.advance(batch.wanted)
+        return SampleResult(x=x, labels=self._joined(drawn), nfe=nfe)
+
+    def batches(
+        self, ids: Tensor, labels: Tensor | None = None, *, seed: int = 0, balanced: bool = False
+    ) -> Iterator[StartingBatch]:
+        """Where the samples of ids begin, in batches of one size; arguments as `draw`.
+
+        To be iterated over inside of `evaluating`.
+        """
+        total, size = ids.shape[0], self.batch_size
         last = int(ids[-1]) if total else 0
         # Batches of one size: kernels may sum in another order for another number of rows, and a
         # graph has one size anyway.
         padded = torch.cat([ids, last + 1 + torch.arange(-total % size, device="cpu")])
-        padded_labels = _padded_labels(labels, self._num_classes, padded, total, seed, balanced)
-        keys = sde_keys(seed, self._sampler.steps) if self._sampler.stochastic else None
+        y = _padded_labels(labels, self._num_classes, padded, total, seed, balanced)
+        classes = self._source_classes(y, padded, seed, balanced)
+        w = None if self._source is None else self._source.w
+        for start in range(0, total, size):
+            chunk = slice(start, start + size)
+            own = padded[chunk].to(self._device)
+            x0 = sampling_noise(
+                None if self._source is None else self._source.source,
+                seed,
+                own,
+                self._shape,
+                None if classes is None else classes[chunk],
+                w,
+            )
+            batch_y = None if y is None else y[chunk].to(self._device)
+            yield StartingBatch(x0, own, batch_y, min(size, total - start))
 
-        # Allocated outside inference mode: the caller may differentiate through what comes back.
-        x = torch.empty(total, *self._shape, dtype=torch.float32, device="cpu")
-        nfe = 0
-        counted = Progress(total, "sampling", "samples", quiet=not progress)
-        with _evaluating(self._model, *([] if self._guide is None else [self._guide])), counted:
-            for start in range(0, total, size):
-                chunk = slice(start, start + size)
-                y = None if padded_labels is None else padded_labels[chunk].to(self._device)
-                own = padded[chunk].to(self._device)
-                numel = math.prod(self._shape)
-                noise = normal(seed, Stream.SAMPLE_NOISE, own, numel).view(-1, *self._shape)
-                out, evaluations = self._run(noise, own, y, keys)
-                nfe = max(nfe, evaluations)
-                x[chunk] = out[: total - start].to("cpu", torch.float32)
-                counted.advance(min(size, total - start))
-        drawn = None if padded_labels is None else padded_labels[:total].clone()
-        return SampleResult(x=x, labels=drawn, nfe=nfe)
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode of the networks and inference mode inside; both as before afterwards."""
+        others = [self._guide, None if self._source is None else self._source.source.predictor]
+        return _evaluating(self._model, *[other for other in others if other is not None])
 
-    def _velocity(self, y: Tensor | None) -> PlannedVelocity:
+    def velocity(self, y: Tensor | None) -> PlannedVelocity:
+        """The guided velocity of samples with labels y, (B,) int64 on the device, or without."""
         return guided_velocity(self._model, y, self._guidance, self._guide, self._remedy)
+
+    def _joined(self, drawn: list[Tensor]) -> Tensor | None:
+        """Labels of all batches; None for a network without classes."""
+        if drawn:
+            return torch.cat(drawn)
+        return torch.empty(0, dtype=torch.int64) if self._num_classes else None
+
+    def _source_classes(
+        self, y: Tensor | None, padded_ids: Tensor, seed: int, balanced: bool
+    ) -> Tensor | None:
+        """True classes for the source, (B,) int64 on the CPU; None where it does not see them.
+
+        The null class hides the label from the network alone, in training and here: its samples
+        begin at the source of a class that is drawn as a label.
+        """
+        if self._source is None or not self._source.source.needs_labels:
+            return None
+        num_classes = self._num_classes
+        if not num_classes:
+            num_classes = _config_value(self._source.source.predictor, "num_classes")
+        if not num_classes:
+            return y
+        drawn = draw_labels(seed, padded_ids, num_classes, balanced)
+        return drawn if y is None else torch.where(y == num_classes, drawn, y)
 
     def _run(
         self, x: Tensor, ids: Tensor, y: Tensor | None, keys: Tensor | None
@@ -219,12 +289,12 @@ class PreparedSampling:
         """(the samples of a whole batch, velocity evaluations)."""
         if self.mode != "graph":
             noise = None if keys is None else SdeNoise(keys, ids, self._shape)
-            return self._sampler.run(self._velocity(y), x, noise)
+            return self._sampler.run(self.velocity(y), x, noise)
         if self._loop is None:
             self._loop = GraphLoop(
                 self._plan,
                 self._sampler.memory,
-                lambda labels: self._sampler.told(self._velocity(labels)),
+                lambda labels: self._sampler.told(self.velocity(labels)),
                 tuple(x.shape),
                 y is not None,
                 self._guidance.scale,

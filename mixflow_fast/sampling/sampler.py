@@ -33,12 +33,14 @@ from mixflow_fast.sampling.solvers import (
     PlannedVelocity,
     Step,
     StepVelocity,
+    Tolerances,
     Velocity,
 )
 from mixflow_fast.sampling.solvers import states as solver_states
 
 ALL_METHODS: tuple[str, ...] = (*METHODS, *SDE_METHODS)
 _EDGE = 1e-3  # SiT's distance from an end at which a coefficient is infinite
+_SIT_TOLERANCES = SOLVERS["dopri5"].tolerances
 _TIMES = 1000  # diffusers' number of training times
 
 
@@ -59,6 +61,8 @@ class Sampler:
         path: of the network's training; dpmpp2m takes the linear one alone.
         integer_times: the network is told the time cut to thousandths of noise, as diffusers' cut
             to whole training times does.
+        rtol, atol: tolerances of an adaptive method; None: dopri5 1e-3 and 1e-6, rk45 1e-5 and
+            1e-5.
     """
 
     method: Method | SdeMethod = "euler"
@@ -72,6 +76,8 @@ class Sampler:
     last: LastStep = "mean"
     path: PathName = "linear"
     integer_times: bool = False
+    rtol: float | None = None
+    atol: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in ALL_METHODS:
@@ -86,6 +92,12 @@ class Sampler:
             )
         elif SOLVERS[self.method].linear_path and self.path != "linear":
             raise ValueError(f"{self.method} needs path='linear', got {self.path!r}")
+        # Made here, because it refuses numbers that are none.
+        if self.tolerances is None and (self.rtol, self.atol) != (None, None):
+            raise ValueError(
+                f"rtol and atol have no meaning for {self.method}, whose steps are given by its "
+                "grid: they belong to dopri5 and rk45"
+            )
         self.grid()
 
     def _check_diffusion(self) -> None:
@@ -112,6 +124,15 @@ class Sampler:
     def path_matters(self) -> bool:
         """Whether the steps use the path, beside the velocity."""
         return self.method in SDE_METHODS or SOLVERS[self.method].linear_path
+
+    @property
+    def tolerances(self) -> Tolerances | None:
+        """Of an adaptive method; None for the others."""
+        own = None if self.stochastic else SOLVERS[self.method].tolerances
+        if own is None:
+            return None
+        rtol = own.rtol if self.rtol is None else self.rtol
+        return Tolerances(rtol, own.atol if self.atol is None else self.atol)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -163,7 +184,8 @@ class Sampler:
         """
         counted = Counted(self.told(velocity))
         if self.method not in SDE_METHODS:
-            return Trajectory(solver_states(counted, x, self.grid(), self.method), counted)
+            states = solver_states(counted, x, self.grid(), self.method, self.tolerances)
+            return Trajectory(states, counted)
         if noise is None:
             raise ValueError(f"{self.method} needs noise, a function of the number of the interval")
         states = sde_states(counted, x, self.grid(), self.method, self._diffusion, noise)
@@ -218,6 +240,9 @@ class Sampler:
             "network_calls": self.network_calls,
             "integer_times": self.integer_times,
         }
+        # Records of dopri5 are older than the choice of its tolerances and do not name its own.
+        if (chosen := self.tolerances) and (self.method, chosen) != ("dopri5", _SIT_TOLERANCES):
+            record["tolerances"] = {"rtol": chosen.rtol, "atol": chosen.atol}
         if self.stochastic:
             record["sde"] = {
                 "form": self.form,
@@ -233,6 +258,7 @@ class Sampler:
         grid = self.grid().tolist()
         if self.nfe is None:
             words = [f"{self.method}, which chooses its steps itself"]
+            words.append(f"rtol {self.tolerances.rtol:g}, atol {self.tolerances.atol:g}")
             words.append(f"from {grid[0]:g} to {grid[-1]:g} (0 = noise)")
         else:
             words = [f"{self.method}, {self.steps} intervals, {self.nfe} network calls"]

@@ -16,6 +16,7 @@ from mixflow_fast.sampling.guidance import Guidance, Network
 from mixflow_fast.sampling.prepared import PreparedSampling, SampleResult
 from mixflow_fast.sampling.remedies import Remedy
 from mixflow_fast.sampling.sampler import Sampler
+from mixflow_fast.sampling.source import SampleSource
 
 __all__ = ["SampleResult", "draw_labels", "sample", "sde_noise"]
 
@@ -70,13 +71,15 @@ def sample(
     remedy: Remedy | None = None,
     mode: Mode = "eager",
     precision: Precision | None = None,
+    source: SampleSource | None = None,
 ) -> SampleResult:
     """Draw samples: a pure function of the network, the settings, `seed` and `ids`.
 
-    The starting noise of id i is normal(seed, Stream.SAMPLE_NOISE, i). The last batch is filled up
+    The starting noise of id i is normal(seed, Stream.SAMPLE_NOISE, i), or what a mixed source makes
+    of it (`mixflow_fast.sampling.source.sampling_noise`). The last batch is filled up
     with the ids that follow, so a sample's bits do not depend on how many are asked for; between
-    batch sizes (and for "dopri5", whose step control spans the batch) they agree to rounding
-    (to the solver's tolerance). The network is put in evaluation mode and gets its training flags
+    batch sizes they agree to rounding (for "dopri5" and "rk45", whose step control spans the batch,
+    to the solver's tolerance). The network is put in evaluation mode and gets its training flags
     back; no global random state is read or changed.
 
     Args:
@@ -86,7 +89,7 @@ def sample(
             network without num_classes.
         num: number of samples, when neither labels nor ids say it; ids default to 0 .. num - 1.
         steps, method, shift: a `Sampler` of these; steps are intervals of the grid (SiT's
-            num_steps - 1), of which "dopri5" uses only the ends.
+            num_steps - 1), of which "dopri5" and "rk45" use only the ends.
         cfg_scale, cfg_channels, guidance_interval: a `Guidance` of these.
         ids: (B,) int64 >= 0.
         balanced: drawn labels are id % num_classes.
@@ -105,6 +108,8 @@ def sample(
             captured.
         precision: of the network's weights and activations, "fp32" or "bf16"; None: as they are.
             State, guidance and update are float32 in any case, and times are exact.
+        source: `sample_source(...)` of the mixed source that the network was trained with; None
+            begins at N(0, I).
 
     Raises:
         ValueError: both a sampler or guidance and what it stands for; a sampler, remedy or
@@ -135,5 +140,6 @@ def sample(
         mode=mode,
         precision=precision,
         calls=calls,
+        source=source,
     )
     return prepared.draw(ids, labels, seed=seed, balanced=balanced, progress=progress)

@@ -25,10 +25,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 Evaluate = Callable[[Tensor, float | Tensor, float | Tensor], Tensor]
 
 Method = Literal[
-    "euler", "heun", "heun_last_euler", "midpoint", "rk4", "dopri5", "dpmpp2m", "unipc"
+    "euler", "heun", "heun_last_euler", "midpoint", "rk4", "dopri5", "rk45", "dpmpp2m", "unipc"
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3  # SiT's defaults
 
 
 # A number of a step: Python's, or a () tensor on the state's device.
@@ -39,6 +38,19 @@ At = Callable[[Tensor, int], Tensor]
 States = tuple[Tensor, ...]
 # (dx/dt, the states before, the step's numbers, standard normal noise) -> the states after it.
 Formula = Callable[[At, States, Sequence[Number], Callable[[], Tensor]], States]
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How small an adaptive method keeps the error of a step, atol + rtol |state|, by its RMS."""
+
+    rtol: float
+    atol: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if not 0.0 < value < math.inf:
+                raise ValueError(f"{name} must be a number > 0, such as 1e-5, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,13 @@ def checked_velocity(v: Tensor, x: Tensor) -> Tensor:
     return v.to(x.dtype)
 
 
-def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tuple[Tensor, int]:
+def integrate(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    method: str,
+    tolerances: Tolerances | None = None,
+) -> tuple[Tensor, int]:
     """Integrate dx/dt = velocity(x, t) along `times`.
 
     With an interval from t to t + h, k1 = v(x, t), and N the number of intervals:
@@ -124,9 +142,12 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
     "heun_last_euler"  heun, and euler in the last interval (REPA, EDM)         2N - 1
     "midpoint"         x += h v(x + h/2 k1, t + h/2)                            2N
     "rk4"              Kutta's 3/8 rule, which torchdiffeq calls rk4            4N
-    "dopri5"           adaptive Dormand-Prince 5(4) of torchdiffeq, atol 1e-6, rtol 1e-3, between
-                       the ends of `times`. The step size is controlled over the whole batch, so
-                       samples of one batch are coupled within it.
+    "dopri5"           adaptive Dormand-Prince 5(4) of torchdiffeq, rtol 1e-3, atol 1e-6 (SiT's),
+                       between the ends of `times`. The step size is controlled over the whole
+                       batch, so samples of one batch are coupled within it.
+    "rk45"             the same formulas in scipy's RK45, rtol = atol = 1e-5 (arXiv 2209.03003 and
+                       2604.09181), which chooses its steps otherwise; the state is float64 on the
+                       host between evaluations. 2 + 6 for each step that is tried
     "dpmpp2m"          DPM-Solver++(2M) (arXiv 2211.01095) for the linear path   N
     "unipc"            UniPC of order 2 (arXiv 2302.04867) for the linear path,  N
                        by diffusers' scheduler
@@ -138,29 +159,41 @@ def integrate(velocity: Velocity, x: Tensor, times: Tensor, method: str) -> tupl
         x: (B, ...) state at times[0]; kept in float32, or in float64 when it comes in float64.
         times: (N + 1,) strictly increasing floats.
         method: one of METHODS.
+        tolerances: of an adaptive method; None: its own.
 
     Returns:
         the state at times[-1], and the number of velocity evaluations.
 
     Raises:
-        ValueError: bad times, unknown method, velocity of another shape, torchdiffeq or diffusers
-            missing.
+        ValueError: bad times, unknown method, tolerances for a method that has none, velocity of
+            another shape, torchdiffeq, scipy or diffusers missing; rk45 cannot go on.
     """
     evaluate = Counted(velocity)
-    for state in states(evaluate, x, times, method):
+    for state in states(evaluate, x, times, method, tolerances):
         x = state
     return x, evaluate.calls
 
 
-def states(evaluate: Evaluate, x: Tensor, times: Tensor, method: str) -> Iterator[Tensor]:
-    """The states that `integrate` passes through: one after each interval (dopri5: the last)."""
+def states(
+    evaluate: Evaluate,
+    x: Tensor,
+    times: Tensor,
+    method: str,
+    tolerances: Tolerances | None = None,
+) -> Iterator[Tensor]:
+    """The states that `integrate` passes through: one after each interval (adaptive: the last)."""
     if method not in SOLVERS:
         raise ValueError(f"method must be one of {', '.join(SOLVERS)}, got {method!r}")
+    own = SOLVERS[method].tolerances
+    if tolerances is not None and own is None:
+        raise ValueError(f"{method} has a fixed grid and takes no tolerances: leave them out")
     grid = check_problem(x, times)
     x = x if x.dtype == torch.float64 else x.to(torch.float32)
     solver = SOLVERS[method]
     if solver.plan is not None:
         return run_plan(solver.plan(grid), evaluate, x, solver.memory)
+    if solver.adaptive is not None:
+        return solver.adaptive(evaluate, x, grid, tolerances or own)
     return solver.states(evaluate, x, grid)
 
 
@@ -307,7 +340,9 @@ def _noise_at(noise: Callable[[int], Tensor] | None, k: int, x: Tensor) -> Tenso
     return noise(k).to(x)
 
 
-def _dopri5(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
+def _dopri5(
+    evaluate: Evaluate, x: Tensor, grid: list[float], tolerances: Tolerances
+) -> Iterator[Tensor]:
     try:
         from torchdiffeq import odeint
     except ImportError as error:
@@ -322,10 +357,39 @@ def _dopri5(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor
         x,
         ends,
         method="dopri5",
-        atol=DOPRI5_ATOL,
-        rtol=DOPRI5_RTOL,
+        atol=tolerances.atol,
+        rtol=tolerances.rtol,
     )
     yield path[-1]
+
+
+def _rk45(
+    evaluate: Evaluate, x: Tensor, grid: list[float], tolerances: Tolerances
+) -> Iterator[Tensor]:
+    try:
+        from scipy.integrate import RK45
+    except ImportError as error:
+        raise ValueError(
+            "method 'rk45' needs scipy: pip install \"mixflow_fast[eval]\", or use method 'heun'"
+        ) from error
+
+    def velocity(t: float, flat: np.ndarray) -> np.ndarray:
+        # A copy: scipy goes on writing into its arrays.
+        state = torch.from_numpy(flat.copy()).view(x.shape).to(x.device, x.dtype)
+        return evaluate(state, t, t).reshape(-1).double().cpu().numpy()
+
+    flat = x.detach().reshape(-1).double().cpu().numpy()
+    # Stepped by hand: solve_ivp would keep every state on the way, and only the last is asked for.
+    solver = RK45(velocity, grid[0], flat, grid[-1], rtol=tolerances.rtol, atol=tolerances.atol)
+    with np.errstate(invalid="ignore", over="ignore"):  # said below
+        while solver.status == "running":
+            problem = solver.step()
+    if solver.status == "failed":
+        raise ValueError(
+            f"rk45 cannot keep its tolerances at t = {solver.t:g} ({problem}): the velocity is not "
+            "finite or changes too abruptly there; take larger tolerances, or method 'heun'"
+        )
+    yield torch.from_numpy(solver.y).view(x.shape).to(x.device, x.dtype)
 
 
 def _unipc(evaluate: Evaluate, x: Tensor, grid: list[float]) -> Iterator[Tensor]:
@@ -355,6 +419,9 @@ class Solver:
         evaluations: how many velocities N intervals take; None where that is not known before.
         plan: the steps of a grid; None for a method that chooses them on its way.
         states: (evaluate, x, grid) -> the state after each interval; for a method without a plan.
+        adaptive: (evaluate, x, grid, tolerances) -> the state at the end, for a method that chooses
+            its steps itself.
+        tolerances: of such a method, if nothing else is said.
         memory: tensors that the formulas of the plan remember beside the state.
         linear_path: its formula holds for the linear path alone.
     """
@@ -362,6 +429,8 @@ class Solver:
     evaluations: Callable[[int], int] | None
     plan: Callable[[list[float]], list[Step]] | None = None
     states: Callable[[Evaluate, Tensor, list[float]], Iterator[Tensor]] | None = None
+    adaptive: Callable[[Evaluate, Tensor, list[float], Tolerances], Iterator[Tensor]] | None = None
+    tolerances: Tolerances | None = None
     memory: int = 0
     linear_path: bool = False
 
@@ -372,7 +441,8 @@ SOLVERS: dict[str, Solver] = {
     "heun_last_euler": Solver(lambda n: 2 * n - 1, _plan_heun_last_euler),
     "midpoint": Solver(lambda n: 2 * n, _plan_midpoint),
     "rk4": Solver(lambda n: 4 * n, _plan_rk4),
-    "dopri5": Solver(None, states=_dopri5),
+    "dopri5": Solver(None, adaptive=_dopri5, tolerances=Tolerances(1e-3, 1e-6)),
+    "rk45": Solver(None, adaptive=_rk45, tolerances=Tolerances(1e-5, 1e-5)),
     "dpmpp2m": Solver(lambda n: n, _plan_dpmpp2m, memory=1, linear_path=True),
     "unipc": Solver(lambda n: n, states=_unipc, linear_path=True),
 }

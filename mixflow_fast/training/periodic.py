@@ -28,6 +28,7 @@ from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.stragglers import StragglerWatch
 from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import Decoder
+from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
 from mixflow_fast.training.duty import RunContext, Timetable
@@ -171,6 +172,7 @@ class Previews:
         timetable: when it is due.
         options: how the pictures come about.
         watched: the copy to sample with.
+        source: the mixed source whose predictor the copy carries; None for N(0, I).
     """
 
     def __init__(
@@ -179,9 +181,10 @@ class Previews:
         timetable: Timetable,
         options: PreviewOptions,
         watched: WatchedCopy,
+        source: SourceRecord | None = None,
     ) -> None:
         self._context, self._timetable = context, timetable
-        self._options, self._watched = options, watched
+        self._options, self._watched, self._source = options, watched, source
         self._decoder: Decoder | None = None
 
     def due(self, step: int) -> bool:
@@ -207,7 +210,7 @@ class Previews:
             try:
                 if decoder is not None:
                     decoder.to(next(self._watched.net.parameters()).device)
-                write_preview(self._watched.net, self._options, path, decoder)
+                write_preview(self._watched.net, self._options, path, decoder, self._source)
             finally:
                 if decoder is not None:  # training has the device's memory to itself
                     decoder.to("cpu")

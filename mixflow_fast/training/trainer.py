@@ -466,7 +466,7 @@ class Trainer:
         duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait, health)]
         if c.preview_every:
             when, options = Timetable(c.preview_every, total, beginning), self._previews
-            duties.append(Previews(context, when, options, self.watched))
+            duties.append(Previews(context, when, options, self.watched, self._source_record))
         if self._validation is not None:
             when = Timetable(c.validate_every, total, beginning)
             duties.append(Validation(context, when, self._validation, self.watched))

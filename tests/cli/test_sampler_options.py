@@ -18,6 +18,7 @@ from mixflow_fast.sampling.presets import PRESETS
 from mixflow_fast.sampling.remedies import REMEDIES, LabelScale
 from mixflow_fast.sampling.sampler import ALL_METHODS, Sampler
 from mixflow_fast.sampling.sde import FORMS, LAST_STEPS
+from mixflow_fast.sampling.solvers import Tolerances
 from tests.support.command_line import run
 
 
@@ -74,6 +75,9 @@ def test_presets_and_what_replaces_them() -> None:
         ("--remedy ssc=x", "with numbers"),
         ("--method dopri5 --steps 10", "--steps does nothing for dopri5"),
         ("--preset sit-paper-ode --method dopri5 --last-size 0.1", "--last-size does nothing for"),
+        ("--method rk45 --steps 10", "--steps does nothing for rk45"),
+        ("--method heun --rtol 1e-5", "rtol and atol have no meaning for heun"),
+        ("--method rk45 --atol 0", "atol must be a number > 0"),
         ("--path gvp", "--path does nothing for euler"),
         ("--preset sit-paper-ode --path linear", "--path does nothing for heun"),
     ],
@@ -88,6 +92,12 @@ def test_a_sampler_that_chooses_its_steps_has_none_in_its_record() -> None:
     one, two = Sampler("dopri5", 5), _choice("--preset sit-paper-ode --method dopri5").sampler
     assert one.to_record() == two.to_record() and one.to_record()["intervals"] is None
     assert Sampler("dopri5", end=0.9).to_record() != one.to_record()
+
+
+def test_tolerances_of_an_adaptive_method() -> None:
+    chosen = _choice("--method rk45 --rtol 1e-4 --atol 1e-7").sampler
+    assert chosen == Sampler("rk45", rtol=1e-4, atol=1e-7)
+    assert _choice("--method dopri5").sampler.tolerances == Tolerances(1e-3, 1e-6)
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

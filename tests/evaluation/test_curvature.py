@@ -8,10 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixflow_fast.evaluation.curvature import Curvature, path_curvature
+from mixflow_fast.evaluation.curvature import (
+    ADAPTIVE,
+    TABLE,
+    Curvature,
+    network_curvature,
+    path_curvature,
+    solver_rows,
+)
 from mixflow_fast.evaluation.uncertainty import difference
+from mixflow_fast.flow.source import MixedSource
 from mixflow_fast.kernels.philox import Stream, normal
-from mixflow_fast.sampling import time_grid
+from mixflow_fast.sampling import (
+    Guidance,
+    PreparedSampling,
+    Sampler,
+    sample_source,
+    sampling_noise,
+    time_grid,
+)
 from mixflow_fast.sampling.solvers import Counted, states
 from tests.support.golden import load
 from tests.support.networks import relative
@@ -148,3 +163,63 @@ def test_refusals_and_a_single_trajectory() -> None:
         path_curvature(toy, torch.zeros(1, 2, 3, 3), 0)
     record = Curvature(torch.tensor([0.5], dtype=torch.float64), 4).to_record()
     assert record == {"mean": 0.5, "std": 0.0, "se": None, "n": 1, "steps": 4}
+
+
+class Bent(torch.nn.Module):
+    """A curved field that depends on the label, on data (2, 3, 3)."""
+
+    clock = "data_at_1"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"in_channels": 2, "input_size": 3, "num_classes": 3}
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        turned = torch.sin((2 + y.view(-1, 1, 1, 1)) * x.flip(1))
+        return turned + 0.3 * t.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "discrete", "discrete(3)", None])
+def test_curvature_of_a_network_from_its_source(kind: str | None) -> None:
+    """Nine trajectories in batches of four, of a source of classes; weights drawn or given.
+
+    The official code stops with a TypeError where weights are discrete and none is given.
+    """
+    table = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    source = MixedSource(lambda y: table[y], "class", w=kind or 0.25, lam=1.0)
+    begins = sample_source(source, None if kind else 0.25)
+    prepared = PreparedSampling(Bent(), Sampler(), Guidance(), batch_size=4, source=begins)
+    found = network_curvature(prepared, 9, seed=3, steps=16)
+    y = torch.arange(9) % 3
+    x0 = sampling_noise(source, 3, torch.arange(9), (2, 3, 3), y=y, w=begins.w)
+    expected = naive(lambda x, t: Bent()(x, t, y), x0.double(), 16)
+    assert len(found.values) == 9 and relative(found.values, expected) < 1e-5
+    plain = PreparedSampling(Bent(), Sampler(), Guidance(), batch_size=4)
+    assert relative(network_curvature(plain, 9, seed=3, steps=16).values, expected) > 0.01
+
+
+def test_rows_of_solvers() -> None:
+    """Evaluations as they were made, ends against those of the adaptive solver."""
+    pytest.importorskip("scipy")
+    net = Bent()
+    prepared = PreparedSampling(net, Sampler(), Guidance(), batch_size=4)
+    rows = solver_rows(prepared, 6, seed=3)
+    assert [(row.method, row.steps) for row in rows[:-1]] == [(s.method, s.steps) for s in TABLE]
+    assert [row.nfe for row in rows[:-1]] == [s.nfe for s in TABLE]
+    # Batches of four and two, of which the second is filled up, and both are counted.
+    made = len(net.rows) - 2 * sum(s.nfe for s in TABLE)
+    assert set(net.rows) == {4} and rows[-1].nfe == made / 2
+    assert (rows[-1].method, rows[-1].steps, rows[-1].apart) == ("rk45", None, None)
+    euler, heun = prepared.with_sampler(TABLE[0]), prepared.with_sampler(ADAPTIVE)
+    ends = [
+        torch.cat([p.draw(ids, seed=3, balanced=True).x for ids in torch.arange(6).split(4)])
+        for p in (euler, heun)
+    ]
+    apart = float((ends[0] - ends[1]).double().square().mean().sqrt())
+    assert rows[0].apart == pytest.approx(apart, rel=1e-6)
+    errors = [row.apart for row in rows if row.method == "euler"]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[-1] > 0
+    with pytest.raises(ValueError, match="num must be >= 1 samples"):
+        solver_rows(prepared, 0)

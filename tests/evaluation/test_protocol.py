@@ -24,6 +24,7 @@ RECORD: dict[str, object] = {
     },
     "guidance": {"kind": "cfg", "scale": 1.5, "channels": 3, "interval": [0.0, 1.0],
                  "guide_sha256": None},
+    "source": {"kind": "mixed", "kappa": "class", "mode": "moments", "w": 0.5},
     "precision": {"network": "bf16", "state": "fp32", "decode": "fp32", "tf32": False},
     "set": {"n": 50000, "seed": 0, "ids": "0..n-1", "labels": "balanced", "K": 1000},
     "decoder": {"kind": "sdvae", "sha256": "ab" * 32, "scale": 0.18215},
@@ -55,7 +56,7 @@ def changed(path: tuple[object, ...]) -> dict[str, object]:
 
 
 def test_all_sections_are_tried() -> None:
-    assert tuple(RECORD) == SECTIONS and len(paths(RECORD)) == 43
+    assert tuple(RECORD) == SECTIONS and len(paths(RECORD)) == 47
     assert set(SECTIONS) == {name for part in PARTS.values() for name in part}
 
 

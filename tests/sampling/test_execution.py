@@ -119,7 +119,7 @@ def test_bad_arguments(network: type[nn.Module], change: dict, message: str) -> 
 
 
 def test_methods_without_a_plan_have_no_graph() -> None:
-    for method in ("dopri5", "unipc"):
+    for method in ("dopri5", "rk45", "unipc"):
         with pytest.raises(ValueError, match=f"known beforehand, got {method}"):
             PreparedSampling(
                 Net(), Sampler(method, 2), Guidance(), mode="graph", capture=lambda step: step

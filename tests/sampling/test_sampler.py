@@ -179,11 +179,11 @@ def test_a_sampler_counts_its_network_calls(method: str) -> None:
         calls.append(float(t[0]))
         return torch.tanh(x)
 
-    needs = {"dopri5": "torchdiffeq", "unipc": "diffusers"}
+    needs = {"dopri5": "torchdiffeq", "rk45": "scipy", "unipc": "diffusers"}
     if method in needs:
         pytest.importorskip(needs[method])
     _, nfe = sampler.run(velocity, torch.ones(2, 3), lambda step: torch.zeros(2, 3))
-    assert nfe == len(calls) and sampler.nfe == (None if method == "dopri5" else nfe)
+    assert nfe == len(calls) and sampler.nfe == (None if sampler.tolerances else nfe)
     assert method in sampler.describe()
     assert json.loads(json.dumps(sampler.to_record())) == sampler.to_record()
 
@@ -193,6 +193,30 @@ def test_a_description_names_the_times_and_says_which_method_has_its_own() -> No
     assert "grid 0, 0.5, 1 (" in Sampler("euler", 2).describe()
     assert "grid 0, 0.25 .. 0.75, 1 (" in Sampler("euler", 4).describe()
     assert "4 intervals" not in Sampler("dopri5", 4).describe()
+    assert "rtol 0.0001, atol 1e-05" in Sampler("rk45", rtol=1e-4).describe()
+
+
+def test_records_name_tolerances_but_those_that_dopri5_always_had() -> None:
+    records = [Sampler("rk45").to_record(), Sampler("rk45", rtol=1e-4, atol=1e-6).to_record()]
+    assert records[0]["tolerances"] == {"rtol": 1e-5, "atol": 1e-5}
+    assert records[1]["tolerances"] == {"rtol": 1e-4, "atol": 1e-6}
+    assert "tolerances" not in Sampler("dopri5", rtol=1e-3, atol=1e-6).to_record()
+    assert Sampler("dopri5", atol=1e-5).to_record()["tolerances"] == {"rtol": 1e-3, "atol": 1e-5}
+    assert all("tolerances" not in Sampler(name).to_record() for name in ("euler", "sde_euler"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "heun", "rtol": 1e-5}, "rtol and atol have no meaning for heun"),
+        ({"method": "sde_euler", "atol": 1e-5}, "rtol and atol have no meaning for sde_euler"),
+        ({"method": "rk45", "rtol": 0.0}, "rtol must be a number > 0"),
+        ({"method": "rk45", "atol": float("nan")}, "atol must be a number > 0"),
+    ],
+)
+def test_tolerances_that_are_none(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampler(**arguments)
 
 
 def test_records_tell_samplers_apart() -> None:

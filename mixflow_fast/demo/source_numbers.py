@@ -1,0 +1,106 @@
+"""What is measured of an arm where the noise end may be learned, beside distances by Euler steps.
+
+Curvature of its paths, distances by Heun's method, evaluations of an adaptive solver, and how far
+what training drew the noise end from is from N(0, I), which every arm is sampled from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mixflow_fast.data import Dataset, build_dataset, sample_index
+from mixflow_fast.demo.measure import Measure
+from mixflow_fast.demo.plan import SourceNumbers
+from mixflow_fast.evaluation.curvature import Curvature, path_curvature
+from mixflow_fast.models import Transformer, load_model
+from mixflow_fast.models.weights.sources import load_source
+from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.objective.source_health import source_health
+from mixflow_fast.reports.demo_result import Cell, Metric
+from mixflow_fast.sampling.draws import draw_labels
+from mixflow_fast.sampling.guidance import model_velocity
+from mixflow_fast.sampling.samples import sample
+from mixflow_fast.sampling.source import sampling_noise
+
+# Intervals of Heun's method with a last Euler step, which costs 2 N - 1 evaluations.
+HEUN = {"Heun, 2 steps": 2, "Heun, 3 steps": 3, "Heun, 5 steps": 5}
+RK45_SAMPLES = 64  # one batch: error control spans it, and the count hardly depends on its size
+HEALTH_IMAGES = 2000
+_BATCH = 100
+
+
+def source_numbers(
+    weights: Path,
+    measure: Measure,
+    *,
+    seed: int,
+    samples: int,
+    trajectories: int,
+    curvature_steps: int,
+    quiet: bool = True,
+) -> SourceNumbers:
+    """Everything above, of a finished training.
+
+    Args:
+        weights: of the training.
+        measure: distances to photos of its size; FD-EffLite0 is left to the Euler steps, for it
+            costs as much as the samples.
+        seed: of the samples.
+        samples: for each distance.
+        trajectories, curvature_steps: of the curvature.
+    """
+    model = load_model(weights).eval()
+    curvature = _curvature(model, seed, trajectories, curvature_steps)
+    solvers: dict[Metric, dict[str, Cell]] = {}
+    for name, steps in HEUN.items():
+        drawn = sample(
+            model,
+            num=samples,
+            steps=steps,
+            method="heun_last_euler",
+            seed=seed,
+            balanced=True,
+            batch_size=min(250, samples),
+            progress=not quiet,
+        )
+        for metric, cell in measure(drawn.x, without=("frechet_effnet_lite0",)).items():
+            solvers.setdefault(metric, {})[name] = cell
+    few = min(RK45_SAMPLES, samples)
+    adaptive = sample(model, num=few, method="rk45", seed=seed, balanced=True, batch_size=few)
+    dataset = build_dataset("photos", size=measure.size, split="train")
+    return {
+        "curvature": curvature.mean,
+        "curvature_se": curvature.se,
+        "solvers": solvers,
+        "rk45_nfe": adaptive.nfe,
+        "health": _health(weights, model, dataset),
+    }
+
+
+@torch.inference_mode()
+def _curvature(model: Transformer, seed: int, trajectories: int, steps: int) -> Curvature:
+    """Of Euler paths from the first samples' noise, with their labels."""
+    c = model.config
+    shape = (c["in_channels"], c["input_size"], c["input_size"])
+    values = []
+    for start in range(0, trajectories, _BATCH):
+        ids = torch.arange(start, min(start + _BATCH, trajectories))
+        labels = draw_labels(seed, ids, c["num_classes"], balanced=True)
+        x0 = sampling_noise(None, seed, ids, shape)
+        values.append(path_curvature(model_velocity(model, labels), x0, steps)[0])
+    return Curvature(torch.cat(values), steps)
+
+
+def _health(weights: Path, model: Transformer, dataset: Dataset) -> dict[str, float]:
+    """Of training crops through the averaged predictor; nothing where the source is N(0, I)."""
+    stored = load_source(weights)
+    if stored is None:
+        return {}
+    index = sample_index(torch.arange(min(HEALTH_IMAGES, len(dataset))), len(dataset), seed=0)
+    batch = dataset.get(index, index, 0)
+    mix = MixFlow(gamma=0.0, timesteps="uniform", clock=model.clock, seed=0, source=stored.source)
+    with torch.no_grad():
+        health = source_health(mix.prepare(batch.x, ids=index, y=batch.y))
+    return {name: float(value) for name, value in health.items()}
