@@ -89,9 +89,8 @@ def _sources(result: DemoResult) -> list[str]:
     tables = {METRICS[metric]: solver_table(result, metric) for metric in result["metrics"]}
     tables |= {
         "How much the paths bend": curvature_table(result),
-        "What training drew the noise end from (N(0, I) has the value in brackets)": health_table(
-            result
-        ),
+        "What training drew the noise end from; the last four of all noise ends together (N(0, I) "
+        "has the value in brackets)": health_table(result),
         "In two dimensions: eight Gaussians; sliced 2-Wasserstein distance of samples by N Euler "
         "steps, and of the noise ends of training to N(0, I)": toy_table(toy) if toy else None,
     }
