@@ -12,6 +12,7 @@ afterwards: it says how much of an arm's distance comes from where it is sampled
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +92,32 @@ def moments_of(source: MixedSource, dataset: Dataset) -> Aggregate:
         variances.append(log_var.flatten(1).double().exp())
         labels.append(batch.y)
     mu, var, y = torch.cat(means), torch.cat(variances), torch.cat(labels)
-    centers, eigenvalues, eigenvectors = [], [], []
+    found = []
     for label in range(int(y.max()) + 1):
         own, spread = mu[y == label], var[y == label].mean(0)
-        center = first * own.mean(0)
-        cov = second * (own.T @ own) / len(own) - torch.outer(center, center)
-        cov += torch.diag(1 - first + first * spread)
-        values, vectors = torch.linalg.eigh(cov)
-        centers.append(center)
-        eigenvalues.append(values.clamp(min=0))
-        eigenvectors.append(vectors)
-    return Aggregate(torch.stack(centers), torch.stack(eigenvalues), torch.stack(eigenvectors))
+        square = second * (own.T @ own) / len(own) + torch.diag(1 - first + first * spread)
+        found.append((first * own.mean(0), square))
+    return _of(found)
+
+
+def gaussian_of_images(dataset: Dataset) -> Aggregate:
+    """The Gaussian with the moments of the images themselves, for each class.
+
+    Samples that begin at an aggregate know such moments before the network does anything: this is
+    what they are worth without one.
+    """
+    index = sample_index(torch.arange(min(IMAGES, len(dataset))), len(dataset), seed=0)
+    batch = dataset.get(index, index, 0)
+    x, found = batch.x.flatten(1).double(), []
+    for label in range(int(batch.y.max()) + 1):
+        own = x[batch.y == label]
+        found.append((own.mean(0), own.T @ own / len(own)))
+    return _of(found)
+
+
+def _of(moments: Sequence[tuple[Tensor, Tensor]]) -> Aggregate:
+    """From mean (D,) and second moment (D, D) of each class."""
+    mean = torch.stack([one for one, _ in moments])
+    covs = [square - torch.outer(one, one) for one, square in moments]
+    values, vectors = torch.linalg.eigh(torch.stack(covs))
+    return Aggregate(mean, values.clamp(min=0), vectors)

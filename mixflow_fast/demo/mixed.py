@@ -14,18 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.schema import Config
 from mixflow_fast.data import build_dataset
-from mixflow_fast.demo.aggregate import aggregate_of
+from mixflow_fast.demo.aggregate import aggregate_of, gaussian_of_images
 from mixflow_fast.demo.measure import Measure, measure_notes, over_seeds
 from mixflow_fast.demo.mixed_toy import toy_of
 from mixflow_fast.demo.plan import Beginning, Finished, Plan, SourceNumbers, Words
 from mixflow_fast.demo.source_numbers import HEUN, source_numbers
 from mixflow_fast.environment import is_installed
 from mixflow_fast.optim.lr_schedule import LrSchedule
-from mixflow_fast.reports.demo_result import ArmResult, DemoResult, SourceResult
+from mixflow_fast.reports.demo_result import ArmResult, DemoResult, Metric, SourceResult
 from mixflow_fast.reports.mixed_report import render_mixed_report
+from mixflow_fast.sampling import sampling_noise
 from mixflow_fast.training.build import check
 
 MixedMethod = Literal["mixed", "both"]
@@ -63,7 +66,7 @@ class MixedSettings:
 
     data: str = "photos"
     size: int = 16
-    lam: float = 0.3  # of MixFlow, and of the kappa-FC that is held against it
+    lam: float = 0.1  # of MixFlow, and of the kappa-FC that is held against it
     fc_lam: float = 3.0  # of the kappa-FC at its own best; docs/evidence says by which measure
     base_images: int = 38_400
     base_lr: float = 1e-3
@@ -82,7 +85,7 @@ class MixedSettings:
     toy_steps: int = 2000
 
 
-CHOSEN_ON = (110, 111, 112, 113)
+CHOSEN_ON = (110,)
 MIXED = MixedSettings()
 
 
@@ -197,11 +200,21 @@ class MixedPlan(Plan):
             result["source"] = _over_seeds([run.evaluation["source"] for run in runs])
         return result
 
-    def more_findings(self, out: Path, seeds: Sequence[int]) -> DemoResult:
+    def more_findings(self, out: Path, seeds: Sequence[int], measure: Measure) -> DemoResult:
         return {
+            "references": {"a Gaussian of the crops, no network": self._gaussian(measure)},
             "solver_nfe": {name: 2 * steps - 1 for name, steps in HEUN.items()},
             "toy": toy_of(out / "toy.json", seeds[0], self.settings.toy_steps),
         }
+
+    def _gaussian(self, measure: Measure) -> dict[Metric, float]:
+        """Distances of draws from a Gaussian with the moments of the training crops."""
+        s = self.settings
+        ids = torch.arange(s.samples)
+        dataset = build_dataset(s.data, size=s.size, split="train")
+        eps = sampling_noise(None, 0, ids, dataset.shape)
+        drawn = gaussian_of_images(dataset).begin(eps, ids % dataset.num_classes)
+        return {metric: cell["value"] for metric, cell in measure(drawn).items()}
 
     def words(self, seeds: Sequence[int], measure: Measure) -> Words:
         s = self.settings
@@ -210,6 +223,11 @@ class MixedPlan(Plan):
         notes.append(
             f"Curvature: mean over {s.trajectories} trajectories of {s.curvature_steps} Euler "
             "steps (the paper: 10,000), the same noise for every arm."
+        )
+        notes.append(
+            "A Gaussian with the moments of the training crops has the moments that the distance "
+            "of averaged pixels asks for, without a network; arms with their own Gaussian begin "
+            "with a part of them. The other two measures are not satisfied by moments."
         )
         if len(seeds) > 1:
             notes.append("Spread: sample standard deviation over the seeds.")
@@ -346,8 +364,8 @@ def choice_note(settings: MixedSettings, seeds: Sequence[int]) -> str:
     if settings != MIXED:
         return "The lambdas of the demo's own settings were chosen on other seeds and lengths."
     words = (
-        f"Both lambdas were chosen on seeds {', '.join(map(str, CHOSEN_ON))} alone; gamma is that "
-        "of the demo of slowed interpolation."
+        f"Both lambdas were chosen on seed {', '.join(map(str, CHOSEN_ON))} alone; gamma is that of "
+        "the demo of slowed interpolation."
     )
     if tuned := [seed for seed in seeds if seed in CHOSEN_ON]:
         words += f" Of the seeds shown, {', '.join(map(str, tuned))} took part in that choice."

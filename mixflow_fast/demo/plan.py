@@ -161,7 +161,7 @@ class Plan(ABC):
         """
         return None
 
-    def more_findings(self, out: Path, seeds: Sequence[int]) -> DemoResult:
+    def more_findings(self, out: Path, seeds: Sequence[int], measure: Measure) -> DemoResult:
         """What else the report shows."""
         return {}
 

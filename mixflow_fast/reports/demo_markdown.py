@@ -67,6 +67,9 @@ def _table(result: DemoResult, metric: Metric) -> list[str]:
             text = cell_text(cell_value(arm, metric, steps))
             cells.append(f"**{text}**" if key in best_arms(result, metric, steps) else text)
         lines.append(f"| {_escape(arm['label'])} | {' | '.join(cells)} |")
+    for name, values in result.get("references", {}).items():
+        reference = " | ".join([number(values[metric])] * len(result["steps"]))
+        lines.append(f"| {_escape(name)} | {reference} |")
     floor = result["floor"].get(metric)
     if floor is not None:
         floor_cells = " | ".join([number(floor)] * len(result["steps"]))
