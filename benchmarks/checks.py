@@ -22,9 +22,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.ops import FAMILIES, GAMMA, KERNEL_OPS, PRED_DTYPE, REGISTRY, Cell, Made
+from benchmarks.ops import FAMILIES, GAMMA, KERNEL_OPS, REGISTRY, Cell, Made
 from benchmarks.rows import Deadline, Expectation
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.kernel_cases import Inputs, Tensors
@@ -142,9 +143,7 @@ def verify(
         # Samples apart, a weight's gradient is that of another batch.
         of_batch = samples is not None and name.removeprefix("d") in inputs.shared
         value = made[name] if samples is None or of_batch else made[name][samples]
-        dtype = cell.dtype
-        if is_objective and name != "x":
-            dtype = torch.float32 if name == "loss" else PRED_DTYPE
+        dtype = op.result_dtype(cell, name)
         if value.shape != exact.shape or value.dtype != dtype:
             wrong.append(f"{name} is {value.dtype} {tuple(value.shape)}")
             continue
@@ -165,23 +164,29 @@ def _draw_faults(cell: Cell, made: Made) -> list[str]:
     """What of the noise and the times is not as it should be distributed."""
     if cell.op == "velocity_loss":
         return []
-    x0 = (made["x0"]() if callable(made["x0"]) else made["x0"]).double()
-    t, slowed_t = made["t"].double(), made["slowed_t"].double()
+    name = "eps" if cell.op == "mixed_source" else "x0"
+    noise = (made[name]() if callable(made[name]) else made[name]).double()
     # Six standard errors; Beta(2, 1) has the standard deviation 1 / sqrt(18), and bf16 rounds x0.
-    of_x0, variance = 6 / math.sqrt(cell.elements), x0.square().mean().item()
+    of_noise, variance = 6 / math.sqrt(cell.elements), noise.square().mean().item()
     by_name = {
-        "mean of t less 2/3": (t.mean().item() - 2 / 3, 6 / math.sqrt(18 * len(t))),
-        "mean of x0": (x0.mean().item(), of_x0 + 1e-3),
-        "variance of x0 less 1": (variance - 1, math.sqrt(2) * of_x0 + 1e-3),
+        f"mean of {name}": (noise.mean().item(), of_noise + 1e-3),
+        f"variance of {name} less 1": (variance - 1, math.sqrt(2) * of_noise + 1e-3),
     }
+    if "t" in made:
+        t = made["t"].double()
+        by_name["mean of t less 2/3"] = t.mean().item() - 2 / 3, 6 / math.sqrt(18 * len(t))
     wrong = [
         f"{name}: {abs(off):.3g}, allowed {allowed:.3g}"
         for name, (off, allowed) in by_name.items()
         if not abs(off) <= allowed
     ]
-    if not bool(((slowed_t <= t) & (slowed_t >= (1 - GAMMA) * t - 1e-6)).all()):
+    if "t" in made and not _slowed(made["t"].double(), made["slowed_t"].double()):
         wrong.append("slowed_t is not in [(1 - gamma) t, t]")
     return wrong
+
+
+def _slowed(t: Tensor, slowed_t: Tensor) -> bool:
+    return bool(((slowed_t <= t) & (slowed_t >= (1 - GAMMA) * t - 1e-6)).all())
 
 
 def _log(path: Path, environment: Mapping[str, str | None], finding: Finding) -> None:

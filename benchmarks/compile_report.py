@@ -28,23 +28,19 @@ from functools import partial
 import torch
 
 from benchmarks import machine_code
+from benchmarks.kernel_work import Work, work_of
 from benchmarks.noise_code import normal_formulas
-from benchmarks.objective_work import Work, work_of
 from benchmarks.recorded_launches import Launch, recording, target_of
 from mixflow_fast.cli.errors import quiet_without_reader
 from mixflow_fast.diagnostics.block_cases import EPS, VARIANTS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import ObjectiveCase, Setting
+from mixflow_fast.diagnostics.source_cases import SourceCase
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.qk_norm_rope import QkOptions, finish, prepare
+from mixflow_fast.kernels.dropout import dropout, layer_keys
 
 RED = ("spill_store_bytes", "spill_load_bytes", "stack_bytes", "atomics")
 ARCHS, KNOWN_ARCHS = (80, 90, 100), (80, 86, 89, 90, 100, 120)
-
-
-OBJECTIVE = (
-    *("_interpolate_kernel", "_velocity_loss_kernel", "_reduce_kernel"),
-    "_scale_gradient_kernel",
-)
 CPU = torch.device("cpu")
 # What bounds an H200: instructions that its threads issue (132 multiprocessors, 4 warps of 32
 # threads a clock, 1.98 GHz), and what a copy reaches.
@@ -93,7 +89,7 @@ def _block(op: str, variant: str, shape: Shape, quick: bool = False, **options: 
     return Case(op, _name(case), partial(_launch, case), quick)
 
 
-def _launch(case: ObjectiveCase | BlockCase, mark: Callable[[], None]) -> None:
+def _launch(case: ObjectiveCase | SourceCase | BlockCase, mark: Callable[[], None]) -> None:
     call = case.call(case.inputs(CPU, empty=True), "triton")
     mark()
     call()
@@ -122,6 +118,12 @@ def _around_attention(
 def _normal(shape: Shape, mark: Callable[[], None]) -> None:
     numel = torch.Size(shape[1:]).numel()
     philox.normal(0, philox.Stream.NOISE, torch.arange(shape[0]), numel, impl="triton")
+
+
+def _dropout(shape: Shape, dtype: torch.dtype, mark: Callable[[], None]) -> None:
+    x, positions = torch.empty(shape, dtype=dtype), torch.arange(shape[0])
+    mark()
+    dropout(x, 0.13, layer_keys(0, 1)[0], positions, "triton")
 
 
 def _objective_cases() -> Iterator[Case]:
@@ -160,6 +162,34 @@ def _objective_cases() -> Iterator[Case]:
         yield from _objective(case.label, quick, case)
     yield Case("normal", "sit", partial(_normal, SIT), True)
     yield Case("normal", "odd", partial(_normal, ODD))
+    # A block of SongUNet-CIFAR10.
+    yield Case("dropout", "bf16", partial(_dropout, (64, 256, 32, 32), BF16), True)
+    yield Case("dropout", "fp32", partial(_dropout, (64, 256, 32, 32), FP32))
+    yield Case("dropout", "odd", partial(_dropout, ODD, FP32))
+
+
+def _source_cases() -> Iterator[Case]:
+    kernels = ("_mixed_source_kernel", "_source_backward_kernel")
+    quick = [
+        ("rae bf16", SourceCase(shape=RAE, drawn=True)),
+        ("rae fp32", SourceCase(shape=RAE, dtype=FP32, drawn=True)),
+        ("rae bf16 samples", SourceCase(shape=RAE, mixes="samples", drawn=True)),
+        ("sit bf16 tokens", SourceCase(shape=SIT, patch_size=2, drawn=True)),
+    ]
+    cases = (
+        SourceCase(shape=RAE, mixes="samples", dtype=FP32, drawn=True),
+        SourceCase(shape=SIT, dtype=FP16, path="gvp", clock="noise_at_1", drawn=True),
+        SourceCase(shape=ODD, dtype=FP16, path="vp", mixes="samples", drawn=True),
+        SourceCase(shape=ODD, drawn=True),
+        SourceCase(shape=SIT, dtype=FP32, patch_size=2, mixes="samples", drawn=True),
+        SourceCase(shape=RAE, patch_size=1, drawn=True),
+        SourceCase(shape=RAE, mixes="samples"),
+        SourceCase(shape=(64, 3, 64, 64), drawn=True),
+    )
+    named = [*quick, *((case.label.removeprefix("mixed_source "), case) for case in cases)]
+    for number, (name, case) in enumerate(named):
+        launch = partial(_launch, case)
+        yield Case("mixed_source", name, launch, number < len(quick), kernels)
 
 
 def _norm_cases() -> Iterator[Case]:
@@ -239,7 +269,10 @@ def _attention_cases() -> Iterator[Case]:
     yield row("plain", xl)
 
 
-CASES = [*_objective_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases()]
+CASES = [
+    *(*_objective_cases(), *_source_cases()),
+    *(*_norm_cases(), *_activation_cases(), *_attention_cases()),
+]
 
 
 def launches_of(case: Case, arch: int) -> list[Launch]:
@@ -289,10 +322,10 @@ def _bounds(launch: Launch, cubin: bytes) -> dict[str, object]:
     work = work_of(launch.kernel, launch.arguments, launch.options["num_warps"], code)
     if work is None and code.loop:
         return bounds  # nobody knows how often it goes round
-    work = work or Work(rounds=0, elements=1)
+    known, work = work is not None, work or Work(rounds=0, elements=1)
     issued = len(code.once) + len(code.loop) * work.rounds
     bounds["issue_us"] = launch.threads * issued / ISSUE_PER_US
-    if launch.kernel in OBJECTIVE:
+    if known:
         bounds["loop_instructions_per_element"] = len(code.loop) * work.rounds / work.elements
         bounds["prologue_instructions_per_element"] = len(code.once) / work.elements
     return bounds
@@ -306,9 +339,10 @@ def report(cases: Sequence[Case], archs: Sequence[int]) -> Iterator[dict[str, ob
     and stores of how many bits the PTX has; `vector128`: whether everything but single values
     (seed, times) moves 128 bits at once; `instructions`: lines of PTX; `seconds`: compiling took.
 
-    `issue_us`, `bytes_us`: the two bounds of the module's docstring. Rows of the objective's
-    kernels have instructions of the machine that a thread issues for an element of the data: in
-    the main loop, and besides it (`prologue`: before and after). `normals`: the formulas of the
+    `issue_us`, `bytes_us`: the two bounds of the module's docstring. Rows of the objective, of the
+    residual norm's two passes and of q's and k's norm have instructions of the machine that a
+    thread issues for an element of the data: in the main loop, and besides it (`prologue`: before
+    and after; all of it where no loop is left). `normals`: the formulas of the
     normal numbers that the machine code makes (`benchmarks/noise_code.py`).
     """
     with tempfile.TemporaryDirectory() as folder, runtime.triton.knobs.cache.scope():

@@ -2,8 +2,9 @@
 
 Versions, the rates of a copy and of a matrix product, the device's approximate functions
 (`benchmarks/approximations.py`), and each kernel once at a small shape: does it compile, run and
-give the right numbers, and how long did the first call take. What follows in the suite costs
-minutes; this says first whether they are worth spending.
+give the right numbers, and how long did the first call take. The same of the optimizer's step in a
+CUDA graph. What follows in the suite costs minutes; this says first whether they are worth
+spending.
 
 Exit status: 0 all right, 1 a kernel is wrong or failed, 2 no such device.
 """
@@ -25,7 +26,9 @@ from benchmarks import rows, timing
 from benchmarks.approximations import APPROXIMATIONS, COUNT, SMOKE_COUNT, sweep
 from benchmarks.checks import verify
 from benchmarks.ops import KERNEL_OPS, REGISTRY, Cell, kernel_cells
+from benchmarks.step_optimizers import describe_adamwema
 from mixflow_fast.cli.errors import quiet_without_reader
+from mixflow_fast.diagnostics.kernel_replays import optimizer_replays
 from mixflow_fast.messages import error_line
 
 # What other parts use where it is installed.
@@ -101,6 +104,26 @@ def write_approximations(device: torch.device, writer: rows.Writer, count: int) 
         raise ValueError("; ".join(faulty))
 
 
+def write_optimizer(device: torch.device, writer: rows.Writer) -> None:
+    """A row of the optimizer's first steps in a CUDA graph, held against the same without one.
+
+    Raises:
+        ValueError: they differ; after the row.
+    """
+    start = time.perf_counter()
+    findings = list(optimizer_replays(device))
+    ms = (time.perf_counter() - start) * 1e3
+    faults = [f"{f.tensor} is off by {f.error:.3g}" for f in findings if not f.passed]
+    how = "CUDA graph" if device.type == "cuda" else "no graph: no GPU"
+    note = f"20 steps with their capture and 20 without; {how}; {describe_adamwema(device.type)}; "
+    writer.add(op="optimizer", provider="mixflow_fast_captured", mode="step",
+               metric="first_call_ms", p50=ms, shape=[1027], dtype="float32",
+               timing="one call", note=note + ("; ".join(faults) or "right"))  # fmt: skip
+    print(f"{'RED' if faults else 'ok':4}{ms:10.1f} ms  optimizer's steps, {note}", flush=True)
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
 def write_kernels(
     device: torch.device, writer: rows.Writer, deadline: rows.Deadline, ops: Sequence[str]
 ) -> list[str]:
@@ -163,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = {
         "rates": partial(write_rates, device, writer),
         "approximations": partial(write_approximations, device, writer, count),
+        "optimizer": partial(write_optimizer, device, writer),
     }
     for name, write in first.items():
         try:

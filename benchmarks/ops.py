@@ -1,8 +1,9 @@
 """The registry of the benchmarks: for each operator its inputs, calls, truth, bytes and cells.
 
 `interpolate` draws t, m and x0 and writes x_m, `velocity_loss` is the loss with its gradient, and
-`objective` both: the prediction is given, as the network between them lets nothing fuse. Shapes are
-(B, C, H, W) of x1. The other operators are those of `block_cases`, whose table has their shapes.
+`objective` both: the prediction is given, as the network between them lets nothing fuse.
+`mixed_source` is input, noise end and KL where a predictor makes the noise. Shapes are (B, C, H, W)
+of x1. The other operators are those of `block_cases`, whose table has their shapes.
 
 Modes: "full" is a forward pass and the gradients of every input, "forward" the first alone,
 "backward" of the loss the same as full with an upstream gradient of 0.5 on the device: its price,
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.plain import GAMMA
+from benchmarks.source_entry import SourceEntry
 from mixflow_fast.diagnostics.block_cases import (
     BLOCK_OPS,
     EPS,
@@ -110,8 +112,9 @@ class ObjectiveEntry:
     """interpolate, velocity_loss or both, by `MixFlow`; plain lines draw with torch's generator.
 
     An operator of the registry gives, for a cell: who is asked (`providers`), bytes of one call,
-    the `inputs` that every provider is given, the calls (`plain`: of the plain lines, or of what
-    `wrap` makes of them; `ours` and `other` with a note on how they are set up), and the `truth`.
+    dtypes of results, the `inputs` that every provider is given, the calls (`plain`: of the plain
+    lines, or of what `wrap` makes of them; `ours` and `other` with a note on how they are set up),
+    and the `truth`.
 
     Attributes:
         interpolates, loses: which of the two it has.
@@ -133,6 +136,10 @@ class ObjectiveEntry:
         x1, pred = cell.dtype.itemsize, PRED_DTYPE.itemsize
         loss = x1 + pred + (0 if cell.mode == "forward" else pred)
         return cell.elements * (self.interpolates * 2 * x1 + self.loses * loss)
+
+    def result_dtype(self, cell: Cell, name: str) -> torch.dtype:
+        """Of the result or gradient called `name`."""
+        return {"x": cell.dtype, "loss": torch.float32}.get(name, PRED_DTYPE)
 
     def inputs(self, cell: Cell, device: torch.device) -> Inputs:
         """x1 of mean 0.5, so that a wrong direction of the path shows; noise for who stores it."""
@@ -231,6 +238,9 @@ class BlockEntry:
     def bytes(self, cell: Cell) -> int:
         passes = {"forward": (False,), "recompute": (True,), "full": (False, True)}[cell.mode]
         return sum(self.direction_bytes(cell, backward) for backward in passes)
+
+    def result_dtype(self, cell: Cell, name: str) -> torch.dtype:
+        return cell.dtype
 
     def inputs(self, cell: Cell, device: torch.device) -> Inputs:
         return self.case(cell).inputs(device)
@@ -335,12 +345,13 @@ def _qkv_bytes(cell: Cell, backward: bool) -> int:
     return cell.elements * cell.dtype.itemsize * passes
 
 
-REGISTRY: dict[str, ObjectiveEntry | BlockEntry] = {
+REGISTRY: dict[str, ObjectiveEntry | SourceEntry | BlockEntry] = {
     op.name: op
     for op in (
         ObjectiveEntry("interpolate", loses=False),
         ObjectiveEntry("velocity_loss", interpolates=False),
         ObjectiveEntry("objective"),
+        SourceEntry(),
         BlockEntry("residual_norm", _norm_bytes),
         BlockEntry("modulated_norm", _norm_bytes),
         BlockEntry("gelu", _activation_bytes),
@@ -350,7 +361,7 @@ REGISTRY: dict[str, ObjectiveEntry | BlockEntry] = {
     )
 }
 OBJECTIVE_OPS = tuple(op.name for op in REGISTRY.values() if isinstance(op, ObjectiveEntry))
-FAMILIES = {"objective": OBJECTIVE_OPS, "blocks": tuple(BLOCK_OPS)}
+FAMILIES = {"objective": (*OBJECTIVE_OPS, "mixed_source"), "blocks": tuple(BLOCK_OPS)}
 KERNEL_OPS = tuple(REGISTRY)
 OPS = (*KERNEL_OPS, "step")
 
@@ -362,7 +373,9 @@ MORE_SHAPES = (
     *((64, 768, 32, 32), (256, 768, 32, 32)),
 )
 SMOKE_SHAPES = ((2, 4, 4, 4), (3, 8, 2, 2))
+# Of one shape the last op comes first.
 MODES: dict[str, tuple[Mode, ...]] = {
+    "mixed_source": ("full", "forward"),
     "interpolate": ("forward",),
     "velocity_loss": ("full", "forward", "backward"),
     "objective": ("full",),

@@ -41,6 +41,22 @@ def velocity_loss(pred: Tensor, x1: Tensor, x0: Tensor) -> Tensor:
     return error.square().flatten(1).mean(dim=1).mean()
 
 
+def mixed_source(
+    x1: Tensor, predicted: Tensor, w: Tensor, slowed_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_m, x0, KL, eps) of a mixed source, mode "moments", its log-variance clamped to [-12, 6].
+
+    Noise is float32, as x0 is, so that autograd need not cast it.
+    """
+    mean, log_var = predicted.float().chunk(2, dim=1)
+    log_var = log_var.clamp(-12.0, 6.0)
+    eps = torch.randn_like(mean)
+    w = w.view(-1, *([1] * (x1.dim() - 1)))
+    x0 = w * mean + torch.sqrt((1 - w) + w * torch.exp(log_var)) * eps
+    kl = 0.5 * (mean.square() + torch.expm1(log_var) - log_var).flatten(1).sum(dim=1)
+    return interpolate(x1, x0, slowed_t), x0, kl, eps
+
+
 class BiasOfProduct(torch.autograd.Function):
     """Stands for the end of a matrix product that added a bias: its result is there already."""
 

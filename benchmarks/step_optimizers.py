@@ -14,10 +14,12 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.rows import CellRows, Times, Writer, paired_ratio, percentiles
 from mixflow_fast import extension
+from mixflow_fast.diagnostics.kernel_replays import optimizer_replays
 from mixflow_fast.environment import apex_message, detect_apex
 from mixflow_fast.messages import error_line
 from mixflow_fast.models import Transformer
 from mixflow_fast.optim.apex import OPTIMIZERS
+from mixflow_fast.training.capture import CapturedStep, CudaRecorder
 
 if TYPE_CHECKING:
     from mixflow_fast.config.schema import Config
@@ -38,11 +40,13 @@ class Kind:
         state_bytes: bytes a parameter between steps, float32: two moments, gradients of bf16
             weights, an EMA of its own.
         name: `optim.name` of the package's own, which have an EMA of their own.
+        captured: whether its steps are replays of a CUDA graph.
     """
 
     note: str
     state_bytes: int
     name: str | None = None
+    captured: bool = False
 
 
 KINDS = {
@@ -50,6 +54,9 @@ KINDS = {
     "tuned": Kind("fused AdamW, foreach EMA", 12),
     # One pass of `csrc/` where it was built, foreach calls elsewhere.
     "adamwema": Kind("AdamWEMA, with the gradient norm", 16, "adamw_ema"),
+    "captured": Kind(
+        "AdamWEMA in a CUDA graph, with the gradient norm", 16, "adamw_ema", captured=True
+    ),
     "apex": Kind("apex FusedAdam, foreach EMA", 12),
     "apex_adamwema": Kind(
         "ApexAdamWEMA: apex FusedAdam, with the gradient norm and EMA", 16, "apex_fused_adam"
@@ -93,6 +100,10 @@ class OptimizerStep:
     def __init__(self, kind: str, weights: Weights, half: bool) -> None:
         self._loop, self._weights, self._half = kind == "plain", weights, half
         self._inner = _inner(kind, weights.masters)
+        self._step: Callable[[], object] = self._inner.step
+        if KINDS[kind].captured:
+            recorder = CudaRecorder(weights.masters[0].device)
+            self._step = CapturedStep(self._inner, recorder)
         self.has_ema = KINDS[kind].name is not None
         self._gradients: list[Tensor] = []
 
@@ -102,7 +113,7 @@ class OptimizerStep:
         w = self._weights
         if self._half:
             self._take_gradients()
-        self._inner.step()
+        self._step()
         if self._loop:
             for ema, p in zip(w.ema, w.masters, strict=True):
                 ema.mul_(DECAY).add_(p, alpha=1 - DECAY)
@@ -166,6 +177,11 @@ def time_optimizers(
     """Rows of op "optimizer": the optimizers on the float32 masters alone, gradients in place."""
     kinds = {"torch": "tuned", "mixflow_fast": "adamwema"}
     print(f"  optimizer apex: {apex_message()}{'' if on_gpu else ' (it runs on a GPU)'}")
+    if on_gpu:
+        wrong = [f for f in optimizer_replays(weights.masters[0].device) if not f.passed]
+        for finding in wrong:  # then it has no speed
+            print(f"  optimizer captured: {finding.tensor} is off by {finding.error:.3g}: RED")
+        kinds |= {} if wrong else {"mixflow_fast_captured": "captured"}
     if on_gpu and detect_apex() == "nvidia":
         kinds |= {"apex": "apex", "mixflow_fast_apex": "apex_adamwema"}
     steppers: dict[str, OptimizerStep] = {}
@@ -176,11 +192,13 @@ def time_optimizers(
             notes[name] = KINDS[kind].note
         except Exception as error:  # apex without its CUDA extensions, or of another torch
             print(f"  optimizer {name}: {error_line(error)}")
-    notes["mixflow_fast"] += f"; {describe_adamwema(weights.masters[0].device.type)}"
+    for name in notes.keys() & {"mixflow_fast", "mixflow_fast_captured"}:
+        notes[name] += f"; {describe_adamwema(weights.masters[0].device.type)}"
     for p in weights.masters:
         p.grad = torch.randn_like(p).mul_(1e-3)
     for stepper in steppers.values():
-        stepper.step()
+        for _ in range(2):  # the second one is captured
+            stepper.step()
     times = rounds({name: stepper.step for name, stepper in steppers.items()}, seconds)
     for p in weights.masters:
         p.grad = None
@@ -193,7 +211,7 @@ def time_optimizers(
         cell.add(name, "latency_ms", ms, note)
         cell.add(name, "gb_per_s", gb_per_s, note)
         print(
-            f"  optimizer {name:18}{ms.p50:10.2f} ms, {gb_per_s.p50:.0f} GB/s, "
+            f"  optimizer {name:22}{ms.p50:10.2f} ms, {gb_per_s.p50:.0f} GB/s, "
             f"{params / 1e6:.1f} M parameters; {note}"
         )
     cell.add_ratios("mixflow_fast", times, notes)

@@ -35,6 +35,14 @@ struct AdamW {
   float step_size;      // lr / (1 - beta1^k)
 };
 
+// What a step needs besides tensors. All of it is float, so that a tensor of kConstants can hold it.
+struct Constants {
+  AdamW adamw;
+  float ema_weights[kMaxEmas];  // 1 - decay of each average
+};
+
+constexpr int kConstants = sizeof(Constants) / sizeof(float);
+
 inline AdamW make_adamw(
     double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
   const double k = static_cast<double>(step);

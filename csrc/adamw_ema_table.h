@@ -2,8 +2,8 @@
 // of one thread through it. Plain C++, so that a compiler without CUDA can build and test it.
 //
 // Nothing is copied to the device beside the arguments, so there is no host memory to keep alive
-// and a launch can be captured into a CUDA graph. What a graph replays are the table's numbers:
-// step, learning rate and decays of the capture. Factor and norm are read from device memory.
+// and a launch can be captured into a CUDA graph. What a graph replays are the table's numbers, so
+// a step that is captured takes its constants from device memory, as all take factor and norm.
 #pragma once
 
 #include "adamw_ema.h"
@@ -25,8 +25,9 @@ struct Table {
   int64_t sizes[kMaxRows];
   // Block that a row starts with.
   int32_t first_block[kMaxRows];
-  float ema_weights[kMaxEmas];
-  AdamW adamw;
+  Constants constants;
+  // In device memory, and used instead of `constants`; null for a step with numbers of the host.
+  const Constants* stored;
   // Of the gradients, in device memory; null for 1.
   const float* factor;
   // Of the whole gradient, in device memory: nothing is written where it is infinite or NaN. Null
@@ -67,8 +68,9 @@ MIXFLOW_INLINE void store4(uint16_t* p, const Float4& x) {
 }
 
 // One thread's part of one block. G: float, or uint16_t for bfloat16. K: the number of averages
-// where it is known when this is compiled, else -1.
-template <typename G, int K>
+// where it is known when this is compiled, else -1. kStored: whether `table.stored` is given; known
+// then, too, because constants among the arguments take no registers.
+template <typename G, int K, bool kStored>
 MIXFLOW_INLINE void update_chunk(const Table& table, int32_t block, int thread, int threads) {
   // The same number for every thread of the launch, so that a step is made whole or not at all.
   if (table.norm != nullptr && !is_finite(*table.norm)) return;
@@ -84,6 +86,8 @@ MIXFLOW_INLINE void update_chunk(const Table& table, int32_t block, int thread, 
   float* const v_ptr = static_cast<float*>(table.pointers[first + kSecond]);
   uint16_t* const copy_ptr = static_cast<uint16_t*>(table.pointers[first + kCopy]);
   const float factor = table.factor == nullptr ? 1.0f : *table.factor;
+  const Constants& constants = kStored ? *table.stored : table.constants;
+  const AdamW s = constants.adamw;
 
   const int64_t begin = (block - table.first_block[row]) * kChunk;
   const int64_t size = table.sizes[row];
@@ -105,7 +109,7 @@ MIXFLOW_INLINE void update_chunk(const Table& table, int32_t block, int thread, 
       for (int k = 0; k < K; ++k) e[k] = load4(static_cast<float*>(table.pointers[first + kRoles + k]) + i);
     }
     for (int j = 0; j < 4; ++j) {
-      w.x[j] = adamw(w.x[j], factor * g.x[j], m.x[j], v.x[j], table.adamw);
+      w.x[j] = adamw(w.x[j], factor * g.x[j], m.x[j], v.x[j], s);
     }
     store4(w_ptr + i, w);
     store4(m_ptr + i, m);
@@ -117,20 +121,18 @@ MIXFLOW_INLINE void update_chunk(const Table& table, int32_t block, int thread, 
     for (int k = 0; k < emas; ++k) {
       float* const e_ptr = static_cast<float*>(table.pointers[first + kRoles + k]);
       Float4 average = K > 0 ? e[K > 0 ? k : 0] : load4(e_ptr + i);
-      for (int j = 0; j < 4; ++j) {
-        average.x[j] = lerp(average.x[j], w.x[j], table.ema_weights[k]);
-      }
+      const float weight = constants.ema_weights[k];
+      for (int j = 0; j < 4; ++j) average.x[j] = lerp(average.x[j], w.x[j], weight);
       store4(e_ptr + i, average);
     }
   }
   for (int64_t i = whole + thread; i < end; i += threads) {
-    const float w =
-        adamw(w_ptr[i], factor * to_float(g_ptr[i]), m_ptr[i], v_ptr[i], table.adamw);
+    const float w = adamw(w_ptr[i], factor * to_float(g_ptr[i]), m_ptr[i], v_ptr[i], s);
     w_ptr[i] = w;
     if (copy_ptr != nullptr) copy_ptr[i] = to_bfloat16(w);
     for (int k = 0; k < emas; ++k) {
       float* const e_ptr = static_cast<float*>(table.pointers[first + kRoles + k]);
-      e_ptr[i] = lerp(e_ptr[i], w, table.ema_weights[k]);
+      e_ptr[i] = lerp(e_ptr[i], w, constants.ema_weights[k]);
     }
   }
 }
@@ -146,22 +148,21 @@ struct Tensors {
   void* const* emas;
   void* const* copies;
   int emas_each;
-  const float* ema_weights;
   bool bfloat16_gradients;
 };
 
 // Calls `launch(table)` for as many tables as the tensors take.
 template <typename Launch>
-void for_each_table(const Tensors& tensors, const AdamW& adamw, const float* factor,
-                    const float* norm, const Launch& launch) {
+void for_each_table(const Tensors& tensors, const Constants& constants, const Constants* stored,
+                    const float* factor, const float* norm, const Launch& launch) {
   const int width = kRoles + tensors.emas_each;
   const int most = kMaxPointers / width < kMaxRows ? kMaxPointers / width : kMaxRows;
   Table table = {};
-  table.adamw = adamw;
+  table.constants = constants;
+  table.stored = stored;
   table.factor = factor;
   table.norm = norm;
   table.emas = tensors.emas_each;
-  for (int k = 0; k < tensors.emas_each; ++k) table.ema_weights[k] = tensors.ema_weights[k];
   int64_t blocks = 0;
   const auto flush = [&] {
     table.blocks = static_cast<int32_t>(blocks);
@@ -205,3 +206,8 @@ void for_each_table(const Tensors& tensors, const AdamW& adamw, const float* fac
 // In adamw_ema_cuda.cu. Returns null, or what the launch failed with; does not wait.
 extern "C" const char* mixflow_adamw_ema_cuda(const mixflow::Table* table, int bfloat16_gradients,
                                               void* stream);
+
+// Likewise: writes constants to device memory. They travel in the launch's arguments, so the caller
+// may change its own at once, and steps that are under way have read theirs before.
+extern "C" const char* mixflow_store_constants_cuda(const mixflow::Constants* constants,
+                                                    float* stored, void* stream);

@@ -1,4 +1,5 @@
-// torch.ops.mixflow_fast.adamw_ema_: what it takes, what it refuses, and who computes it.
+// torch.ops.mixflow_fast.adamw_ema_ and its two halves for a step that is captured: what they take,
+// what they refuse, and who computes them.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/irange.h>
@@ -6,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -42,11 +44,12 @@ struct Arguments {
   TensorList params, grads, exp_avgs, exp_avg_sqs, emas, copies;
   const std::optional<Tensor>& grad_scale;
   const std::optional<Tensor>& grad_norm;
-  std::vector<float> ema_weights;
-  mixflow::AdamW adamw;
+  mixflow::Constants constants;
+  // Where the parameters are; used instead of `constants` where it is given.
+  std::optional<Tensor> stored;
 
   int64_t count() const { return static_cast<int64_t>(params.size()); }
-  int emas_each() const { return static_cast<int>(ema_weights.size()); }
+  int emas_each() const { return static_cast<int>(emas.size() / params.size()); }
   bool bfloat16_gradients() const { return grads[0].scalar_type() == at::kBFloat16; }
 };
 
@@ -131,22 +134,13 @@ void check_apart(const std::vector<Role>& roles) {
   }
 }
 
-Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-                TensorList emas, TensorList copies, const std::optional<Tensor>& grad_scale,
-                int64_t step, double lr, double beta1, double beta2, double eps,
-                double weight_decay, at::ArrayRef<double> ema_decays,
-                const std::optional<Tensor>& grad_norm) {
+mixflow::Constants checked_constants(int64_t step, double lr, double beta1, double beta2,
+                                     double eps, double weight_decay,
+                                     at::ArrayRef<double> ema_decays) {
   const double infinity = std::numeric_limits<double>::infinity();
-  const size_t count = params.size();
-  const size_t each = ema_decays.size();
-  TORCH_CHECK_VALUE(each <= mixflow::kMaxEmas, "adamw_ema_: ema_decays must hold at most ",
-                    mixflow::kMaxEmas, " decays, got ", each);
-  check_list("grads", grads, count, "one for each parameter");
-  check_list("exp_avgs", exp_avgs, count, "one for each parameter");
-  check_list("exp_avg_sqs", exp_avg_sqs, count, "one for each parameter");
-  check_list("emas", emas, each * count,
-             "for each of ema_decays one for each parameter, all of the first decay first");
-  if (!copies.empty()) check_list("copies", copies, count, "none, or one for each parameter");
+  TORCH_CHECK_VALUE(ema_decays.size() <= mixflow::kMaxEmas,
+                    "adamw_ema_: ema_decays must hold at most ", mixflow::kMaxEmas,
+                    " decays, got ", ema_decays.size());
   TORCH_CHECK_VALUE(step >= 1, "adamw_ema_: step must be 1 or more, got ", step);
   check_number("lr", lr, 0.0, infinity);
   check_number("beta1", beta1, 0.0, 1.0);
@@ -154,7 +148,32 @@ Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   check_number("eps", eps, 0.0, infinity);
   check_number("weight_decay", weight_decay, 0.0, infinity);
   for (const double decay : ema_decays) check_number("each of ema_decays", decay, 0.0, 1.0);
+  mixflow::Constants constants = {};
+  constants.adamw = mixflow::make_adamw(lr, beta1, beta2, eps, weight_decay, step);
+  for (const size_t k : c10::irange(ema_decays.size())) {
+    constants.ema_weights[k] = static_cast<float>(1.0 - ema_decays[k]);
+  }
+  return constants;
+}
 
+void check_stored(const Tensor& stored) {
+  TORCH_CHECK_VALUE(stored.scalar_type() == at::kFloat && stored.numel() == mixflow::kConstants &&
+                        stored.is_contiguous(),
+                    "adamw_ema_: constants must be ", mixflow::kConstants,
+                    " contiguous Float, got ", stored.numel(), " of ", stored.scalar_type());
+}
+
+void check_tensors(TensorList params, TensorList grads, TensorList exp_avgs,
+                   TensorList exp_avg_sqs, TensorList emas, TensorList copies, size_t each,
+                   const std::optional<Tensor>& grad_scale,
+                   const std::optional<Tensor>& grad_norm) {
+  const size_t count = params.size();
+  check_list("grads", grads, count, "one for each parameter");
+  check_list("exp_avgs", exp_avgs, count, "one for each parameter");
+  check_list("exp_avg_sqs", exp_avg_sqs, count, "one for each parameter");
+  check_list("emas", emas, each * count,
+             "for each of ema_decays one for each parameter, all of the first decay first");
+  if (!copies.empty()) check_list("copies", copies, count, "none, or one for each parameter");
   for (size_t i = 0; i < count; ++i) {
     const Tensor& like = params[i];
     TORCH_CHECK_VALUE(like.device() == params[0].device(), "adamw_ema_: params[", i,
@@ -180,12 +199,6 @@ Arguments check(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
                {"copies", copies, true}});
   check_scalar("grad_scale", grad_scale, params);
   check_scalar("grad_norm", grad_norm, params);
-  Arguments all{params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, grad_norm, {},
-                mixflow::make_adamw(lr, beta1, beta2, eps, weight_decay, step)};
-  for (const double decay : ema_decays) {
-    all.ema_weights.push_back(static_cast<float>(1.0 - decay));
-  }
-  return all;
 }
 
 // Autograd counts writes to find saved tensors that are no longer what they were.
@@ -205,7 +218,9 @@ void run_cpu(const Arguments& all) {
   const float* const norm = data_of(all.grad_norm);
   if (norm != nullptr && !mixflow::is_finite(*norm)) return;
   const float factor = all.grad_scale.has_value() ? *data_of(all.grad_scale) : 1.0f;
-  std::vector<float*> emas(all.ema_weights.size());
+  mixflow::Constants constants = all.constants;
+  if (all.stored.has_value()) std::memcpy(&constants, data_of(all.stored), sizeof(constants));
+  std::vector<float*> emas(all.emas_each());
   for (int64_t i = 0; i < all.count(); ++i) {
     for (int k = 0; k < all.emas_each(); ++k) {
       emas[k] = all.emas[k * all.count() + i].mutable_data_ptr<float>();
@@ -217,13 +232,17 @@ void run_cpu(const Arguments& all) {
         all.exp_avg_sqs[i].mutable_data_ptr<float>(),
         all.copies.empty() ? nullptr : static_cast<uint16_t*>(all.copies[i].mutable_data_ptr()),
         emas.data(),
-        all.ema_weights.data(),
+        constants.ema_weights,
         all.emas_each(),
         all.bfloat16_gradients()};
     at::parallel_for(0, all.params[i].numel(), kGrain, [&](int64_t begin, int64_t end) {
-      mixflow::update_cpu(run, begin, end, all.adamw, factor);
+      mixflow::update_cpu(run, begin, end, constants.adamw, factor);
     });
   }
+}
+
+void store_cpu(const mixflow::Constants& constants, const Tensor& stored) {
+  std::memcpy(stored.mutable_data_ptr<float>(), &constants, sizeof(constants));
 }
 
 #ifdef MIXFLOW_WITH_CUDA
@@ -251,19 +270,36 @@ void run_cuda(const Arguments& all) {
                                  pointers[4].data(),
                                  all.copies.empty() ? nullptr : pointers[5].data(),
                                  all.emas_each(),
-                                 all.ema_weights.data(),
                                  all.bfloat16_gradients()};
   const auto launch = [&](const mixflow::Table& table) {
     const char* const error =
         mixflow_adamw_ema_cuda(&table, all.bfloat16_gradients(), stream);
     TORCH_CHECK(error == nullptr, "adamw_ema_: the CUDA launch failed: ", error);
   };
-  mixflow::for_each_table(tensors, all.adamw, data_of(all.grad_scale), data_of(all.grad_norm),
-                          launch);
+  const auto* const stored = reinterpret_cast<const mixflow::Constants*>(data_of(all.stored));
+  mixflow::for_each_table(tensors, all.constants, stored, data_of(all.grad_scale),
+                          data_of(all.grad_norm), launch);
+}
+
+void store_cuda(const mixflow::Constants& constants, const Tensor& stored) {
+  const at::cuda::OptionalCUDAGuard guard(stored.device());
+  void* const stream = at::cuda::getCurrentCUDAStream().stream();
+  const char* const error =
+      mixflow_store_constants_cuda(&constants, stored.mutable_data_ptr<float>(), stream);
+  TORCH_CHECK(error == nullptr, "adamw_ema_: the CUDA launch failed: ", error);
 }
 #endif
 
 void run_meta(const Arguments&) {}
+
+void store_meta(const mixflow::Constants&, const Tensor&) {}
+
+template <void (*run)(const Arguments&)>
+void run_counted(const Arguments& all) {
+  if (all.count() == 0) return;
+  count_writes(all);
+  run(all);
+}
 
 template <void (*run)(const Arguments&)>
 void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
@@ -271,11 +307,37 @@ void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
                 int64_t step, double lr, double beta1, double beta2, double eps,
                 double weight_decay, at::ArrayRef<double> ema_decays,
                 const std::optional<Tensor>& grad_norm) {
-  const Arguments all = check(params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, step,
-                              lr, beta1, beta2, eps, weight_decay, ema_decays, grad_norm);
-  if (all.count() == 0) return;
-  count_writes(all);
-  run(all);
+  const mixflow::Constants constants =
+      checked_constants(step, lr, beta1, beta2, eps, weight_decay, ema_decays);
+  check_tensors(params, grads, exp_avgs, exp_avg_sqs, emas, copies, ema_decays.size(), grad_scale,
+                grad_norm);
+  run_counted<run>({params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, grad_norm,
+                    constants, std::nullopt});
+}
+
+template <void (*run)(const Arguments&)>
+void adamw_ema_from_constants_(TensorList params, TensorList grads, TensorList exp_avgs,
+                               TensorList exp_avg_sqs, TensorList emas, TensorList copies,
+                               const std::optional<Tensor>& grad_scale, const Tensor& constants,
+                               const std::optional<Tensor>& grad_norm) {
+  const size_t each = params.empty() ? 0 : emas.size() / params.size();
+  TORCH_CHECK_VALUE(each <= mixflow::kMaxEmas, "adamw_ema_: emas must hold at most ",
+                    mixflow::kMaxEmas, " averages of each parameter, got ", each);
+  check_stored(constants);
+  check_tensors(params, grads, exp_avgs, exp_avg_sqs, emas, copies, each, grad_scale, grad_norm);
+  TORCH_CHECK_VALUE(params.empty() || constants.device() == params[0].device(),
+                    "adamw_ema_: constants must be on ", params[0].device(), ", got ",
+                    constants.device());
+  run_counted<run>({params, grads, exp_avgs, exp_avg_sqs, emas, copies, grad_scale, grad_norm, {},
+                    constants});
+}
+
+template <void (*store)(const mixflow::Constants&, const Tensor&)>
+void adamw_constants_(const Tensor& constants, int64_t step, double lr, double beta1, double beta2,
+                      double eps, double weight_decay, at::ArrayRef<double> ema_decays) {
+  check_stored(constants);
+  store(checked_constants(step, lr, beta1, beta2, eps, weight_decay, ema_decays), constants);
+  constants.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace
@@ -287,16 +349,33 @@ TORCH_LIBRARY_FRAGMENT(mixflow_fast, library) {
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor? grad_scale, *, "
       "int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "float[] ema_decays, Tensor? grad_norm=None) -> ()");
+  // The same in two halves. The first writes the numbers of a step to where the parameters are; the
+  // second reads them there, so that a CUDA graph with it makes a new step at every replay.
+  library.def(
+      "adamw_constants_(Tensor(a!) constants, *, int step, float lr, float beta1, float beta2, "
+      "float eps, float weight_decay, float[] ema_decays) -> ()");
+  library.def(
+      "adamw_ema_from_constants_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor? grad_scale, *, "
+      "Tensor constants, Tensor? grad_norm=None) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(mixflow_fast, CPU, library) { library.impl("adamw_ema_", adamw_ema_<run_cpu>); }
+TORCH_LIBRARY_IMPL(mixflow_fast, CPU, library) {
+  library.impl("adamw_ema_", adamw_ema_<run_cpu>);
+  library.impl("adamw_constants_", adamw_constants_<store_cpu>);
+  library.impl("adamw_ema_from_constants_", adamw_ema_from_constants_<run_cpu>);
+}
 
 TORCH_LIBRARY_IMPL(mixflow_fast, Meta, library) {
   library.impl("adamw_ema_", adamw_ema_<run_meta>);
+  library.impl("adamw_constants_", adamw_constants_<store_meta>);
+  library.impl("adamw_ema_from_constants_", adamw_ema_from_constants_<run_meta>);
 }
 
 #ifdef MIXFLOW_WITH_CUDA
 TORCH_LIBRARY_IMPL(mixflow_fast, CUDA, library) {
   library.impl("adamw_ema_", adamw_ema_<run_cuda>);
+  library.impl("adamw_constants_", adamw_constants_<store_cuda>);
+  library.impl("adamw_ema_from_constants_", adamw_ema_from_constants_<run_cuda>);
 }
 #endif

@@ -18,6 +18,7 @@ from mixflow_fast.kernels.attention.qk_norm_rope_kernels import (
 from mixflow_fast.kernels.runtime import triton
 
 BLOCK = 2048
+NORM_WARPS = 8
 # Programs of a section, each with one row of partial sums: more rows take longer to add up.
 MAX_PARTIALS = 1024
 
@@ -66,10 +67,28 @@ def with_token_stride(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), H * K
 
 
+def row_parts(K: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(lanes, head, tail): the block or the two blocks that hold a head's K elements.
+
+    Blocks are powers of two, and one for 72 elements would be 128 wide: 44% of the lanes would
+    issue instructions for nothing. Such a row is a head of 64 and a tail of 8. `lanes` threads have
+    128 bits of the head each, and one element of the tail or more, so that both are added up before
+    threads meet.
+    """
+    block, vector = triton.next_power_of_2(K), 16 // dtype.itemsize
+    head = block // 2
+    lanes = max(head // vector, 1)
+    tail = max(triton.next_power_of_2(max(K - head, 1)), lanes)
+    # Rows that begin at any address are read an element at a time, where threads hold others.
+    if head >= 32 and 2 * tail <= head and K % 8 == 0:
+        return lanes, head, tail
+    return max(block // vector, 1), block, 0
+
+
 def _common(options: QkOptions, x: Tensor) -> dict[str, object]:
     """Arguments of the norm kernels that do not depend on the direction."""
     weights = dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), options.weights, strict=True))
-    block_k = triton.next_power_of_2(x.shape[3])
+    lanes, head, tail = row_parts(x.shape[3], x.dtype)
     return {
         **{f"{name}_ptr": x if w is None else w.contiguous() for name, w in weights.items()},
         "N": x.shape[1],
@@ -79,9 +98,12 @@ def _common(options: QkOptions, x: Tensor) -> dict[str, object]:
         "NORM": options.norm,
         "HAS_WEIGHT": options.q_weight is not None,
         "HAS_BIAS": options.q_bias is not None,
-        "ROWS": max(BLOCK // block_k, 1),
-        "BLOCK_K": block_k,
-        "num_warps": 8,
+        # In two parts, a row for each group of lanes: only so do threads hold the same of both.
+        "ROWS": 32 * NORM_WARPS // lanes if tail else max(BLOCK // head, 1),
+        "LANES": lanes,
+        "HEAD": head,
+        "TAIL": tail,
+        "num_warps": NORM_WARPS,
         **_tables(options, x),
         **runtime.OPTIONS,
     }
@@ -177,9 +199,8 @@ def launch_backward(
     # A program walks over several tiles where there would be too many partial sums.
     loops = triton.cdiv(tiles, MAX_PARTIALS)
     blocks = triton.cdiv(tiles, loops)
-    block_k = common["BLOCK_K"]
     partials = [
-        qkv.new_empty(2 * blocks * block_k if has else 0, dtype=torch.float32)
+        qkv.new_empty(2 * blocks * K if has else 0, dtype=torch.float32)
         for has in (common["HAS_WEIGHT"], common["HAS_BIAS"])
     ]
     # Gradients do not depend on the biases.
@@ -205,24 +226,24 @@ def launch_backward(
             loops=loops,
             **common,
         )
-        weight = _sum_partials(partials[0], options.q_weight, options.k_weight, blocks, block_k)
-        bias = _sum_partials(partials[1], options.q_bias, options.k_bias, blocks, block_k)
+        weight = _sum_partials(partials[0], options.q_weight, options.k_weight, blocks)
+        bias = _sum_partials(partials[1], options.q_bias, options.k_bias, blocks)
     return [weight[0], bias[0], weight[1], bias[1]]
 
 
 def _sum_partials(
-    partial: Tensor, q: Tensor | None, k: Tensor | None, partials: int, block_k: int
+    partial: Tensor, q: Tensor | None, k: Tensor | None, partials: int
 ) -> tuple[Tensor | None, Tensor | None]:
     if q is None:
         return None, None
     out = torch.empty_like(q), torch.empty_like(k)
-    columns = min(block_k, 32)
-    _qk_weight_gradient_kernel[(2 * block_k // columns,)](
+    K = q.numel()
+    columns = min(triton.next_power_of_2(K), 32)
+    _qk_weight_gradient_kernel[(2 * triton.cdiv(K, columns),)](
         partial,
         *out,
         partials,
-        q.numel(),
-        BLOCK_K=block_k,
+        K=K,
         COLUMNS=columns,
         ROWS=64,
         num_warps=4,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import NOISE_AT_1
+from mixflow_fast.flow.source import halves
 from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.layout import Layout, get_layout, one_wave
 from mixflow_fast.kernels.mixed_source.triton_kernels import (
@@ -42,6 +43,8 @@ def _sample_arguments(
     clock: str,
     path: str,
     mode: str,
+    low: float,
+    high: float,
 ) -> dict[str, object]:
     """Keyword arguments that both kernels have."""
     return {
@@ -55,6 +58,8 @@ def _sample_arguments(
         "log_var_stride": runtime.row_stride(log_var),
         "programs": layout.programs,
         "S": layout.places,
+        "low": low,
+        "high": high,
         "SAMPLES": mode == "samples",
         "PATH": path,
         "NOISE_AT_1": clock == NOISE_AT_1,
@@ -66,7 +71,7 @@ def _sample_arguments(
 def launch(
     x1: Tensor,
     mean: Tensor,
-    log_var: Tensor,
+    log_var: Tensor | None,
     w: Tensor,
     slowed_t: Tensor,
     seed: Tensor,
@@ -78,6 +83,8 @@ def launch(
     path: str,
     mode: str,
     patch_size: int,
+    low: float,
+    high: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, x0, kl) by the kernel; arguments as `mix_and_interpolate`."""
@@ -90,7 +97,7 @@ def launch(
     # Sums: the tiles depend on a sample's shape alone.
     layout = get_layout(x1.shape[1:], patch_size)
     partial = x1.new_empty(B * layout.programs, dtype=torch.float32)
-    x1, mean, log_var = (runtime.with_unit_rows(v) for v in (x1, mean, log_var))
+    x1, mean, log_var = (runtime.with_unit_rows(v) for v in (x1, *halves(mean, log_var)))
     eps, eps1 = (None if v is None else runtime.with_unit_rows(v) for v in (eps, eps1))
     ids, w, slowed_t = (None if v is None else v.contiguous() for v in (ids, w, slowed_t))
     grid = (runtime.check_grid(B * layout.programs, B),)
@@ -122,6 +129,8 @@ def launch(
                 clock=clock,
                 path=path,
                 mode=mode,
+                low=low,
+                high=high,
             ),
         )
         launch_reduction(partial, kl, kl[:0], B, layout.programs, 1, "none")
@@ -133,7 +142,7 @@ def launch_backward(
     grad_x0: Tensor | None,
     grad_kl: Tensor | None,
     mean: Tensor,
-    log_var: Tensor,
+    log_var: Tensor | None,
     w: Tensor,
     slowed_t: Tensor,
     seed: Tensor,
@@ -144,14 +153,16 @@ def launch_backward(
     path: str,
     mode: str,
     patch_size: int,
-) -> tuple[Tensor, Tensor]:
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of mean and log_var by the kernel; arguments as `source_backward`."""
-    grad_mean, grad_log_var = (
-        torch.empty_like(v, memory_format=torch.contiguous_format) for v in (mean, log_var)
-    )
+    made = mean.new_empty(mean.shape), None if log_var is None else log_var.new_empty(mean.shape)
     if not mean.numel():
-        return grad_mean, grad_log_var
+        return made
     B = len(mean)
+    grad_mean, grad_log_var = halves(*made)
+    mean, log_var = halves(mean, log_var)
     loops = None if patch_size else one_wave(mean.shape[1:].numel(), B)
     layout = get_layout(mean.shape[1:], patch_size, loops)
     mean, log_var = (runtime.with_unit_rows(v) for v in (mean, log_var))
@@ -176,6 +187,8 @@ def launch_backward(
             grad_x_stride=0 if grad_x is None else runtime.row_stride(grad_x),
             grad_x0_stride=0 if grad_x0 is None else runtime.row_stride(grad_x0),
             eps_stride=0 if eps is None else runtime.row_stride(eps),
+            grad_mean_stride=runtime.row_stride(grad_mean),
+            grad_log_var_stride=runtime.row_stride(grad_log_var),
             STREAM=int(stream),
             HAS_EPS=eps is not None,
             HAS_GRAD_X=grad_x is not None,
@@ -193,6 +206,8 @@ def launch_backward(
                 clock=clock,
                 path=path,
                 mode=mode,
+                low=low,
+                high=high,
             ),
         )
-    return grad_mean, grad_log_var
+    return made

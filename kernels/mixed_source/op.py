@@ -11,18 +11,24 @@ and backward, with G = sigma_m dL/dx_m + dL/dx0 (MixFlow with kappa-FC, arXiv 26
     dL/dlog_var = G eps w exp(log_var) / (2 s) + dL/dkl (exp(log_var) - 1) / 2       "moments"
                   G eps1 w exp(log_var / 2) / 2 + the same                           "samples"
 
-Forward reads x1, mean and log_var and writes x_m and x0, once: 16 bytes an element for bf16 data and
-a float32 source. Backward reads both gradients, mean and log_var and writes theirs: 22. The noise is
-made in registers, again in the backward pass, so nothing of it is kept. eps are the numbers of
-`interpolate`: with w = 0, or with zero moments in mode "moments", x_m has its bits. Partial sums of
-the KL go to memory and are added in a fixed order. Arithmetic is float32.
+log_var is clamped to a range, outside of which it has no gradient.
+
+Forward reads x1, mean and log_var and writes x_m and x0, once: 16 bytes an element for bf16 data
+and a float32 source. Backward reads both gradients, mean and log_var and writes theirs: 22. Mean
+and log-variance may be the halves of the predictor's one tensor, and then their gradients are, too.
+The noise is made in registers, again in the backward pass, so nothing of it is kept. eps are the
+numbers of `interpolate`: with w = 0, or with zero moments in mode "moments", x_m has its bits.
+Partial sums of the KL go to memory and are added in a fixed order. Arithmetic is float32.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from mixflow_fast.flow.source import bounded_log_var, halves
 from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.interpolate.launch import check_sample_size
 from mixflow_fast.kernels.mixed_source.launch import launch, launch_backward, token_shape
@@ -37,7 +43,7 @@ from mixflow_fast.kernels.runtime import compute_dtype
 def _mix_and_interpolate_op(
     x1: Tensor,
     mean: Tensor,
-    log_var: Tensor,
+    log_var: Tensor | None,
     w: Tensor,
     slowed_t: Tensor,
     seed: Tensor,
@@ -48,12 +54,18 @@ def _mix_and_interpolate_op(
     path: str,
     mode: str,
     patch_size: int,
+    low: float,
+    high: float,
     impl: str,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, x0, kl); without `log_var` it is the second half of `mean` in dimension 1."""
     options = dict(clock=clock, path=path, mode=mode, patch_size=patch_size, dtype=dtype)
     if _kernels(impl, x1, mean, log_var, dtype):
+        options.update(low=low, high=high)
         return launch(x1, mean, log_var, w, slowed_t, seed, ids, eps, eps1, **options)
+    mean, log_var = halves(mean, log_var)
+    log_var = bounded_log_var(log_var, (low, high))
     x, x0, kl = mix_and_interpolate_reference(
         x1, mean, log_var, w, slowed_t, seed, ids, eps=eps, eps1=eps1, **options
     )
@@ -76,6 +88,8 @@ def _(
     path,
     mode,
     patch_size,
+    low,
+    high,
     impl,
     dtype=None,
 ):
@@ -90,7 +104,7 @@ def _source_backward_op(
     grad_x0: Tensor | None,
     grad_kl: Tensor | None,
     mean: Tensor,
-    log_var: Tensor,
+    log_var: Tensor | None,
     w: Tensor,
     slowed_t: Tensor,
     seed: Tensor,
@@ -100,9 +114,11 @@ def _source_backward_op(
     path: str,
     mode: str,
     patch_size: int,
+    low: float,
+    high: float,
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of mean and log_var.
+    """Gradients of mean and log_var; the second of no elements where the first is of both.
 
     Args:
         grad_x: like x, grad_x0: like x0, grad_kl: (B,); None where a result was not used.
@@ -110,30 +126,33 @@ def _source_backward_op(
             `Stream.SOURCE_NOISE` in mode "samples"; None is drawn.
         kernels: whether the forward pass was the kernel's.
     """
-    options = dict(clock=clock, path=path, mode=mode, patch_size=patch_size)
+    options = dict(clock=clock, path=path, mode=mode, patch_size=patch_size, low=low, high=high)
     implementation = launch_backward if kernels else source_backward_reference
-    return implementation(
+    of_mean, of_log_var = implementation(
         grad_x, grad_x0, grad_kl, mean, log_var, w, slowed_t, seed, ids, eps, **options
     )
+    return of_mean, mean.new_empty(0) if of_log_var is None else of_log_var
 
 
 @_source_backward_op.register_fake
 def _(grad_x, grad_x0, grad_kl, mean, log_var, *_):
-    return mean.new_empty(mean.shape), log_var.new_empty(log_var.shape)
+    like = mean[:0].flatten() if log_var is None else log_var
+    return mean.new_empty(mean.shape), like.new_empty(like.shape)
 
 
 def _kernels(
-    impl: str, x1: Tensor, mean: Tensor, log_var: Tensor, dtype: torch.dtype | None
+    impl: str, x1: Tensor, mean: Tensor, log_var: Tensor | None, dtype: torch.dtype | None
 ) -> bool:
-    dtypes = x1.dtype, mean.dtype, log_var.dtype, dtype or x1.dtype
+    dtypes = x1.dtype, mean.dtype, (mean if log_var is None else log_var).dtype, dtype or x1.dtype
     return runtime.use_kernels(impl, x1.device, *dtypes)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x1, mean, log_var, w, slowed_t, seed, ids, eps, eps1 = inputs[:9]
-    clock, path, mode, patch_size, impl, dtype = inputs[9:]
+    clock, path, mode, patch_size, low, high, impl, dtype = inputs[9:]
     ctx.set_materialize_grads(False)  # a result that nobody used costs no zeros
-    ctx.options = clock, path, mode, patch_size, _kernels(impl, x1, mean, log_var, dtype)
+    kernels = _kernels(impl, x1, mean, log_var, dtype)
+    ctx.options = clock, path, mode, patch_size, low, high, kernels
     scaled = eps1 if mode == "samples" else eps
     ctx.save_for_backward(mean, log_var, w, slowed_t, seed, ids, scaled)
 
@@ -149,7 +168,7 @@ def _backward(
                 'MixFlow(impl="reference")'
             )
         mean, log_var, w, slowed_t, seed, ids, eps = ctx.saved_tensors
-        clock, path, mode, patch_size, kernels = ctx.options
+        clock, path, mode, patch_size, low, high, kernels = ctx.options
         of_mean, of_log_var = _source_backward_op(
             grad_x,
             grad_x0,
@@ -165,9 +184,12 @@ def _backward(
             path,
             mode,
             patch_size,
+            low,
+            high,
             kernels,
         )
-    return None, of_mean, of_log_var, *(None,) * 12
+        of_log_var = None if log_var is None else of_log_var
+    return None, of_mean, of_log_var, *(None,) * 14
 
 
 _mix_and_interpolate_op.register_autograd(_backward, setup_context=_setup_context)
@@ -176,7 +198,7 @@ _mix_and_interpolate_op.register_autograd(_backward, setup_context=_setup_contex
 def mix_and_interpolate(
     x1: Tensor,
     mean: Tensor,
-    log_var: Tensor,
+    log_var: Tensor | None,
     w: Tensor,
     slowed_t: Tensor,
     seed: Tensor,
@@ -188,6 +210,7 @@ def mix_and_interpolate(
     eps: Tensor | None = None,
     eps1: Tensor | None = None,
     patch_size: int = 0,
+    log_var_range: tuple[float, float] = (-math.inf, math.inf),
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,8 +221,9 @@ def mix_and_interpolate(
     Args:
         x1: (B, ...) data in float32, bf16 or fp16, samples of (C, H, W) for tokens; no gradient
             flows to it. A posterior's moments are sampled before.
-        mean, log_var: (B, ...) of the unmixed source, log_var within its bounds: clamping is the
-            caller's. They may be the halves of one (B, 2 C, ...) buffer.
+        mean, log_var: (B, ...) of the unmixed source, in float32, bf16 or fp16. Or log_var is None
+            and mean is both in one tensor (B, 2 C, ...), as a predictor makes them: its gradient
+            then needs no pass that puts two halves together.
         w: (B,) float32 weight of the source in [0, 1].
         slowed_t: (B,) float32 times m in the caller's clock.
         seed: `philox.seed_tensor`, read on the device, and in the backward pass again.
@@ -208,6 +232,7 @@ def mix_and_interpolate(
         mode: "moments" or "samples".
         eps, eps1: (B, ...) noise; None is drawn in registers. eps1 is used in mode "samples".
         patch_size: side of the patches that make a token of x_m; 0 writes it in x1's shape.
+        log_var_range: what log_var is clamped to. One that is not finite gives NaN.
         dtype: of x_m, which is computed in float32 and rounded once; None is that of x1.
         impl: "auto", "triton" or "reference" (see `runtime.use_kernels`).
 
@@ -222,6 +247,7 @@ def mix_and_interpolate(
     # Outside of the operator, so that tracing refuses it as well.
     if _kernels(impl, x1, mean, log_var, dtype):
         check_sample_size(x1)
+    low, high = log_var_range
     return _mix_and_interpolate_op(
         x1,
         mean,
@@ -236,6 +262,8 @@ def mix_and_interpolate(
         path,
         mode,
         patch_size,
+        low,
+        high,
         impl,
         dtype,
     )

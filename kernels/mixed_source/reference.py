@@ -17,7 +17,13 @@ from torch import Tensor
 
 from mixflow_fast.flow.clock import engine_times
 from mixflow_fast.flow.path import get_path, per_sample
-from mixflow_fast.flow.source import kl_per_sample, mixed_moments, mixed_samples
+from mixflow_fast.flow.source import (
+    bounded_log_var,
+    halves,
+    kl_per_sample,
+    mixed_moments,
+    mixed_samples,
+)
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.layout import from_tokens, to_tokens
 from mixflow_fast.kernels.philox import Stream
@@ -79,7 +85,7 @@ def source_backward_reference(
     grad_x0: Tensor | None,
     grad_kl: Tensor | None,
     mean: Tensor,
-    log_var: Tensor,
+    log_var: Tensor | None,
     w: Tensor,
     slowed_t: Tensor,
     seed: int | Tensor,
@@ -90,13 +96,17 @@ def source_backward_reference(
     path: str,
     mode: str,
     patch_size: int,
-) -> tuple[Tensor, Tensor]:
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of mean and log_var in closed form: an operator cannot record its own.
 
     Formulas stand in `op.py`; arguments as its `source_backward`.
     """
+    both, (mean, raw) = log_var is None, halves(mean, log_var)
     shape, compute = mean.shape, compute_dtype(mean)
-    mu, l, w = mean.to(compute), log_var.to(compute), per_sample(w.to(compute), mean)
+    mu, log_var = mean.to(compute), bounded_log_var(raw.to(compute), (low, high))
+    w = per_sample(w.to(compute), mean)
     gradient = torch.zeros_like(mu) if grad_x0 is None else grad_x0.to(compute)
     if grad_x is not None:
         h = from_tokens(grad_x, shape, patch_size) if patch_size else grad_x
@@ -106,14 +116,19 @@ def source_backward_reference(
     stream = Stream.NOISE if mode == "moments" else Stream.SOURCE_NOISE
     eps = (_normal(mean, seed, stream, ids) if eps is None else eps).to(compute)
     if mode == "moments":
-        slope = w * torch.exp(l) / (2 * mixed_moments(mu, l, w.flatten())[1])
+        slope = w * torch.exp(log_var) / (2 * mixed_moments(mu, log_var, w.flatten())[1])
     else:
-        slope = w * torch.exp(l / 2) / 2
+        slope = w * torch.exp(log_var / 2) / 2
     of_mean, of_log_var = w * gradient, gradient * eps * slope
     if grad_kl is not None:
         grad_kl = per_sample(grad_kl.to(compute), mu)
-        of_mean, of_log_var = of_mean + grad_kl * mu, of_log_var + grad_kl * torch.expm1(l) / 2
-    return of_mean.to(mean.dtype).contiguous(), of_log_var.to(log_var.dtype).contiguous()
+        of_mean = of_mean + grad_kl * mu
+        of_log_var = of_log_var + grad_kl * torch.expm1(log_var) / 2
+    of_log_var = torch.where((raw >= low) & (raw <= high) & raw.isfinite(), of_log_var, 0.0)
+    of_mean, of_log_var = of_mean.to(mean.dtype), of_log_var.to(raw.dtype)
+    if both:
+        return torch.cat([of_mean, of_log_var], dim=1), None
+    return of_mean.contiguous(), of_log_var.contiguous()
 
 
 def _normal(x1: Tensor, seed: int | Tensor, stream: Stream, ids: Tensor | None) -> Tensor:

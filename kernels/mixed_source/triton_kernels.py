@@ -46,6 +46,13 @@ def load_noise(
 
 
 @jit
+def bounded(log_var, low, high):
+    """Clamped; NaN where it is not finite, which a minimum would turn into a healthy number."""
+    inside = tl.minimum(tl.maximum(log_var, low), high)
+    return tl.where(tl.abs(log_var) < float("inf"), inside, float("nan"))
+
+
+@jit
 def exp_and_rest(x):
     """(exp(x), exp(x) - 1 - x), the second without the difference near 0, where it has no digits.
 
@@ -92,6 +99,8 @@ def _mixed_source_kernel(
     programs,
     loops,
     S,
+    low,
+    high,
     SAMPLES: tl.constexpr,
     PATH: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
@@ -174,6 +183,8 @@ def _mixed_source_kernel(
                 BLOCK_S,
                 VECTOR,
             )
+        log_var = bounded(log_var, low, high)
+        second_log_var = bounded(second_log_var, low, high)
         exp, rest = exp_and_rest(log_var)
         second_exp, second_rest = exp_and_rest(second_log_var)
         # Beyond the sample's end mean and log-variance were loaded as 0, which adds nothing.
@@ -202,13 +213,18 @@ _odd_mixed_source_kernel = for_any_alignment(_mixed_source_kernel)
 
 
 @jit
-def gradient_of_log_var(gradient, log_var, exp, w, eps, SAMPLES: tl.constexpr):
-    """What the gradient of x0 sends to the log-variance; `eps` is the noise that it scales."""
+def gradient_of_log_var(gradient, raw, w, eps, grad_kl, low, high, SAMPLES: tl.constexpr):
+    """The log-variance's gradient from that of x0; `eps` is the noise that it scales."""
+    log_var = bounded(raw, low, high)
+    exp, rest = exp_and_rest(log_var)
     if SAMPLES:
         slope = w * tl.exp(0.5 * log_var)
     else:
         slope = tl.div_rn(w * exp, tl.sqrt_rn(tl.fma(w, exp, 1.0 - w)))
-    return gradient * (0.5 * (eps * slope))
+    of_kl = (0.5 * grad_kl) * (rest + log_var)
+    of_log_var = tl.fma(gradient, 0.5 * (eps * slope), of_kl)
+    inside = (raw >= low) & (raw <= high) & (tl.abs(raw) < float("inf"))
+    return tl.where(inside, of_log_var, 0.0)
 
 
 @jit(
@@ -233,9 +249,13 @@ def _source_backward_kernel(
     mean_stride,
     log_var_stride,
     eps_stride,
+    grad_mean_stride,
+    grad_log_var_stride,
     programs,
     loops,
     S,
+    low,
+    high,
     SAMPLES: tl.constexpr,
     PATH: tl.constexpr,
     NOISE_AT_1: tl.constexpr,
@@ -272,8 +292,8 @@ def _source_backward_kernel(
     mean_ptr += sample * mean_stride + first
     log_var_ptr += sample * log_var_stride + first
     eps_ptr += sample * eps_stride + first
-    grad_mean_ptr += sample * (C * S) + first
-    grad_log_var_ptr += sample * (C * S) + first
+    grad_mean_ptr += sample * grad_mean_stride + first
+    grad_log_var_ptr += sample * grad_log_var_stride + first
     grad_x_ptr += sample * grad_x_stride
     c = tl.arange(0, BLOCK_C)
     x_c = first_c + c
@@ -318,14 +338,10 @@ def _source_backward_kernel(
             BLOCK_S,
             VECTOR,
         )
-        exp, rest = exp_and_rest(log_var)
-        second_exp, second_rest = exp_and_rest(second_log_var)
-        of_log_var = gradient_of_log_var(gradient, log_var, exp, w, eps, SAMPLES)
+        of_log_var = gradient_of_log_var(gradient, log_var, w, eps, grad_kl, low, high, SAMPLES)
         second_of_log_var = gradient_of_log_var(
-            second, second_log_var, second_exp, w, second_eps, SAMPLES
+            second, second_log_var, w, second_eps, grad_kl, low, high, SAMPLES
         )
-        of_log_var = tl.fma(0.5 * grad_kl, rest + log_var, of_log_var)
-        second_of_log_var = tl.fma(0.5 * grad_kl, second_rest + second_log_var, second_of_log_var)
         of_mean = tl.fma(grad_kl, mean, w * gradient)
         second_of_mean = tl.fma(grad_kl, second_mean, w * second)
         of_mean = tl.interleave(of_mean, second_of_mean).to(grad_mean_ptr.dtype.element_ty)

@@ -17,6 +17,7 @@ from mixflow_fast.kernels.residual_norm.reduce_kernels import (
     _residual_norm_reduce_kernel,
     _residual_norm_sum_kernel,
 )
+from mixflow_fast.kernels.residual_norm.row_parts import row_parts
 from mixflow_fast.kernels.residual_norm.triton_kernels import (
     _residual_norm_backward_kernel,
     _residual_norm_forward_kernel,
@@ -76,16 +77,19 @@ def _options(D: int, rows: int, *streams: Tensor | None) -> dict[str, int]:
     """Options for programs that read `rows` rows of each of `streams`.
 
     A row's sums are a round trip through shared memory in which the device would have nothing to
-    fetch, so the loads of the next two rows are under way (STAGES - 1). 8 elements a thread are
-    one access of 128 bits; where the block is much wider than the row (1152 in 2048), 16 a thread
-    waste fewer instructions on lanes beyond its end.
+    fetch, so the loads of the next two rows are under way (STAGES - 1).
     """
-    block = max(triton.next_power_of_2(D), 64)
-    warps = block // (512 if 4 * D <= 3 * block and block > 512 else 256)
-    buffers = 2 * block * sum(v.element_size() for v in streams if v is not None)
-    stages = 3 if rows > 2 and buffers <= SHARED_BYTES else 1
-    # No more than 8 warps, or a thread has less than the 255 registers that wide rows may take.
-    return {"BLOCK_D": block, "STAGES": stages, "num_warps": min(max(warps, 1), 8)}
+    head, tail, warps = row_parts(D)
+    sizes = [v.element_size() for v in streams if v is not None]
+    stages = 3 if rows > 2 and 2 * (head + tail) * sum(sizes) <= SHARED_BYTES else 1
+    return {
+        "HEAD": head,
+        "TAIL": tail,
+        "LANES": 32 * warps,
+        "VECTOR": 16 // max(sizes),
+        "STAGES": stages,
+        "num_warps": warps,
+    }
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ First over the tiles of a sample, then over the samples, both in a fixed order. 
 
 from __future__ import annotations
 
-from mixflow_fast.kernels.residual_norm.triton_kernels import load_row, store_row
+from mixflow_fast.kernels.residual_norm.row_parts import load_row, store_row
 from mixflow_fast.kernels.runtime import jit, tl
 
 

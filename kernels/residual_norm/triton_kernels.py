@@ -10,22 +10,19 @@ up. How many tokens depends on N alone, so a sample's gradients have the same bi
 
 from __future__ import annotations
 
+from mixflow_fast.kernels.residual_norm.row_parts import (
+    added,
+    columns,
+    filled,
+    inside_of,
+    load_parts,
+    modulation,
+    row_masks,
+    row_sum,
+    store_parts,
+    store_row,
+)
 from mixflow_fast.kernels.runtime import jit, tl
-
-
-@jit
-def load_row(ptr, d, mask):
-    """A row, or a part of it, in float32."""
-    return tl.load(ptr + d, mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-def _row_mask(inside, row, N, EVEN: tl.constexpr):
-    """`inside` where the row is one of the sample's; the interpreter takes no scalar mask here."""
-    mask = inside
-    if not EVEN:
-        mask = inside & (tl.full(inside.shape, row, tl.int64) < N)
-    return mask
 
 
 @jit
@@ -43,12 +40,6 @@ def _store_statistic(ptr, row, value, N, EVEN: tl.constexpr):
         tl.store(ptr + row, value)
     else:
         tl.store(ptr + row, value, mask=row < N)
-
-
-@jit
-def store_row(ptr, d, value, mask):
-    """A row, or a part of it, rounded to the dtype of the tensor."""
-    tl.store(ptr + d, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -86,60 +77,73 @@ def _residual_norm_forward_kernel(
     PER_TOKEN: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     index = tl.program_id(0)
     sample = (index // tiles).to(tl.int64)
     first = (index % tiles) * ROWS
-    d = tl.arange(0, BLOCK_D)
-    inside = d < D
+    d = columns(HEAD, TAIL)
+    inside = inside_of(d, D)
     x_ptr += sample * x_sample_stride
     h_ptr += sample * h_sample_stride
     gate_ptr += sample * gate_sample_stride
     shift_ptr += sample * shift_sample_stride
     scale_ptr += sample * scale_sample_stride
-    gate = tl.zeros((BLOCK_D,), tl.float32)
-    shift = tl.zeros((BLOCK_D,), tl.float32)
-    factor = tl.zeros((BLOCK_D,), tl.float32)
-    h_bias = tl.zeros((BLOCK_D,), tl.float32)
-    weight = tl.full((BLOCK_D,), 1.0, tl.float32)
+    gate = filled(d, 0.0)
+    shift = filled(d, 0.0)
+    factor = filled(d, 0.0)
+    h_bias = filled(d, 0.0)
+    weight = filled(d, 1.0)
     if HAS_H_BIAS:
-        h_bias = load_row(h_bias_ptr, d, inside)
+        h_bias = load_parts(h_bias_ptr, d, inside)
     if HAS_WEIGHT:
-        weight = load_row(weight_ptr, d, inside)
+        weight = load_parts(weight_ptr, d, inside)
     if not PER_TOKEN:
-        factor = (1.0 + load_row(scale_ptr, d, inside)) * weight
+        factor = modulation(scale_ptr, d, inside, weight)
         if HAS_SHIFT:
-            shift = load_row(shift_ptr, d, inside)
+            shift = load_parts(shift_ptr, d, inside)
         if HAS_H:
-            gate = load_row(gate_ptr, d, inside)
+            gate = load_parts(gate_ptr, d, inside)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         row = (first + i).to(tl.int64)
-        mask = _row_mask(inside, row, N, EVEN)
+        masks = row_masks(inside, row, N, EVEN)
         at = (sample * N + row) * D
-        x = load_row(x_ptr + row * x_row_stride, d, mask)
+        x = load_parts(x_ptr + row * x_row_stride, d, masks)
         if HAS_H:
-            h = load_row(h_ptr + row * h_row_stride, d, mask)
+            h = load_parts(h_ptr + row * h_row_stride, d, masks)
             if PER_TOKEN:
-                gate = load_row(gate_ptr + row * gate_row_stride, d, mask)
-            if HAS_H_BIAS:
-                h += h_bias
-            # y is the norm of x' as it is stored: the backward pass has nothing else.
-            x_new = (x + gate * h).to(x_new_ptr.dtype.element_ty)
-            tl.store(x_new_ptr + at + d, x_new, mask=mask)
-            x = tl.where(mask, x_new.to(tl.float32), 0.0)  # h_bias is there beyond the last row
+                gate = load_parts(gate_ptr + row * gate_row_stride, d, masks)
+            stored = ()
+            for p in tl.static_range(len(d)):
+                # y is the norm of x' as it is stored: the backward pass has nothing else.
+                x_new = x[p] + gate[p] * (h[p] + h_bias[p] if HAS_H_BIAS else h[p])
+                x_new = x_new.to(x_new_ptr.dtype.element_ty)
+                tl.store(x_new_ptr + at + d[p], x_new, mask=masks[p])
+                # h_bias is there beyond the last row
+                stored = stored + (tl.where(masks[p], x_new.to(tl.float32), 0.0),)
+            x = stored
         if LAYER:
-            mean = tl.sum(x, axis=0) * (1.0 / D)
+            mean = row_sum(x, LANES, VECTOR) * (1.0 / D)
             _store_statistic(mean_ptr + sample * N, row, mean, N, EVEN)
-            x = tl.where(mask, x - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=0) * (1.0 / D) + eps)
+            centred = ()
+            for p in tl.static_range(len(d)):
+                centred = centred + (tl.where(masks[p], x[p] - mean, 0.0),)
+            x = centred
+        squares = ()
+        for p in tl.static_range(len(d)):
+            squares = squares + (x[p] * x[p],)
+        rstd = tl.rsqrt(row_sum(squares, LANES, VECTOR) * (1.0 / D) + eps)
         _store_statistic(rstd_ptr + sample * N, row, rstd, N, EVEN)
         if PER_TOKEN:
-            factor = (1.0 + load_row(scale_ptr + row * scale_row_stride, d, mask)) * weight
+            factor = modulation(scale_ptr + row * scale_row_stride, d, masks, weight)
             if HAS_SHIFT:
-                shift = load_row(shift_ptr + row * shift_row_stride, d, mask)
-        store_row(y_ptr + at, d, x * rstd * factor + shift, mask)
+                shift = load_parts(shift_ptr + row * shift_row_stride, d, masks)
+        for p in tl.static_range(len(d)):
+            store_row(y_ptr + at, d[p], x[p] * rstd * factor[p] + shift[p], masks[p])
 
 
 @jit
@@ -199,15 +203,18 @@ def _residual_norm_backward_kernel(
     PARTIALS: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """DX..WITH_Y: outputs that are written row by row. *_ROW: row of a sum in `partial`, or -1."""
     index = tl.program_id(0)
     sample = (index // tiles).to(tl.int64)
     first = (index % tiles) * ROWS
-    d = tl.arange(0, BLOCK_D)
-    inside = d < D
+    d = columns(HEAD, TAIL)
+    inside = inside_of(d, D)
     dy_ptr += sample * dy_sample_stride
     dx_new_ptr += sample * dx_new_sample_stride
     x_new_ptr += sample * x_new_sample_stride
@@ -215,89 +222,106 @@ def _residual_norm_backward_kernel(
     gate_ptr += sample * gate_sample_stride
     shift_ptr += sample * shift_sample_stride
     scale_ptr += sample * scale_sample_stride
-    gate = tl.zeros((BLOCK_D,), tl.float32)
-    shift = tl.zeros((BLOCK_D,), tl.float32)
-    factor = tl.zeros((BLOCK_D,), tl.float32)
-    h_bias = tl.zeros((BLOCK_D,), tl.float32)
-    weight = tl.full((BLOCK_D,), 1.0, tl.float32)
+    gate = filled(d, 0.0)
+    shift = filled(d, 0.0)
+    factor = filled(d, 0.0)
+    h_bias = filled(d, 0.0)
+    weight = filled(d, 1.0)
     if HAS_H_BIAS:
-        h_bias = load_row(h_bias_ptr, d, inside)
+        h_bias = load_parts(h_bias_ptr, d, inside)
     if HAS_WEIGHT:
-        weight = load_row(weight_ptr, d, inside)
+        weight = load_parts(weight_ptr, d, inside)
     if not PER_TOKEN:
-        factor = (1.0 + load_row(scale_ptr, d, inside)) * weight
+        factor = modulation(scale_ptr, d, inside, weight)
         if HAS_H:
-            gate = load_row(gate_ptr, d, inside)
+            gate = load_parts(gate_ptr, d, inside)
         if HAS_SHIFT:
-            shift = load_row(shift_ptr, d, inside)
-    weight_sum = tl.zeros((BLOCK_D,), tl.float32)
-    shift_sum = tl.zeros((BLOCK_D,), tl.float32)
-    gate_sum = tl.zeros((BLOCK_D,), tl.float32)
-    h_bias_sum = tl.zeros((BLOCK_D,), tl.float32)
+            shift = load_parts(shift_ptr, d, inside)
+    weight_sum = filled(d, 0.0)
+    shift_sum = filled(d, 0.0)
+    gate_sum = filled(d, 0.0)
+    h_bias_sum = filled(d, 0.0)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         # Beyond the last row everything is 0, and adds 0 to the sums.
         row = (first + i).to(tl.int64)
-        mask = _row_mask(inside, row, N, EVEN)
+        masks = row_masks(inside, row, N, EVEN)
         at = (sample * N + row) * D
-        dy = load_row(dy_ptr + row * dy_row_stride, d, mask)
-        normed = load_row(x_new_ptr + row * x_new_row_stride, d, mask)
+        dy = load_parts(dy_ptr + row * dy_row_stride, d, masks)
+        x_new = load_parts(x_new_ptr + row * x_new_row_stride, d, masks)
         rstd = _load_statistic(rstd_ptr + sample * N, row, N, EVEN)
+        mean = 0.0
         if LAYER:
-            normed -= _load_statistic(mean_ptr + sample * N, row, N, EVEN)
-        normed *= rstd
+            mean = _load_statistic(mean_ptr + sample * N, row, N, EVEN)
         if PER_TOKEN:
-            factor = 1.0 + load_row(scale_ptr + row * scale_row_stride, d, mask)
-            if WEIGHT_ROW >= 0:
-                weight_sum += dy * factor * normed
-            factor *= weight
+            scale = load_parts(scale_ptr + row * scale_row_stride, d, masks)
             if HAS_H:
-                gate = load_row(gate_ptr + row * gate_row_stride, d, mask)
+                gate = load_parts(gate_ptr + row * gate_row_stride, d, masks)
             if HAS_SHIFT:
-                shift = load_row(shift_ptr + row * shift_row_stride, d, mask)
-        elif WEIGHT_ROW >= 0:
-            weight_sum += dy * normed
-        if WITH_Y:
-            # The forward pass's operations on the numbers that it stored, in its order: the same
-            # bits. A compiler that contracted them otherwise would change the rounding, and no
-            # more is asked of y here, which only a gradient of weights is made of.
-            store_row(y_ptr + at, d, normed * factor + shift, mask)
+                shift = load_parts(shift_ptr + row * shift_row_stride, d, masks)
+        normed, total, product, sums = (), (), (), ()
+        for p in tl.static_range(len(d)):
+            normed_p = (x_new[p] - mean if LAYER else x_new[p]) * rstd
+            factor_p = factor[p]
+            sum_p = weight_sum[p]
+            if PER_TOKEN:
+                factor_p = 1.0 + scale[p]
+                if WEIGHT_ROW >= 0:
+                    sum_p += dy[p] * factor_p * normed_p
+                factor_p *= weight[p]
+            elif WEIGHT_ROW >= 0:
+                sum_p += dy[p] * normed_p
+            if WITH_Y:
+                # The forward pass's operations on the numbers that it stored, in its order: the
+                # same bits. A compiler that contracted them otherwise would change the rounding,
+                # and no more is asked of y here, which only a gradient of weights is made of.
+                store_row(y_ptr + at, d[p], normed_p * factor_p + shift[p], masks[p])
+            if DSCALE:
+                store_row(dscale_ptr + at, d[p], dy[p] * normed_p * weight[p], masks[p])
+            if DSHIFT:
+                store_row(dshift_ptr + at, d[p], dy[p], masks[p])
+            total_p = dy[p] * factor_p
+            normed = normed + (normed_p,)
+            total = total + (total_p,)
+            product = product + (total_p * normed_p,)
+            sums = sums + (sum_p,)
+        weight_sum = sums
         if SHIFT_ROW >= 0:
-            shift_sum += dy
-        if DSCALE:
-            store_row(dscale_ptr + at, d, dy * normed * weight, mask)
-        if DSHIFT:
-            store_row(dshift_ptr + at, d, dy, mask)
-        total = dy * factor
-        mean_product = tl.sum(total * normed, axis=0) * (1.0 / D)
+            shift_sum = added(shift_sum, dy)
+        mean_product = row_sum(product, LANES, VECTOR) * (1.0 / D)
         mean_total = 0.0
         if LAYER:
-            mean_total = tl.sum(total, axis=0) * (1.0 / D)
-        total = total * rstd - mean_total * rstd
-        total -= normed * (mean_product * rstd)
+            mean_total = row_sum(total, LANES, VECTOR) * (1.0 / D)
         if HAS_DX_NEW:
-            total += load_row(dx_new_ptr + row * dx_new_row_stride, d, mask)
-        if DX:
-            store_row(dx_ptr + at, d, total, mask)
-        if DH:
-            store_row(dh_ptr + at, d, gate * total, mask)
+            dx_new = load_parts(dx_new_ptr + row * dx_new_row_stride, d, masks)
         if DGATE or GATE_ROW >= 0:
-            h = load_row(h_ptr + row * h_row_stride, d, mask) + h_bias
-            if DGATE:
-                store_row(dgate_ptr + at, d, total * h, mask)
-            if GATE_ROW >= 0:
-                gate_sum += total * h
-        if H_BIAS_ROW >= 0:
+            h = load_parts(h_ptr + row * h_row_stride, d, masks)
+        dgate, dh_bias = (), ()
+        for p in tl.static_range(len(d)):
+            dx_p = total[p] * rstd - mean_total * rstd
+            dx_p -= normed[p] * (mean_product * rstd)
+            if HAS_DX_NEW:
+                dx_p += dx_new[p]
+            if DX:
+                store_row(dx_ptr + at, d[p], dx_p, masks[p])
+            if DH:
+                store_row(dh_ptr + at, d[p], gate[p] * dx_p, masks[p])
+            if DGATE or GATE_ROW >= 0:
+                dgate_p = dx_p * (h[p] + h_bias[p])
+                if DGATE:
+                    store_row(dgate_ptr + at, d[p], dgate_p, masks[p])
+                dgate = dgate + (dgate_p,)
             # A gate that all tokens share is multiplied with the sum, by the kernel that adds up.
-            if PER_TOKEN:
-                h_bias_sum += gate * total
-            else:
-                h_bias_sum += total
+            dh_bias = dh_bias + (gate[p] * dx_p if PER_TOKEN else dx_p,)
+        if GATE_ROW >= 0:
+            gate_sum = added(gate_sum, dgate)
+        if H_BIAS_ROW >= 0:
+            h_bias_sum = added(h_bias_sum, dh_bias)
     partial_ptr += index.to(tl.int64) * (PARTIALS * D)
     if WEIGHT_ROW >= 0:
-        store_row(partial_ptr + WEIGHT_ROW * D, d, weight_sum, inside)
+        store_parts(partial_ptr + WEIGHT_ROW * D, d, weight_sum, inside)
     if SHIFT_ROW >= 0:
-        store_row(partial_ptr + SHIFT_ROW * D, d, shift_sum, inside)
+        store_parts(partial_ptr + SHIFT_ROW * D, d, shift_sum, inside)
     if GATE_ROW >= 0:
-        store_row(partial_ptr + GATE_ROW * D, d, gate_sum, inside)
+        store_parts(partial_ptr + GATE_ROW * D, d, gate_sum, inside)
     if H_BIAS_ROW >= 0:
-        store_row(partial_ptr + H_BIAS_ROW * D, d, h_bias_sum, inside)
+        store_parts(partial_ptr + H_BIAS_ROW * D, d, h_bias_sum, inside)

@@ -14,10 +14,10 @@ by the true one in place, on the device, and touches nothing if that is 1. float
 for this (2 / E underflows before a loss scaler can act), so its backward pass computes the gradient
 itself, in one pass over the prediction with the upstream gradient inside.
 
-A given x0 that requires a gradient, as that of a mixed source does, gets that of the target in a
-velocity: -d_sigma d loss / d pred, a multiple of what is there already. So it has the rounding of
-pred's gradient, one to pred's dtype and in bf16 and fp16 one more where the upstream gradient is not
-1, and is computed and returned in float32.
+A given x0 that requires a gradient, as that of a mixed source does, gets that of a velocity's
+target: -d_sigma d loss / d pred, a multiple of what is there already, in float32. It has the
+rounding of pred's gradient: one to pred's dtype, and in bf16 one more where the upstream gradient
+is not 1.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from torch import Tensor
 from mixflow_fast import __version__
 from mixflow_fast.files import check_writable, replacing
 from mixflow_fast.messages import shorten
+from mixflow_fast.models.network import Network
 from mixflow_fast.models.registry import describe_model
 from mixflow_fast.models.sit import SiT
-from mixflow_fast.models.transformer import Transformer
 from mixflow_fast.models.weights import diffusers_dit
 from mixflow_fast.models.weights.files import (
     WeightsFile,
@@ -81,7 +81,7 @@ class _Weights:
     """
 
     state: dict[str, Tensor]
-    model: Transformer
+    model: Network
     class_name: ClassName
     prediction: str
     steps: int

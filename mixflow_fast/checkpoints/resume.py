@@ -20,7 +20,7 @@ from mixflow_fast.config.schema import Config, TrainConfig
 from mixflow_fast.data import DataSummary
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.read_once import read_once_a_machine
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.weights.source_record import SourceRecord
 
 # Fields that may change between the parts of one run: they do not touch what is computed, up to
@@ -103,7 +103,7 @@ class ResumePoint:
 
     def fill(
         self,
-        model: Transformer,
+        model: Network,
         init: str | None,
         host_group: HostGroup,
         whole: bool = False,

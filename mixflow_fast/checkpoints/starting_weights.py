@@ -12,7 +12,7 @@ from warnings import warn
 
 from torch import Tensor
 
-from mixflow_fast.models import Transformer, load_into
+from mixflow_fast.models import Network, load_into
 from mixflow_fast.models.registry import describe_model, published_size
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.loading import CLASSES, NetworkSpec, spec_of_any_heads
@@ -53,7 +53,7 @@ _FACTS = {
 _RECIPES = {"SiT": "sit-xl2-256", "DiTDH": "rae-xl-256"}
 
 
-def start_from(model: Transformer, path: str | Path, source: SourceRecord | None = None) -> None:
+def start_from(model: Network, path: str | Path, source: SourceRecord | None = None) -> None:
     """Start a network (and so its EMA) from the EMA weights of a checkpoint.
 
     A predictor that the network carries starts from the checkpoint's source; where that has none,
@@ -92,7 +92,7 @@ def start_from(model: Transformer, path: str | Path, source: SourceRecord | None
 
 
 def _start_of_source(
-    model: Transformer, file: WeightsFile, own: SourceRecord | None
+    model: Network, file: WeightsFile, own: SourceRecord | None
 ) -> dict[str, Tensor]:
     """The predictor's first weights by the names that they have in the network; {} without one."""
     theirs = record_of(file)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mixflow_fast.comparison.real_data import RealImages, SlowFlowPlan
     from mixflow_fast.config.schema import Config
     from mixflow_fast.evaluation.reference import Reference
-    from mixflow_fast.models import Transformer
+    from mixflow_fast.models import Network
     from mixflow_fast.models.autoencoders.decoding import Decoder
     from mixflow_fast.models.weights.sources import StoredSource
     from mixflow_fast.sampling.source import SampleSource
@@ -51,7 +51,7 @@ class _Checkpoint:
         source: where its samples begin, on the same device; None is N(0, I).
     """
 
-    model: Transformer
+    model: Network
     sha256: str
     config: Config | None
     why: str
@@ -64,7 +64,7 @@ class _Checkpoint:
 class _Shared:
     """What all arms are sampled with, on the device."""
 
-    guide: Transformer | None
+    guide: Network | None
     decoder: Decoder | None
 
 
@@ -261,7 +261,7 @@ def _control_notes(loaded: Mapping[str, _Checkpoint]) -> list[str]:
     return notes
 
 
-def _guide(options: argparse.Namespace, device: str) -> Transformer | None:
+def _guide(options: argparse.Namespace, device: str) -> Network | None:
     """The other network of autoguidance."""
     from mixflow_fast.models import load_model
 
@@ -273,7 +273,7 @@ def _guide(options: argparse.Namespace, device: str) -> Transformer | None:
 def _decoder(
     options: argparse.Namespace,
     path: Path,
-    model: Transformer,
+    model: Network,
     choices: Mapping[int, SamplerChoice],
 ) -> Decoder | None:
     from mixflow_fast.models.autoencoders.decoding import load_decoder

@@ -203,7 +203,7 @@ def _prepared(
         model,
         Sampler("euler", options.steps),
         Guidance(options.cfg_scale),
-        batch_size=min(options.batch_size, options.num),
+        batch_size=min(options.batch_size, max(options.num, options.solver_samples)),
         mode="auto",
         calls=calls,
         source=source,
@@ -234,7 +234,6 @@ def _measure(
             options.solver_samples,
             seed=options.seed,
             adaptive=Sampler("rk45", rtol=options.rtol, atol=options.atol),
-            batch_size=options.batch_size,
             progress=True,
         )
     return _Measured(path, weights_sha256(model), start, source, curvature, rows)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixflow_fast.evaluation.reference import Reference
     from mixflow_fast.evaluation.sample_sets import Made
     from mixflow_fast.evaluation.shard_features import ShardFeatures
-    from mixflow_fast.models import Transformer
+    from mixflow_fast.models import Network
     from mixflow_fast.models.autoencoders.decoding import Decoder, Quantisation
     from mixflow_fast.sampling.execution import Mode, Precision
     from mixflow_fast.sampling.prepared import PreparedSampling, SampleResult
@@ -53,9 +53,9 @@ class Drawer:
         source: where samples begin, on the same device; None is N(0, I).
     """
 
-    model: Transformer
+    model: Network
     chosen: SamplerChoice
-    guide: Transformer | None
+    guide: Network | None
     weights: str
     step: int | None = None
     seed: int

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
+    from mixflow_fast.comparison.real_data import RunData
     from mixflow_fast.config.schema import Config
     from mixflow_fast.evaluation.examples import Examples
     from mixflow_fast.evaluation.slow_flow import Settings
-    from mixflow_fast.evaluation.validation_loss import ValidationLoss
-    from mixflow_fast.models import Transformer
+    from mixflow_fast.models import Network
     from mixflow_fast.reports.slow_flow_report import Measured, SlowFlowReport
 
 
@@ -99,23 +99,14 @@ def run(options: argparse.Namespace) -> int:
     _check_options(options)
     import torch
 
-    from mixflow_fast.data.dataset import without_flips
-    from mixflow_fast.evaluation.examples import read_examples
+    from mixflow_fast.comparison.real_data import run_data
     from mixflow_fast.evaluation.gamma import pilot_gammas, recommend_gamma
     from mixflow_fast.evaluation.slow_flow import Settings
-    from mixflow_fast.evaluation.validation_loss import ValidationLoss
     from mixflow_fast.files import write_json, write_text
     from mixflow_fast.models import load_model
     from mixflow_fast.models.weights.digest import weights_sha256
     from mixflow_fast.pilot import PilotPlan, check_arms, planned_images, run_pilot
     from mixflow_fast.reports.slow_flow_report import SlowFlowReport, record, render
-    from mixflow_fast.training.build import (
-        build_data,
-        build_encoder,
-        build_objective,
-        build_validation,
-    )
-    from mixflow_fast.training.inputs import Inputs
 
     config = _config(options)
     settings = Settings(
@@ -138,28 +129,14 @@ def run(options: argparse.Namespace) -> int:
         _check_source(path)
     models = {name: load_model(path, options.weights) for name, path in paths.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = without_flips(build_data(config.data, config.model, config.encoder))
-    inputs = Inputs(build_encoder(config.encoder, config.model))
-    inputs.move_encoder(device)
-    words = f"training examples of {dataset.name}"
-    data = read_examples(dataset, inputs, device, settings.states, words)
-    for name, model in models.items():
-        _check_fit(paths[name], model, data)
     first = next(iter(models.values()))
+    data = run_data(config, first.clock, device, settings.states, options.batch_size)
+    for name, model in models.items():
+        _check_fit(paths[name], model, data.examples)
     if options.after is not None:
         _check_same_network(options.checkpoint, first, options.after, models["after"])
-    losses = None
-    if options.grid:
-        losses = ValidationLoss(
-            build_validation(config.data, config.model, dataset),
-            build_objective(config.objective, first.clock, config.train.seed),
-            device,
-            inputs,
-            examples=config.train.validate_examples,
-            batch_size=options.batch_size,
-        )
     networks = [
-        _measured(name, model.to(device), data, settings, losses, options.grid)
+        _measured(name, model.to(device), data, settings, options.grid)
         for name, model in models.items()
     ]
     pilot = None
@@ -178,7 +155,7 @@ def run(options: argparse.Namespace) -> int:
             config,
             options.checkpoint,
             plan,
-            data,
+            data.examples,
             pilot_folder,
             _log,
             weights_sha256=weights_sha256(first),
@@ -248,7 +225,7 @@ def _check_source(path: Path) -> None:
         )
 
 
-def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
+def _check_fit(path: Path, model: Network, data: Examples) -> None:
     shape = tuple(data.x.shape[1:])
     side = model.input_size
     own = (model.in_channels, *((side, side) if isinstance(side, int) else side))
@@ -262,7 +239,7 @@ def _check_fit(path: Path, model: Transformer, data: Examples) -> None:
         )
 
 
-def _check_same_network(before: Path, first: Transformer, after: Path, second: Transformer) -> None:
+def _check_same_network(before: Path, first: Network, after: Path, second: Network) -> None:
     """Refuse a network that is not the first one trained further: another one has another flow.
 
     REPA's projectors may be in one file alone: they take no part in sampling.
@@ -296,10 +273,9 @@ def _check_same_network(before: Path, first: Transformer, after: Path, second: T
 
 def _measured(
     name: str,
-    model: Transformer,
-    data: Examples,
+    model: Network,
+    data: RunData,
     settings: Settings,
-    losses: ValidationLoss | None,
     grid: int,
 ) -> Measured:
     from mixflow_fast.evaluation.loss_surface import loss_surface
@@ -307,8 +283,8 @@ def _measured(
     from mixflow_fast.reports.slow_flow_report import Measured
 
     _log(f"{name}: {settings.states:,} states, {settings.evaluations} velocities each")
-    slow = slow_flow(model, data, settings, progress=True)
-    return Measured(name, slow, None if losses is None else loss_surface(losses, model, grid))
+    slow = slow_flow(model, data.examples, settings, progress=True)
+    return Measured(name, slow, loss_surface(data.losses, model, grid) if grid else None)
 
 
 def _lines(report: SlowFlowReport) -> list[str]:

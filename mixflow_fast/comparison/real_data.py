@@ -11,11 +11,11 @@ from torch import Tensor
 from mixflow_fast.config.data_sections import DataConfig, EncoderConfig
 from mixflow_fast.config.schema import Config, ModelConfig, ObjectiveConfig
 from mixflow_fast.data.dataset import take, without_flips
-from mixflow_fast.evaluation.examples import read_examples
+from mixflow_fast.evaluation.examples import Examples, read_examples
 from mixflow_fast.evaluation.loss_surface import loss_surface
 from mixflow_fast.evaluation.slow_flow import METHODS, Settings, slow_flow
 from mixflow_fast.evaluation.validation_loss import ValidationLoss
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import quantise
 from mixflow_fast.reports.slow_flow_report import Measured
 from mixflow_fast.training.build import (
@@ -120,7 +120,7 @@ class SlowFlowPlan:
         settings: what is measured.
     """
 
-    networks: Mapping[str, Transformer]
+    networks: Mapping[str, Network]
     config: Config
     settings: Settings
 
@@ -140,27 +140,60 @@ def slow_flow_settings(
     )
 
 
-def slow_flows(plan: SlowFlowPlan, log: Callable[[str], None]) -> list[Measured]:
-    """Slow flow and losses of each network, on the data of the run."""
-    config, settings = plan.config, plan.settings
-    first = next(iter(plan.networks.values()))
-    device = next(first.parameters()).device
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What networks are measured on: the data of the run that made them.
+
+    Attributes:
+        examples: training examples as the network takes them, on the device.
+        losses: of validation examples at fixed times and noise.
+    """
+
+    examples: Examples
+    losses: ValidationLoss
+
+
+def run_data(
+    config: Config, clock: str, device: torch.device, states: int, batch_size: int
+) -> RunData:
+    """The data of a run, to measure networks on.
+
+    Args:
+        config: of the run.
+        clock: of the networks.
+        device: where they are.
+        states: training examples to read, at most.
+        batch_size: of the validation losses.
+
+    Raises:
+        ValueError: data or an encoder that are not there or do not fit.
+    """
     dataset = without_flips(build_data(config.data, config.model, config.encoder))
     inputs = Inputs(build_encoder(config.encoder, config.model))
     inputs.move_encoder(device)
     words = f"training examples of {dataset.name}"
-    data = read_examples(dataset, inputs, device, settings.states, words)
-    losses = ValidationLoss(
-        build_validation(config.data, config.model, dataset),
-        build_objective(config.objective, first.clock, config.train.seed),
-        device,
-        inputs,
-        examples=config.train.validate_examples,
-        batch_size=settings.batch_size,
+    return RunData(
+        examples=read_examples(dataset, inputs, device, states, words),
+        losses=ValidationLoss(
+            build_validation(config.data, config.model, dataset),
+            build_objective(config.objective, clock, config.train.seed),
+            device,
+            inputs,
+            examples=config.train.validate_examples,
+            batch_size=batch_size,
+        ),
     )
+
+
+def slow_flows(plan: SlowFlowPlan, log: Callable[[str], None]) -> list[Measured]:
+    """Slow flow and losses of each network, on the data of the run."""
+    settings = plan.settings
+    first = next(iter(plan.networks.values()))
+    device = next(first.parameters()).device
+    data = run_data(plan.config, first.clock, device, settings.states, settings.batch_size)
     found = []
     for name, network in plan.networks.items():
         log(f"slow flow of {name}: {settings.states:,} states")
-        slow = slow_flow(network, data, settings, progress=True)
-        found.append(Measured(name, slow, loss_surface(losses, network, GRID)))
+        slow = slow_flow(network, data.examples, settings, progress=True)
+        found.append(Measured(name, slow, loss_surface(data.losses, network, GRID)))
     return found

@@ -104,7 +104,8 @@ class ModelConfig(Section, name="model"):
     """Seed of the random initial weights."""
     mode: Literal["auto", Mode] = "auto"
     """How the network is run; auto: compile on a GPU, eager on a CPU. graph: as compile, with both
-    passes recorded as CUDA graphs, for few images a GPU; needs train.engine=ddp."""
+    passes and the optimizer's step recorded as CUDA graphs, for few images a GPU; needs
+    train.engine=ddp."""
     compile_unit: CompileUnit = "block"
     """What torch.compile takes at once: block compiles one for all of a width, in seconds;
     all_blocks takes minutes and leaves the host less to do in each step."""

@@ -30,9 +30,11 @@ from mixflow_fast.diagnostics.kernel_cases import (
     Tensors,
     dtype_name,
 )
+from mixflow_fast.diagnostics.source_cases import SourceCase
 from mixflow_fast.kernels import philox, runtime
 from mixflow_fast.kernels.attention.backends import BACKENDS
 from mixflow_fast.kernels.attention.choice import FLOORS as ROUNDING
+from mixflow_fast.kernels.dropout import dropout, layer_keys
 from mixflow_fast.kernels.philox import Stream, philox_words
 from mixflow_fast.kernels.runtime import jit, tl, triton
 from mixflow_fast.messages import error_line
@@ -145,7 +147,7 @@ def _calls(
 def _floor(case: Case, dtype: torch.dtype) -> float:
     if case.ops == ("attention",):
         return ROUNDING[dtype]
-    drawn = isinstance(case, ObjectiveCase) and case.drawn
+    drawn = isinstance(case, ObjectiveCase | SourceCase) and case.drawn
     return max(DRAWN_FLOOR, FLOORS[dtype]) if drawn else FLOORS[dtype]
 
 
@@ -245,7 +247,7 @@ def words(device: torch.device, impl: str) -> Iterator[Finding]:
     """The device function's words, all 32 bits, against the PyTorch twin."""
     positions = torch.tensor(POSITIONS, device=device)
     expected, ours = {}, {}
-    for stream in (Stream.NOISE, Stream.TIME):
+    for stream in (Stream.NOISE, Stream.TIME, Stream.SOURCE_NOISE):
         name = f"stream {stream.name}"
         expected[name] = ours[name] = philox.random_words(SEED, stream, positions, 48)
         if impl != "reference":
@@ -321,6 +323,21 @@ def times(device: torch.device, impl: str) -> Iterator[Finding]:
             yield Finding("interpolate", f"times {kind}", tensor, "float32", error, DRAWN_FLOOR)
 
 
+def masks(device: torch.device, impl: str) -> Iterator[Finding]:
+    """Dropout and its gradient against the reference, whose bits they have."""
+    positions = torch.tensor(POSITIONS, device=device)
+    key = layer_keys(SEED, 2).to(device)[1]
+    numel = 33 if device.type == "cpu" else 5000
+    x = torch.linspace(-1, 1, len(positions) * numel, device=device).view(-1, numel)
+    found: dict[str, dict[str, Tensor]] = {}
+    for of in (impl, "reference"):
+        given = x.clone().requires_grad_()
+        out = dropout(given, 0.13, key, positions, of)
+        (gradient,) = torch.autograd.grad(out, given, x)
+        found[of] = {"out": out.detach(), "dx": gradient}
+    yield from differing("dropout", "masks", "float32", found[impl], found["reference"])
+
+
 def check_kernels(device: torch.device) -> list[Finding]:
     """Every operator at a small shape, in bfloat16 and float32: what `doctor` runs.
 
@@ -328,6 +345,7 @@ def check_kernels(device: torch.device) -> list[Finding]:
     """
     impl = "triton" if runtime.can_launch(device) else "auto"
     found = list(guarded(("normal",), "normals", "float32", lambda: normals(device, impl)))
+    found += guarded(("dropout",), "masks", "float32", lambda: masks(device, impl))
     for case in small_cases(device):
         for dtype in (torch.bfloat16, torch.float32):
             one = replace(case, dtype=dtype)
@@ -336,7 +354,7 @@ def check_kernels(device: torch.device) -> list[Finding]:
     return found
 
 
-def small_cases(device: torch.device) -> list[ObjectiveCase | BlockCase]:
+def small_cases(device: torch.device) -> list[ObjectiveCase | SourceCase | BlockCase]:
     """Every kernel at least once."""
     on_gpu = device.type == "cuda"
     data = (4, 4, 32, 32) if on_gpu else (4, 4, 4, 4)
@@ -358,6 +376,8 @@ def small_cases(device: torch.device) -> list[ObjectiveCase | BlockCase]:
     )
     return [
         *(ObjectiveCase(shape=data, setting=setting, drawn=True) for setting in settings),
+        SourceCase(shape=data, drawn=True),
+        SourceCase(shape=data, mixes="samples", path="gvp", clock="noise_at_1", drawn=True),
         *(BlockCase(op=o, variant=v, shape=s, mode=m) for o, v, s, m in blocks),
     ]
 

@@ -18,6 +18,7 @@ from mixflow_fast.diagnostics import kernel_checks, kernel_replays
 from mixflow_fast.diagnostics.block_cases import BLOCK_OPS, BlockCase
 from mixflow_fast.diagnostics.kernel_cases import Case, Mode, ObjectiveCase, Setting
 from mixflow_fast.diagnostics.kernel_checks import Finding
+from mixflow_fast.diagnostics.source_cases import SourceCase
 
 Level = Literal["timed", "smoke", "full"]
 Row = tuple[str, Mode, str, tuple[int, ...]]  # op, mode, variant, shape
@@ -27,6 +28,7 @@ NEEDS = {
     "interpolate": ("normal",),
     "velocity_loss": ("normal", "interpolate"),
     "objective": ("normal", "interpolate", "velocity_loss"),
+    "mixed_source": ("normal",),
 } | dict.fromkeys(BLOCK_OPS, ("block",))
 
 # A batch of at least four covers the four buckets of t. The odd one has rows that no vector fits.
@@ -54,6 +56,13 @@ SETTINGS = (
     Setting("linear", "data", "noise_at_1"),
     Setting("gvp", "data", "data_at_1"),
     Setting("vp", "data", "noise_at_1"),
+)
+# Of the mixed source beside what is timed, the first one in a smoke run; shapes are the device's.
+SOURCES = (
+    SourceCase(shape=CPU_SHAPE, mixes="samples", patch_size=2, drawn=True),
+    SourceCase(shape=CPU_SHAPE, mixes="samples", path="gvp", clock="noise_at_1"),
+    SourceCase(shape=CPU_SHAPE, path="vp", drawn=True),
+    SourceCase(shape=CPU_SHAPE, patch_size=2, clock="noise_at_1"),
 )
 SMOKE_SETTINGS = (SETTINGS[2], SETTINGS[4], SETTINGS[9], SETTINGS[6])
 
@@ -102,10 +111,36 @@ class Task(NamedTuple):
 def tasks(
     device: torch.device, impl: str, level: Level, ops: Iterable[str] = tuple(NEEDS)
 ) -> Iterator[Task]:
-    """The checks of a level for some operators; "step", a training step, needs all."""
-    ops = set(NEEDS if "step" in ops else ops)
+    """The checks of a level for some operators; "step", a training step, needs all of its own."""
+    ops = set(ops)
+    ops |= NEEDS.keys() - {"mixed_source"} if "step" in ops else set()
+    ops -= {"step"}
     yield from _block_tasks(device, impl, level, [op for op in BLOCK_OPS if op in ops])
-    yield from _objective_tasks(device, impl, level, ops - set(BLOCK_OPS))
+    objective = ops - set(BLOCK_OPS) - {"mixed_source"}
+    yield from _objective_tasks(device, impl, level, objective)
+    if "mixed_source" in ops:
+        if not objective:
+            yield _words(device, impl)
+        yield from _source_tasks(device, impl, level)
+
+
+def _source_tasks(device: torch.device, impl: str, level: Level) -> Iterator[Task]:
+    on_gpu = device.type == "cuda"
+    shape = GPU_SHAPE if on_gpu else CPU_SHAPE
+    timed = [SourceCase(shape=s) for s in (GPU_TIMED_SHAPES if on_gpu else CPU_TIMED_SHAPES)]
+    rest = [replace(case, shape=shape) for case in SOURCES]
+    bits = SourceCase(shape=GPU_BITS_SHAPE if on_gpu else CPU_BITS_SHAPE, drawn=True)
+    chosen = [(case, torch.bfloat16) for case in timed]
+    if level != "timed":
+        chosen += [(timed[0], torch.float16), (timed[0], torch.float32), (rest[0], torch.float32)]
+    if level == "full":
+        chosen += [(case, dtype) for case in rest[1:] for dtype in (torch.float32, HALVES[0])]
+    for case, dtype in chosen:
+        case = replace(case, dtype=dtype)
+        yield Task(case.ops, case.label, partial(kernel_checks.errors, case, device, impl))
+    yield _same_bits(bits, device, impl)
+    if level != "timed":
+        yield _same_bits(replace(bits, mixes="samples", dtype=torch.float32), device, impl)
 
 
 def _block_tasks(device: torch.device, impl: str, level: Level, ops: list[str]) -> Iterator[Task]:
@@ -147,6 +182,10 @@ def _block_tasks(device: torch.device, impl: str, level: Level, ops: list[str]) 
         yield Task(("block",), "torch.compile of a block", compiled)
 
 
+def _words(device: torch.device, impl: str) -> Task:
+    return Task(("normal",), "philox words", partial(kernel_checks.words, device, impl))
+
+
 def _same_bits(case: Case, device: torch.device, impl: str) -> Task:
     run = partial(kernel_checks.same_bits, case, device, impl)
     return Task(case.ops, f"same bits, {case.label}", run)
@@ -175,7 +214,7 @@ def _objective_tasks(
         if setting == TIMED:
             for shape in GPU_TIMED_SHAPES if on_gpu else CPU_TIMED_SHAPES:
                 yield of_needed(errors(setting, shape, dtype))
-    yield Task(("normal",), "philox words", partial(kernel_checks.words, device, impl))
+    yield _words(device, impl)
     draws = ("normal", "interpolate", "velocity_loss")
     yield of_needed(Task(draws, "philox normals", partial(kernel_checks.normals, device, impl)))
     yield Task(("interpolate",), "times", partial(kernel_checks.times, device, impl))

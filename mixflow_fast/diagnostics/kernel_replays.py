@@ -1,7 +1,7 @@
 """The operators in a CUDA graph and under torch.compile, against the same calls eagerly.
 
 Two functions stand for all of them: a training step with the objective, and a chain that has every
-operator of a transformer block once.
+operator of a transformer block once. Beside them the optimizer's step in a graph.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from mixflow_fast import extension
 from mixflow_fast.diagnostics.kernel_cases import SEED, Tensors
 from mixflow_fast.diagnostics.kernel_checks import FLOORS, Finding, differing, relative_rms
 from mixflow_fast.kernels.activations.gelu import gelu
@@ -18,6 +19,9 @@ from mixflow_fast.kernels.activations.swiglu import swiglu
 from mixflow_fast.kernels.attention.op import attention
 from mixflow_fast.kernels.residual_norm.op import modulated_norm, residual_norm
 from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.optim.adamw_ema import OptimizerImpl
+from mixflow_fast.optim.skip_nonfinite import SkippingAdamWEMA
+from mixflow_fast.training.capture import CapturedStep, CudaRecorder, Work
 
 SHAPE = (4, 4, 8, 8)
 CPU_SAMPLES = 2  # one program each, slow in the interpreter
@@ -127,6 +131,49 @@ def block_replays(device: torch.device, impl: str) -> Iterator[Finding]:
     for tensor, value in _chain_results(chain, inputs).items():
         error = relative_rms(outputs[tensor], value)
         yield Finding("block", "graph replay", tensor, "float32", error, CHAIN_LIMIT)
+
+
+class _Rerun:
+    """In the place of CUDA graphs on a CPU: what is recorded runs again."""
+
+    def rehearse(self, work: Work) -> None:
+        work()
+
+    def record(self, work: Work) -> tuple[list[Tensor], Callable[[], None]]:
+        def replay() -> None:
+            work()
+
+        return [], replay
+
+
+def optimizer_replays(device: torch.device, impl: OptimizerImpl = "auto") -> Iterator[Finding]:
+    """Steps of `AdamWEMA` in a CUDA graph against `step`: a warm-up, and one step passed over."""
+    results = []
+    for captured in (False, True):
+        generator = torch.Generator().manual_seed(8)
+        p = torch.randn(1027, generator=generator).to(device).requires_grad_()
+        p.grad = torch.zeros_like(p)
+        optimizer = SkippingAdamWEMA(
+            [p], weight_decay=0.1, ema_decay=0.9, ema_sigma_rel=(0.1,), grad_clip=20.0, impl=impl
+        )
+        recorder = CudaRecorder(device) if device.type == "cuda" else _Rerun()
+        step = CapturedStep(optimizer, recorder) if captured else optimizer.step
+        for number in range(1, 21):
+            optimizer.param_groups[0]["lr"] = 1e-2 * min(number / 8, 1.0)
+            gradient = torch.randn(1027, generator=generator)
+            gradient[3] = torch.nan if number == 9 else gradient[3]
+            p.grad.copy_(gradient)
+            step()
+        state = optimizer.state[p]
+        names = ("exp_avg", "exp_avg_sq", "ema", "ema_power_0")
+        results.append({"weights": p.detach()} | {name: state[name] for name in names})
+    # The same arithmetic, or on a GPU other foreach calls for the numbers that change.
+    one_pass = impl != "foreach" and extension.load().serves(device.type)
+    limit = 0.0 if one_pass or device.type == "cpu" else 1e-6
+    plain, ours = results
+    for name, x in ours.items():
+        error = relative_rms(x, plain[name])
+        yield Finding("AdamWEMA", "graph replays", name, "float32", error, limit)
 
 
 def objective_compiled(

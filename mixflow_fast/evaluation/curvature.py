@@ -212,7 +212,6 @@ def solver_rows(
     balanced: bool = True,
     samplers: Sequence[Sampler] = TABLE,
     adaptive: Sampler = ADAPTIVE,
-    batch_size: int = 64,
     progress: bool = False,
 ) -> list[SolverRow]:
     """Evaluations and error of solvers on the same samples, the adaptive one last.
@@ -220,10 +219,14 @@ def solver_rows(
     Args:
         prepared, num, seed, balanced, progress: as `network_curvature`.
         samplers: of fixed steps.
-        adaptive: what their ends are held against.
-        batch_size: samples whose error an adaptive solver controls together.
+        adaptive: what their ends are held against; it controls the error of a batch as a whole.
+
+    Raises:
+        ValueError: num < 1.
     """
-    batches = torch.arange(num).split(batch_size)
+    if num < 1:
+        raise ValueError(f"num must be >= 1 samples, got {num}")
+    batches = torch.arange(num).split(prepared.batch_size)
     rows: list[SolverRow] = []
     exact: list[Tensor] = []
     total = num * (len(samplers) + 1)

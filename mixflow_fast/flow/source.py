@@ -159,6 +159,21 @@ class MixedSource:
         Raises:
             ValueError: a part of kappa that is missing; a prediction of another shape or type.
         """
+        mean, log_var = self.predict(shape, x1=x1, y=y, z=z, dtype=dtype)
+        return self.bounded(mean, log_var, dtype)
+
+    def predict(
+        self,
+        shape: tuple[int, ...],
+        *,
+        x1: Tensor | None = None,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the predictor makes of kappa, as it is: (mean, log-variance), or both in one tensor
+        (B, 2 C, ...) and None. Arguments and errors as `moments`.
+        """
         given = {"data": x1, "class": y, "noise": z}
         parts = [given[part] for part in self.kappa.split("+")]
         if any(part is None for part in parts):
@@ -170,12 +185,26 @@ class MixedSource:
             parameters = _parameters(self.predictor)
             own = [part.dtype for part in parameters if part.is_floating_point()]
             kappa = kappa.to(own[0] if own else dtype)
-        mean, log_var = _split(self.predictor(kappa), tuple(shape))
-        mean, log_var = mean.to(dtype), log_var.to(dtype)
-        low, high = self.log_var_range
-        # Clamping would turn an overflow into a healthy number.
-        log_var = torch.where(log_var.isfinite(), log_var.clamp(low, high), math.nan)
-        return mean, log_var
+        return _checked(self.predictor(kappa), tuple(shape))
+
+    def bounded(
+        self, mean: Tensor, log_var: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`moments` from what `predict` returned."""
+        mean, log_var = halves(mean, log_var)
+        return mean.to(dtype), bounded_log_var(log_var.to(dtype), self.log_var_range)
+
+
+def halves(mean: Tensor, log_var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(mean, log-variance), where None says that `mean` is both in its dimension 1."""
+    return mean.chunk(2, dim=1) if log_var is None else (mean, log_var)
+
+
+def bounded_log_var(log_var: Tensor, log_var_range: tuple[float, float]) -> Tensor:
+    """Clamped, without a gradient outside; NaN where it is not finite."""
+    low, high = log_var_range
+    # Clamping would turn an overflow into a healthy number.
+    return torch.where(log_var.isfinite(), log_var.clamp(low, high), math.nan)
 
 
 def mixed_moments(mean: Tensor, log_var: Tensor, w: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -210,8 +239,8 @@ def kl_per_sample(mean: Tensor, log_var: Tensor) -> Tensor:
     return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).flatten(1).sum(dim=1)
 
 
-def _split(predicted: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(mean, log-variance) of what a predictor returned for data of `shape`."""
+def _checked(predicted: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """What a predictor returned for data of `shape`, as `MixedSource.predict` returns it."""
     if isinstance(predicted, Tensor):
         expected = (shape[0], 2 * shape[1], *shape[2:])
         if tuple(predicted.shape) != expected or not predicted.is_floating_point():
@@ -220,7 +249,7 @@ def _split(predicted: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
                 f"floating-point numbers for data {shape}, got {tuple(predicted.shape)} "
                 f"{predicted.dtype}"
             )
-        return predicted[:, : shape[1]], predicted[:, shape[1] :]
+        return predicted, None
     pair = isinstance(predicted, tuple | list) and len(predicted) == 2
     if not pair or not all(isinstance(part, Tensor) for part in predicted):
         raise ValueError(

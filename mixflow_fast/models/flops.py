@@ -114,7 +114,10 @@ def _songunet(net: SongUNet) -> Flops:
     first_of_times = 2 * features * emb
     forward = first_of_image + 2 * last.weight.numel() * places
     forward += first_of_times + 2 * emb * emb
-    forward += 2 * features * features if net.config["activate_w_mode"] else 0
+    if net.config["activate_w_mode"]:
+        # Its layer stands between the inputs and the first layer of the times.
+        first_of_times = 2 * features * features
+        forward += first_of_times
     attention = 0
     for block, side in zip(net.unet_blocks, net.block_sides, strict=True):
         N, C = side * side, block.conv1.out_channels

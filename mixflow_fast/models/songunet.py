@@ -154,8 +154,9 @@ class UNetBlock(nn.Module):
     @property
     def signature(self) -> tuple[int, int, str | None, bool]:
         """Blocks of one resolution with the same signature compute the same function."""
-        width, in_width = self.conv0.weight.shape[:2]
-        return in_width, width, self.conv0.resample, self.attends
+        # Not by the weights, which ZeRO 3 cuts.
+        conv = self.conv0
+        return conv.in_channels, conv.out_channels, conv.resample, self.attends
 
     def forward(
         self, x: Tensor, emb_BE: Tensor, p: float, key: Tensor | None, positions: Tensor | None
@@ -553,6 +554,13 @@ def _check_config(config: SongUNetConfig) -> None:
         side % (1 << halvings) == 0,
         f"img_resolution must be a multiple of {1 << halvings} for {halvings + 1} levels, got "
         f"{side}",
+    )
+    sides = [side >> level for level in range(halvings + 1)]
+    odd = [attended for attended in config["attn_resolutions"] if attended not in sides]
+    check(
+        not odd,
+        f"attn_resolutions must be sides of levels ({', '.join(map(str, sides))}), got "
+        f"{', '.join(map(str, odd))}",
     )
     check(width % 4 == 0, f"model_channels must be a multiple of 4 (groups of 4), got {width}")
     p = config["dropout"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mixflow_fast.flow.schedule import Schedule
 from mixflow_fast.flow.source import MixedSource, StandardSource, kl_per_sample
+from mixflow_fast.kernels import runtime
 from mixflow_fast.kernels.interpolate import draw_times, interpolate
 from mixflow_fast.kernels.mixed_source import (
     mix_and_interpolate,
@@ -26,17 +29,25 @@ class SourceDraw:
     """What a mixed source gave for a batch: float32, float64 for float64 data, with its graph.
 
     Attributes:
-        mean, log_var: (B, ...) of q(x0 | kappa); the log-variance is clamped.
         w: (B,) weight of q in the mixture with N(0, I).
         kl: (B,) KL divergence of q from N(0, I), unmixed, summed over the elements.
         kl_weight: factor of `kl` in the loss of a sample, beta = lam / D; 0 for a frozen source.
     """
 
-    mean: Tensor
-    log_var: Tensor
     w: Tensor
     kl: Tensor
     kl_weight: float
+    _moments: Callable[[], tuple[Tensor, Tensor]]
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, ...) mean of q(x0 | kappa)."""
+        return self._moments()[0]
+
+    @property
+    def log_var(self) -> Tensor:
+        """(B, ...) log-variance of q, clamped; kernels do not store it, each look makes it."""
+        return self._moments()[1]
 
 
 def check_source(source: object, schedule: Schedule, prediction: str) -> MixedSource | None:
@@ -135,22 +146,32 @@ def mixed_interpolation(
         impl: "triton" or "reference".
     """
     z = draw_noise(seed, ids, x1, impl, Stream.SOURCE_SIGNAL) if source.needs_noise else None
-    mean, log_var = source.moments(x1.shape, x1=x1, y=y, z=z, dtype=compute_dtype(x1))
-    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(mean.dtype)
-    path_mean, path_log_var = mean, log_var
-    if source.detach:
-        path_mean, path_log_var = mean.detach(), log_var.detach()
+    compute = compute_dtype(x1)
+    mean, log_var = source.predict(x1.shape, x1=x1, y=y, z=z, dtype=compute)
+    w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(compute)
     options = dict(clock=clock, path=path, mode=source.mode, patch_size=patch_size, dtype=dtype)
-    if impl == "triton":
-        x, x0, kl = mix_and_interpolate(
-            x1, path_mean, path_log_var, w, slowed_t, seed, ids, impl=impl, **options
+    if impl == "triton" and not source.detach:
+        mean, log_var = (
+            v if v is None or v.dtype in runtime.KERNEL_DTYPES else v.to(compute)
+            for v in (mean, log_var)
         )
+        options.update(log_var_range=source.log_var_range, impl=impl)
+        x, x0, kl = mix_and_interpolate(x1, mean, log_var, w, slowed_t, seed, ids, **options)
+        moments = partial(source.bounded, mean, log_var, compute)
     else:
+        mean, log_var = source.bounded(mean, log_var, compute)
+        moments = partial(_pair, mean, log_var)
+        path_mean, path_log_var = mean, log_var
+        if source.detach:
+            path_mean, path_log_var = mean.detach(), log_var.detach()
         # Not by the operator, which has no second derivatives.
-        x, x0, kl = mix_and_interpolate_reference(
-            x1, path_mean, path_log_var, w, slowed_t, seed, ids, **options
-        )
-    if source.detach:
-        kl = kl_per_sample(mean, log_var)
+        mixing = partial(mix_and_interpolate, impl=impl)
+        mixing = mixing if impl == "triton" else mix_and_interpolate_reference
+        x, x0, kl = mixing(x1, path_mean, path_log_var, w, slowed_t, seed, ids, **options)
+        kl = kl_per_sample(mean, log_var) if source.detach else kl
     _, beta = source.weights(x1.shape[1:].numel())
-    return x, x0, SourceDraw(mean, log_var, w, kl, 0.0 if source.frozen else beta)
+    return x, x0, SourceDraw(w, kl, 0.0 if source.frozen else beta, moments)
+
+
+def _pair(mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+    return mean, log_var

@@ -14,6 +14,7 @@ every step, which stalls a GPU.
 
 Where `csrc/` was built (`mixflow_fast.extension`) a step is one pass over the memory, elsewhere a
 series of foreach calls. The state of both is the same, so a run can change from one to the other.
+A CUDA graph takes the device's half of a step, `AdamWEMA.update`; `AdamWEMA.advance` is the host's.
 """
 
 from __future__ import annotations
@@ -22,44 +23,31 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mixflow_fast import extension
-from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL, power_decay, sigma_rel_to_gamma
+from mixflow_fast.optim.power_ema import LARGEST_SIGMA_REL
+from mixflow_fast.optim.step_calls import (
+    CONSTANTS,
+    MAX_EMAS,
+    Call,
+    State,
+    csrc_settings,
+    ema_names,
+    ema_shares,
+    foreach_constants,
+    frozen_in_graphs,
+    send_constants,
+)
 
 OptimizerImpl = Literal["auto", "csrc", "foreach"]
 IMPLS = get_args(OptimizerImpl)
-# As many as one call of the operator in `csrc/` updates.
-MAX_EMAS = 16
-
-
 # Parameters, or parameter groups.
 Params = Iterable[Tensor] | Iterable[dict[str, object]]
-
-
-class State(TypedDict, total=False):
-    """State of a parameter; besides "ema" there may be "ema_1", ... and "ema_power_0", ..."""
-
-    step: int
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    ema: Tensor
-
-
-class Group(TypedDict, total=False):
-    """Settings of a parameter group, as the arguments of `AdamWEMA`."""
-
-    params: list[Tensor]
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    ema_decay: float | tuple[float, ...]
-    ema_sigma_rel: tuple[float, ...]
 
 
 class _Kind(NamedTuple):
@@ -95,12 +83,14 @@ class AdamWEMA(torch.optim.Optimizer):
     Attributes:
         grad_norm: global gradient norm of the last step before clipping, a scalar on the device.
         skips: whether steps whose norm is not finite change nothing; see `skip_nonfinite`.
+        capturable: whether a CUDA graph can have its steps, by `advance` and `update`.
 
     Raises:
         ValueError: a setting outside its range; impl="csrc" without its library.
     """
 
     skips = False
+    capturable = True
 
     def __init__(
         self,
@@ -159,6 +149,10 @@ class AdamWEMA(torch.optim.Optimizer):
         self.impl = impl
         self.grad_norm: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
+        self._advanced: list[Call] | None = None
+        self._frozen: tuple[object, ...] | None = None
+        self._constants: list[Tensor] = []
+        self._norm: Tensor | None = None
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -206,23 +200,107 @@ class AdamWEMA(torch.optim.Optimizer):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "AdamWEMA.step cannot be captured in a CUDA graph: its learning rate and step "
-                "number would stay those of the capture. Capture forward and backward pass, and "
-                "call step() after each replay"
+                "number would stay those of the capture. Capture update(), and call advance() "
+                "before each replay"
             )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_grad = [
-            (group, [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
-        ]
-        scale = self._clip([p.grad for _, params in with_grad for p in params])
-        for group, params in with_grad:
-            self._update(group, params, scale)
+        self._update_all(self._count())
         return loss
 
-    def _clip(self, grads: list[Tensor]) -> Tensor | None:
+    @torch.no_grad()
+    def advance(self) -> bool:
+        """The host's half of a step in a CUDA graph: counts it, and sends its constants.
+
+        A step then is `advance()`, and `update()` or the replay of a graph that has it:
+
+            if optimizer.advance():
+                optimizer.update()
+                graph = None
+            else:
+                if graph is None:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        optimizer.update()  # captured, and not run
+                graph.replay()
+
+        The constants are those of `step`, computed in float64 and rounded to float32. They travel
+        as arguments of a kernel into memory that the graph reads: a step that is under way has read
+        its own before, and no memory of the host has to be kept for it.
+
+        Returns:
+            whether an earlier capture of `update` no longer holds: there was no step before, or
+            gradients, weights, state or copies lie elsewhere than in the last one (a capture
+            reads and writes where they lay), or a setting besides the learning rate and the factor
+            of the weight decay is another.
+
+        Raises:
+            RuntimeError: this kind of optimizer cannot be captured.
+        """
+        if not self.capturable:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be captured in a CUDA graph: the step number of its "
+                "kernel comes from the host. Call step(), or use AdamWEMA (optim.name=adamw_ema)"
+            )
+        calls = self._count()
+        frozen = (self.grad_clip, *(frozen_in_graphs(call) for call in calls))
+        moved = frozen != self._frozen
+        if moved:
+            devices = [call.params[0].device for call in calls]
+            self._constants = [torch.zeros(CONSTANTS, device=device) for device in devices]
+            self._norm = torch.zeros((), device=devices[0]) if calls else None
+            self._frozen = frozen
+        for call, constants in zip(calls, self._constants, strict=True):
+            call.constants = constants
+            send_constants(call)
+        self._advanced = calls
+        return moved
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The device's half of the step that `advance` has begun. May be captured in a CUDA graph.
+
+        It has the bits of `step` on a CPU, and on a GPU with "csrc"; with "foreach" on a GPU it
+        agrees with `step` to rounding. `grad_norm` is one tensor that every replay writes again.
+
+        Raises:
+            RuntimeError: `advance` was not called.
+        """
+        if self._advanced is None:
+            raise RuntimeError("update() is the second half of a step: call advance() before it")
+        self._update_all(self._advanced)
+
+    def _count(self) -> list[Call]:
+        """Counts a step of every parameter that has a gradient, in calls for those alike."""
+        calls: list[Call] = []
+        for group in self.param_groups:
+            names = ema_names(group)
+            alike: dict[_Kind, Call] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self._started(p, names)
+                state["step"] += 1
+                csrc = (p.device, p.grad.dtype) if self._takes_csrc(p) else None
+                kind = _Kind(state["step"], p in self._copies, csrc)
+                if kind not in alike:
+                    alike[kind] = Call(group, kind.step, csrc is not None)
+                alike[kind].params.append(p)
+                alike[kind].states.append(state)
+                if kind.copied:
+                    alike[kind].copies.append(self._copies[p])
+            calls += alike.values()
+        return calls
+
+    def _update_all(self, calls: list[Call]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        scale = self._clip([p.grad for p in params if p.grad is not None], calls)
+        for call in calls:
+            self._update(call, scale)
+
+    def _clip(self, grads: list[Tensor], calls: list[Call]) -> Tensor | None:
         """The factor for all gradients, on the device; None for 1."""
         if not grads:
             return None
@@ -230,41 +308,35 @@ class AdamWEMA(torch.optim.Optimizer):
         square = torch.stack(norms).square().sum()
         if self.sharded and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(square)
-        self.grad_norm = square.sqrt()
+        # Of a capture's own memory other graphs may make use later.
+        captured = calls[0].constants is not None
+        self.grad_norm = torch.sqrt(square, out=self._norm if captured else None)
         if not self.grad_clip:
             return None
         return (self.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
-    def _update(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
-        """One step of parameters of one group, in calls for those that are alike."""
-        alike: dict[_Kind, list[Tensor]] = {}
-        for p in params:
-            state = self._started(group, p)
-            state["step"] += 1
-            csrc = (p.device, p.grad.dtype) if self._takes_csrc(p) else None
-            kind = _Kind(state["step"], p in self._copies, csrc)
-            alike.setdefault(kind, []).append(p)
-        for kind, some in alike.items():
-            states = [self.state[p] for p in some]
-            copies = [self._copies[p] for p in some] if kind.copied else []
-            if kind.csrc is not None:
-                self._csrc(group, some, states, kind.step, scale, copies)
-                continue
-            self._adamw(group, some, states, kind.step, scale)
-            weights = [p.float() for p in some]
-            for name, decay in _ema_decays(group, kind.step).items():
-                torch._foreach_lerp_([s[name] for s in states], weights, 1 - decay)
-            if kind.copied:
-                torch._foreach_copy_(copies, some)
+    def _update(self, call: Call, scale: Tensor | None) -> None:
+        """One step of the parameters of a call."""
+        if call.csrc:
+            self._csrc(call, scale)
+            return
+        self._adamw(call, scale)
+        weights = [p.float() for p in call.params]
+        for name, share in ema_shares(call).items():
+            # A tensor is one number for all: foreach calls take it as one for each.
+            shares = [share] * len(weights) if isinstance(share, Tensor) else share
+            torch._foreach_lerp_([s[name] for s in call.states], weights, shares)
+        if call.copies:
+            torch._foreach_copy_(call.copies, call.params)
 
-    def _started(self, group: Group, p: Tensor) -> State:
+    def _started(self, p: Tensor, names: list[str]) -> State:
         """The state of a parameter; EMAs that it does not have yet start at the current weights."""
         state = self.state[p]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-        for name in _ema_names(group):
+        for name in names:
             if name not in state:
                 state[name] = p.detach().to(torch.float32, copy=True)
         return state
@@ -289,60 +361,56 @@ class AdamWEMA(torch.optim.Optimizer):
             _warn_once(status, p.device.type)
         return False
 
-    def _csrc(
-        self,
-        group: Group,
-        params: list[Tensor],
-        states: list[State],
-        step: int,
-        scale: Tensor | None,
-        copies: list[Tensor],
-    ) -> None:
+    def _csrc(self, call: Call, scale: Tensor | None) -> None:
         """One pass of the operator, for parameters of one device and gradients of one dtype."""
-        decays = _ema_decays(group, step)
-        torch.ops.mixflow_fast.adamw_ema_(
-            [p.detach() for p in params],
-            [p.grad.contiguous() for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s[name] for name in decays for s in states],
-            copies,
-            scale,
-            step=step,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            ema_decays=list(decays.values()),
-            grad_norm=self.grad_norm if self.skips else None,
+        lists = (
+            [p.detach() for p in call.params],
+            [p.grad.contiguous() for p in call.params],
+            [s["exp_avg"] for s in call.states],
+            [s["exp_avg_sq"] for s in call.states],
+            [s[name] for name in ema_names(call.group) for s in call.states],
+            call.copies,
         )
+        norm = self.grad_norm if self.skips else None
+        if call.constants is None:
+            torch.ops.mixflow_fast.adamw_ema_(*lists, scale, **csrc_settings(call), grad_norm=norm)
+        else:
+            torch.ops.mixflow_fast.adamw_ema_from_constants_(
+                *lists, scale, constants=call.constants, grad_norm=norm
+            )
 
-    def _adamw(
-        self,
-        group: Group,
-        params: list[Tensor],
-        states: list[State],
-        step: int,
-        scale: Tensor | None,
-    ) -> None:
-        """Updates moments and weights of parameters of one group, in their step number `step`."""
+    def _adamw(self, call: Call, scale: Tensor | None) -> None:
+        """Updates moments and weights of a call."""
+        group, params = call.group, call.params
         grads = [p.grad.float() for p in params]
         if scale is not None:
             torch._foreach_mul_(grads, scale)
-        exp_avg = [s["exp_avg"] for s in states]
-        exp_avg_sq = [s["exp_avg_sq"] for s in states]
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        exp_avg = [s["exp_avg"] for s in call.states]
+        exp_avg_sq = [s["exp_avg_sq"] for s in call.states]
+        beta1, beta2 = group["betas"]
         torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
         torch._foreach_mul_(exp_avg_sq, beta2)
         torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - beta2)
         denominators = torch._foreach_sqrt(exp_avg_sq)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
+        if call.constants is None:
+            root, decay, size = foreach_constants(call)[:3]
+            torch._foreach_div_(denominators, root)
+            torch._foreach_add_(denominators, group["eps"])
+            if group["weight_decay"]:
+                # Not a product with 1 - lr wd, in which float32 keeps only a digit or two of lr wd.
+                torch._foreach_add_(params, params, alpha=-decay)
+            torch._foreach_addcdiv_(params, exp_avg, denominators, -size)
+            return
+        # The same by calls that take tensors: neither alpha nor value may be one.
+        root, decay, size = call.constants[:3].unbind()
+        torch._foreach_div_(denominators, root)
         torch._foreach_add_(denominators, group["eps"])
         if group["weight_decay"]:
-            # Not a product with 1 - lr wd, in which float32 keeps only a digit or two of lr wd.
-            torch._foreach_add_(params, params, alpha=-lr * group["weight_decay"])
-        torch._foreach_addcdiv_(params, exp_avg, denominators, -lr / (1 - beta1**step))
+            zeros = [torch.zeros_like(decay)] * len(params)
+            torch._foreach_lerp_(params, zeros, [decay] * len(params))
+        steps = torch._foreach_mul(exp_avg, size)
+        torch._foreach_div_(steps, denominators)
+        torch._foreach_sub_(params, steps)
 
 
 # Device types that a warning was given for.
@@ -363,20 +431,3 @@ def _warn_once(status: extension.Status, device_type: str) -> None:
         f'`{extension.COMMAND}`, or say impl="foreach"',
         stacklevel=2,
     )
-
-
-def _ema_names(group: Group) -> list[str]:
-    """State keys of the group's EMAs: those of the fixed decays, then the power functions."""
-    decays = group["ema_decay"]
-    count = 1 if isinstance(decays, int | float) else len(decays)
-    names = ["ema", *(f"ema_{i}" for i in range(1, count))][:count]
-    return names + [f"ema_power_{i}" for i in range(len(group.get("ema_sigma_rel", ())))]
-
-
-def _ema_decays(group: Group, step: int) -> dict[str, float]:
-    """Decay of each of the group's EMAs in step number `step`."""
-    decays = group["ema_decay"]
-    fixed = [decays] if isinstance(decays, int | float) else list(decays)
-    widths = group.get("ema_sigma_rel", ())
-    powers = [power_decay(sigma_rel_to_gamma(width), step) for width in widths]
-    return dict(zip(_ema_names(group), fixed + powers, strict=True))

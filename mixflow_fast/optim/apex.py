@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.environment import apex_message, detect_apex
-from mixflow_fast.optim.adamw_ema import AdamWEMA, Group, Params, State
+from mixflow_fast.optim.adamw_ema import AdamWEMA, Params
+from mixflow_fast.optim.step_calls import Call, State
 
 
 class FusedAdam(Protocol):
@@ -49,18 +50,14 @@ class ApexAdamWEMA(AdamWEMA):
         ValueError: a setting outside its range; no NVIDIA apex, or one without CUDA extensions.
     """
 
+    capturable = False
+
     def __init__(self, params: Params, **settings: object) -> None:
         super().__init__(params, impl="foreach", **settings)
         self._fused = _fused_adam([p for group in self.param_groups for p in group["params"]])
 
-    def _adamw(
-        self,
-        group: Group,
-        params: list[Tensor],
-        states: list[State],
-        step: int,
-        scale: Tensor | None,
-    ) -> None:
+    def _adamw(self, call: Call, scale: Tensor | None) -> None:
+        params = call.params
         # The kernel sees storage only and would not notice another layout than the moments have.
         for p in params:
             for name, tensor in (("parameters", p), ("gradients", p.grad)):
@@ -74,9 +71,9 @@ class ApexAdamWEMA(AdamWEMA):
             torch._foreach_mul_([p.grad for p in params], scale)
         # Handed over in every step because DeepSpeed and `load_state_dict` replace both. The
         # parameters of a call have one step count, as FusedAdam has for a group.
-        self._fused.state = self.state
+        self._fused.state = dict(zip(params, call.states, strict=True))
         self._fused.param_groups = [
-            {**group, "params": params, "bias_correction": True, "step": step - 1}
+            {**call.group, "params": params, "bias_correction": True, "step": call.step - 1}
         ]
         # FusedAdam pairs groups with those of its first step and skips those without a partner.
         self._fused.param_groups_master = None

@@ -10,12 +10,14 @@ through foreach calls or apex, old values are kept for a bounded number of eleme
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mixflow_fast.optim.adamw_ema import AdamWEMA, Group, State
+from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.apex import ApexAdamWEMA
+from mixflow_fast.optim.step_calls import Call, State
 
 # Elements whose old values are kept at a time: large for few launches on a GPU, small enough for
 # the cache on a CPU.
@@ -31,30 +33,22 @@ class SkippingAdamWEMA(AdamWEMA):
 
     skips = True
 
-    def _update(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
-        kept = [p for p in params if not self._takes_csrc(p)]
-        super()._update(group, [p for p in params if self._takes_csrc(p)], scale)
-        if kept:
-            self._update_in_pieces(group, kept, scale)
-
-    def _update_in_pieces(self, group: Group, params: list[Tensor], scale: Tensor | None) -> None:
-        """By calls that do not know of skipping, after which old values are put back."""
+    def _update(self, call: Call, scale: Tensor | None) -> None:
+        if call.csrc:
+            super()._update(call, scale)
+            return
+        # By calls that do not know of skipping, after which old values are put back.
         good = torch.isfinite(self.grad_norm)
-        for batch in _batches([(p, self._started(group, p)) for p in params]):
-            for piece, state in batch:
-                self.state[piece] = state
-            live = [t for piece, state in batch for t in (piece, *_tensors(state))]
+        for pieces in _pieces(call):
+            states = [_tensors(state) for state in pieces.states]
+            live = [t for p, some in zip(pieces.params, states, strict=True) for t in (p, *some)]
             old = [t.clone() for t in live]
-            super()._update(group, [piece for piece, _ in batch], scale)
+            super()._update(pieces, scale)
             for tensor, value in zip(live, old, strict=True):
                 torch.where(good, tensor, value, out=tensor)
-            for piece, _ in batch:
-                del self.state[piece]
-        for p in params:
-            # The slices had the count as a copy of their own, and are no keys of the copies.
-            self.state[p]["step"] += 1
-            if p in self._copies:
-                self._copies[p].copy_(torch.where(good, p, self._copies[p].float()))
+        if call.copies:
+            for p, copy in zip(call.params, call.copies, strict=True):
+                copy.copy_(torch.where(good, p, copy.float()))
 
 
 class SkippingApexAdamWEMA(SkippingAdamWEMA, ApexAdamWEMA):
@@ -80,19 +74,20 @@ def _max_elements(tensor: Tensor) -> int:
     return PIECE.get(tensor.device.type, PIECE["cuda"])
 
 
-def _batches(parameters: list[tuple[Tensor, State]]) -> Iterator[list[tuple[Tensor, State]]]:
-    """All elements once, in lists of at most `PIECE`: views of parameters with views of states."""
-    most = _max_elements(parameters[0][0])
-    batch: list[tuple[Tensor, State]] = []
+def _pieces(call: Call) -> Iterator[Call]:
+    """All elements once, at most `PIECE` at a time: views of parameters with views of states."""
+    most = _max_elements(call.params[0])
+    batch = replace(call, params=[], states=[], copies=[])
     numel = 0
-    for parameter, state in parameters:
-        for piece in _slices(parameter, state):
-            if batch and numel + piece[0].numel() > most:
+    for parameter, state in zip(call.params, call.states, strict=True):
+        for piece, views in _slices(parameter, state):
+            if batch.params and numel + piece.numel() > most:
                 yield batch
-                batch, numel = [], 0
-            batch.append(piece)
-            numel += piece[0].numel()
-    if batch:
+                batch, numel = replace(call, params=[], states=[], copies=[]), 0
+            batch.params.append(piece)
+            batch.states.append(views)
+            numel += piece.numel()
+    if batch.params:
         yield batch
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.config.schema import ModelConfig, TrainConfig
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import Decoder, load_decoder
 from mixflow_fast.models.weights.source_record import SourceRecord, predictor_of
 from mixflow_fast.reports.images import save_grid
@@ -125,7 +125,7 @@ def caption(options: PreviewOptions) -> str:
 
 
 def write_preview(
-    net: Transformer,
+    net: Network,
     options: PreviewOptions,
     path: Path,
     decoder: Decoder | None = None,

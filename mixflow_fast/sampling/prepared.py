@@ -115,6 +115,7 @@ class PreparedSampling:
 
     Attributes:
         mode: "eager", "compile" or "graph".
+        batch_size: samples in every batch, those that fill up the last one included.
 
     Raises:
         ValueError: as `mixflow_fast.sampling.sample`.
@@ -141,7 +142,7 @@ class PreparedSampling:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
         self._sampler, self._guidance, self._remedy = sampler, guidance, remedy
-        self._batch_size, self._capture = batch_size, capture
+        self.batch_size, self._capture = batch_size, capture
         self._shape = _sample_shape(model, shape)
         self._num_classes = _config_value(model, "num_classes")
         self._source = source
@@ -187,7 +188,7 @@ class PreparedSampling:
             self._guidance,
             guide=self._guide,
             remedy=self._remedy,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             shape=self._shape,
             device=self._device,
             source=self._source,
@@ -227,7 +228,7 @@ class PreparedSampling:
 
         To be iterated over inside of `evaluating`.
         """
-        total, size = ids.shape[0], self._batch_size
+        total, size = ids.shape[0], self.batch_size
         last = int(ids[-1]) if total else 0
         # Batches of one size: kernels may sum in another order for another number of rows, and a
         # graph has one size anyway.

@@ -8,11 +8,11 @@ import torch
 
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.kernels.attention.choice import AttentionChoice
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 
 
 def agree_on_attention(
-    model: Transformer,
+    model: Network,
     shape: tuple[int, str, torch.device],
     host_group: HostGroup,
     before: list[str] | None,
@@ -49,7 +49,7 @@ def agree_on_attention(
 
 
 def describe_network(
-    model: Transformer, choices: Sequence[AttentionChoice], before: list[str] | None
+    model: Network, choices: Sequence[AttentionChoice], before: list[str] | None
 ) -> str:
     """How the network is run, for the log and the start row.
 

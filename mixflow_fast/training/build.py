@@ -32,7 +32,7 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
 from mixflow_fast.flow.source import MixedSource
-from mixflow_fast.models import Execution, Transformer, build
+from mixflow_fast.models import Execution, Network, Transformer, build
 from mixflow_fast.models.dinov2 import Dinov2Files
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
 from mixflow_fast.models.weights.source_record import SourceRecord
@@ -74,7 +74,7 @@ class RunParts:
         source: how the mixed source is built; None where it is N(0, I).
     """
 
-    model: Transformer
+    model: Network
     execution: Execution
     mix: MixFlow
     alignment: Alignment
@@ -122,7 +122,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     )
 
 
-def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Transformer:
+def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Network:
     """The network of a configuration with its random initial weights (a function of init_seed)."""
     options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     options = {k: v for k, v in options.items() if v is not None and k not in _NOT_ARGUMENTS}
@@ -160,7 +160,7 @@ class FirstNetwork:
     source: SourceRecord | None = None
     frozen: bool = False
 
-    def __call__(self, host_group: HostGroup, whole: bool = False) -> Transformer:
+    def __call__(self, host_group: HostGroup, whole: bool = False) -> Network:
         """The network on the CPU. Every rank of the group must call it.
 
         Args:
@@ -208,9 +208,7 @@ def build_execution(section: ModelConfig, zero_stage: int, device: torch.device)
     )
 
 
-def build_engine(
-    train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
-) -> Engine:
+def build_engine(train: TrainConfig, optim: OptimConfig, microbatch: int, model: Network) -> Engine:
     """The engine of a configuration around a network, which `start` hands over to it.
 
     Args:

@@ -1,4 +1,4 @@
-"""A network's forward and backward pass as two CUDA graphs: mode "graph".
+"""A network's forward and backward pass and the optimizer's step as CUDA graphs: mode "graph".
 
 With few images a GPU waits for the host, which launches a thousand kernels and more in each pass.
 Recorded once, a pass is one launch. What is recorded reads and writes the same memory each time, so
@@ -7,6 +7,7 @@ until the next backward pass.
 
     forward   inputs -> their place, replay        backward   gradient of the outputs -> its place,
                                                               replay, gradients of the parameters
+    step      learning rate, bias corrections, decays of EMAs -> their place, replay
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mixflow_fast.optim.adamw_ema import AdamWEMA
 
 # What a network returns: a tensor, or REPA's (prediction, projections).
 Output = Tensor | tuple[Tensor, list[Tensor]]
@@ -121,6 +124,7 @@ class _Passes:
         self._net, self.memory = net, memory
         self._params = [p for p in net.parameters() if p.requires_grad]
         self._inputs = [arg.detach().clone() for arg in args]
+        self._sums: dict[nn.Parameter, Tensor] = {}
         self._out_gradients: list[Tensor] = []
         self._projects = False
         for _ in range(REHEARSALS):
@@ -159,11 +163,14 @@ class _Passes:
         """Replay the backward pass; gradients of the parameters, which autograd may keep as such.
 
         A parameter that still has the gradient of an earlier pass, because micro-batches are added
-        up there, has this very memory for it: it gets a copy before the memory is written.
+        up there, has this very memory for it: it gets a copy before the memory is written. In every
+        step it is the same copy, where a recorded step of the optimizer finds it.
         """
         for param, gradient in zip(self._params, self._gradients, strict=True):
             if param.grad is not None and param.grad.data_ptr() == gradient.data_ptr():
-                param.grad = param.grad.clone()
+                if param not in self._sums:
+                    self._sums[param] = torch.empty_like(param.grad)
+                param.grad = self._sums[param].copy_(param.grad)
         for place, gradient in zip(self._out_gradients, gradients, strict=True):
             place.copy_(gradient)
         self._replay_backward()
@@ -174,6 +181,37 @@ class _Passes:
     def inputs(self) -> int:
         """How many tensors the network is called with."""
         return len(self._inputs)
+
+
+class CapturedStep:
+    """Steps of an optimizer: a few numbers to the device, and a replay.
+
+    A step that finds gradients, weights, state or copies in other memory than the last one, as the
+    first does, runs as it is; the next one is recorded.
+
+    Args:
+        optimizer: one that is `capturable`.
+        recorder: what records.
+    """
+
+    def __init__(self, optimizer: AdamWEMA, recorder: Recorder) -> None:
+        self._optimizer, self._recorder = optimizer, recorder
+        self._replay: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """One step with the gradients that the parameters have."""
+        if self._optimizer.advance():
+            self._replay = None
+            self._recorder.rehearse(self._update)
+            return
+        if self._replay is None:
+            _, self._replay = self._recorder.record(self._update)
+        self._replay()
+
+    def _update(self) -> Sequence[Tensor]:
+        self._optimizer.update()
+        return ()
 
 
 class _Replay(torch.autograd.Function):

@@ -38,9 +38,9 @@ from mixflow_fast.checkpoints.shards import (
 from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.weights.source_record import PREFIX
-from mixflow_fast.training.capture import CapturedNetwork, CudaRecorder
+from mixflow_fast.training.capture import CapturedNetwork, CapturedStep, CudaRecorder
 from mixflow_fast.training.engines import (
     Engine,
     build_optimizer,
@@ -66,7 +66,7 @@ class DDPEngine(Engine):
     """
 
     def __init__(
-        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
+        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Network
     ) -> None:
         self._train, self._optim, self.module = train, optim, model
         self.shapes, self.initial = shapes_and_frozen(model)
@@ -105,8 +105,12 @@ class DDPEngine(Engine):
             self._set_optimizer_state(iter_shards(resume_from))
         elif resume_from is not None:
             self._load(resume_from)
+        self._step: Callable[[], object] = self.optimizer.step
         if net.execution.mode == "graph":
-            self._call = CapturedNetwork(net, CudaRecorder(device))
+            recorder = CudaRecorder(device)
+            self._call = CapturedNetwork(net, recorder)
+            if self.optimizer.capturable:
+                self._step = CapturedStep(self.optimizer, recorder)
         if self._ranks > 1:
             self._reducer = _Reducer(self._params, self._gradients, self._microsteps, c)
         return_freed_memory()
@@ -171,7 +175,7 @@ class DDPEngine(Engine):
         """As `Engine.step`."""
         self._microstep = (self._microstep + 1) % self._microsteps
         if self._microstep == 0:
-            self.optimizer.step()
+            self._step()
             _clear_gradients(self._params)
 
     def set_lr(self, lr: float) -> None:

@@ -37,7 +37,7 @@ from mixflow_fast.checkpoints.shards import (
 from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.training.engines import (
     Engine,
     build_optimizer,
@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(
-        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Transformer
+        self, train: TrainConfig, optim: OptimConfig, microbatch: int, model: Network
     ) -> None:
         self._deepspeed = import_deepspeed()
         if process_group.rank() == 0 and (text := untested(self._deepspeed.__version__)):

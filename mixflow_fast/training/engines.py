@@ -16,7 +16,7 @@ from mixflow_fast.checkpoints.writing import CheckpointWriter
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.apex import OPTIMIZERS
 from mixflow_fast.optim.skip_nonfinite import skipping
@@ -143,7 +143,7 @@ def meet(section: TrainConfig, ranks: int) -> tuple[HostGroup, HostGroup]:
 
 
 def shapes_and_frozen(
-    model: Transformer,
+    model: Network,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
     """`Engine.shapes` and `Engine.initial` of a network; the tensors are its own."""
     state = model.state_dict()
@@ -152,7 +152,7 @@ def shapes_and_frozen(
     return shapes, {name: tensor for name, tensor in state.items() if name not in trained}
 
 
-def restore_float32(model: Transformer, initial: Mapping[str, Tensor]) -> None:
+def restore_float32(model: Network, initial: Mapping[str, Tensor]) -> None:
     """Put back the digits of what stays float32 in a network that was cast as a whole."""
     for name in model.float32_names:
         parameter = model.get_parameter(name)

@@ -26,7 +26,7 @@ from mixflow_fast.evaluation.validation_loss import (
 from mixflow_fast.messages import error_line
 from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.stragglers import StragglerWatch
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders.decoding import Decoder
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
@@ -75,10 +75,8 @@ class WatchedCopy:
         net: the copy; None where this rank keeps none.
     """
 
-    def __init__(
-        self, model: Transformer, precision: str, device: torch.device, kept: bool
-    ) -> None:
-        self.net: Transformer | None = None
+    def __init__(self, model: Network, precision: str, device: torch.device, kept: bool) -> None:
+        self.net: Network | None = None
         self._holds: tuple[str, int] | None = None
         if not kept:
             return

@@ -17,7 +17,7 @@ from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.config.source_section import SourceConfig
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.flow.source import MixedSource
-from mixflow_fast.models import Transformer
+from mixflow_fast.models import Network
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.source_record import SourceRecord, predictor_of
 from mixflow_fast.models.weights.sources import record_of
@@ -136,7 +136,7 @@ def wants_labels(mix: MixFlow) -> bool:
     return mix.source is not None and mix.source.needs_labels
 
 
-def example_numel(network: Transformer) -> int:
+def example_numel(network: Network) -> int:
     """D, the numbers in an example of a network's data."""
     return network.in_channels * network.input_size**2
 

@@ -277,10 +277,10 @@ class Trainer:
             batch: M examples, of the loader.
         """
         own, batch = batch.y, self._dropped(batch)
+        self.engine.module.set_draws(self.config.train.seed, batch.positions)
         it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype, y=own)
         if self._rollout_steps:
             it = roll_in(self.mix, net, it, batch.y, self._rollout_steps)
-        self.engine.module.set_draws(self.config.train.seed, batch.positions)
         output = net(it.x, it.t, batch.y)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)

@@ -14,6 +14,7 @@ import torch
 from benchmarks import approximations, first_contact
 from benchmarks.approximations import APPROXIMATIONS, COUNT, sweep
 from benchmarks.rows import read
+from mixflow_fast.diagnostics.kernel_checks import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -31,6 +32,7 @@ def test_smoke_run(tmp_path, capsys) -> None:
         assert (
             found[op, "first_call_ms"]["p50"] > 0 and "right" in found[op, "first_call_ms"]["note"]
         )
+    assert found["optimizer", "first_call_ms"]["note"].endswith("right")
     assert {"copy", "matmul", *APPROXIMATIONS} <= {op for op, _ in found}
     assert all(row["note"].startswith("smoke") for row in found.values())
 
@@ -45,6 +47,17 @@ def test_a_wrong_kernel_is_red_and_the_others_are_asked(monkeypatch, tmp_path, c
     assert "gelu full bias 2x3x33 bfloat16: y: 0.5, allowed 0.01" in said
     assert "rates: ZeroDivisionError" in said
     assert "interpolate" in {row["op"] for row in read(tmp_path / "rows.jsonl")}
+
+
+def test_a_wrong_step_of_the_optimizer_is_red(monkeypatch, tmp_path, capsys) -> None:
+    off = Finding("AdamWEMA", "graph replays", "ema", "float32", 0.25, 0.0)
+    monkeypatch.setattr(first_contact, "optimizer_replays", lambda device: [off])
+    monkeypatch.setattr(first_contact, "write_kernels", lambda *_: [])
+    arguments = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--deadline", "600"]
+    assert first_contact.main(arguments) == 1
+    assert "optimizer: ValueError: ema is off by 0.25" in capsys.readouterr().out
+    (row,) = (row for row in read(tmp_path / "rows.jsonl") if row["op"] == "optimizer")
+    assert "ema is off by 0.25" in row["note"]
 
 
 def test_the_sweep_asks_every_value_of_the_last_binade() -> None:

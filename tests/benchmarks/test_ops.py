@@ -13,6 +13,7 @@ from benchmarks import ops
 from benchmarks.checks import verify
 from benchmarks.ops import (
     BLOCK_OPS,
+    FAMILIES,
     KERNEL_OPS,
     MAIN_SHAPES,
     MODES,
@@ -34,7 +35,7 @@ BLOCKS = [cell for cell in EVERY if cell.op in BLOCK_OPS]
 
 
 def _cell(op: str, variant: str | None = None, mode: str = "full", **options) -> Cell:
-    if op in OBJECTIVE_OPS:
+    if op in FAMILIES["objective"]:
         return Cell(op=op, mode=mode, shape=(512, 4, 2, 2), **options)
     first = next(cell.variant for cell in BLOCKS if cell.op == op)
     shape = (4, 9, 2, 16) if op in ("attention", "qk_norm_rope") else (4, 8, 64)
@@ -53,9 +54,10 @@ def test_cells_of_the_objective_cover_shapes_and_modes_main_ones_first() -> None
     ):
         for batch, op in itertools.product(batches, OBJECTIVE_OPS):
             assert any(c.shape == (batch, *sample) and c.op == op for c in chosen)
+    every = [*chosen, *kernel_cells(("mixed_source",))]
     for op, modes in MODES.items():
-        assert {c.mode for c in chosen if c.op == op} == set(modes)
-        assert {c.dtype for c in chosen if c.op == op} == {torch.bfloat16, torch.float32}
+        assert {c.mode for c in every if c.op == op} == set(modes)
+        assert {c.dtype for c in every if c.op == op} == {torch.bfloat16, torch.float32}
     assert {c.shape for c in chosen[:6]} == set(MAIN_SHAPES) == {(256, *RAE), (256, *SIT)}
     assert {c.op for c in kernel_cells(("interpolate", "step"))} == {"interpolate"}
     single = [c.dtype is torch.float32 for c in chosen]
@@ -97,6 +99,10 @@ def test_bytes_of_the_objective_are_those_of_the_dtypes() -> None:
     assert per_element("objective", "full", half) == 10
     assert per_element("interpolate", "forward", single) == 8
     assert per_element("objective", "full", single) == 16
+    # A float32 source of mean and log-variance, and x0 stored in float32.
+    assert per_element("mixed_source", "forward", half) == 2 + 8 + 2 + 4
+    assert per_element("mixed_source", "full", half) == 16 + 2 + 4 + 8 + 8
+    assert per_element("mixed_source", "full", single) == 20 + 24
 
 
 def test_bytes_of_the_blocks_are_those_of_one_pass() -> None:
@@ -150,7 +156,8 @@ def test_providers_agree_with_float64(op, variant, mode) -> None:
             assert verify(cell, inputs, made, name) == []
             has_gradients = any(tensor.startswith("d") for tensor in made)
             assert has_gradients == (mode != "forward")
-            assert op in OBJECTIVE_OPS or not any(v.requires_grad for v in made.values())
+            tensors = [v for v in made.values() if isinstance(v, torch.Tensor)]
+            assert op in OBJECTIVE_OPS or not any(v.requires_grad for v in tensors)
             if mode == "recompute":
                 assert set(made) == {"out", "dx", "dbias"}
                 for tensor in made:

@@ -9,7 +9,7 @@ import torch
 from benchmarks import checks, ops, rows, run, step, timing
 from benchmarks import step_variants as variants
 from benchmarks import suite as kernel_suite
-from benchmarks.ops import KERNEL_OPS, OBJECTIVE_OPS, TIMED_BACKENDS, kernel_cells
+from benchmarks.ops import FAMILIES, KERNEL_OPS, OBJECTIVE_OPS, TIMED_BACKENDS, kernel_cells
 from benchmarks.rows import KEYS, Deadline, Writer, read
 from mixflow_fast.diagnostics.kernel_checks import Finding
 from mixflow_fast.diagnostics.kernel_plan import Task
@@ -85,9 +85,11 @@ def test_nothing_is_timed_where_all_is_red(monkeypatch, capsys, tmp_path) -> Non
     assert _smoke(tmp_path, "--suite", "kernels") == 1
     assert "without a speed: attention, gelu" in capsys.readouterr().out
     assert not (tmp_path / "rows.jsonl").exists()
-    assert run.red_ops(["normal"]) == run.red_ops(["interpolate"]) == set(OBJECTIVE_OPS)
+    assert run.red_ops(["interpolate"]) == set(OBJECTIVE_OPS)
+    assert run.red_ops(["normal"]) == set(FAMILIES["objective"])
     assert run.red_ops(["objective"]) == {"objective"} and run.red_ops([]) == set()
-    assert run.red_ops(["block"]) == set(KERNEL_OPS) - set(OBJECTIVE_OPS)
+    assert run.red_ops(["mixed_source"]) == {"mixed_source"}
+    assert run.red_ops(["block"]) == set(KERNEL_OPS) - set(FAMILIES["objective"])
 
 
 def test_checks_that_were_left_out_are_no_red_but_no_success(monkeypatch, tmp_path) -> None:

@@ -11,9 +11,11 @@ from benchmarks import step_variants as variants
 from benchmarks.rows import Deadline, Writer, read
 from benchmarks.step_optimizers import KINDS, EngineSteps, OptimizerStep, Weights, time_deepspeed
 from mixflow_fast.config.loading import load_config
+from mixflow_fast.diagnostics.kernel_checks import Finding
 from mixflow_fast.distributed import process_group
 from mixflow_fast.optim import apex
 from tests.support import apex_stand_in
+from tests.support.recording import RecorderStandIn
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"device": "here", "torch": "1", "triton": None, "cuda": None, "git_sha": "0" * 40}
@@ -33,6 +35,7 @@ def test_optimizers_of_bf16_weights_take_the_same_step(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", apex_stand_in)
     monkeypatch.setattr(apex, "detect_apex", lambda: "nvidia")
+    monkeypatch.setattr(step_optimizers, "CudaRecorder", RecorderStandIn)
     for kind in KINDS:
         weights = _weights()
         stepper = OptimizerStep(kind, weights, half=True)
@@ -45,13 +48,13 @@ def test_optimizers_of_bf16_weights_take_the_same_step(monkeypatch) -> None:
             assert torch.equal(p, master.bfloat16())
         assert any((p == q).any() for p, q in zip(before, weights.params, strict=True))
         numel = sum(p.numel() for p in weights.masters)
-        kept = {"plain": 2, "tuned": 3, "adamwema": 4, "apex": 3, "apex_adamwema": 4}[kind]
+        kept = {"plain": 2, "tuned": 3, "apex": 3}.get(kind, 4)
         assert KINDS[kind].state_bytes == 4 * kept
         # And the moments' step counters, of a few bytes.
         assert 4 * kept * numel <= stepper.state_bytes() < 4 * kept * numel + 2000
         # One EMA, wherever it is.
         parts = "", variants.RECIPES["mixflow_fast"], None, None, stepper, weights, 1, 1
-        whole = 4 * (kept + 1 + (kind not in ("adamwema", "apex_adamwema"))) + 2
+        whole = 4 * (kept + 1 + (KINDS[kind].name is None)) + 2
         buffers = sum(b.nbytes for net in (weights.single, weights.half) for b in net.buffers())
         frozen = 6 * sum(p.numel() for p in weights.single.parameters() if not p.requires_grad)
         held = variants.Arm(*parts).resident_bytes() - buffers - frozen
@@ -62,6 +65,8 @@ def test_optimizers_of_bf16_weights_take_the_same_step(monkeypatch) -> None:
         for p, gradient in zip(weights.params, gradients, strict=True):
             p.grad = gradient
         stepper.step()
+    for p, q in zip(results["captured"], results["adamwema"], strict=True):
+        assert torch.equal(p, q)
     for kind, masters in results.items():
         for p, q, first in zip(masters, results["plain"], start, strict=True):
             assert not torch.equal(p, first)
@@ -83,16 +88,38 @@ def test_apex_is_a_row_where_it_is_installed(monkeypatch, capsys, tmp_path, foun
             place, "detect_apex", lambda: "absent" if found == "absent" else "nvidia"
         )
     monkeypatch.setattr(step_optimizers, "apex_message", lambda: f"apex: {found}")
+    recorders: list[RecorderStandIn] = []
+
+    def recorder(device: torch.device) -> RecorderStandIn:
+        recorders.append(RecorderStandIn())
+        return recorders[-1]
+
+    monkeypatch.setattr(step_optimizers, "CudaRecorder", recorder)
     writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
     suite = step.StepSuite(CPU, writer, Deadline(), "reference", smoke=True)
     step_optimizers.time_optimizers(_weights(), writer, suite._rounds, 0.0, on_gpu=True)
     rows = [row for row in read(writer.path) if row["metric"] == "latency_ms"]
     both = {"apex", "mixflow_fast_apex"}
-    expected = {"torch", "mixflow_fast"} | (both if found == "nvidia" else set())
+    ours = {"mixflow_fast", "mixflow_fast_captured"}
+    expected = {"torch", *ours} | (both if found == "nvidia" else set())
     assert {row["provider"] for row in rows} == expected
+    assert all("csrc" in row["note"] for row in rows if row["provider"] in ours)
+    (one,) = recorders
+    assert (one.rehearsals, one.recordings) == (1, 1) and one.steps > 1
     out = capsys.readouterr().out
     assert f"apex: {found}" in out
     assert ("requires cuda extensions" in out) == (found == "without kernels")
+
+
+def test_a_wrong_replay_has_no_speed(monkeypatch, capsys, tmp_path) -> None:
+    off = Finding("AdamWEMA", "graph replays", "ema", "float32", 0.25, 0.0)
+    monkeypatch.setattr(step_optimizers, "optimizer_replays", lambda device: [off])
+    writer = Writer(tmp_path / "rows.jsonl", ENVIRONMENT)
+    suite = step.StepSuite(CPU, writer, Deadline(), "reference", smoke=True)
+    step_optimizers.time_optimizers(_weights(), writer, suite._rounds, 0.0, on_gpu=True)
+    providers = {row["provider"] for row in read(writer.path)}
+    assert "mixflow_fast" in providers and "mixflow_fast_captured" not in providers
+    assert "ema is off by 0.25: RED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("precision", "stage", "limit"), [("fp32", 0, 1e-5), ("bf16", 2, 1e-3)])

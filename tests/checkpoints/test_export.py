@@ -12,7 +12,7 @@ from torch import Tensor
 from mixflow_fast.checkpoints.export import export
 from mixflow_fast.checkpoints.inspect import inspect_file
 from mixflow_fast.checkpoints.starting_weights import start_from
-from mixflow_fast.models import SiT, build, load_model, load_weights, save_weights
+from mixflow_fast.models import SiT, SongUNet, build, load_model, load_weights, save_weights
 from mixflow_fast.models.embedders import timestep_sinusoid
 from mixflow_fast.models.weights import diffusers_dit as dit
 from mixflow_fast.models.weights.metadata import Metadata
@@ -281,3 +281,19 @@ def test_time_features_change_basis_back_without_amplifying_rounding() -> None:
     basis = dit.inverse_time_basis()
     assert (features[0] @ basis.T - features[1]).abs().max() < 1e-8
     assert basis.abs().sum(1).max() < 20
+
+
+def test_a_songunet_is_exported_and_not_to_diffusers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = SongUNet(8, attn_resolutions=(4,), model_channels=8, channel_mult=(1, 2), num_blocks=1)
+    record = Metadata(kwargs=net.config, clock=net.clock).to_record()
+    save_weights(tmp_path / "in.pt", net.state_dict(), net.state_dict(), record)
+    for to, out in (("official", "out.pt"), ("ema", "out.safetensors")):
+        written = export(tmp_path / "in.pt", to, tmp_path / out)
+        assert "SongUNet of widths 8, 16" in written.model
+        model = load_model(tmp_path / out)
+        assert model.config == net.config and same(model.state_dict(), net.state_dict())
+    with pytest.raises(ValueError, match="diffusers has no class for SongUNet"):
+        export(tmp_path / "in.pt", "diffusers", tmp_path / "folder")
+    with pytest.raises(ValueError, match="head sigma is for SiT"):
+        export(tmp_path / "in.pt", "ema", tmp_path / "b.safetensors", head="sigma")

@@ -165,3 +165,40 @@ def test_another_kind_of_network_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="v is an autoencoder .VAE., .* give the checkpoint of"):
         start_from(network(), tmp_path / "v")
+
+
+SONGUNET = ["model.name=SongUNet-CIFAR10", "model.in_channels=3", "model.learn_sigma=null"]
+SONGUNET += ["model.depth=1", "model.hidden_size=32", "train.label_dropout=0"]
+SMALL_SONGUNET = {"model_channels": 32, "num_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (SMALL_SONGUNET, ""),
+        (SMALL_SONGUNET | {"dropout": 0.0}, ""),
+        ({}, "is SongUNet-CIFAR10, 32 px; the recipe makes SongUNet of widths 64, 64, 64, 32 px: "
+             "set model.hidden_size=128 model.depth=4"),
+        (SMALL_SONGUNET | {"channel_mult": [1, 2], "attn_resolutions": [32]},
+         "set model.channel_mult=[1,2] model.attn_resolutions=[32]"),
+        (SMALL_SONGUNET | {"activate_w_mode": True}, "it has activate_w_mode=True, which no"),
+    ],
+)  # fmt: skip
+def test_songunets(kwargs: dict, words: str, tmp_path: Path) -> None:
+    net = on_meta("sit-xl2-256", SONGUNET).to_empty(device="cpu")
+    path = write(tmp_path / "x.pt", "SongUNet-CIFAR10", **kwargs)
+    if not words:
+        start_from(net, path)
+        assert all(bool((tensor == tensor.flatten()[0]).all()) for tensor in net.parameters())
+        return
+    with pytest.raises(ValueError, match=re.escape(words)):
+        start_from(net, path)
+
+
+def test_a_songunet_is_no_transformer(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.pt", "SiT-S/2")
+    with pytest.raises(ValueError, match="is SiT-S/2, 256 px; .* take a recipe of a SiT-S"):
+        start_from(on_meta("sit-xl2-256", SONGUNET).to_empty(device="cpu"), path)
+    path = write(tmp_path / "y.pt", "SongUNet-CIFAR10", **SMALL_SONGUNET)
+    with pytest.raises(ValueError, match="is SongUNet of widths .* recipe of a SongUNet"):
+        start_from(on_meta("sit-xl2-256", ["model.name=SiT-S/2"]), path)

@@ -3,19 +3,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixflow_fast.config.data_sections import DataConfig, EncoderConfig
 from mixflow_fast.config.loading import flatten, from_dict, load_config
 from mixflow_fast.config.validate import validate
 from mixflow_fast.recipes import recipe_names
-from mixflow_fast.training.build import build_model
+from mixflow_fast.training.build import build_model, check
+from mixflow_fast.training.source import example_numel, source_record
 from tests.support.configs import resolved
 
 
 def test_every_recipe_is_there() -> None:
     assert set(recipe_names()) == {
         *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "rae-xl-256", "rae-xl-512"),
-        *("photos", "photos-mixed", "digits", "sit-b2-256-mixed"),
+        *("photos", "digits"),
+        *("cifar10-mixed", "ffhq64-mixed", "afhqv2-64-mixed", "photos-mixed", "sit-b2-256-mixed"),
     }
 
 
@@ -55,6 +58,46 @@ def test_rae_recipes_match_the_published_model(name: str, side: int) -> None:
 
     images = (c.data.kind, c.data.flip, c.encoder.kind, c.encoder.precision)
     assert images == ("images", True, "rae", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "warmup", "dropout", "lam", "parameters"),
+    [
+        ("cifar10-mixed", 500_000 * 128, 5_000 * 128, 0.13, 0.03072, 55_732_739),
+        ("ffhq64-mixed", 800_000 * 256, 39_060 * 256, 0.05, 0.6144, 61_804_419),
+        ("afhqv2-64-mixed", 800_000 * 256, 39_060 * 256, 0.25, 0.6144, 61_804_419),
+    ],
+)
+def test_recipes_of_mixed_sources_match_the_released_configurations(
+    name: str, images: int, warmup: int, dropout: float, lam: float, parameters: int
+) -> None:
+    """Spec, sections 2 and 3; the global batch of the two at 64 px is not published."""
+    c = resolved(name)
+    check(c)
+    assert (c.train.images, c.optim.warmup_images, c.model.dropout) == (images, warmup, dropout)
+    p = c.optim
+    assert (p.lr, p.beta1, p.beta2, p.eps, p.weight_decay) == (2e-4, 0.9, 0.999, 1e-8, 0)
+    assert (p.ema_decays, p.schedule, p.grad_clip) == ((0.9999,), "constant", 0)
+    assert (c.train.precision, c.data.flip) == ("fp32", True)
+    model = build_model(c.model, "meta")
+    record = source_record(c.source, c.model)
+    source = record.source(record.build_predictor("meta"))
+    assert source.weights(example_numel(model))[0] == pytest.approx(lam)
+    assert (source.kappa, source.mode, source.w) == ("data", "moments", "uniform")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(p.numel() for p in source.predictor.parameters()) == 1_899_910
+
+
+@pytest.mark.parametrize("name", ["photos-mixed", "sit-b2-256-mixed"])
+def test_recipes_of_our_own_mixed_sources_begin_at_the_normal(name: str) -> None:
+    c = resolved(name)
+    check(c)
+    assert (c.source.lam, c.source.kind, c.objective.gamma) == (0.3, "mixed", 0)
+    record = source_record(c.source, c.model)
+    kappa = (
+        torch.zeros(1, dtype=torch.int64) if c.source.kappa == "class" else torch.ones(1, 3, 16, 16)
+    )
+    assert not record.build_predictor()(kappa).any()
 
 
 @pytest.mark.parametrize("name", ["rae-xl-256", "rae-xl-512"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mixflow_fast.optim.step_calls import CONSTANTS
 from tests.support.csrc_library import (
     SETTINGS,
     assert_same_bits,
@@ -301,6 +302,19 @@ def test_traces_without_data() -> None:
         {**SETTINGS, "step": 3, "ema_decays": [0.9, 0.5], "grad_norm": torch.tensor(1.0)},
         test_utils=("test_schema", "test_faketensor"),
     )
+    constants = torch.zeros(CONSTANTS)
+    torch.library.opcheck(
+        torch.ops.mixflow_fast.adamw_constants_,
+        (constants,),
+        {**SETTINGS, "step": 3, "ema_decays": [0.9, 0.5]},
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        torch.ops.mixflow_fast.adamw_ema_from_constants_,
+        (*g.values(), [], torch.tensor(0.5)),
+        {"constants": constants, "grad_norm": torch.tensor(1.0)},
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 EMULATOR = r"""
@@ -318,10 +332,13 @@ extern "C" const char* mixflow_adamw_ema_cuda(const mixflow::Table* t, int bfloa
   aligned = t->aligned;
   for (int32_t block = 0; block < t->blocks; ++block) {
     for (int thread = 0; thread < mixflow::kThreads; ++thread) {
+#define WALK(G, K, STORED) mixflow::update_chunk<G, K, STORED>(*t, block, thread, mixflow::kThreads)
 #define CASE(K) \
   case K: \
-    if (bfloat16) mixflow::update_chunk<uint16_t, K>(*t, block, thread, mixflow::kThreads); \
-    else mixflow::update_chunk<float, K>(*t, block, thread, mixflow::kThreads); \
+    if (bfloat16 && t->stored) WALK(uint16_t, K, true); \
+    else if (bfloat16) WALK(uint16_t, K, false); \
+    else if (t->stored) WALK(float, K, true); \
+    else WALK(float, K, false); \
     break;
       switch (t->emas < 4 ? t->emas : -1) { CASE(0) CASE(1) CASE(2) CASE(3) CASE(-1) }
     }
@@ -331,13 +348,14 @@ extern "C" const char* mixflow_adamw_ema_cuda(const mixflow::Table* t, int bfloa
 
 extern "C" int run(int64_t count, const int64_t* sizes, void** w, void** g, void** m, void** v,
                    void** e, void** copies, int emas, const double* decays, int bfloat16,
-                   const double* s, int64_t step, const float* factor, const float* norm) {
-  float weights[mixflow::kMaxEmas];
-  for (int k = 0; k < emas; ++k) weights[k] = static_cast<float>(1.0 - decays[k]);
-  const mixflow::Tensors tensors{count, sizes, w, g, m, v, e, copies, emas, weights, bfloat16 != 0};
+                   const double* s, int64_t step, const float* factor, const float* norm,
+                   const mixflow::Constants* stored) {
+  mixflow::Constants constants{mixflow::make_adamw(s[0], s[1], s[2], s[3], s[4], step)};
+  for (int k = 0; k < emas; ++k) constants.ema_weights[k] = static_cast<float>(1.0 - decays[k]);
+  const mixflow::Tensors tensors{count, sizes, w, g, m, v, e, copies, emas, bfloat16 != 0};
   launches = 0;
   mixflow::for_each_table(
-      tensors, mixflow::make_adamw(s[0], s[1], s[2], s[3], s[4], step), factor, norm,
+      tensors, constants, stored, factor, norm,
       [&](const mixflow::Table& table) { mixflow_adamw_ema_cuda(&table, bfloat16, nullptr); });
   return launches;
 }
@@ -392,12 +410,19 @@ def emulate(
     copies: list,
     factor: torch.Tensor | None,
     norm: torch.Tensor | None = None,
+    stored: torch.Tensor | None = None,
 ) -> int:
-    """Runs the GPU's walk on the CPU; returns the number of launches."""
+    """Runs the GPU's walk on the CPU; returns the number of launches.
+
+    With `stored` constants the numbers that travel with the launch are others, which must not be
+    used.
+    """
     sizes = [w.numel() for w in lists["params"]]
     emas = len(lists["emas"]) // len(sizes)
     decays = [0.9, 0.3, 0.999, 0.0, 0.5][:emas]
     settings = [SETTINGS[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay")]
+    if stored is not None:
+        decays, settings = [0.25] * emas, [0.5 * value for value in settings]
     return library.run(
         ctypes.c_int64(len(sizes)),
         (ctypes.c_int64 * len(sizes))(*sizes),
@@ -408,7 +433,7 @@ def emulate(
         int(lists["grads"][0].dtype == torch.bfloat16),
         (ctypes.c_double * 5)(*settings),
         ctypes.c_int64(7),
-        *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (factor, norm)),
+        *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (factor, norm, stored)),
     )
 
 
@@ -432,3 +457,53 @@ def test_the_gpus_walk_reaches_every_element_once(
     assert launches == math.ceil((len(sizes) - 1) / rows) >= 2
     assert_same_bits(expected, lists)
     assert all(torch.equal(a, b) for a, b in zip(copies, others, strict=True))
+
+
+@pytest.mark.parametrize("emas", [0, 1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("walk", ["cpu", "gpu"])
+def test_constants_in_memory_are_those_of_the_call(
+    emulator: ctypes.CDLL, walk: str, emas: int, dtype: torch.dtype
+) -> None:
+    """The halves of a captured step: the bits of the whole one, with the numbers of its own."""
+    lists = make_tensors(SIZES, emas, dtype)
+    expected, constants = copy_of(lists), torch.full((CONSTANTS,), math.nan)
+    copies, others = ([torch.zeros(n, dtype=torch.bfloat16) for n in SIZES] for _ in range(2))
+    norm, factor = torch.tensor(3.0), torch.tensor(0.25)
+    decays = [0.9, 0.3, 0.999, 0.0, 0.5][:emas]
+    for step, lr in ((1, 0.01), (2, 0.3), (1000, 1e-5)):
+        own = {**SETTINGS, "step": step, "lr": lr}
+        version = constants._version
+        torch.ops.mixflow_fast.adamw_constants_(constants, **own, ema_decays=decays)
+        assert constants._version > version and not constants.isnan().any()
+        if walk == "cpu":
+            from_constants(lists, constants, factor, copies, norm)
+        else:
+            emulate(emulator, lists, copies, factor, norm, constants)
+        call(expected, factor, others, step=step, lr=lr, grad_norm=norm)
+        assert_same_bits(expected, lists)
+        assert all(torch.equal(a, b) for a, b in zip(copies, others, strict=True))
+
+
+def from_constants(
+    lists: dict, constants: torch.Tensor, factor: torch.Tensor | None = None, copies=(), norm=None
+) -> None:
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")
+    torch.ops.mixflow_fast.adamw_ema_from_constants_(
+        *(lists[name] for name in names), list(copies), factor, constants=constants, grad_norm=norm
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(22), torch.zeros(23).double(), torch.zeros(46)[::2]])
+def test_constants_that_do_not_fit_are_refused(bad: torch.Tensor) -> None:
+    lists = make_tensors((8,), 1)
+    with pytest.raises(ValueError, match="constants must be 23 contiguous Float, got 2"):
+        from_constants(lists, bad)
+    with pytest.raises(ValueError, match="constants must be 23 contiguous Float, got 2"):
+        torch.ops.mixflow_fast.adamw_constants_(bad, **SETTINGS, step=1, ema_decays=[])
+    with pytest.raises(ValueError, match="constants must be on cpu, got meta"):
+        from_constants(lists, torch.zeros(23, device="meta"))
+    with pytest.raises(ValueError, match="at most 16 averages of each parameter, got 17"):
+        from_constants({**lists, "emas": lists["emas"] * 17}, torch.zeros(23))
+    with pytest.raises(ValueError, match="step must be 1 or more"):
+        torch.ops.mixflow_fast.adamw_constants_(torch.zeros(23), **SETTINGS, step=0, ema_decays=[])

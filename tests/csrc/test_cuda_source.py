@@ -1,5 +1,6 @@
 """The CUDA source: compiled for three generations of GPUs; run and compared where there is one."""
 
+import itertools
 import os
 import re
 import shutil
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from mixflow_fast import extension
+from mixflow_fast.optim.step_calls import CONSTANTS
 from tests.support.csrc_library import (
+    SETTINGS,
     assert_same_bits,
     call,
     copy_of,
@@ -22,7 +25,8 @@ SOURCE = extension.sources_folder() / "adamw_ema_cuda.cu"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-KERNELS = {(t, k) for t in "ft" for k in ("n1", "0", "1", "2", "3")}  # float, uint16_t
+# float, uint16_t; averages; constants among the arguments or in memory.
+KERNELS = set(itertools.product("ft", ("n1", "0", "1", "2", "3"), "01"))
 
 
 def nvcc(*arguments: str, cwd: Path) -> str:
@@ -41,25 +45,27 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     flags = ("-c", "-Xptxas", "-v", "-Werror", "all-warnings")
     text = nvcc(*flags, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", "x.o", cwd=tmp_path)
     found = re.findall(
-        r"adamw_ema_kernelI([ft])Li(n?\d)E.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"adamw_ema_kernelI([ft])Li(n?\d)ELb(\d)E.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         text,
         re.DOTALL,
     )
-    assert {(t, k) for t, k, *_ in found} == KERNELS, text
-    for t, k, *numbers, registers in found:
-        assert numbers == ["0", "0", "0"], (t, k, numbers)
+    assert {(t, k, stored) for t, k, stored, *_ in found} == KERNELS, text
+    for t, k, stored, *numbers, registers in found:
+        assert numbers == ["0", "0", "0"], (t, k, stored, numbers)
         # Three blocks of 256 threads on a multiprocessor, and so 24 warps with their loads out.
-        assert int(registers) <= 80, (t, k, registers)
+        assert int(registers) <= 80, (t, k, stored, registers)
 
 
 @needs_nvcc
 def test_contracts_nothing_and_reads_wide(tmp_path: Path) -> None:
     nvcc("-ptx", "-arch=compute_80", "-o", "x.ptx", cwd=tmp_path)
     bodies = (tmp_path / "x.ptx").read_text().split(".entry ")[1:]
+    bodies = [body for body in bodies if "adamw_ema_kernel" in body.partition("(")[0]]
     assert len(bodies) == len(KERNELS)
     for body in bodies:
-        name = re.search(r"adamw_ema_kernelI([ft])Li(n?\d)E", body).groups()
+        name = re.search(r"adamw_ema_kernelI([ft])Li(n?\d)ELb(\d)E", body).groups()
         assert not re.search(r"\bfma\.", body), f"{name}: multiply and add in one"
         assert "div.rn.f32" in body and "sqrt.rn.f32" in body, f"{name}: approximate"
         assert not re.search(r"\batom\.|\bred\.|st\.local", body), name
@@ -117,6 +123,26 @@ def test_gpu_runs_in_a_captured_graph() -> None:
         scale.fill_(factor)
         graph.replay()
         call(expected, scale)
+    assert_same_bits(expected, lists)
+
+
+@needs_gpu
+def test_gpu_makes_new_steps_in_a_captured_graph() -> None:
+    """Step number, learning rate and decays are read from memory at each replay."""
+    if not require_library().cuda:
+        pytest.skip(f"the library has no CUDA part: {extension.cuda_toolkit()[1]}")
+    lists = {k: [x.cuda() for x in xs] for k, xs in make_tensors((1023, 65_537), 2).items()}
+    expected, constants = copy_of(lists), torch.zeros(CONSTANTS, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.mixflow_fast.adamw_ema_from_constants_(
+            *lists.values(), [], None, constants=constants
+        )
+    for step in range(1, 20):  # no wait in between: each replay has its own numbers
+        own = {**SETTINGS, "step": step, "lr": 0.01 / step, "ema_decays": [1 - 1 / step, 0.5]}
+        torch.ops.mixflow_fast.adamw_constants_(constants, **own)
+        graph.replay()
+        call(expected, **own)
     assert_same_bits(expected, lists)
 
 

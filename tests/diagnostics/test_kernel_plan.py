@@ -9,6 +9,7 @@ from mixflow_fast.diagnostics import kernel_plan
 from mixflow_fast.diagnostics.block_cases import BLOCK_OPS
 from mixflow_fast.diagnostics.kernel_plan import NEEDS, SETTINGS, TIMED, tasks
 
+LEVELS = ("timed", "smoke", "full")
 OBJECTIVE = ("interpolate", "velocity_loss", "objective")
 
 
@@ -50,8 +51,20 @@ def test_levels_of_the_objective() -> None:
     assert any(name.startswith("same bits") for name in timed)
     assert names("full", "cuda", OBJECTIVE)[-1] == "torch.compile"
     assert "graph replays" not in names("full", ops=("interpolate",))
-    # A training step needs all.
-    assert names("timed", ops=("step",)) == names("timed") + timed == names("timed", ops=NEEDS)
+    # A training step needs all but the mixed source, which is no part of those that are timed.
+    assert names("timed", ops=("step",)) == names("timed") + timed
+    source = names("timed", ops=("mixed_source",))
+    assert names("timed", ops=NEEDS) == names("timed") + timed + source[1:]
+
+
+def test_levels_of_the_mixed_source() -> None:
+    timed, smoke, full = (names(level, ops=("mixed_source",)) for level in LEVELS)
+    assert timed[0] == "philox words" and set(timed) < set(smoke) < set(full)
+    for level, words in ((smoke, ("samples", "float32", "tokens", "drawn")), (full, ("vp", "gvp"))):
+        for word in words:
+            assert any(word in name for name in level), word
+    assert any("64x768x16x16" in name for name in names("timed", "cuda", ("mixed_source",)))
+    assert [name.startswith("same bits") for name in full].count(True) == 2
 
 
 def test_a_check_is_about_what_was_asked_for() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixflow_fast.diagnostics import kernel_replays
+from mixflow_fast.optim import adamw_ema
 from tests.support.kernels import DEVICE
 
 CPU = torch.device("cpu")
@@ -18,6 +19,17 @@ def test_replays_are_red_when_nothing_is_computed_anew(monkeypatch, replays, cou
     assert len(found) == count and all(finding.passed for finding in found)
     monkeypatch.setattr(kernel_replays, "capture", lambda step, device: (step(), lambda: None))
     assert not any(finding.passed for finding in replays(CPU, "reference"))
+
+
+@pytest.mark.parametrize("impl", ["auto", "foreach"])
+def test_replays_of_the_optimizer_are_red_without_their_constants(monkeypatch, impl) -> None:
+    found = list(kernel_replays.optimizer_replays(DEVICE, impl))
+    assert len(found) == 5 and all(finding.passed for finding in found)
+    monkeypatch.setattr(adamw_ema, "send_constants", lambda call: None)
+    found = {f.tensor: f for f in kernel_replays.optimizer_replays(CPU, impl)}
+    # The moments' weights are constants of the operator alone.
+    moments = {"exp_avg", "exp_avg_sq"} if impl == "foreach" else set()
+    assert {name for name, finding in found.items() if finding.passed} == moments
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_rows_of_solvers() -> None:
     pytest.importorskip("scipy")
     net = Bent()
     prepared = PreparedSampling(net, Sampler(), Guidance(), batch_size=4)
-    rows = solver_rows(prepared, 6, seed=3, batch_size=4)
+    rows = solver_rows(prepared, 6, seed=3)
     assert [(row.method, row.steps) for row in rows[:-1]] == [(s.method, s.steps) for s in TABLE]
     assert [row.nfe for row in rows[:-1]] == [s.nfe for s in TABLE]
     # Batches of four and two, of which the second is filled up, and both are counted.
@@ -221,3 +221,5 @@ def test_rows_of_solvers() -> None:
     assert rows[0].apart == pytest.approx(apart, rel=1e-6)
     errors = [row.apart for row in rows if row.method == "euler"]
     assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[-1] > 0
+    with pytest.raises(ValueError, match="num must be >= 1 samples"):
+        solver_rows(prepared, 0)

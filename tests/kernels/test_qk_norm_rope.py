@@ -8,9 +8,11 @@ from mixflow_fast.kernels.attention import qk_norm_rope_launch
 from mixflow_fast.kernels.attention.qk_norm_rope import (
     _qk_norm_rope_backward_op,
     _qk_norm_rope_op,
+    finish,
     qk_norm_rope,
     qk_norm_rope_reference,
 )
+from mixflow_fast.kernels.attention.qk_norm_rope_launch import QkOptions, row_parts
 from tests.support.attention import angles, data, doubled, leaves, tables
 from tests.support.kernels import DEVICE, assert_as_exact_as_eager, relative_rms
 
@@ -19,7 +21,8 @@ IMPLS = ["triton", "reference"]
 # (norm, rotated)
 KINDS = [(None, True), ("layer", False), ("layer", True), ("rms", False), ("rms", True)]
 # (B, N, H, K)
-SHAPES = [(1, 1, 1, 64), (2, 5, 3, 72), (2, 7, 2, 10)]
+# 72 lies in 64 + 8, and 88 in 64 + 32 with columns beyond its end.
+SHAPES = [(1, 1, 1, 64), (2, 5, 3, 72), (1, 3, 5, 88), (2, 7, 2, 10)]
 
 
 def eager(qkv, *, cos=None, sin=None, norm=None, eps=1e-6, **weights):
@@ -102,10 +105,11 @@ def test_widths_without_pairs_and_without_weights(impl, norm, K) -> None:
             assert value.abs().max() < 1e-6
 
 
-def test_many_rows_a_program(monkeypatch) -> None:
+@pytest.mark.parametrize("K", [64, 72])
+def test_many_rows_a_program(monkeypatch, K) -> None:
     """Programs that loop over tiles, a last one with less to do, and more partial rows than one."""
     monkeypatch.setattr(qk_norm_rope_launch, "MAX_PARTIALS", 2)
-    B, N, H, K = 3, 17, 2, 64
+    B, N, H = 3, 17, 2
     qkv, upstream = data(B, N, 3, H, K), data(2, B, N, H, K, seed=3)
     weights = leaves("layer", K, torch.float32)
     options = dict(norm="layer", eps=1e-5, **tables(N, K))
@@ -188,6 +192,52 @@ def test_two_runs_give_the_same_bits() -> None:
         run(qk_norm_rope, qkv, weights, upstream, impl="triton", **options) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [40, 72, 128])
+def test_samples_do_not_depend_on_the_batch(K, dtype) -> None:
+    """Bit for bit, with programs that work on two samples at once."""
+    B, N, H = 3, 7, 3
+    qkv, upstream = data(B, N, 3, H, K, dtype=dtype), data(2, B, N, H, K, dtype=dtype, seed=3)
+    weights, options = leaves("layer", K, dtype), dict(norm="layer", **tables(N, K))
+    every = run(qk_norm_rope, qkv, weights, upstream, impl="triton", **options)
+    last = run(qk_norm_rope, qkv[2:], weights, upstream[:, 2:], impl="triton", **options)
+    for name in ("q", "k", "dqkv"):
+        assert torch.equal(last[name], every[name][2:]), name
+
+
+@pytest.mark.parametrize("K", [72, 64])
+def test_gradients_may_lie_where_they_go(K) -> None:
+    """As backends that pack leave them, and with a rotation across threads."""
+    B, N, H = 2, 5, 3
+    qkv, rope = data(B, N, 3, H, K), tables(N, K)
+    weights = [w.detach() for w in leaves("layer", K, torch.float32).values()]
+    options = QkOptions(*rope.values(), *weights, "layer", 1e-6)
+    gradients = data(B, N, 3, H, K, seed=3)
+    apart = torch.empty_like(qkv)
+    expected = finish(tuple(gradients.clone().unbind(2)), apart, qkv, options, "triton")
+    found = finish(gradients.unbind(2)[:2], gradients, qkv, options, "triton")
+    assert torch.equal(gradients, apart)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype", "expected"),
+    [
+        (72, torch.bfloat16, (8, 64, 8)),
+        (72, torch.float32, (16, 64, 16)),
+        (96, torch.float16, (8, 64, 32)),
+        (88, torch.bfloat16, (8, 64, 32)),
+        (64, torch.bfloat16, (8, 64, 0)),
+        (128, torch.float32, (32, 128, 0)),
+        (112, torch.bfloat16, (16, 128, 0)),
+        (70, torch.bfloat16, (16, 128, 0)),
+        (1, torch.float32, (1, 1, 0)),
+    ],
+)
+def test_parts_of_a_row(K, dtype, expected) -> None:
+    assert row_parts(K, dtype) == expected
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from mixflow_fast.kernels.residual_norm.launch import MAX_WIDTH
 from mixflow_fast.kernels.residual_norm.op import (
     modulated_norm,
     modulated_norm_reference,
     residual_norm,
     residual_norm_reference,
 )
+from mixflow_fast.kernels.residual_norm.row_parts import row_parts
 from tests.support.kernels import DEVICE, FLOORS, assert_as_exact_as_eager, relative_rms
 from tests.support.residual_norm import (
     NAMES,
@@ -103,10 +105,16 @@ def test_the_closed_form_in_float64(norm: str, per_token: bool) -> None:
         ((1, 65, 16), False),
         ((65, 1, 16), False),
         ((1, 9, 1152), False),
+        ((2, 9, 384), True),
+        ((1, 17, 768), False),
+        ((2, 3, 272), False),
     ],
 )
 def test_shapes(shape: tuple[int, int, int], per_token: bool) -> None:
-    """Odd widths, several tiles and an unfinished one, more samples than one block sums."""
+    """Odd widths, several tiles and an unfinished one, more samples than one block sums.
+
+    The last four rows lie in two parts, that of 272 in 256 + 64 with lanes beyond its end.
+    """
     norm = "rms" if shape[-1] == 1 else "layer"
     given, upstream = arguments(shape, per_token), upstreams(shape)
     ours = run(residual_norm, given, upstream, norm=norm, impl="triton")
@@ -207,8 +215,10 @@ def test_empty_batches(impl: str, per_token: bool, shape: tuple[int, int, int]) 
     assert ours["y"].shape == shape
 
 
-def test_two_runs_give_the_same_bits_and_samples_do_not_depend_on_the_batch() -> None:
-    shape = (3, 19, 72)
+@pytest.mark.parametrize("shape", [(3, 19, 72), (3, 9, 1152), (3, 11, 272)])
+def test_two_runs_give_the_same_bits_and_samples_do_not_depend_on_the_batch(
+    shape: tuple[int, int, int],
+) -> None:
     given, upstream = arguments(shape), upstreams(shape)
     first, second = (run(residual_norm, given, upstream, impl="triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)
@@ -218,6 +228,39 @@ def test_two_runs_give_the_same_bits_and_samples_do_not_depend_on_the_batch() ->
     for name in OUTPUTS:
         if name.removeprefix("d") not in vectors:
             assert torch.equal(single[name], first[name][2:]), name
+
+
+@pytest.mark.parametrize(
+    ("D", "expected"),
+    [
+        (1152, (1024, 128, 2)),
+        (768, (512, 256, 2)),
+        (384, (256, 128, 1)),
+        (272, (256, 64, 1)),
+        (1280, (1024, 256, 4)),
+        (1040, (1024, 128, 2)),
+        (3072, (2048, 1024, 8)),
+        (1024, (1024, 0, 4)),
+        (2048, (2048, 0, 8)),
+        (1792, (2048, 0, 8)),
+        (1151, (2048, 0, 4)),
+        (96, (128, 0, 1)),
+        (33, (64, 0, 1)),
+    ],
+)
+def test_parts_of_a_row(D: int, expected: tuple[int, int, int]) -> None:
+    """The widths of SiT and DiT-DH; whole rows where two parts gain nothing or lie unaligned."""
+    assert row_parts(D) == expected
+
+
+def test_parts_fit_every_width() -> None:
+    for D in range(1, MAX_WIDTH + 1):
+        head, tail, warps = row_parts(D)
+        assert head + tail >= D and (tail or head < 2 * max(D, 64)) and 1 <= warps <= 8
+        for part in (head, tail or head):
+            assert part & (part - 1) == 0
+        # A thread holds whole vectors of the head, and two neighbours of the tail or more.
+        assert not tail or (head % (32 * warps * 8) == 0 and tail >= 64 * warps and head < D)
 
 
 def test_constant_tokens_and_zero_gates() -> None:

@@ -66,6 +66,18 @@ def test_same_bits_as_the_passes_of_autograd(norm: str, per_token: bool, without
             assert torch.equal(ours[name], value) and ours[name].dtype == value.dtype, name
 
 
+@pytest.mark.parametrize(
+    ("shape", "per_token"), [((2, 9, 1152), False), ((1, 9, 384), True), ((2, 3, 272), False)]
+)
+def test_rows_in_two_parts(shape: tuple[int, int, int], per_token: bool) -> None:
+    """The forward pass's y and autograd's gradients, bit for bit."""
+    given, upstream = arguments(shape, per_token), upstreams(shape)
+    expected = run(residual_norm, given, upstream, impl="triton")
+    ours = recomputed(given, upstream)
+    assert torch.equal(ours.pop("y_recomputed"), expected["y"])
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("norm", "per_token", "without"),

@@ -258,6 +258,7 @@ def test_refusals() -> None:
         ({"img_resolution": 9}, "img_resolution must be a multiple of 2 for 2 levels, got 9"),
         ({"model_channels": 6}, "model_channels must be a multiple of 4"),
         ({"channel_mult": (1, 0)}, r"channel_mult\[1\] must be a positive int, got 0"),
+        ({"attn_resolutions": (4, 16)}, r"must be sides of levels \(8, 4\), got 16"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -342,6 +342,34 @@ def check_moments(code: list[str], names: Names) -> None:
     assert relative(fixed.x, plain.x) < TOLERANCE
 
 
+def check_source(code: list[str], names: Names) -> None:
+    """Both networks get the gradient of the loss that the formulas say."""
+    torch.manual_seed(0)
+    exec(code[0], names)
+    it, mix = names["it"], names["mix"]
+    got = [part.grad.clone() for part in names["predictor"].parameters()]
+    assert all(part.abs().max() > 0 for part in got)
+    in_optimizer = {id(p) for g in names["optimizer"].param_groups for p in g["params"]}
+    assert {id(p) for p in names["predictor"].parameters()} < in_optimizer
+
+    mean, log_var = names["predictor"](names["x1"]).chunk(2, dim=1)
+    w = spread(it.source.w)
+    eps = MixFlow(gamma=0, clock=DATA_AT_1).prepare(names["x1"], ids=names["ids"]).x0()
+    x0 = w * mean + (1 + w * torch.expm1(log_var)).sqrt() * eps
+    t = spread(it.t)
+    x = t * names["x1"] + (1 - t) * x0
+    mse = ((names["model"](x, it.t, names["y"]) - (names["x1"] - x0)) ** 2).mean()
+    kl = (mean**2 + torch.expm1(log_var) - log_var).mean() / 2
+    torch.testing.assert_close(names["loss"], mse + 0.3 * kl, rtol=1e-5, atol=0)
+    truth = torch.autograd.grad(mse + 0.3 * kl, list(names["predictor"].parameters()))
+    assert max(relative(a, b) for a, b in zip(got, truth, strict=True)) < 1e-4
+    assert names["health"]["kl_per_dim"].item() == pytest.approx(kl.item(), rel=1e-4)
+
+    names["predictor"].requires_grad_(False)
+    frozen = MixFlow(gamma=0.4, clock=DATA_AT_1, source=mix.source)
+    assert frozen.prepare(names["x1"], ids=names["ids"]).source.kl_weight == 0
+
+
 CHECKS = {
     "Which clock": check_clock,
     "SD3 and Flux with diffusers": check_preconditioning,
@@ -354,6 +382,7 @@ CHECKS = {
     "Weights and reductions": check_reductions,
     "learn_sigma, token layout": check_layouts,
     "Cached VAE moments": check_moments,
+    "A source that is trained along": check_source,
 }
 
 

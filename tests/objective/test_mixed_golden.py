@@ -7,6 +7,7 @@ from torch import Tensor
 from mixflow_fast import MixFlow
 from mixflow_fast.flow.source import MixedSource
 from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.models.source_predictor import SourceUNet
 from mixflow_fast.objective import Interpolation
 from tests.support.golden import load
 from tests.support.kernels import relative_rms
@@ -104,24 +105,32 @@ TRAIN += [
 ]
 
 
-@pytest.mark.parametrize(("kappa", "case", "dtype"), TRAIN)
-def test_training_step(monkeypatch, kappa: str, case: str, dtype: torch.dtype) -> None:
-    golden, config = load(f"mixed_train_{kappa}")
-    official = case.removesuffix(" as S")
+def recorded_draws(
+    golden: dict[str, Tensor], case: str, values: int
+) -> tuple[dict[Stream, Tensor], str, str | float]:
+    """(draws by stream, mode, w) of a case; `values` is n of discrete weights."""
     # Without mixing the official code keeps the predictor's own draw; w = 1 is that.
-    fc = official == "FC"
+    fc = case.startswith("FC")
     mode = "samples" if case[0] == "S" or case == "FC as S" else "moments"
     draws = {Stream.NOISE: golden["eps1" if fc else "eps2"]}
     if mode == "samples":
         draws[Stream.SOURCE_NOISE] = golden["eps1"]
     if "z" in golden:
         draws[Stream.SOURCE_SIGNAL] = golden["z"]
-    w: str | float = 1 if fc else "uniform"
+    if fc:
+        return draws, mode, 1
     if "discrete" in case:
-        w = f"discrete({config['num_w_values']})"
-        draws[Stream.SOURCE_WEIGHT] = words_of(golden["k"], config["num_w_values"])
-    elif not fc:
-        draws[Stream.SOURCE_WEIGHT] = golden["w"]
+        draws[Stream.SOURCE_WEIGHT] = words_of(golden["k"], values)
+        return draws, mode, f"discrete({values})"
+    draws[Stream.SOURCE_WEIGHT] = golden["w"]
+    return draws, mode, "uniform"
+
+
+@pytest.mark.parametrize(("kappa", "case", "dtype"), TRAIN)
+def test_training_step(monkeypatch, kappa: str, case: str, dtype: torch.dtype) -> None:
+    golden, config = load(f"mixed_train_{kappa}")
+    official = case.removesuffix(" as S")
+    draws, mode, w = recorded_draws(golden, case, config["num_w_values"])
     drawn = use_recorded(monkeypatch, draws)
     mean, log_var = leaves(golden, dtype)
     seen = []
@@ -156,3 +165,46 @@ def test_training_step(monkeypatch, kappa: str, case: str, dtype: torch.dtype) -
     assert_close(losses.mean(), golden, f"{official}.loss")
     assert_close(mean.grad, golden, f"{official}.grad_mean")
     assert_close(log_var.grad, golden, f"{official}.grad_log_var")
+
+
+@pytest.mark.parametrize("case", ["D", "S", "D_block", "FC"])
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_training_step_with_the_official_predictor(monkeypatch, kappa: str, case: str) -> None:
+    """From kappa to the gradients of the predictor's own parameters, and back to nothing else."""
+    golden, config = load(f"mixed_train_{kappa}")
+    predictor = config["predictor"]
+    classes = {"num_classes": 5, "size": 8} if kappa == "class" else {}
+    unet = SourceUNet(
+        3,
+        in_channels=predictor["in_channels"],
+        widths=predictor["block_out_channels"],
+        layers=predictor["layers_per_block"],
+        **classes,
+    )
+    prefix = "state.network."
+    unet.load_state_dict({k.removeprefix(prefix): v for k, v in golden.items() if prefix in k})
+    draws, mode, w = recorded_draws(golden, case, config["num_w_values"])
+    use_recorded(monkeypatch, draws)
+    source = MixedSource(
+        unet,
+        kappa=KAPPAS[kappa],
+        mode=mode,
+        w=w,
+        beta=config["beta"],
+        detach=case == "D_block",
+    )
+    it, losses, _ = run(golden, source, golden["t"], torch.float32)
+    losses.mean().backward()
+    assert relative_rms(it.x.detach(), golden[f"{case}.x_t"]) < 1e-5
+    assert relative_rms(losses.mean().detach(), golden[f"{case}.loss"]) < 1e-5
+    # Some vanish analytically: each against the largest of all.
+    truth = {k: v for k, v in golden.items() if k.startswith(f"{case}.grad.network.")}
+    top = max(float(gradient.abs().max()) for gradient in truth.values())
+    ours = {f"{case}.grad.network.{name}": p.grad for name, p in unet.named_parameters()}
+    compared = [name for name in truth if name in ours]
+    assert len(compared) == len(truth) > 40
+    for name in compared:
+        assert float((ours[name] - truth[name]).abs().max()) < 1e-5 * top, name
+    for name, norm in config["grad_norms"][case].items():
+        gradient = ours[f"{case}.grad.{name}"]
+        assert abs(float(gradient.norm()) - norm) < 1e-5 * max(config["grad_norms"][case].values())

@@ -169,6 +169,20 @@ def test_other_predictions_take_the_reference(prediction: str) -> None:
     assert all(torch.equal(value, eager[name]) for name, value in ours.items())
 
 
+def test_compiles_in_one_piece() -> None:
+    mix = mixflow("triton", MixedSource(Given().to(DEVICE), lam=0.3))
+
+    def loss(x1: Tensor, ids: Tensor) -> Tensor:
+        it = mix.prepare(x1, ids)
+        return mix.loss(net(it.x, it.t), it)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    x1, ids = data(), IDS.to(DEVICE)
+    expected = torch.autograd.grad(loss(x1, ids), mix.source.predictor.moments)
+    got = torch.autograd.grad(compiled(x1, ids), mix.source.predictor.moments)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_health_is_the_same() -> None:
     found = []
     for impl in ("triton", "reference"):

@@ -86,7 +86,8 @@ def test_is_not_waited_for() -> None:
     """On tensors without values, of which any read is an error."""
     _, it = prepared(0.8, -1.5, n=8)
     parts = {name: getattr(it.source, name).to("meta") for name in ("mean", "log_var", "w", "kl")}
-    draw = dataclasses.replace(it.source, **parts)
+    moments = parts.pop("mean"), parts.pop("log_var")
+    draw = dataclasses.replace(it.source, **parts, _moments=lambda: moments)
     empty = dataclasses.replace(it, source=draw, _x0=it.x0().to("meta"))
     health = source_health(empty, torch.empty(8, device="meta"))
     assert len(health) == 8 and all(value.is_meta for value in health.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.config.loading import load_config
-from mixflow_fast.optim import adamw_ema
+from mixflow_fast.optim import step_calls
 from mixflow_fast.optim.adamw_ema import AdamWEMA
 from mixflow_fast.optim.power_ema import power_decay, sigma_rel_to_gamma
 from mixflow_fast.training import trainer
@@ -312,4 +312,4 @@ def test_names_of_the_limits_agree() -> None:
     from mixflow_fast.extension import sources_folder
 
     header = (sources_folder() / "adamw_ema.h").read_text()
-    assert f"kMaxEmas = {adamw_ema.MAX_EMAS};" in header
+    assert f"kMaxEmas = {step_calls.MAX_EMAS};" in header

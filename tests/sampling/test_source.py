@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixflow_fast.flow.source import MixedSource, StandardSource, mixed_moments
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.philox import Stream
-from mixflow_fast.models import SourceUNet, build
+from mixflow_fast.models import SongUNet, SourceUNet, build
 from mixflow_fast.sampling import PreparedSampling, Sampler, sample, sample_source, sampling_noise
 from mixflow_fast.sampling.draws import draw_labels
 from mixflow_fast.sampling.guidance import Guidance
@@ -293,6 +293,32 @@ def test_a_network_without_classes_and_a_source_with_them() -> None:
     assert table.seen[:9] == draw_labels(0, torch.arange(9), 3).tolist()
     given, table = begin(3, 3, num_classes=0, labels=torch.tensor([2, 2, 0]))
     assert table.seen == [2, 2, 0]
+
+
+@pytest.mark.parametrize("kappa", ["class", "noise"])
+def test_the_official_networks_together(kappa: str) -> None:
+    """SongUNet, which has no classes, from a SourceUNet, whose classes may be more than one."""
+    torch.manual_seed(0)
+    net = SongUNet(8, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    classes = {"num_classes": 5, "size": 8} if kappa == "class" else {}
+    predictor = SourceUNet(3, widths=(8,), layers=1, groups=4, **classes)
+    source = MixedSource(predictor, kappa, lam=1.0)
+    found = sample(net, num=6, steps=1, batch_size=4, seed=1, source=sample_source(source, 1.0))
+    y = draw_labels(1, torch.arange(6), 5)
+    with torch.no_grad():
+        x0 = sampling_noise(source, 1, torch.arange(6), (3, 8, 8), y=y, w=1.0)
+        x = x0 + net.eval()(x0, torch.zeros(6))
+    assert relative(found.x, x) < 1e-5 and found.labels is None and len(set(y.tolist())) > 2
+    chosen = sample(
+        net, num=2, steps=1, labels=torch.tensor([4, 0]), source=sample_source(source, 1.0)
+    )
+    own = torch.tensor([4, 0])
+    with torch.no_grad():
+        x0 = sampling_noise(source, 0, torch.arange(2), (3, 8, 8), y=own, w=1.0)
+        assert relative(chosen.x, x0 + net(x0, torch.zeros(2))) < 1e-5
 
 
 def test_samples_of_a_source_do_not_depend_on_batches_and_numbers() -> None:

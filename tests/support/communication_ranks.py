@@ -2,6 +2,9 @@
 
 torchrun ... -m tests.support.communication_ranks runs OUT '[["name", ["section.field=value"]]]'
     trains OUT/name with each list of settings
+torchrun ... -m tests.support.communication_ranks graphs OUT '[["name", ["section.field=value"]]]'
+    the same in model.mode=eager and, on a stand-in for CUDA graphs, in model.mode=graph; steps
+    after the first must be replays
 torchrun ... -m tests.support.communication_ranks errors FILE '[2]'
     the error of a step's mean gradient by ZeRO stage (or "ddp") and train.reduce_dtype
 torchrun ... -m tests.support.communication_ranks gathered FILE '[["bf16", 2]]'
@@ -21,10 +24,11 @@ from benchmarks.recorded_step import Recorder
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.distributed import process_group
 from mixflow_fast.models import SiT
-from mixflow_fast.training import gathering
+from mixflow_fast.training import build, ddp_engine, gathering
 from mixflow_fast.training.build import build_engine
 from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.trainer import train
+from tests.support.recording import RecorderStandIn
 from tests.support.runs import tiny
 
 BETA1 = 0.9
@@ -130,12 +134,28 @@ def broadcasts_of(precision: str, stage: int) -> int:
     return sum(one.kind == "broadcast" for one in recorder.collectives)
 
 
+def train_with_graphs(where: Path, name: str, overrides: list[str]) -> None:
+    """OUT/name_eager and OUT/name_graph."""
+    recorder = RecorderStandIn()
+    torch.compile = lambda function, **_: function
+    build.check_device = lambda device: None
+    ddp_engine.CudaRecorder = lambda device: recorder
+    for mode in ("eager", "graph"):
+        own = [*overrides, f"model.mode={mode}"]
+        result = train(tiny(where / f"{name}_{mode}", "train.device=cpu", *own), quiet=True)
+    assert recorder.steps == result.step - 1 > 1, recorder.steps
+
+
 def main() -> None:
     torch.set_num_threads(1)
     what, where, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     if what == "runs":
         for name, overrides in cases:
             train(tiny(where / name, "train.device=cpu", *overrides), quiet=True)
+        return
+    if what == "graphs":
+        for case in cases:
+            train_with_graphs(where, *case)
         return
     process_group.init_process_group("cpu")
     if what == "gathered":

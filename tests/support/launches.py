@@ -58,3 +58,28 @@ class Launches(TorchDispatchMode):
     def total(self) -> int:
         """All launches."""
         return self.counts.total()
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called while it is entered and not `paused`; no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Notes nothing in here."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        bookkeeping = func.is_view or name.startswith(("detach", "_record_function"))
+        if not (self._paused or bookkeeping):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

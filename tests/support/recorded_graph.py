@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ class RecordedStep(TorchDispatchMode):
     """The operators of one run of a step."""
 
     calls: list[tuple[Callable[..., object], tuple, dict, object]] = field(default_factory=list)
-    before: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    before: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     made: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -33,9 +34,14 @@ class RecordedStep(TorchDispatchMode):
         name = func.name().removeprefix("aten::").split(".")[0]
         if name in _WAITS:
             raise AssertionError(f"{func} makes the host wait for the device")
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        named = [argument for argument in func._schema.arguments if argument.name in kwargs]
+        values = [*args, *(kwargs[argument.name] for argument in named)]
+        for argument, value in zip(
+            (*func._schema.arguments[: len(args)], *named), values, strict=True
+        ):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(value)
+                for written in tree_leaves(value):
+                    self._keep(written)
         out = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, out))
         old = {_place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -43,14 +49,16 @@ class RecordedStep(TorchDispatchMode):
         return out
 
     def _keep(self, written: Tensor) -> None:
-        place = _place(written)
-        if place not in self.made and place not in self.before:
-            self.before[place] = written, written.clone()
+        part = written.data_ptr(), written.shape, written.stride()
+        if _place(written) not in self.made and part not in self.before:
+            self.before[part] = written.detach(), written.detach().clone()
 
     def restore(self) -> None:
-        for written, value in self.before.values():
+        # Parts that overlap: what was kept first is what was there first.
+        for written, value in reversed(self.before.values()):
             written.copy_(value)
 
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
             fresh = func(*args, **kwargs)

@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.training.capture import Work
+from tests.support.recorded_graph import record
 
 
 class RecorderStandIn:
     """As CUDA graphs do, it computes nothing while it records, and a replay writes into the memory
     of the recording: here NaN until the first one.
 
+    A network's passes run again as they are in Python. An optimizer's step, which is what runs
+    without gradients, is recorded by its operators: numbers of the host are those of the recording.
+
     Attributes:
-        rehearsals, recordings, replays: how many there were.
+        rehearsals, recordings, replays: how many there were, of passes and steps.
+        steps: replays of steps among them.
         replaying: entered around each replay, as a count of launches is paused.
     """
 
     def __init__(self, *_: object) -> None:
-        self.rehearsals = self.recordings = self.replays = 0
+        self.rehearsals = self.recordings = self.replays = self.steps = 0
         self.replaying = _nothing
 
     def rehearse(self, work: Work) -> None:
@@ -30,6 +35,8 @@ class RecorderStandIn:
 
     def record(self, work: Work) -> tuple[list[Tensor], Callable[[], None]]:
         self.recordings += 1
+        if not torch.is_grad_enabled():
+            return [], self._step(record(work))
         kept = [torch.full_like(made.detach(), torch.nan) for made in work()]
 
         def replay() -> None:
@@ -40,6 +47,15 @@ class RecorderStandIn:
                     place.data.copy_(value.detach())  # autograd does not see a replay write
 
         return kept, replay
+
+    def _step(self, recorded: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            self.replays += 1
+            self.steps += 1
+            with self.replaying():
+                recorded()
+
+        return replay
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from mixflow_fast.training import build, ddp_engine
 from mixflow_fast.training.capture import CapturedNetwork, check_device
 from mixflow_fast.training.trainer import Trainer, train
 from tests.support.compiling import compiler
-from tests.support.launches import Launches
+from tests.support.csrc_library import require_library
+from tests.support.launches import Launches, Operators
 from tests.support.recording import RecorderStandIn
 from tests.support.runs import assert_same_bits, tiny
 
@@ -149,7 +151,8 @@ def test_a_run_has_the_bits_of_mode_compile(
     for images in (16, 32):
         more = ["model.mode=graph", f"train.images={images}"]
         train(tiny(tmp_path / "graph", *own, *more), quiet=True)
-    assert [one.replays for one in stand_in] == [8, 8]  # of 2 steps, 2 micro-batches, 2 passes
+    # Of 2 steps, 2 micro-batches, 2 passes; and of the second step.
+    assert [(one.replays, one.steps) for one in stand_in] == [(9, 1), (9, 1)]
     assert_same_bits(tmp_path / "compile", tmp_path / "graph")
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
@@ -197,3 +200,130 @@ def test_where_it_is_refused() -> None:
         validate(tiny(Path("x"), "model.mode=graph"))
     with pytest.raises(ValueError, match="got a run on cpu: set model.mode=eager or compile"):
         Trainer(tiny(Path("x"), *DDP, "model.mode=graph", "train.device=cpu"), quiet=True)
+
+
+# A rate that changes, clipping, decay, averages of every kind, steps that may be passed over.
+OPTIM = ["optim.grad_clip=0.5", "optim.weight_decay=0.1", "train.on_nonfinite=skip"]
+OPTIM += ["optim.ema_decays=[0.9,0.99]", "optim.ema_sigma_rel=[0.1]", "train.keep_last=20"]
+
+
+class Steps:
+    """An engine's steps on random batches."""
+
+    def __init__(self, out: Path, mode: str, parts: int, *more: str) -> None:
+        own = [*DDP, *OPTIM, f"model.mode={mode}", f"train.microbatch_size={8 // parts}"]
+        own += ["train.images=400"]
+        self.trainer = Trainer(tiny(out, *own, *more), quiet=True)
+        self.engine, self._parts = self.trainer.engine, parts
+        self._dtype = next(self.engine.module.parameters()).dtype
+        self.norms: list[Tensor] = []
+
+    def run(self, first: int, last: int, bad: int = 0) -> None:
+        """Steps with these numbers; in step `bad` the loss is not a number."""
+        for step in range(first, last + 1):
+            self.engine.set_lr(1e-3 * min(step / 5, 1.0))
+            for part in range(self._parts):
+                g = torch.Generator().manual_seed(100 * step + part)
+                x = torch.randn(8 // self._parts, 3, 16, 16, generator=g).to(self._dtype)
+                t = torch.rand(len(x), generator=g)
+                pred = self.engine(x, t, torch.arange(len(x)) % 3)
+                self.engine.backward(pred.square().mean() * (torch.nan if step == bad else 1.0))
+                self.engine.step()
+            self.norms.append(self.engine.grad_norm().clone())
+
+    def save(self, step: int) -> Path:
+        self.trainer.step = step
+        return self.trainer.save()
+
+    def state(self) -> list[Tensor]:
+        keys = ["model", "exp_avg", "exp_avg_sq", "ema", "ema_1", "ema_power_0"]
+        found = [v.clone() for k in keys for _, v in self.engine.gathered(k, stepped=True)]
+        return [*found, *(p.detach().clone() for p in self.engine.module.parameters())]
+
+
+def assert_same(a: Steps, b: Steps) -> None:
+    for x, y in zip(a.state(), b.state(), strict=True):
+        assert torch.equal(x, y)
+    for x, y in zip(a.norms, b.norms, strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("parts", "impl"), [(1, "csrc"), (2, "csrc"), (1, "foreach")])
+def test_recorded_steps_have_the_bits_of_steps(
+    tmp_path: Path,
+    precision: str,
+    parts: int,
+    impl: str,
+    stand_in: list[RecorderStandIn],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """20 steps with a warm-up, one passed over, two ways back, one of them to before any step."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    require_library()
+    made = {}
+    for mode in ("eager", "graph"):
+        more = [f"train.precision={precision}", f"optim.impl={impl}"]
+        made[mode] = steps = Steps(tmp_path / mode, mode, parts, *more)
+        beginning = steps.save(0)
+        steps.run(1, 20, bad=9)
+        middle = steps.save(20)
+        if mode == "graph":  # the first step runs as it is
+            assert stand_in[0].steps == 19
+        steps.run(21, 24)
+        assert steps.engine.load(middle)
+        steps.run(21, 24)
+        if mode == "graph":  # memory has stayed where it was
+            assert stand_in[0].steps == 27
+        after = steps.state()
+        assert steps.engine.load(beginning)
+        steps.run(1, 3)
+        if mode == "graph":  # the state has begun anew, elsewhere
+            assert stand_in[0].steps == 29
+        assert not all(torch.equal(x, y) for x, y in zip(after, steps.state(), strict=True))
+    assert_same(made["eager"], made["graph"])
+    assert made["graph"].norms[8].isnan() and made["graph"].norms[9].isfinite()
+    # A new process goes on from the checkpoint, in either mode.
+    resumed = {}
+    for mode in ("eager", "graph"):
+        made[mode].trainer.close()
+        more = [f"train.precision={precision}", f"optim.impl={impl}"]
+        resumed[mode] = Steps(tmp_path / mode, mode, parts, *more)
+        assert resumed[mode].trainer.step == 20
+        resumed[mode].run(21, 24)
+    assert_same(*resumed.values())
+    for first, second in zip(made["graph"].norms[20:24], resumed["graph"].norms, strict=True):
+        assert torch.equal(first, second)
+    for steps in resumed.values():
+        steps.trainer.close()
+
+
+@pytest.mark.parametrize("impl", ["csrc", "foreach"])
+def test_what_the_host_does_for_a_step(
+    tmp_path: Path,
+    impl: str,
+    stand_in: list[RecorderStandIn],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Constants to the device and one replay, where it is a series of operators otherwise."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    require_library()
+    found = {}
+    for mode in ("eager", "graph"):
+        steps = Steps(tmp_path / mode, mode, 1, f"optim.impl={impl}")
+        steps.run(1, 3)
+        step, launched = steps.engine.step, Operators()
+        if mode == "graph":
+            stand_in[0].replaying = launched.paused
+
+        def counted(step: Callable[[], None] = step, launched: Operators = launched) -> None:
+            with launched:
+                step()
+
+        monkeypatch.setattr(steps.engine, "step", counted)
+        steps.run(4, 4)
+        steps.trainer.close()
+        found[mode] = launched.names
+    assert found["graph"] == {"csrc": ["adamw_constants_"], "foreach": ["fill_"] * 4}[impl]
+    # 22 tensors of a network with one block, which foreach calls cannot pass over by themselves.
+    assert len(found["eager"]) == {"csrc": 10, "foreach": 277}[impl]

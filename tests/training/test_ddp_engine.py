@@ -96,6 +96,14 @@ def test_many_ranks(tmp_path: Path) -> None:
     assert losses(tmp_path / "left") == pytest.approx(losses(tmp_path / "bf16_alone"), rel=2e-3)
 
 
+def test_mode_graph_on_two_ranks(tmp_path: Path) -> None:
+    """The bits of mode eager, while DDP holds the gradients; the optimizer's steps are replays."""
+    cases = [("fp32", ddp("fp32", "train.images=24")), ("bf16", ddp("bf16", "train.images=24"))]
+    on_ranks(2, RANKS, "graphs", str(tmp_path), json.dumps(cases))
+    for name, _ in cases:
+        assert_same_bits(tmp_path / f"{name}_eager", tmp_path / f"{name}_graph")
+
+
 @pytest.mark.long
 def test_three_ranks_resume_to_the_bit(tmp_path: Path) -> None:
     """Sums of three depend on where an element stands in a bucket, so the buckets must not move."""

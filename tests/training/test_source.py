@@ -292,13 +292,19 @@ def test_the_kernels_train_like_the_reference(tmp_path: Path) -> None:
     for impl in ("reference", "triton"):
         out = tmp_path / impl
         own = [f"objective.impl={impl}", "train.microbatch_size=4", "train.images=24"]
-        train(tiny_mixed(out, *own, *settings("fp32", 0), "source.widths=[8]"), quiet=True)
+        train(tiny_mixed(out, *own, *settings("fp32", 0), "source.groups=2"), quiet=True)
         found.append((read_metrics(out / "metrics.jsonl"), weights(out)))
     (rows, plain), (fused_rows, fused) = found
     for a, b in zip(rows, fused_rows, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
         assert b["source_kl"] == pytest.approx(a["source_kl"], rel=1e-4)
-    for key in ("model", "source"):
-        for name, tensor in plain[key].items():
-            torch.testing.assert_close(fused[key][name], tensor, rtol=1e-4, atol=1e-5)
+    trainer = Trainer(tiny_mixed(tmp_path / "first", "source.groups=2"), quiet=True)
+    initial = trainer.engine.full_states(stepped=False)[0]
+    trainer.close()
+    for key, prefix in (("model", ""), ("source", "source.")):
+        # Softmax does not see a shift of all keys: Adam makes steps of that gradient's rounding.
+        names = [n for n in plain[key] if not n.endswith("to_k.bias")]
+        moved = torch.cat([(plain[key][n] - initial[prefix + n]).flatten() for n in names])
+        apart = torch.cat([(fused[key][n] - plain[key][n]).flatten() for n in names])
+        assert apart.norm() < 1e-3 * moved.norm(), key

@@ -1,13 +1,25 @@
 """Networks read off the shapes of their state dicts."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mixflow_fast.models import DITDH_SIZES, DiTDH, SiT, build, infer_kwargs, infer_sit_kwargs
-from tests.support.golden import FOLDER
+from mixflow_fast.checkpoints.inspect import inspect_file
+from mixflow_fast.models import (
+    DITDH_SIZES,
+    DiTDH,
+    SiT,
+    SongUNet,
+    build,
+    infer_kwargs,
+    infer_sit_kwargs,
+    load_model,
+)
+from tests.support.golden import FOLDER, load
+from tests.support.kernels import relative_rms
 from tests.support.weights import HEAD, golden
 
 
@@ -111,3 +123,37 @@ def test_ditdh_that_cannot_be_read() -> None:
         infer_kwargs(bare | {"pos_embed": state["pos_embed"]})
     with pytest.raises(ValueError, match="DiT-DH, got one with no y_embedder"):
         infer_kwargs({n: t for n, t in state.items() if "y_emb" not in n})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"img_resolution": 64, "channel_mult": [1, 2, 2, 2]},
+        {"in_channels": 4, "out_channels": 4, "attn_resolutions": [], "num_blocks": 1},
+        {"model_channels": 32, "channel_mult_emb": 2, "channel_mult_noise": 2},
+        {"model_channels": 32, "attn_resolutions": [32, 16], "activate_w_mode": True},
+    ],
+)
+def test_songunet_is_read_off_its_names_and_shapes(options: dict[str, Any]) -> None:
+    """All but dropout, which evaluation mode does not need."""
+    with torch.device("meta"):
+        model = SongUNet(**options)
+        class_name, kwargs = infer_kwargs(model.state_dict())
+        assert class_name == "SongUNet" and SongUNet(**kwargs).config == model.config
+
+
+@pytest.mark.parametrize("name", ["songunet_0", "songunet_w_0"])
+def test_official_songunet_is_loaded(name: str, tmp_path: Path) -> None:
+    """Under the prefix of a Lightning module, with the predictor beside it."""
+    g, config = load(name)
+    state = {k[6:]: v for k, v in g.items() if k.startswith("state.")}
+    held = {f"denoiser.{k}": v for k, v in state.items()} | {"noise_predictor.a": torch.ones(1)}
+    torch.save({"state_dict": held}, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="without their prefix 'denoiser.'"):
+        model = load_model(tmp_path / "last.ckpt")
+    assert isinstance(model, SongUNet) and model.clock == "data_at_1"
+    out = model(g["x"], g["t"], w=g.get("w"))
+    assert relative_rms(out, g["out"]) < 1e-5
+    found = inspect_file(tmp_path / "last.ckpt")
+    assert found.fits and found.kind == "SongUNet" and "SongUNet of widths 16, 32" in found.model
