@@ -71,6 +71,7 @@ class Stream(IntEnum):
     SAMPLE_WEIGHT = 19  # weight w for generated samples
     SAMPLE_SOURCE_NOISE = 20  # second noise for generated samples
     DROPOUT = 21  # dropout inside a network
+    SOURCE_DROPOUT = 22  # w = 0 of a mixed source, whatever its weight was
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

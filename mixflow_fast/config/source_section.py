@@ -7,12 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mixflow_fast.config.section import (
-    NotNegativeFloat,
-    Positive,
-    Rule,
-    Section,
-)
+from mixflow_fast.config.section import Fraction, NotNegativeFloat, Positive, Rule, Section
 from mixflow_fast.flow.source import Kappa, SourceMode
 
 SourceKind = Literal["standard", "mixed"]
@@ -23,7 +18,7 @@ Share = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
 SOURCE_FIELDS: Mapping[SourceKind, tuple[str, ...]] = {
     "standard": (),
     "mixed": ("kappa", "mode", "w", "lam", "beta", "predictor", "widths", "layers", "groups",
-              "low_resolution", "zero_init", "frozen", "sample_w"),
+              "low_resolution", "zero_init", "dropout", "frozen", "sample_w"),
 }  # fmt: skip
 # Fields that one predictor takes and the other does not.
 _OF_PREDICTOR: dict[PredictorName, tuple[str, ...]] = {
@@ -66,6 +61,9 @@ class SourceConfig(Section, name="source"):
     """table: side of its rows, which are then upsampled: fewer parameters; null: the data's."""
     zero_init: bool = False
     """unet: begins at N(0, I) exactly; false is PyTorch's initialisation, as published."""
+    dropout: Fraction = 0.0
+    """Probability that an example has w = 0, whatever w was drawn; independent of
+    train.label_dropout, which hides the class from the network alone."""
     frozen: bool = False
     """The source of train.init stays as it is, for slowed interpolation (objective.gamma > 0) on
     top of it; it has no KL then."""

@@ -57,6 +57,8 @@ class MixedSource:
             every resolution.
         beta: or the weight of the KL's sum, as published: loss = mse + beta KL. lam = beta D.
         log_var_range: the log-variance is clamped to it, and has no gradient outside.
+        dropout: probability in [0, 1) that a training example has w = 0, whatever w was drawn: its
+            noise end is plain noise, and the network learns those as well as the mixture.
         detach: the velocity loss sends no gradient to the source, which is then trained by its KL
             alone and becomes N(0, I): plain flow matching, by a longer way. For comparisons.
 
@@ -74,6 +76,7 @@ class MixedSource:
         lam: float | None = None,
         beta: float | None = None,
         log_var_range: tuple[float, float] = (-12.0, 6.0),
+        dropout: float = 0.0,
         detach: bool = False,
     ) -> None:
         if not callable(predictor):
@@ -97,6 +100,7 @@ class MixedSource:
         self.lam = None if lam is None else _check_penalty("lam", lam)
         self.beta = None if beta is None else _check_penalty("beta", beta)
         self.log_var_range = _check_range(log_var_range)
+        self.dropout = _check_dropout(dropout)
         self.detach = bool(detach)
 
     def __repr__(self) -> str:
@@ -295,6 +299,12 @@ def _discrete(w: str) -> int:
 def _check_penalty(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+    return float(value)
+
+
+def _check_dropout(value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"dropout must be a number in [0, 1), got {value!r}")
     return float(value)
 
 

@@ -39,6 +39,14 @@ def draw_noise(seed: Tensor, ids: Tensor, like: Tensor, impl: str, stream: Strea
     return noise.view(like.shape).to(compute_dtype(like))
 
 
+def drop_weights(w: Tensor, dropout: float, seed: Tensor, ids: Tensor) -> Tensor:
+    """Weights of a mixed source, (B,), some of them 0 with probability `dropout`, by position."""
+    if not dropout:
+        return w
+    dropped = philox.uniform(seed, Stream.SOURCE_DROPOUT, ids)[:, 0] < dropout
+    return torch.where(dropped, 0.0, w)
+
+
 def perturbed(
     x: Tensor,
     strength: float,

@@ -21,7 +21,7 @@ from mixflow_fast.kernels.mixed_source import (
 from mixflow_fast.kernels.mixed_source.weights import draw_weight
 from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.kernels.runtime import compute_dtype
-from mixflow_fast.objective.draws import draw_noise
+from mixflow_fast.objective.draws import draw_noise, drop_weights
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def mixed_interpolation(
     compute = compute_dtype(x1)
     mean, log_var = source.predict(x1.shape, x1=x1, y=y, z=z, dtype=compute)
     w = draw_weight(source, seed, ids, Stream.SOURCE_WEIGHT).to(compute)
+    w = drop_weights(w, source.dropout, seed, ids)
     options = dict(clock=clock, path=path, mode=source.mode, patch_size=patch_size, dtype=dtype)
     if impl == "triton" and not source.detach:
         mean, log_var = (

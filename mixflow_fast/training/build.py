@@ -98,7 +98,9 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     model = build_model(c.model, "meta")
     source = source_record(c.source, c.model)
     carry_predictor(model, source, c.source.frozen, c.model.init_seed)
-    mix = build_objective(c.objective, model.clock, c.train.seed, mixed_source(source, model))
+    mix = build_objective(
+        c.objective, model.clock, c.train.seed, mixed_source(source, model, c.source.dropout)
+    )
     encoder = build_encoder(c.encoder, c.model)
     dataset = build_data(c.data, c.model, c.encoder)
     if wants_labels(mix):  # a SongUNet takes any, its source does not
@@ -370,7 +372,7 @@ def check(config: Config, world_size: int = 1) -> None:
     source = source_record(config.source, config.model)
     carry_predictor(model, source, config.source.frozen, config.model.init_seed)
     objective = config.objective, model.clock, config.train.seed
-    build_objective(*objective, mixed_source(source, model))
+    build_objective(*objective, mixed_source(source, model, config.source.dropout))
     check_encoder(config.encoder, config.model)
     if config.teacher.path is not None:
         _check_teacher(config.teacher, config.model, _token_side(model))

@@ -120,9 +120,11 @@ def carry_predictor(
     network.source = predictor.requires_grad_(not frozen)
 
 
-def mixed_source(source: SourceRecord | None, network: nn.Module) -> MixedSource | None:
+def mixed_source(
+    source: SourceRecord | None, network: nn.Module, dropout: float
+) -> MixedSource | None:
     """The source around the predictor that a network carries; None for N(0, I)."""
-    return None if source is None else source.source(predictor_of(network))
+    return None if source is None else source.source(predictor_of(network), dropout)
 
 
 def follow_network(mix: MixFlow, network: nn.Module) -> None:

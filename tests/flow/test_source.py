@@ -182,6 +182,7 @@ REFUSED = {
     "w in words": (dict(w="half", lam=1), "w must be .*got 'half'"),
     "range": (dict(lam=1, log_var_range=(0.5, 2)), "log_var_range must be two numbers around 0"),
     "range too wide": (dict(lam=1, log_var_range=(-12, 90)), r"in \[-80, 80\], got \(-12, 90\)"),
+    "dropout": (dict(lam=1, dropout=1.0), r"dropout must be a number in \[0, 1\), got 1.0"),
     "range of one": (dict(lam=1, log_var_range=-12), "log_var_range must be two .*got -12"),
 }
 

@@ -308,3 +308,23 @@ def test_the_kernels_train_like_the_reference(tmp_path: Path) -> None:
         moved = torch.cat([(plain[key][n] - initial[prefix + n]).flatten() for n in names])
         apart = torch.cat([(fused[key][n] - plain[key][n]).flatten() for n in names])
         assert apart.norm() < 1e-3 * moved.norm(), key
+
+
+def test_dropped_sources_are_plain_noise_on_examples_of_their_own(tmp_path: Path) -> None:
+    """w = 0 by a stream of its own: neither the other weights nor the labels change with it."""
+
+    def seen(name: str, *overrides: str) -> StepOutput:
+        common = ["train.images=64", "train.global_batch_size=64", "train.microbatch_size=64"]
+        config = tiny_mixed(tmp_path / name, *TABLE, *common, "train.label_dropout=0.5", *overrides)
+        trainer, found = Trainer(config, quiet=True), []
+        trainer.on_step = lambda step, outputs, means: found.extend(outputs)
+        trainer.run()
+        return found[0]
+
+    plain, some = seen("plain"), seen("some", "source.dropout=0.5")
+    dropped = some.it.source.w == 0
+    assert 16 < int(dropped.sum()) < 48 and not (plain.it.source.w == 0).any()
+    assert torch.equal(some.it.source.w[~dropped], plain.it.source.w[~dropped])
+    assert torch.equal(some.y, plain.y)
+    both = dropped & (some.y == 2)
+    assert 4 < int(both.sum()) < int(dropped.sum()) - 4  # independent of the labels' dropout

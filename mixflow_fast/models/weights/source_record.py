@@ -58,9 +58,9 @@ class SourceRecord:
         with torch.device(device):
             return PREDICTORS[self.predictor](**self.kwargs)
 
-    def source(self, predictor: nn.Module) -> MixedSource:
-        """The source around a predictor."""
-        options = {"kappa": self.kappa, "mode": self.mode, "w": self.w}
+    def source(self, predictor: nn.Module, dropout: float = 0.0) -> MixedSource:
+        """The source around a predictor; `dropout` is that of training."""
+        options = {"kappa": self.kappa, "mode": self.mode, "w": self.w, "dropout": dropout}
         return MixedSource(predictor, **options, lam=self.lam, beta=self.beta)
 
     def describe(self) -> str:
