@@ -364,8 +364,8 @@ def choice_note(settings: MixedSettings, seeds: Sequence[int]) -> str:
     if settings != MIXED:
         return "The lambdas of the demo's own settings were chosen on other seeds and lengths."
     words = (
-        f"Both lambdas were chosen on seed {', '.join(map(str, CHOSEN_ON))} alone; gamma is that of "
-        "the demo of slowed interpolation."
+        f"Both lambdas were chosen on seed {', '.join(map(str, CHOSEN_ON))} alone; gamma is that "
+        "of the demo of slowed interpolation."
     )
     if tuned := [seed for seed in seeds if seed in CHOSEN_ON]:
         words += f" Of the seeds shown, {', '.join(map(str, tuned))} took part in that choice."
