@@ -8,12 +8,24 @@ import pytest
 import torch
 
 from mixflow_fast.cli.main import main
-from mixflow_fast.demo import MIXED, SETTINGS, MixedSettings, arms, both_arms, mixed_arms, run_demo
+from mixflow_fast.data import build_dataset, sample_index
+from mixflow_fast.demo import (
+    MIXED,
+    SETTINGS,
+    MixedSettings,
+    aggregate,
+    arms,
+    both_arms,
+    mixed_arms,
+    run_demo,
+)
 from mixflow_fast.demo import measure as measuring
 from mixflow_fast.demo.mixed import SWEEP, choice_note
+from mixflow_fast.flow.source import MixedSource
 from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.models import load_model
 from mixflow_fast.models.weights.sources import load_source
+from mixflow_fast.objective import MixFlow
 from mixflow_fast.reports.mixed_tables import HEALTH
 from tests.support.pages import assert_loads_nothing
 
@@ -33,10 +45,15 @@ TOY = replace(
 pytestmark = pytest.mark.filterwarnings("ignore:.*full-rank.*", "ignore:.*samples.*:UserWarning")
 
 
-@pytest.fixture(autouse=True)
-def without_effnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FD-EffLite0 of all held-out crops takes seconds, and tests/test_demo.py has it."""
-    monkeypatch.setattr(measuring, "has_effnet", lambda data: False)
+def make_cheap(patch: pytest.MonkeyPatch) -> None:
+    """FD-EffLite0 takes seconds, and tests/test_demo.py has it; few crops make an aggregate."""
+    patch.setattr(measuring, "has_effnet", lambda data: False)
+    patch.setattr(aggregate, "IMAGES", 100)
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("matplotlib")
     out = tmp_path_factory.mktemp("mixed") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "has_effnet", lambda data: False)
+        make_cheap(patch)
         run_demo(out, settings=TOY, method="mixed", quiet=True)
     return out
 
@@ -73,8 +90,18 @@ def curvature_by_definition(model: torch.nn.Module, count: int, steps: int) -> f
 
 def test_arms_differ_in_their_source_alone(folder: Path) -> None:
     found = report(folder)
-    assert list(found["arms"]) == ["rf", "mix", "fc", "fc_tuned"]
-    configs = {name: found["config"][name] for name in found["arms"]}
+    assert list(found["arms"]) == [
+        "rf",
+        "mix",
+        "mix_own",
+        "fc",
+        "fc_own",
+        "fc_tuned",
+        "fc_tuned_own",
+    ]
+    trained = [name for name, arm in found["arms"].items() if "source" in arm]
+    assert trained == ["rf", "mix", "fc", "fc_tuned"]
+    configs = {name: found["config"][name] for name in trained}
     for config in configs.values():
         for section in ("model", "objective", "data", "optim", "train"):
             assert config[section] == configs["rf"][section]
@@ -91,6 +118,9 @@ def test_arms_differ_in_their_source_alone(folder: Path) -> None:
 def test_numbers_are_what_they_say(folder: Path) -> None:
     found = report(folder)
     for name, arm in found["arms"].items():
+        if arm["weights_of"] is not None:
+            assert "source" not in arm
+            continue
         model = load_model(folder / "seed_0" / name / "weights.pt").eval()
         expected = curvature_by_definition(model, 6, 4)
         assert arm["source"]["curvature"] == pytest.approx(expected, rel=1e-4)
@@ -108,23 +138,65 @@ def test_numbers_are_what_they_say(folder: Path) -> None:
     # A weaker KL lets the source go further from N(0, I).
     kl = {n: found["arms"][n]["source"]["health"]["kl_per_dim"] for n in ("fc", "fc_tuned")}
     assert kl["fc"] > kl["fc_tuned"] > 0
+    (gaussian,) = found["references"].values()
+    # Moments are what the distance of averaged pixels asks for, and not what the other does.
+    assert gaussian["frechet"] < 3 * found["floor"]["frechet"]
+    assert gaussian["frechet_random_conv"] > 3 * found["floor"]["frechet_random_conv"]
     toy = found["toy"]["arms"]
     assert len(toy) == 4 and all(len(arm["paths"]) >= 20 for arm in toy.values())
 
 
+@pytest.mark.parametrize("w", ["uniform", 1.0])
+def test_the_aggregate_has_the_moments_of_the_noise_ends(w: str | float) -> None:
+    """Against draws of a source whose mean follows the image, of one class each."""
+    photos = build_dataset("photos", size=4)
+
+    def predictor(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0.5 * x + 0.25, 0.5 * x - 1.0], dim=1)
+
+    source = MixedSource(predictor, "data", "moments", w, lam=1.0)
+    found = aggregate.moments_of(source, photos)
+    index = sample_index(torch.arange(8000), len(photos), seed=0)
+    batch = photos.get(index, index, 0)
+    mix = MixFlow(gamma=0, timesteps="uniform", clock="data_at_1", source=source)
+    draws = [mix.prepare(batch.x, ids=index + k * 10**6).x0().flatten(1) for k in range(8)]
+    for label in (0, 1):
+        own = torch.cat([x0[batch.y == label] for x0 in draws]).double()
+        mean, cov = own.mean(0), own.T.cov()
+        root = found.directions[label] * found.variances[label]
+        assert (found.mean[label] - mean).abs().max() < 0.03
+        assert (root @ found.directions[label].T - cov).abs().max() < 0.05
+    # Where samples begin has these moments, too.
+    eps = torch.randn(40_000, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    starts = found.begin(eps, torch.ones(len(eps), dtype=torch.int64)).flatten(1).double()
+    assert (starts.mean(0) - found.mean[1]).abs().max() < 0.05
+    assert (starts.T.cov() - root @ found.directions[1].T).abs().max() < 0.1
+    assert found.largest_variance > 1.5 and found.w2_per_dim > 0.01
+
+
+def test_the_aggregate_of_a_standard_source_is_standard() -> None:
+    photos = build_dataset("photos", size=4)
+    nothing = MixedSource(lambda x: torch.zeros(len(x), 6, 4, 4), "data", lam=1.0)
+    found = aggregate.moments_of(nothing, photos)
+    assert found.largest_variance == pytest.approx(1) and found.w2_per_dim == pytest.approx(0)
+    eps = torch.randn(5, 3, 4, 4)
+    assert torch.allclose(found.begin(eps, torch.tensor([0, 1, 1, 0, 1])), eps, atol=1e-6)
+
+
 def test_the_page_and_its_tables(folder: Path) -> None:
     page = assert_loads_nothing((folder / "report.html").read_text())
-    assert "In two dimensions" in page.text and "every arm here is sampled" in page.words
-    # A row and a grid of four arms and of real crops.
-    assert sum(tag == "img" for tag, _ in page.tags) == 10
+    assert "In two dimensions" in page.text and "every trained arm is sampled" in page.words
+    # A row and a grid of seven arms and of real crops.
+    assert sum(tag == "img" for tag, _ in page.tags) == 16
     assert ["MixFlow, lambda 0.3, against rectified flow"] == [
         row[0] for row in page.rows if row[0].startswith("MixFlow, lambda 0.3, against rect")
     ][:1]
     text = (folder / "report.md").read_text()
-    assert "aggregate: variance (1)" in text and "Heun, 3 steps (5 NFE)" in text
+    assert "largest variance (1)" in text and "Heun, 3 steps (5 NFE)" in text
     assert (folder / "arms.png").exists()
 
 
+@pytest.mark.usefixtures("cheap")
 def test_both_goes_on_from_the_arms_of_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, calls = arms.evaluate, []
 
@@ -139,7 +211,8 @@ def test_both_goes_on_from_the_arms_of_mixed(folder: Path, monkeypatch: pytest.M
         run_demo(folder, settings=TOY, method="both", quiet=True)
     run_demo(folder, settings=TOY, method="both", quiet=True)
     # rf and mix were there, and what the interruption left is not made again.
-    assert calls == ["rf_plain", "rf_slowed", "mix_plain", "mix_plain", "mix_slowed"]
+    trained = ["rf_plain", "rf_slowed", "mix_plain", "mix_plain", "mix_plain_own"]
+    assert calls == [*trained, "mix_slowed", "mix_slowed_own"]
     found = report(folder)
     assert list(found["arms"]) == list(both_arms(TOY)) and found["method"] == "both"
     before = stored(folder, "mix")["source_ema"]
@@ -159,6 +232,7 @@ def test_both_goes_on_from_the_arms_of_mixed(folder: Path, monkeypatch: pytest.M
     assert "the label t is where the sampler" in text and "the source frozen" in text
 
 
+@pytest.mark.usefixtures("cheap")
 def test_other_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(lam: 0.3 -> 0.1\): choose"):
         run_demo(folder, settings=replace(TOY, lam=0.1), method="mixed", quiet=True)
@@ -182,17 +256,18 @@ def test_other_settings_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_sweep_holds_both_sources_at_every_lambda() -> None:
     every = mixed_arms(MIXED, sweep=True)
     for w in ("uniform", 1.0):
-        lambdas = [arm.lam for arm in every.values() if arm.w == w]
+        trained = [arm for arm in every.values() if arm.weights_of is None]
+        lambdas = [arm.lam for arm in trained if arm.w == w]
         assert sorted(lambdas) == sorted({*SWEEP, MIXED.lam, MIXED.fc_lam})
     # Folded: exactly what the sweep adds.
     assert {n for n, arm in every.items() if not arm.folded} == set(mixed_arms(MIXED))
     same = mixed_arms(replace(MIXED, fc_lam=MIXED.lam))
-    assert list(same) == ["rf", "mix", "fc"]
+    assert list(same) == ["rf", "mix", "mix_own", "fc", "fc_own"]
 
 
 def test_the_note_on_the_choice_names_seeds_that_are_not_free_of_it() -> None:
-    assert "110, 111, 112, 113 alone" in choice_note(MIXED, [0, 1])
-    assert choice_note(MIXED, [1, 112]).endswith("112 took part in that choice.")
+    assert "on seed 110 alone" in choice_note(MIXED, [0, 1])
+    assert choice_note(MIXED, [1, 110]).endswith("110 took part in that choice.")
     assert "other seeds" in choice_note(TOY, [0])
 
 

@@ -8,19 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mixflow_fast.config.schema import Config
 from mixflow_fast.demo.measure import Measure
-from mixflow_fast.demo.plan import Evaluation, Plan
+from mixflow_fast.demo.plan import Beginning, Evaluation, Plan
 from mixflow_fast.files import write_json
-from mixflow_fast.models import load_model
+from mixflow_fast.models import Transformer, load_model
 from mixflow_fast.reports.demo_result import Cell, Metric
 from mixflow_fast.reports.images import save_grid
-from mixflow_fast.sampling.samples import sample
+from mixflow_fast.sampling import Sampler, draw_labels, model_velocity, sample, sampling_noise
 
 STRIP = 10  # images that every arm shows in one row, the same noise in the same column
 GRID = 32
+_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Seed:
         cells = evaluate(folder, Path(config.out), name, self, measure, quiet)
         found: Evaluation = {"cells": cells, "seconds": 0.0}
         weights = Path(config.out) / "weights.pt"
-        source = self.plan.source_numbers(weights, self.number, measure, quiet)
+        source = self.plan.source_numbers(weights, self.number, measure, quiet) if own else None
         if source is not None:
             found["source"] = source
         found["seconds"] = time.monotonic() - started
@@ -90,28 +92,46 @@ def evaluate(
     settings = seed.plan.settings
     model = load_model(trained / "weights.pt")
     cells: dict[Metric, dict[str, Cell]] = {metric: {} for metric in measure.spaces}
+    begin = seed.plan.begin(name, trained / "weights.pt")
     for steps in settings.steps:
         remedy = seed.plan.remedy(name, steps)
-        if remedy is None and folder != trained:
+        if remedy is None and begin is None and folder != trained:
             # No remedy at this number of steps: what the arm without it has, not sampled again.
             _copy(trained, folder, cells, steps)
             continue
-        drawn = sample(
-            model,
-            num=settings.samples,
-            steps=steps,
-            method="euler",
-            seed=seed.number,
-            balanced=True,
-            batch_size=min(250, settings.samples),
-            remedy=remedy,
-            progress=not quiet,
-        )
+        if begin is not None:
+            images = _sample_from(model, begin, settings.samples, steps, seed.number)
+        else:
+            images = sample(
+                model,
+                num=settings.samples,
+                steps=steps,
+                method="euler",
+                seed=seed.number,
+                balanced=True,
+                batch_size=min(_BATCH, settings.samples),
+                remedy=remedy,
+                progress=not quiet,
+            ).x
         if steps in settings.picture_steps:
-            save_pictures(folder, drawn.x, steps)
-        for metric, cell in measure(drawn.x).items():
+            save_pictures(folder, images, steps)
+        for metric, cell in measure(images).items():
             cells[metric][str(steps)] = cell
     return cells
+
+
+@torch.inference_mode()
+def _sample_from(
+    model: Transformer, begin: Beginning, samples: int, steps: int, seed: int
+) -> Tensor:
+    """What `sample` gives by Euler steps with balanced labels, but for where the samples begin."""
+    c = model.eval().config
+    shape, found = (c["in_channels"], c["input_size"], c["input_size"]), []
+    for ids in torch.arange(samples).split(_BATCH):
+        labels = draw_labels(seed, ids, c["num_classes"], balanced=True)
+        x0 = begin(sampling_noise(None, seed, ids, shape), labels)
+        found.append(Sampler("euler", steps).run(model_velocity(model, labels), x0)[0])
+    return torch.cat(found)
 
 
 def _copy(source: Path, folder: Path, cells: Mapping[Metric, dict[str, Cell]], steps: int) -> None:

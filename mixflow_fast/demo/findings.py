@@ -71,7 +71,7 @@ def findings(
         "same noise, with the same label.",
         "about": words.about,
     }
-    return {**result, **plan.more_findings(out, seeds)}
+    return {**result, **plan.more_findings(out, seeds, measure)}
 
 
 def _arm_result(

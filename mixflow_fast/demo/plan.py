@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, Protocol, TypedDict
+
+from torch import Tensor
 
 from mixflow_fast.config.schema import Config
 from mixflow_fast.demo.measure import Measure
 from mixflow_fast.reports.demo_result import ArmResult, Cell, DemoResult, Method, Metric
 from mixflow_fast.sampling.remedies import Remedy
+
+# Standard normal numbers (B, ...) and labels (B,) -> the states that samples begin at.
+Beginning = Callable[[Tensor, Tensor], Tensor]
 
 
 class Sizes(Protocol):
@@ -138,6 +143,14 @@ class Plan(ABC):
         """What the samples of an arm are corrected by."""
         return None
 
+    def begin(self, name: str, weights: Path) -> Beginning | None:
+        """Where the samples of an arm begin; None: at N(0, I).
+
+        Args:
+            weights: that the arm samples.
+        """
+        return None
+
     def source_numbers(
         self, weights: Path, seed: int, measure: Measure, quiet: bool
     ) -> SourceNumbers | None:
@@ -148,7 +161,7 @@ class Plan(ABC):
         """
         return None
 
-    def more_findings(self, out: Path, seeds: Sequence[int]) -> DemoResult:
+    def more_findings(self, out: Path, seeds: Sequence[int], measure: Measure) -> DemoResult:
         """What else the report shows."""
         return {}
 

@@ -11,18 +11,17 @@ from pathlib import Path
 import torch
 
 from mixflow_fast.data import Dataset, build_dataset, sample_index
+from mixflow_fast.demo.aggregate import aggregate_of
 from mixflow_fast.demo.measure import Measure
 from mixflow_fast.demo.plan import SourceNumbers
-from mixflow_fast.evaluation.curvature import Curvature, path_curvature
+from mixflow_fast.evaluation.curvature import network_curvature
 from mixflow_fast.models import Transformer, load_model
 from mixflow_fast.models.weights.sources import load_source
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.objective.source_health import source_health
 from mixflow_fast.reports.demo_result import Cell, Metric
-from mixflow_fast.sampling.draws import draw_labels
-from mixflow_fast.sampling.guidance import model_velocity
-from mixflow_fast.sampling.samples import sample
-from mixflow_fast.sampling.source import sampling_noise
+from mixflow_fast.sampling import PreparedSampling, Sampler, sample
+from mixflow_fast.sampling.guidance import Guidance
 
 # Intervals of Heun's method with a last Euler step, which costs 2 N - 1 evaluations.
 HEUN = {"Heun, 2 steps": 2, "Heun, 3 steps": 3, "Heun, 5 steps": 5}
@@ -52,7 +51,10 @@ def source_numbers(
         trajectories, curvature_steps: of the curvature.
     """
     model = load_model(weights).eval()
-    curvature = _curvature(model, seed, trajectories, curvature_steps)
+    prepared = PreparedSampling(
+        model, Sampler("euler"), Guidance(), batch_size=min(_BATCH, trajectories)
+    )
+    curvature = network_curvature(prepared, trajectories, seed=seed, steps=curvature_steps)
     solvers: dict[Metric, dict[str, Cell]] = {}
     for name, steps in HEUN.items():
         drawn = sample(
@@ -79,20 +81,6 @@ def source_numbers(
     }
 
 
-@torch.inference_mode()
-def _curvature(model: Transformer, seed: int, trajectories: int, steps: int) -> Curvature:
-    """Of Euler paths from the first samples' noise, with their labels."""
-    c = model.config
-    shape = (c["in_channels"], c["input_size"], c["input_size"])
-    values = []
-    for start in range(0, trajectories, _BATCH):
-        ids = torch.arange(start, min(start + _BATCH, trajectories))
-        labels = draw_labels(seed, ids, c["num_classes"], balanced=True)
-        x0 = sampling_noise(None, seed, ids, shape)
-        values.append(path_curvature(model_velocity(model, labels), x0, steps)[0])
-    return Curvature(torch.cat(values), steps)
-
-
 def _health(weights: Path, model: Transformer, dataset: Dataset) -> dict[str, float]:
     """Of training crops through the averaged predictor; nothing where the source is N(0, I)."""
     stored = load_source(weights)
@@ -103,4 +91,9 @@ def _health(weights: Path, model: Transformer, dataset: Dataset) -> dict[str, fl
     mix = MixFlow(gamma=0.0, timesteps="uniform", clock=model.clock, seed=0, source=stored.source)
     with torch.no_grad():
         health = source_health(mix.prepare(batch.x, ids=index, y=batch.y))
-    return {name: float(value) for name, value in health.items()}
+    aggregate = aggregate_of(weights, dataset)
+    assert aggregate is not None  # the source is there
+    found = {name: float(value) for name, value in health.items()}
+    found["largest_variance"] = aggregate.largest_variance
+    found["w2_per_dim"] = aggregate.w2_per_dim
+    return found

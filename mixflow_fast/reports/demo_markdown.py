@@ -67,6 +67,9 @@ def _table(result: DemoResult, metric: Metric) -> list[str]:
             text = cell_text(cell_value(arm, metric, steps))
             cells.append(f"**{text}**" if key in best_arms(result, metric, steps) else text)
         lines.append(f"| {_escape(arm['label'])} | {' | '.join(cells)} |")
+    for name, values in result.get("references", {}).items():
+        reference = " | ".join([number(values[metric])] * len(result["steps"]))
+        lines.append(f"| {_escape(name)} | {reference} |")
     floor = result["floor"].get(metric)
     if floor is not None:
         floor_cells = " | ".join([number(floor)] * len(result["steps"]))
@@ -89,9 +92,8 @@ def _sources(result: DemoResult) -> list[str]:
     tables = {METRICS[metric]: solver_table(result, metric) for metric in result["metrics"]}
     tables |= {
         "How much the paths bend": curvature_table(result),
-        "What training drew the noise end from (N(0, I) has the value in brackets)": health_table(
-            result
-        ),
+        "What training drew the noise end from; the last four of all noise ends together (N(0, I) "
+        "has the value in brackets)": health_table(result),
         "In two dimensions: eight Gaussians; sliced 2-Wasserstein distance of samples by N Euler "
         "steps, and of the noise ends of training to N(0, I)": toy_table(toy) if toy else None,
     }

@@ -140,6 +140,7 @@ class DemoResult(TypedDict, total=False):
         steps: Euler steps of the sampler.
         metrics: which distances were measured, in the order of print.
         floor: by metric, the distance of two sets of real crops.
+        references: by name and metric, distances of what no network made.
         losses: by trained arm, pairs of images seen and training loss.
         environment: versions and machine.
         real: pictures of real crops.
@@ -160,6 +161,7 @@ class DemoResult(TypedDict, total=False):
     metrics: Sequence[Metric]
     arms: Mapping[str, ArmResult]
     floor: Mapping[Metric, float]
+    references: Mapping[str, Mapping[Metric, float]]
     losses: Mapping[str, Sequence[Sequence[float]]]
     config: Mapping[str, object]
     environment: Mapping[str, object]

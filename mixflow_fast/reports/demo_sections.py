@@ -147,6 +147,9 @@ def _table(result: DemoResult, metric: Metric) -> str:
             best = name in best_arms(result, metric, steps)
             cells.append(f"<b>{text}</b>" if best else text)
         rows.append(table_row(arm["label"], cells))
+    for name, values in result.get("references", {}).items():
+        cells = [number(values[metric])] * len(result["steps"])
+        rows.append(table_row(name, cells, ' class="floor"'))
     floor = result["floor"].get(metric)
     if floor is not None:
         cells = [number(floor)] * len(result["steps"])

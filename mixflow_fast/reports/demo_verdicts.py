@@ -19,9 +19,15 @@ _PAIRS = (
     ("fc_tuned", "rf"),
     ("mix", "fc"),
     ("mix", "fc_tuned"),
+    ("mix_own", "mix"),
+    ("mix_own", "rf"),
+    ("mix_own", "fc_own"),
+    ("mix_own", "fc_tuned_own"),
     ("mix_slowed", "mix_plain"),
     ("mix_plain", "rf_plain"),
     ("mix_slowed", "rf_slowed"),
+    ("mix_slowed_own", "mix_plain_own"),
+    ("mix_slowed_own", "rf_slowed"),
     ("rf_slowed", "rf_plain"),
 )
 

@@ -42,8 +42,10 @@ x1, so the paths cross, the network learns their average, and its own paths bend
 that sees the image may learn where x0 should lie instead: x0 ~ N(&mu;(x1), &sigma;²(x1)), held near
 N(0, I) by &lambda; times a KL divergence per dimension (w = 1: &kappa;-FC, Fast-ODE). MixFlow mixes
 that source with N(0, I) by a weight w that is drawn anew for each image. The small network is
-thrown away after training: <b>every arm here is sampled from N(0, I)</b>, which is not exactly what
-the network was trained on; how far off it is, the table of the sources says.</p>"""
+thrown away after training: <b>every trained arm is sampled from N(0, I)</b>, which is not what the
+network was trained on; how far off it is, the table of the sources says. Arms with their <b>own
+Gaussian</b> are the same weights, sampled from a Gaussian with the mean and covariance of all noise
+ends of their training, which needs the training crops once: ours, not the paper's.</p>"""
 BOTH = """<p>Slowed interpolation comes after: the source is frozen, and the network is shown an
 input at a time m that lies behind the time t that it is told (the label t is where the sampler
 believes to be; the input's noise end is still drawn from the frozen source, and the target is that
@@ -91,9 +93,8 @@ def _introduction(result: DemoResult) -> str:
 {BOTH if result.get("method") == "both" else ""}
 <p>{html.escape(result.get("about", ""))}</p>
 <ul>{arms}</ul>
-<p>A weight &lambda; that suits one method does not suit the other: MixFlow wants a weaker KL than
-&kappa;-FC. Arms at the same &lambda; are therefore not the whole comparison: each method is also
-shown at the &lambda; that was best for it on other seeds.</p>
+<p>A weight &lambda; that suits one method does not suit the other: MixFlow bears a weaker KL than
+&kappa;-FC. Arms at the same &lambda; are therefore not the whole comparison.</p>
 <p>The distance compares generated crops with held-out real ones: <b>lower is better</b>, and real
 crops themselves reach the floor. This is a small model on small crops, <b>not ImageNet</b>: the
 numbers compare with each other only, never with a published FID.</p>"""
@@ -164,8 +165,12 @@ def _health(result: DemoResult) -> str:
     return f"""<h2>What training drew the noise end from</h2>
 {_html_table(table)}
 <p class="note">Of training crops through the averaged predictor; N(0, I) has the value in brackets.
-The aggregate is all noise ends together, which sampling replaces by N(0, I): the further it is from
-that, the less the network has seen of what it is given.</p>"""
+KL, sigma and mu are of the source alone (w = 1). The others are of the aggregate, all noise ends
+together, which sampling replaces by N(0, I): the variance of a pixel, W2² of one pixel's
+distribution to N(0, 1), and of each class's whole covariance the largest variance in any direction
+and W2² to N(0, I). Pixels of a crop move together: one at a time they can look like N(0, 1) while
+their sum has many times its variance, and then N(0, I) hardly ever gives what the network was
+trained on.</p>"""
 
 
 def _folded(result: DemoResult) -> str:

@@ -18,12 +18,13 @@ from mixflow_fast.reports.demo_result import (
 
 # What is measured of the distribution that training drew the noise end from; N(0, I) in brackets.
 HEALTH = {
-    "kl_per_dim": "KL to N(0, I), per dimension (0)",
-    "sigma": "mean sigma (1)",
-    "mean_rms": "RMS of the mean (0)",
-    "aggregate_mean": "aggregate: RMS mean (0)",
-    "aggregate_var": "aggregate: variance (1)",
-    "distance_to_normal": "aggregate: W2² to N(0, 1) (0)",
+    "kl_per_dim": "KL / D (0)",
+    "sigma": "sigma (1)",
+    "mean_rms": "RMS of mu (0)",
+    "aggregate_var": "variance (1)",
+    "distance_to_normal": "W2² of a pixel (0)",
+    "largest_variance": "largest variance (1)",
+    "w2_per_dim": "W2² / D (0)",
 }
 
 

@@ -69,6 +69,7 @@ def make_result(folder: Path, spread: bool) -> dict[str, Any]:
             "points": [[2.0, 0.0], [0.0, 2.0]],
         },
         "floor": {"frechet": 1.1875},
+        "references": {"no network": {"frechet": 1.5}},
         "losses": {"rf": [[64, 1.5], [128, 1.25]]},
         "real": {"grid": picture, "strip": picture},
         "config": {"seed": 3},
@@ -100,13 +101,14 @@ def test_every_number_is_on_the_page(tmp_path: Path, spread: bool) -> None:
         assert ["MixFlow, lambda 0.3", "7.500"] in rows
         assert ["MixFlow, lambda 0.3", "0.1250", "0.0031", "62.00"] in rows
     assert ["arm", "Heun, 2 steps (3 NFE)"] in rows
+    assert ["no network", "1.500", "1.500"] in rows
     health = [row for row in rows if len(row) == 1 + len(HEALTH)]
     # N(0, I) has no health to show.
     assert [row[0] for row in health] == ["arm", "MixFlow, lambda 0.3", "kappa-FC, lambda 0.3"]
-    assert health[1][1].startswith("0.25") and health[1][-1].startswith("5.25")
+    assert health[1][1].startswith("0.25") and health[1][-1].startswith("6.25")
     for words in ("facts of rectified flow; sampled from N(0, I)", "About it.", "A note."):
         assert words in page.text
-    assert "every arm here is sampled from N(0, I)" in page.words
+    assert "every trained arm is sampled from N(0, I)" in page.words
     assert "the label t is where the sampler believes to be" in page.words
 
 
@@ -167,9 +169,10 @@ def test_markdown_has_the_tables_of_the_sources(tmp_path: Path) -> None:
     text = evidence_markdown(make_result(tmp_path, True))
     assert "| MixFlow, lambda 0.3 | **8.50 ± 0.50** | **4.25 ± 0.25** |" in text
     assert "| MixFlow, lambda 0.3 | 7.50 ± 0.50 |" in text
+    assert "| no network | 1.500 | 1.500 |" in text
     assert "| MixFlow, lambda 0.3 | 0.125 ± 0.013 | 0.0031 | 62.0 ± 4.0 |" in text
     assert "| toy MixFlow | 0.6520 | 0.4240 | 0.1100 | 0.3710 |" in text
-    lines = [line for line in text.splitlines() if "aggregate: variance" in line]
+    lines = [line for line in text.splitlines() if "largest variance" in line]
     assert len(lines) == 1
 
 
