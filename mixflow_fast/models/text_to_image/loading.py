@@ -195,11 +195,15 @@ def load_adapter(
         )
     where = inside if inside.is_dir() else path
     network = network_class.from_pretrained(where, torch_dtype=dtype, local_files_only=True)
+    if network.dtype != dtype:
+        # Where accelerate is not installed, diffusers loads float32 whatever it is asked for.
+        network = network.to(dtype)
     if own is not None:
         return check_adapter(own(network))
     vae = path / "vae" / "config.json"
     latents = LatentMap.of_vae(_read_config(vae)) if vae.is_file() else None
-    return adapter_for(network, latents, name=path.absolute().name)
+    _warn_if_distilled(class_name, network.config, path.absolute().name)
+    return ADAPTERS[class_name](network, latents)
 
 
 def _read_config(file: Path) -> Mapping[str, object]:

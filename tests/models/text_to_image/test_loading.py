@@ -55,7 +55,7 @@ class Mine:
 
 
 class Half:
-    network = None
+    network = torch.nn.Linear(1, 1)
 """
 
 
@@ -152,7 +152,9 @@ def test_what_is_no_class_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be run: ZeroDivisionError"):
         adapter_class(f"{tmp_path / 'broken.py'}:Mine")
-    with pytest.raises(ValueError, match="missing: checkpointable, velocity, encode"):
+    with pytest.raises(
+        ValueError, match="missing: velocity, encode, decode, empty, checkpointable"
+    ):
         check_adapter(adapter_class(f"{file}:Half")())
     adapter = adapter_class(f"{file}:Mine")(sd3())
     adapter.network = sd3
