@@ -20,6 +20,7 @@ PUBLIC = {
     "mixflow_fast.flow": ("DATA_AT_1", "NOISE_AT_1", "get_path", "shift_time", "slow_time"),
     "mixflow_fast.kernels.interpolate": ("Moments", "interpolate"),
     "mixflow_fast.models": ("SiT", "DiTDH", "build", "load_weights", "load_model", "save_weights"),
+    "mixflow_fast.models.text_to_image": ("Adapter", "load_adapter", "check_against_pipeline"),
     "mixflow_fast.objective": ("Interpolation", "MixFlow", "mixflow_loss"),
     "mixflow_fast.sampling": ("sample", "integrate", "time_grid", "model_velocity", "draw_labels"),
     "mixflow_fast.cli": ("main",),
@@ -54,6 +55,7 @@ DOCUMENTS = (
     "docs/drop-in.md",
     "docs/many_gpus.md",
     "docs/sampling.md",
+    "docs/text_to_image.md",
 )
 
 
@@ -71,6 +73,7 @@ def test_paths_in_documents_exist(document: str) -> None:
 # Who decides about a whole run; everything else takes its section and finished objects.
 WHOLE_CONFIG = {
     ("checkpoints/resume.py", "find"),
+    ("comparison/real_data.py", "run_data"),
     ("config/validate.py", "validate"),
     ("demo/settings.py", "arm_config"),
     ("diagnostics/verify_resume.py", "verify_resume"),

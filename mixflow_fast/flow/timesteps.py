@@ -121,3 +121,36 @@ def slow_time(t: Tensor, v: Tensor, gamma: float, clock: str) -> Tensor:
         clock: "data_at_1" (m <= t) or "noise_at_1" (m >= t).
     """
     return t * (1 - gamma * v) if clock == DATA_AT_1 else t + gamma * v * (1 - t)
+
+
+def resolution_shift(
+    tokens: int,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """The shift k = exp(mu) of a resolution, mu linear in the number of the image's tokens.
+
+    For `shift` of `MixFlow` and grids. FLUX.1's and Qwen-Image's pipelines sample with it
+    (diffusers: `calculate_shift`, and `use_dynamic_shifting` with exponential `time_shift_type`).
+
+    Args:
+        tokens: of the transformer, (h / 2) (w / 2) for h x w latents: 4096 for 1024 px.
+        base_tokens, max_tokens, base_shift, max_shift: mu is base_shift at base_tokens and
+            max_shift at max_tokens; the scheduler's configuration has them.
+
+    Raises:
+        ValueError: fewer tokens than one, equal ends, or a shift below 1.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens must be an integer >= 1, (h / 2) (w / 2), got {tokens!r}")
+    if not base_tokens < max_tokens:
+        raise ValueError(
+            f"base_tokens must be below max_tokens, got {base_tokens} and {max_tokens}"
+        )
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    mu = base_shift + slope * (tokens - base_tokens)
+    if not mu >= 0:
+        raise ValueError(f"the shift exp({mu:.4g}) of {tokens} tokens is below 1: see base_shift")
+    return math.exp(mu)

@@ -1,6 +1,6 @@
 """Samples from a network: solvers, grids, guidance, remedies, presets, draws."""
 
-from mixflow_fast.sampling.grids import time_grid
+from mixflow_fast.sampling.grids import sigma_grid, time_grid
 from mixflow_fast.sampling.guidance import Guidance, guided_velocity, model_velocity
 from mixflow_fast.sampling.prepared import PreparedSampling
 from mixflow_fast.sampling.remedies import Remedy, parse_remedy
@@ -8,6 +8,7 @@ from mixflow_fast.sampling.sampler import Sampler
 from mixflow_fast.sampling.samples import SampleResult, draw_labels, sample
 from mixflow_fast.sampling.solvers import integrate
 from mixflow_fast.sampling.source import SampleSource, sample_source, sampling_noise
+from mixflow_fast.sampling.text_to_image import sample_latents
 
 __all__ = [
     "Guidance",
@@ -24,5 +25,7 @@ __all__ = [
     "sample",
     "sample_source",
     "sampling_noise",
+    "sample_latents",
+    "sigma_grid",
     "time_grid",
 ]

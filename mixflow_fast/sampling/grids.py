@@ -13,18 +13,23 @@ number of intervals (their `num_steps` often counts points):
 | diffusers DPM-Solver | N + 1, starts after the noise  | N, shift, start=0.001                |
 
 diffusers' flow Euler shifts its smallest noise level twice, which is how its last interval gets
-its size.
+its size. `sigma_grid` has its levels to the bit, in its own clock.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mixflow_fast.flow.clock import DATA_AT_1
+from mixflow_fast.flow.clock import DATA_AT_1, NOISE_AT_1
 from mixflow_fast.flow.timesteps import shift_time
+
+SigmaGrid = Literal["diffusers", "linear"]
+_TRAINING_LEVELS = 1000  # of diffusers' flow-matching scheduler
 
 
 def time_grid(
@@ -74,3 +79,42 @@ def time_grid(
         t = torch.linspace(start, end - last_size, steps, dtype=torch.float64)
         t = torch.cat([t, t.new_tensor([end])])
     return shift_time(t, shift, DATA_AT_1).to(torch.float32)
+
+
+def sigma_grid(steps: int, shift: float = 1.0, grid: SigmaGrid = "diffusers") -> Tensor:
+    """The noise levels of diffusers' `FlowMatchEulerDiscreteScheduler`, to the bit.
+
+    "diffusers"  what `set_timesteps(N)` makes: from 1 to the smallest of the 1000 training levels,
+                 evenly, shifted once more; then 0. That smallest one has been shifted before, so
+                 for shift 3 every grid ends 0.0089, 0, and N steps are N - 1 real intervals.
+    "linear"     what callers get who pass sigmas = linspace(1, 1/N, N): `time_grid(N, shift)` in
+                 the other clock.
+
+    Few-step results on the two are not comparable: a report names the grid.
+
+    Args:
+        steps: number of intervals N.
+        shift: the scheduler's, >= 1; 3 for SD3 and SD3.5.
+
+    Returns:
+        (steps + 1,) float32, decreasing from 1 to 0 (noise_at_1, the clock of adapters).
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if grid not in get_args(SigmaGrid):
+        raise ValueError(f"grid must be one of {', '.join(get_args(SigmaGrid))}, got {grid!r}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
+    if not (math.isfinite(shift) and shift >= 1.0):
+        raise ValueError(f"shift must be >= 1 (1 = no shift, SD3: 3), got {shift!r}")
+    if grid == "linear":
+        levels = np.linspace(1, 1 / steps, steps).astype(np.float32)
+    else:
+        # The scheduler's table is float32, and what it makes of its ends is float64.
+        ends = torch.tensor([_TRAINING_LEVELS, 1], dtype=torch.float32) / _TRAINING_LEVELS
+        first, last = shift_time(ends, shift, NOISE_AT_1).tolist()
+        levels = np.linspace(first * _TRAINING_LEVELS, last * _TRAINING_LEVELS, steps)
+        levels = levels / _TRAINING_LEVELS
+    levels = shift * levels / (1 + (shift - 1) * levels)
+    return torch.cat([torch.from_numpy(levels).to(torch.float32), torch.zeros(1)])

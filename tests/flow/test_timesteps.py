@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from mixflow_fast import MixFlow
 from mixflow_fast.flow import (
     DATA_AT_1,
     NOISE_AT_1,
     TimeDistribution,
+    resolution_shift,
     shift_time,
     slow_time,
 )
@@ -104,3 +108,31 @@ def test_raes_spelling_of_the_logit_normal_distribution() -> None:
 def test_bad_distribution(text: str | None) -> None:
     with pytest.raises(ValueError, match="logit-normal"):
         TimeDistribution.parse(text)
+
+
+def test_resolution_shift_is_the_pipelines() -> None:
+    """mu of diffusers' pipelines, and the levels that its scheduler makes with it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    raw = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    for tokens in (1, 256, 1024, 4096, 9000):
+        for max_shift in (1.15, 1.16):
+            mu = calculate_shift(tokens, max_shift=max_shift)
+            k = resolution_shift(tokens, max_shift=max_shift)
+            assert k == pytest.approx(math.exp(mu), rel=1e-12)
+            theirs = scheduler.time_shift(mu, 1.0, raw)
+            torch.testing.assert_close(shift_time(raw, k, NOISE_AT_1), theirs, rtol=1e-12, atol=0)
+    assert MixFlow(clock=NOISE_AT_1, shift=resolution_shift(4096)).shift == math.exp(1.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens must be"),
+        ({"tokens": 64.0}, "tokens must be"),
+        ({"base_tokens": 4096}, "base_tokens must be below"),
+        ({"base_shift": -1.0}, "below 1"),
+    ],
+)
+def test_bad_resolution_shifts(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolution_shift(**({"tokens": 256} | arguments))

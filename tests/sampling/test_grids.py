@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from mixflow_fast.sampling.grids import time_grid
+from mixflow_fast.sampling.grids import sigma_grid, time_grid
 
 
 def test_time_grid() -> None:
@@ -39,3 +41,40 @@ def test_ends_and_last_interval() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         time_grid(**({"steps": 4} | arguments))
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.7, 3.0, 6.5])
+def test_sigma_grid_is_the_scheduler_s_to_the_bit(shift: float) -> None:
+    for steps in (1, 2, 5, 10, 28, 40, 100):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(steps)
+        assert torch.equal(sigma_grid(steps, shift), scheduler.sigmas)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        assert torch.equal(sigma_grid(steps, shift, "linear"), scheduler.sigmas)
+
+
+def test_sigma_grid_of_sd3() -> None:
+    """Every grid ends 0.0089, 0: the last step moves almost nothing."""
+    published = torch.tensor([1, 0.900, 0.751, 0.503, 0.0089, 0])
+    torch.testing.assert_close(sigma_grid(5, 3.0), published, atol=5e-4, rtol=0)
+    for steps in (2, 10, 40):
+        assert float(sigma_grid(steps, 3.0)[-2]) == pytest.approx(0.0089, abs=5e-5)
+    linear = torch.tensor([1, 0.923, 0.818, 0.667, 0.429, 0])
+    torch.testing.assert_close(sigma_grid(5, 3.0, "linear"), linear, atol=5e-4, rtol=0)
+    torch.testing.assert_close(sigma_grid(5, 3.0, "linear"), 1 - time_grid(5, 3.0))
+    # The same grid as the table's row, in the other clock, where it is rounded otherwise.
+    last = 3 * 0.001 / 1.002
+    torch.testing.assert_close(sigma_grid(5, 3.0), 1 - time_grid(5, 3.0, last_size=last))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": "karras"}, "grid must be one of diffusers, linear"),
+        ({"steps": 0}, "steps must be"),
+        ({"shift": 0.5}, "shift must be"),
+    ],
+)
+def test_bad_sigma_grids(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sigma_grid(**({"steps": 4} | arguments))

@@ -1,0 +1,218 @@
+"""Which adapter a network gets: by its class, or a user's own class by `file.py:Class`.
+
+Networks that do not predict a velocity are refused by name, because nothing else tells: a network
+that predicts noise has the same shapes, trains, and samples noise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mixflow_fast.files import existing_path
+from mixflow_fast.messages import did_you_mean, error_line
+from mixflow_fast.models.text_to_image.adapter import (
+    Adapter,
+    Condition,
+    DiffusersAdapter,
+    LatentMap,
+)
+from mixflow_fast.models.text_to_image.flux import FluxAdapter
+from mixflow_fast.models.text_to_image.sd3 import SD3Adapter
+from mixflow_fast.models.text_to_image.z_image import ZImageAdapter
+
+ADAPTERS: dict[str, type[DiffusersAdapter]] = {
+    "SD3Transformer2DModel": SD3Adapter,
+    "FluxTransformer2DModel": FluxAdapter,
+    "ZImageTransformer2DModel": ZImageAdapter,
+}
+# diffusers' classes whose pipelines take what they predict for noise, or for the v of a diffusion.
+_NOISE = (
+    "PixArtTransformer2DModel",
+    "DiTTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "UNet2DModel",
+    "UNet2DConditionModel",
+)
+# Parts of the names of models that were distilled to few steps.
+_DISTILLED = ("schnell", "turbo")
+_OWN = (
+    "bring one: a class with the members of mixflow_fast.models.text_to_image.Adapter, as "
+    "adapter='my_file.py:MyAdapter', and hold it against its pipeline with check_against_pipeline"
+)
+
+
+def adapter_for(
+    network: nn.Module,
+    latents: LatentMap | None = None,
+    empty_prompt: Condition | None = None,
+    name: str = "",
+) -> DiffusersAdapter:
+    """The adapter of a network of diffusers, by its class.
+
+    Args:
+        network: `SD3Transformer2DModel`, `FluxTransformer2DModel` or `ZImageTransformer2DModel`.
+        latents, empty_prompt: as `DiffusersAdapter`.
+        name: of the model, as its folder's: a distilled one is known by it, and warned of.
+
+    Raises:
+        ValueError: a class that predicts noise, or one without an adapter here.
+    """
+    class_name = type(network).__name__
+    adapter = _adapter_of(class_name)
+    _warn_if_distilled(class_name, network.config, name)
+    return adapter(network, latents, empty_prompt)
+
+
+def _adapter_of(class_name: str) -> type[DiffusersAdapter]:
+    if class_name in _NOISE:
+        raise ValueError(
+            f"{class_name} predicts noise (or the v of a diffusion with a schedule of its own) and "
+            "no velocity of the straight path from data to noise: it is not a flow-matching "
+            "network, and slowed interpolation would train it to something else. Take one of "
+            f"{', '.join(ADAPTERS)}"
+        )
+    if class_name not in ADAPTERS:
+        raise ValueError(
+            f"there is no adapter for {class_name}, only for {', '.join(ADAPTERS)}"
+            f"{did_you_mean(class_name, ADAPTERS)}; {_OWN}"
+        )
+    return ADAPTERS[class_name]
+
+
+def _warn_if_distilled(class_name: str, config: Mapping[str, object], name: str) -> None:
+    why = next((f"{part} in its name" for part in _DISTILLED if part in name.lower()), None)
+    if why is None and class_name == "FluxTransformer2DModel":
+        # Both released FLUX.1 are distilled, and this field tells them apart.
+        guided = config.get("guidance_embeds")
+        why = f"guidance_embeds={guided}, as FLUX.1-{'dev' if guided else 'schnell'} has"
+    if why is not None:
+        warnings.warn(
+            f"{name or class_name} seems to be distilled ({why}): the velocity loss trains the "
+            "average velocity of data at noise, which takes the distilled steps or guidance away "
+            "again. Start from the model that was not distilled; if yours is not, go on",
+            stacklevel=3,
+        )
+
+
+def adapter_class(where: str) -> type:
+    """A user's own adapter class. The file is run, as any Python program of the user's.
+
+    Args:
+        where: "my_file.py:MyAdapter".
+
+    Raises:
+        ValueError: another form, no such file or class, or a file that raises.
+    """
+    file, colon, name = where.rpartition(":")
+    if not colon or not file.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"adapter must be 'file.py:Class', got {where!r}")
+    path = existing_path(file, "adapter")
+    spec = importlib.util.spec_from_file_location(f"mixflow_fast_adapter_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickles look their module up by its name.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"adapter {file!r} cannot be run: {error_line(error)}") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f"adapter {file!r} has no class {name!r}{did_you_mean(name, classes)}")
+    return found
+
+
+def check_adapter(adapter: object) -> Adapter:
+    """The adapter itself; ValueError where a member of the protocol is missing or no such thing."""
+    # First, because a `checkpointable` that reads it would seem to be missing.
+    network = getattr(adapter, "network", None)
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"{type(adapter).__name__}.network must be a torch.nn.Module, got "
+            f"{type(network).__name__}"
+        )
+    members = ("velocity", "encode", "decode", "empty", "checkpointable")
+    missing = [member for member in members if not hasattr(adapter, member)]
+    if missing:
+        raise ValueError(
+            f"{type(adapter).__name__} must have {', '.join(members)}, as the protocol "
+            f"mixflow_fast.models.text_to_image.Adapter says; missing: {', '.join(missing)}"
+        )
+    blocks = adapter.checkpointable
+    classes = isinstance(blocks, tuple) and all(isinstance(block, type) for block in blocks)
+    if not classes or not any(isinstance(m, blocks) for m in network.modules()):
+        raise ValueError(
+            f"{type(adapter).__name__}.checkpointable must be a tuple of classes of modules in "
+            f"the network, got {blocks!r}"
+        )
+    return adapter
+
+
+def load_adapter(
+    folder: str | os.PathLike[str],
+    adapter: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """A network from a local folder of diffusers, with its adapter. Nothing is downloaded.
+
+    Args:
+        folder: a pipeline's, with transformer/ and vae/ in it, or the transformer's alone: then
+            the map of the latents is the released model's.
+        adapter: "my_file.py:MyAdapter", which is called with the network and nothing else; None:
+            by the network's class.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: no such folder, a class that is refused, diffusers not installed.
+    """
+    path = existing_path(folder, "folder")
+    own = None if adapter is None else adapter_class(adapter)
+    inside = path / "transformer"
+    config = _read_config((inside if inside.is_dir() else path) / "config.json")
+    class_name = str(config.get("_class_name"))
+    if own is None:
+        _adapter_of(class_name)  # before gigabytes are read
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError(
+            f'text-to-image networks need diffusers ({error}): pip install "mixflow_fast[vae]"'
+        ) from error
+    network_class = getattr(diffusers, class_name, None)
+    if network_class is None:
+        raise ValueError(
+            f"{str(folder)!r} is of class {class_name!r}, which diffusers {diffusers.__version__} "
+            "does not have: install a newer one"
+        )
+    where = inside if inside.is_dir() else path
+    network = network_class.from_pretrained(where, torch_dtype=dtype, local_files_only=True)
+    if network.dtype != dtype:
+        # Where accelerate is not installed, diffusers loads float32 whatever it is asked for.
+        network = network.to(dtype)
+    if own is not None:
+        return check_adapter(own(network))
+    vae = path / "vae" / "config.json"
+    latents = LatentMap.of_vae(_read_config(vae)) if vae.is_file() else None
+    _warn_if_distilled(class_name, network.config, path.absolute().name)
+    return ADAPTERS[class_name](network, latents)
+
+
+def _read_config(file: Path) -> Mapping[str, object]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(file)!r} must be a config.json of diffusers: {error_line(error)}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(file)!r} must hold one object, got {type(config).__name__}")
+    return config
