@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -175,6 +175,10 @@ class ValidationLoss:
         if mix.source is not None:
             mix, noise = self._with_source_of(net), None
         it = mix.prepare(held.x1, ids=held.positions, x0=noise, t=t, slowed_t=m, y=held.y)
+        if it.source is not None:
+            # Of the run's source: that of a copy without gradients looks frozen.
+            weight = self._mix.source.kl_weight(held.x1[0].numel())
+            it = replace(it, source=replace(it.source, kl_weight=weight))
         output = net(it.x, it.t, held.y)
         prediction = output[0] if isinstance(output, tuple) else output
         return mix.loss(prediction, it, reduction="none").double().sum()
@@ -183,6 +187,7 @@ class ValidationLoss:
         """The objective with the source that a network carries, its draws the same in all runs."""
         mix = copy.copy(self._mix)
         mix.source, mix.seed = copy.copy(mix.source), SEED
+        mix.input_perturbation = 0.0  # as where the noise is given
         mix.source.predictor = predictor_of(net)
         return mix
 

@@ -139,6 +139,10 @@ class MixedSource:
             return self.lam, self.lam / numel
         return self.beta * numel, self.beta
 
+    def kl_weight(self, numel: int) -> float:
+        """Factor of a sample's KL in its loss: beta for samples of `numel`, 0 where frozen."""
+        return 0.0 if self.frozen else self.weights(numel)[1]
+
     def moments(
         self,
         shape: tuple[int, ...],

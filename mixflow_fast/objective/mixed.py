@@ -170,8 +170,7 @@ def mixed_interpolation(
         mixing = mixing if impl == "triton" else mix_and_interpolate_reference
         x, x0, kl = mixing(x1, path_mean, path_log_var, w, slowed_t, seed, ids, **options)
         kl = kl_per_sample(mean, log_var) if source.detach else kl
-    _, beta = source.weights(x1.shape[1:].numel())
-    return x, x0, SourceDraw(w, kl, 0.0 if source.frozen else beta, moments)
+    return x, x0, SourceDraw(w, kl, source.kl_weight(x1.shape[1:].numel()), moments)
 
 
 def _pair(mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:

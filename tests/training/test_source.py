@@ -258,6 +258,20 @@ def test_validation_draws_from_the_source(tmp_path: Path) -> None:
     assert a[1]["model"]["loss"] != b[1]["model"]["loss"]
 
 
+def test_validation_has_the_kl_of_the_run_and_no_perturbed_input(tmp_path: Path) -> None:
+    """The copy that is validated has no gradients, and its source is not frozen for that."""
+
+    def first_loss(name: str, *overrides: str) -> float:
+        watch = ["train.validate_every=2", "train.validate_examples=2", "train.images=8"]
+        train(tiny_mixed(tmp_path / name, *watch, *overrides), quiet=True)
+        return read_metrics(tmp_path / name / "metrics.jsonl", "validation")[0]["ema"]["loss"]
+
+    without, once, twice = (first_loss(lam, f"source.lam={lam}") for lam in ("0", "0.5", "1"))
+    assert once > without + 1e-3
+    assert twice - once == pytest.approx(once - without, rel=1e-5)
+    assert first_loss("noisier", "source.lam=0", "objective.input_perturbation=0.5") == without
+
+
 def test_a_bad_sample_is_named(tmp_path: Path) -> None:
     """The examination runs the source once more, and looks at its gradients."""
     trainer = Trainer(tiny_mixed(tmp_path, "train.images=16"), quiet=True)
