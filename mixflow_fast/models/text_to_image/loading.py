@@ -161,6 +161,7 @@ def load_adapter(
     folder: str | os.PathLike[str],
     adapter: str | None = None,
     dtype: torch.dtype = torch.float32,
+    empty_prompt: Condition | None = None,
 ) -> Adapter:
     """A network from a local folder of diffusers, with its adapter. Nothing is downloaded.
 
@@ -170,10 +171,17 @@ def load_adapter(
         adapter: "my_file.py:MyAdapter", which is called with the network and nothing else; None:
             by the network's class.
         dtype: of the weights.
+        empty_prompt: as `DiffusersAdapter`; a class of your own has its own way to it.
 
     Raises:
-        ValueError: no such folder, a class that is refused, diffusers not installed.
+        ValueError: no such folder, a class that is refused, diffusers not installed, an empty
+            prompt beside a class of your own.
     """
+    if adapter is not None and empty_prompt is not None:
+        raise ValueError(
+            f"empty_prompt has no meaning for the adapter {adapter!r}, whose method `empty` is its "
+            "own: leave it out"
+        )
     path = existing_path(folder, "folder")
     own = None if adapter is None else adapter_class(adapter)
     inside = path / "transformer"
@@ -203,7 +211,7 @@ def load_adapter(
     vae = path / "vae" / "config.json"
     latents = LatentMap.of_vae(_read_config(vae)) if vae.is_file() else None
     _warn_if_distilled(class_name, network.config, path.absolute().name)
-    return ADAPTERS[class_name](network, latents)
+    return ADAPTERS[class_name](network, latents, empty_prompt)
 
 
 def _read_config(file: Path) -> Mapping[str, object]:

@@ -179,7 +179,8 @@ def saved(folder: Path) -> nn.Module:
 def test_load_adapter(tmp_path: Path) -> None:
     """Of a pipeline's folder, of the transformer's alone, and with a class of one's own."""
     network = saved(tmp_path / "model")
-    adapter = load_adapter(tmp_path / "model")
+    adapter = load_adapter(tmp_path / "model", empty_prompt=text(1, seed=40))
+    assert adapter.empty(text(3))["prompt_embeds"].shape[0] == 3
     assert type(adapter) is SD3Adapter and adapter.latents == LatentMap(0.0609, 2.0)
     state = adapter.network.state_dict()
     assert all(torch.equal(state[k], v) for k, v in network.state_dict().items())
@@ -207,6 +208,8 @@ def test_load_adapter_refuses_before_it_reads_weights(
     config.write_text('{"_class_name": "Flux9Transformer2DModel"}', encoding="utf-8")
     with pytest.raises(ValueError, match="did you mean 'FluxTransformer2DModel'"):
         load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="empty_prompt has no meaning"):
+        load_adapter(tmp_path, f"{own_file(tmp_path)}:Mine", empty_prompt=text(1))
     with pytest.raises(ValueError, match="install a newer one"):
         load_adapter(tmp_path, f"{own_file(tmp_path)}:Mine")
     config.write_text('{"_class_name": "SD3Transformer2DModel"}', encoding="utf-8")
