@@ -104,8 +104,9 @@ def _start_of_source(
                 stacklevel=2,
             )
         return {}
+    frozen = not any(p.requires_grad for p in predictor_of(model).parameters())
     if theirs is None:
-        if not any(p.requires_grad for p in predictor_of(model).parameters()):
+        if frozen:
             raise ValueError(
                 f"source.frozen=true keeps the source of train.init, and {file.path} holds none: "
                 "give a run with source.kind=mixed, or set source.frozen=false"
@@ -116,6 +117,14 @@ def _start_of_source(
         raise ValueError(
             f"train.init={file.path} holds another source than this run makes: {', '.join(odd)}: "
             "give the same source.* settings, or start from a file without a source"
+        )
+    # What a network that goes on was trained with; shapes do not show it.
+    odd = [name for name in ("mode", "w") if getattr(own, name) != getattr(theirs, name)]
+    if frozen and odd:
+        settings = " ".join(f"source.{name}={getattr(theirs, name)}" for name in odd)
+        raise ValueError(
+            f"source.frozen=true keeps the source of train.init={file.path} as it is, and this run "
+            f"mixes it otherwise: set {settings}, or source.frozen=false"
         )
     state = source_state(file)
     check_source(file, state, theirs)

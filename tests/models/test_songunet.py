@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tests.support.golden import load
 from tests.support.kernels import relative_rms
 
 PARITY = 1e-5
-TOY: dict[str, Any] = {
+TOY: dict[str, object] = {
     "img_resolution": 8,
     "model_channels": 8,
     "channel_mult": (1, 2),
@@ -25,7 +24,7 @@ TOY: dict[str, Any] = {
 }
 
 
-def golden(name: str, **overrides: Any) -> tuple[SongUNet, dict[str, Tensor]]:
+def golden(name: str, **overrides: object) -> tuple[SongUNet, dict[str, Tensor]]:
     tensors, config = load(name)
     arguments = inspect.signature(SongUNet).parameters
     net = SongUNet(**{k: v for k, v in config.items() if k in arguments} | overrides)
@@ -36,7 +35,7 @@ def golden(name: str, **overrides: Any) -> tuple[SongUNet, dict[str, Tensor]]:
     return net.eval(), tensors
 
 
-def toy(**overrides: Any) -> SongUNet:
+def toy(**overrides: object) -> SongUNet:
     """Small, with weights everywhere: at first the last convolution is zero."""
     torch.manual_seed(0)
     net = SongUNet(**TOY | overrides)
@@ -104,7 +103,7 @@ def test_float64() -> None:
         ({"activate_w_mode": True}, 55_732_739 + 16_512),
     ],
 )
-def test_published_sizes(options: dict[str, Any], count: int) -> None:
+def test_published_sizes(options: dict[str, object], count: int) -> None:
     with torch.device("meta"):
         net = SongUNet(**options)
         again = SongUNet(**json.loads(json.dumps(net.config)))

@@ -172,7 +172,9 @@ def test_starting_weights_with_and_without_a_source(tmp_path: Path) -> None:
         start("other", mixed.out, "source.widths=[8]")
     with pytest.raises(ValueError, match="plain.* holds none: give a run with source.kind=mixed"):
         start("no", plain.out, "source.frozen=true")
-    assert not (tmp_path / "other").exists() and not (tmp_path / "no").exists()
+    with pytest.raises(ValueError, match="otherwise: set source.mode=moments source.w=uniform, or"):
+        start("mixes", mixed.out, "source.frozen=true", "source.mode=samples", "source.w=1")
+    assert not any((tmp_path / name).exists() for name in ("other", "no", "mixes"))
 
 
 def test_a_dropped_label_is_not_hidden_from_the_source(tmp_path: Path) -> None:
