@@ -163,9 +163,12 @@ class ModelConfig(Section, name="model"):
                         f"model.{name}={value} is not for {self.name}, which has no transformer "
                         f"blocks: set it to {' or '.join(ways)}"
                     )
-        for name in idle:
-            if getattr(self, name) is not None:
-                raise ValueError(f"model.{name} has no meaning for {self.name}: leave it out")
+        given = [f"model.{name}" for name in idle if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"{given[0]} has no meaning for {self.name}: leave it out, or take back what a "
+                f"recipe sets with {' '.join(f'{name}=null' for name in given)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

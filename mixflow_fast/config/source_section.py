@@ -89,16 +89,18 @@ class SourceConfig(Section, name="source"):
                 "source.kind=mixed needs the weight of its KL: add source.lam=0.3 (per dimension; "
                 "0.03 to 3 are usual), or source.beta as published (lam = beta D)"
             )
-        for name in _OF_PREDICTOR["table" if self.predictor == "unet" else "unet"]:
-            if name in changed:
-                raise ValueError(
-                    f"source.{name} has no meaning for source.predictor={self.predictor}: leave it "
-                    "out"
-                )
         if self.predictor == "table" and self.kappa != "class":
             raise ValueError(
                 f"source.predictor=table has a row for each class, got source.kappa={self.kappa}: "
                 "set source.kappa=class, or source.predictor=unet"
+            )
+        others = _OF_PREDICTOR["table" if self.predictor == "unet" else "unet"]
+        given = [name for name in others if name in changed]
+        if given:
+            back = " ".join(f"source.{n}={'false' if n == 'zero_init' else 'null'}" for n in given)
+            raise ValueError(
+                f"source.{given[0]} has no meaning for source.predictor={self.predictor}: leave it "
+                f"out, or take back what a recipe sets with {back}"
             )
         if self.sample_w is not None and self.kappa in ("data", "data+noise"):
             raise ValueError(

@@ -79,6 +79,11 @@ class MixedSource:
         dropout: float = 0.0,
         detach: bool = False,
     ) -> None:
+        if isinstance(predictor, type):
+            raise ValueError(
+                f"predictor must be a module, got the class {predictor.__name__}: make one of it, "
+                "such as SourceUNet(channels=4)"
+            )
         if not callable(predictor):
             raise ValueError(
                 "predictor must be callable (a module that makes mean and log-variance of kappa), "

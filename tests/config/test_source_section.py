@@ -42,6 +42,26 @@ def test_refused_with_the_section(overrides: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["source.predictor=table", "source.kappa=class"],
+            {"source.widths=null", "source.layers=null", "source.zero_init=false"},
+        ),
+        (["model.name=SongUNet-CIFAR10"], {"model.learn_sigma=null", "model.num_heads=null"}),
+    ],
+)
+def test_what_the_recipe_set_is_taken_back_as_the_message_says(
+    overrides: list[str], expected: set[str]
+) -> None:
+    with pytest.raises(ValueError, match="has no meaning for .*: leave it out, or take") as refused:
+        load_config("photos-mixed", overrides)
+    said = str(refused.value).rpartition(" with ")[2].split()
+    assert set(said) == expected
+    load_config("photos-mixed", [*overrides, *said])
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["objective.gamma=0.4"], "objective.gamma=0 .*train.init=RUN source.frozen=true"),

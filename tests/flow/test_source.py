@@ -169,6 +169,7 @@ def test_weights_of_the_mixture() -> None:
 
 REFUSED = {
     "predictor": (dict(predictor=3, lam=1), "predictor must be callable.*got int"),
+    "class of predictors": (dict(predictor=nn.Linear, lam=1), "got the class Linear: make one"),
     "kappa": (dict(kappa="image", lam=1), r"kappa must be one of \('data'.*got 'image'"),
     "mode": (dict(mode="D", lam=1), r"mode must be one of \('moments', 'samples'\), got 'D'"),
     "both weights": (dict(lam=1, beta=1), "exactly one of lam.*beta.*lam=1 and beta=1"),
