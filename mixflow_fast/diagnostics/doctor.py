@@ -212,7 +212,7 @@ def _kernels() -> Iterator[Check]:
 
 
 def _finding(f: Finding) -> str:
-    dtype = {"bfloat16": "bf16", "float32": "fp32"}[f.dtype]
+    dtype = {"bfloat16": "bf16", "float32": "fp32"}.get(f.dtype, f.dtype)
     if math.isinf(f.error) and not f.limit:  # it did not run
         return f"{dtype} {f.tensor}"
     return f"{dtype} error {f.error:.1e} of {f.limit:.1e} allowed ({f.tensor})"

@@ -209,20 +209,14 @@ def nan_filled_buffers(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-def _kernel_words(stream: Stream, positions: Tensor, numel: int) -> Tensor:
-    """`philox.random_words` by the device function that the other kernels call."""
-    return philox.random_words(SEED, stream, positions, numel, "triton")
-
-
 def words(device: torch.device, impl: str) -> Iterator[Finding]:
-    """The device function's words, all 32 bits, against the PyTorch twin."""
+    """The words of the implementation, all 32 bits, against the PyTorch twin."""
     positions = torch.tensor(POSITIONS, device=device)
     expected, ours = {}, {}
     for stream in (Stream.NOISE, Stream.TIME, Stream.SOURCE_NOISE):
         name = f"stream {stream.name}"
-        expected[name] = ours[name] = philox.random_words(SEED, stream, positions, 48)
-        if impl != "reference":
-            ours[name] = _kernel_words(stream, positions, 48)
+        expected[name] = philox.words_reference(SEED, stream, positions, 48)
+        ours[name] = philox.random_words(SEED, stream, positions, 48, impl)
     yield from differing("normal", "philox words", "int32", ours, expected)
 
 
@@ -315,7 +309,8 @@ def check_kernels(device: torch.device) -> list[Finding]:
     Where the kernels cannot run, the operators' own path on that device is held to the same.
     """
     impl = "triton" if runtime.can_launch(device) else "auto"
-    found = list(guarded(("normal",), "normals", "float32", lambda: normals(device, impl)))
+    found = list(guarded(("normal",), "words", "int32", lambda: words(device, impl)))
+    found += guarded(("normal",), "normals", "float32", lambda: normals(device, impl))
     found += guarded(("dropout",), "masks", "float32", lambda: masks(device, impl))
     for case in small_cases(device):
         for dtype in (torch.bfloat16, torch.float32):
