@@ -156,7 +156,7 @@ def test_the_teacher_sees_the_crops_that_the_model_trains_on(
     monkeypatch.setattr(
         trainer.mix,
         "prepare",
-        lambda x1, ids, dtype: (trained.append(x1), prepare(x1, ids=ids, dtype=dtype))[1],
+        lambda x1, **options: (trained.append(x1), prepare(x1, **options))[1],
     )
     trainer.run()
     assert len(seen) == len(trained) == 1 and torch.equal(seen[0], trained[0])

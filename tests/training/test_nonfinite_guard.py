@@ -298,9 +298,9 @@ def test_losses_by_t_add_up_to_the_loss(tmp_path: Path) -> None:
     times: list[torch.Tensor] = []
     prepare = trainer.mix.prepare
 
-    def recording(x, ids, dtype):
-        times.append(prepare(x, ids=ids, dtype=dtype).t)
-        return prepare(x, ids=ids, dtype=dtype)
+    def recording(x, ids, dtype, y):
+        times.append(prepare(x, ids=ids, dtype=dtype, y=y).t)
+        return prepare(x, ids=ids, dtype=dtype, y=y)
 
     trainer.mix.prepare = recording
     trainer.run()
