@@ -56,7 +56,7 @@ def ours(*arguments: object, **options: object) -> dict[str, Tensor]:
 
 
 def lines(x1, mean, log_var, w, m, eps, eps1, path, clock, mode) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification's formulas (sections 1 and 6.1), in the dtype of mean."""
+    """The formulas of the paper in plain PyTorch, in the dtype of mean."""
     w, t = (v.to(mean.dtype).view(-1, *[1] * (mean.dim() - 1)) for v in (w, m))
     t = t if clock == DATA_AT_1 else 1 - t
     if mode == "moments":

@@ -90,7 +90,7 @@ def test_dopri5_closed_form() -> None:
 def test_gaussian_flow(method: str, errors: tuple[float, ...]) -> None:
     """Standard deviation of N(0, 0.3) data from its exact velocity, relative error at 10, 20, 40.
 
-    Numbers of the specification of this engine's evaluation, section 11.
+    The expected errors are those of an independent computation of the same flow.
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
