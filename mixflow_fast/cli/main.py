@@ -8,6 +8,7 @@ imports stand inside `run`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import os
 import re
@@ -39,7 +40,7 @@ from mixflow_fast.cli import (
     train,
     verify_resume,
 )
-from mixflow_fast.cli.errors import exit_code, warning_line
+from mixflow_fast.cli.errors import exit_code, leave_at_once, warning_line
 from mixflow_fast.files import user_path
 from mixflow_fast.messages import did_you_mean
 from mixflow_fast.openmp import choose_waiting
@@ -80,7 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with 128 + its number (130, 143), and so does the first one to `data prepare`
         and to `sample` of a set.
     """
-    return exit_code(lambda: _run(argv))
+    code = exit_code(lambda: _run(argv))
+    if argv is None and _talked_by_gloo():
+        # Gloo's threads may ask for the interpreter while it ends, which aborts the process.
+        atexit._run_exitfuncs()
+        leave_at_once(code)
+    return code
+
+
+def _talked_by_gloo() -> bool:
+    # Looked up and not imported: most commands end without torch.
+    module = sys.modules.get("mixflow_fast.distributed.process_group")
+    return module is not None and module.talked_by_gloo()
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -29,6 +29,7 @@ _HOW = "start with torchrun, which sets them all, or unset them for a run of one
 _store: dist.Store | None = None
 _timeout = timedelta(minutes=30)
 _ours = False
+_gloo_with_others = False
 
 
 def local_device(device: str = "auto") -> torch.device:
@@ -77,7 +78,7 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
         ValueError: as `local_device`, an incomplete environment, or ranks that did not come or
             cannot reach each other.
     """
-    global _store, _timeout, _ours
+    global _store, _timeout, _ours, _gloo_with_others
     chosen = local_device(device)
     _timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
@@ -97,6 +98,7 @@ def init_process_group(device: str = "auto", timeout_s: float = 1800.0) -> torch
                 # NCCL's is left to the command: to end it would be to wait for a rank that is lost.
                 atexit.unregister(leave)  # of an earlier group
                 atexit.register(leave)
+                _gloo_with_others = _gloo_with_others or dist.get_world_size() > 1
             if backend == "nccl":  # which else connects at the first collective, far from here
                 dist.all_reduce(torch.ones(1, device=chosen))
                 torch.cuda.synchronize(chosen)
@@ -136,6 +138,11 @@ def launchers_store() -> bool:
 def with_others_on_gpus() -> bool:
     """Whether this is one of several ranks on GPUs, where the end of a process waits for them."""
     return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
+
+
+def talked_by_gloo() -> bool:
+    """Whether this process made a gloo group with other ranks, be it ended or not."""
+    return _gloo_with_others
 
 
 def leave() -> None:
