@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     code = exit_code(lambda: _run(argv))
     if argv is None and _talked_by_gloo():
-        # Gloo's threads may ask for the interpreter while it ends, which aborts the process.
+        # A finished run of two ranks was seen to abort (-6) in what the interpreter does after its
+        # exit handlers; gloo's threads are the suspects. So they run, and nothing after them.
         atexit._run_exitfuncs()
         leave_at_once(code)
     return code

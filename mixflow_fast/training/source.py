@@ -92,8 +92,11 @@ def source_record(section: SourceConfig, model: ModelConfig) -> SourceRecord | N
         sample_w=s.sample_w,
     )
     try:
+        record.source(nn.Identity())
+    except ValueError as error:  # the weight is what is left to refuse, and is named first
+        raise ValueError(f"source.{error}") from None
+    try:
         config = dict(record.build_predictor("meta").config)
-        record.source(nn.Identity())  # refuses w
     except ValueError as error:
         raise ValueError(f"the section source: {error}") from None
     # With every default filled in: a later release may have others.

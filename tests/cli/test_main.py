@@ -242,3 +242,30 @@ def test_options_after_the_overrides_and_unknown_ones(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="2"):
         main(["report", "x", "y"])
     assert "unrecognized arguments: y" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argument", "code"), [("recipes", 0), ("inspect missing.pt", 2)])
+@pytest.mark.parametrize("talked", [True, False])
+def test_several_cpu_ranks_end_after_their_exit_handlers(
+    argument: str, code: int, talked: bool
+) -> None:
+    """What the interpreter does after them can abort a rank; its code and output are whole."""
+    program = f"""
+import atexit, os, sys
+from mixflow_fast.distributed import process_group
+
+class Last:
+    def __del__(self, write=os.write):
+        write(1, b"<the interpreter ended>")
+
+last = Last()
+process_group._gloo_with_others = {talked}
+atexit.register(print, "<handlers ran>")
+sys.argv = ["mixflow-fast", *{argument.split()}]
+{CONSOLE_SCRIPT}
+"""
+    done = python("-c", program)
+    assert done.returncode == code, done.stderr
+    assert "<handlers ran>" in done.stdout
+    assert ("photos-mixed" in done.stdout) if code == 0 else ("missing.pt" in done.stderr)
+    assert ("<the interpreter ended>" in done.stdout) != talked

@@ -89,8 +89,8 @@ def test_a_second_pass_of_the_teachers_term_is_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["source.w=2"], "the section source: w must be"),
-        (["source.w=often"], "the section source: w must be"),
+        (["source.w=2"], "^source.w must be"),
+        (["source.w=often"], "^source.w must be"),
         (["source.widths=[12]"], "the section source: .*multiple of groups"),
         (
             ["source.kappa=class", "source.predictor=table", "source.low_resolution=99"],

@@ -3,31 +3,66 @@
 Faults that were found in the published implementation, and the test that would show each here
 (without a folder: in this file):
 
-| fault | test |
-|---|---|
-| the predictor is used at test time for one kappa only, w has no effect without a word | flow/test_source.py::test_kappa_is_made_of_what_it_names, sampling/test_source.py::test_formula_in_float64, ::test_data_are_not_known |
-| mode "moments" draws twice and uses one; statistics of another sample than the one used | test_mixed_golden.py::test_training_step (streams drawn), test_source_health.py::test_of_the_noise_in_use |
-| statistics that grow with the batch | test_source_health.py::test_does_not_depend_on_the_size_of_the_batch |
-| the KL's weight depends on the resolution | test_lam_is_the_same_at_every_resolution |
-| no clamp on the log-variance | flow/test_source.py::test_log_variances_are_clamped_without_a_gradient, test_an_overflow_shows_in_its_own_sample |
-| a detached source becomes N(0, I) | test_mixed_gradients.py::test_detach_leaves_the_source_its_kl_alone, test_mixed_source_toy.py |
-| images and labels in the order of a directory listing | data/preparation/test_source.py::test_the_list_is_sorted_by_class_and_name |
-| 2N - 1 evaluations documented as N | sampling/test_mixed_source_solvers.py::test_evaluations_are_counted_as_the_documentation_says |
-| no seed | test_draws_are_functions_of_seed_and_position |
-| a last batch of another size, labels of the whole one | sampling/test_source.py::test_the_last_batch_has_its_own_classes |
-| w = 1 is never drawn from discrete weights | test_discrete_weights, sampling/test_source.py::test_discrete_weights_reach_both_ends |
-| a number in [0, 1] is divided by n | test_a_number_is_the_weight, sampling/test_source.py::test_a_weight_is_the_same_number_whatever_training_drew |
-| w as an integer, time as a number | test_a_number_is_the_weight, models/test_songunet.py::test_mixing_weight_in_every_form |
-| class and guidance settings that do nothing, or fail late | models/test_songunet.py::test_refusals, ::test_labels_are_not_looked_at, training/test_songunet_run.py::test_refusals |
-| building a network changes its configuration | models/test_songunet.py::test_published_sizes (built again from its own), models/test_source_predictor.py::test_released_size_and_config |
-| a class table of a fixed size | models/test_source_predictor.py::test_classes_of_the_official_network, ::test_refusals |
-| one solver stands for another; tolerances cannot be set; all states are kept | sampling/test_mixed_source_solvers.py (a_name_that_is_unknown, a_method_never_stands_for_another, smaller_tolerances, keeps_one_state) |
-| an average of the denoiser alone | training/test_source.py::test_network_and_source_move_and_both_have_an_average |
-| waits for the device at every step | test_compiles_in_one_piece, training/test_source.py::test_a_step_reads_nothing_from_the_device |
-| attention of its own, no bf16, no channels_last | models/test_songunet.py::test_dtypes_and_channels_last |
+* the predictor is used at test time for one kappa only, w has no effect without a word:
+  flow/test_source.py::test_kappa_is_made_of_what_it_names
+  sampling/test_source.py::test_formula_in_float64
+  ::test_data_are_not_known
+* mode "moments" draws twice and uses one; statistics of another sample than the one used:
+  test_mixed_golden.py::test_training_step (streams drawn)
+  test_source_health.py::test_of_the_noise_in_use
+* statistics that grow with the batch:
+  test_source_health.py::test_does_not_depend_on_the_size_of_the_batch
+* the KL's weight depends on the resolution:
+  test_lam_is_the_same_at_every_resolution
+* no clamp on the log-variance:
+  flow/test_source.py::test_log_variances_are_clamped_without_a_gradient
+  test_an_overflow_shows_in_its_own_sample
+* a detached source becomes N(0, I):
+  test_mixed_gradients.py::test_detach_leaves_the_source_its_kl_alone
+  test_mixed_source_toy.py
+* images and labels in the order of a directory listing:
+  data/preparation/test_source.py::test_the_list_is_sorted_by_class_and_name
+* 2N - 1 evaluations documented as N:
+  sampling/test_mixed_source_solvers.py::test_evaluations_are_counted_as_the_documentation_says
+* no seed:
+  test_draws_are_functions_of_seed_and_position
+* a last batch of another size, labels of the whole one:
+  sampling/test_source.py::test_the_last_batch_has_its_own_classes
+* w = 1 is never drawn from discrete weights:
+  test_discrete_weights
+  sampling/test_source.py::test_discrete_weights_reach_both_ends
+* a number in [0, 1] is divided by n:
+  test_a_number_is_the_weight
+  sampling/test_source.py::test_a_weight_is_the_same_number_whatever_training_drew
+* w as an integer, time as a number:
+  test_a_number_is_the_weight
+  models/test_songunet.py::test_mixing_weight_in_every_form
+* class and guidance settings that do nothing, or fail late:
+  models/test_songunet.py::test_refusals
+  ::test_labels_are_not_looked_at
+  training/test_songunet_run.py::test_refusals
+* building a network changes its configuration:
+  models/test_songunet.py::test_published_sizes (built again from its own)
+  models/test_source_predictor.py::test_released_size_and_config
+* a class table of a fixed size:
+  models/test_source_predictor.py::test_classes_of_the_official_network
+  ::test_refusals
+* one solver stands for another; tolerances cannot be set; all states are kept:
+  sampling/test_mixed_source_solvers.py (a_name_that_is_unknown
+  a_method_never_stands_for_another
+  smaller_tolerances
+  keeps_one_state)
+* an average of the denoiser alone:
+  training/test_source.py::test_network_and_source_move_and_both_have_an_average
+* waits for the device at every step:
+  test_compiles_in_one_piece
+  training/test_source.py::test_a_step_reads_nothing_from_the_device
+* attention of its own, no bf16, no channels_last:
+  models/test_songunet.py::test_dtypes_and_channels_last
 
-Its remaining faults are of its trainer's logging, files and statistics, which share nothing with ours.
-"""  # noqa: E501
+Its remaining faults are of its trainer's logging, files and statistics, which share nothing with
+ours.
+"""
 
 import warnings
 

@@ -126,7 +126,10 @@ def test_torchdiffeq_step_by_step(method: str, theirs: str) -> None:
 def test_heun_with_a_last_euler_step() -> None:
     """Heun up to the last point, then Euler; diffusers counts 19 calls for 10 steps."""
     times, x = time_grid(10), torch.tensor([[0.5], [-2.0]])
-    field = lambda x, t: torch.sin(x) + t[:, None]  # noqa: E731
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(x) + t[:, None]
+
     before, _ = integrate(field, x, times[:-1], "heun")
     expected, _ = integrate(field, before, times[-2:], "euler")
     out, nfe = integrate(field, x, times, "heun_last_euler")
