@@ -38,6 +38,17 @@ _OPTIONS = {
     "shard_rows": "--shard-images",
     "shard_samples": "--shard-samples",
     "image_format": "--format",
+    "mirrors": "--mirrors",
+    "data": "--data",
+    "text": "--text",
+    "text_length": "--t5-length",
+    "text_dtype": "--dtype",
+    "text_batch": "--text-batch",
+    "image_batch": "--batch",
+    "buckets": "--buckets",
+    "transformer": "--model",
+    "encoders": "--model",
+    "vae": "--model",
 }
 
 
