@@ -128,7 +128,8 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
                 yield name, cells
     except csv.Error as error:
         raise ValueError(
-            f"cannot read {str(table)!r} at line {reader.line_num}: {error}"
+            # The line of `DictReader` is that of the last row it could read.
+            f"cannot read {str(table)!r} at line {reader.reader.line_num}: {error}"
         ) from error
 
 
