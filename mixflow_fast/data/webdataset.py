@@ -29,7 +29,7 @@ from mixflow_fast.files import existing_path
 
 INDEX = ".mixflow-fast-index.npz"
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class WebDataset:
@@ -228,7 +228,7 @@ def tar_shards(root: Path) -> list[Path]:
     compressed = [
         name
         for name in names
-        if name.lower().endswith(_COMPRESSED) and _unpacked(name) not in names
+        if name.lower().endswith(COMPRESSED_TARS) and _unpacked(name) not in names
     ]
     if compressed:
         raise ValueError(

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,14 +27,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixflow_fast.data.decoding import read_rgb
+from mixflow_fast.data.decoding import IMAGE_SUFFIXES, read_rgb
+from mixflow_fast.data.foreign import describe_suffixes
 from mixflow_fast.data.image_folder import FolderScan
 from mixflow_fast.data.preparation.captioned.listing import BadItem, Contents, Item, Layout, Listing
-from mixflow_fast.data.preparation.captioned.text_files import list_text_files
+from mixflow_fast.data.preparation.captioned.metadata import (
+    TABLE_SUFFIXES,
+    TABLES,
+    list_metadata,
+)
+from mixflow_fast.data.preparation.captioned.tars import is_tar, list_tars
+from mixflow_fast.data.preparation.captioned.text_files import TEXT_SUFFIX, list_text_files
 from mixflow_fast.data.preparation.prepare import MAX_BAD, OnBad
 from mixflow_fast.data.preparation.scan import core_count
 from mixflow_fast.data.preparation.source import Header, check_usable, read_header
 from mixflow_fast.files import existing_path
+from mixflow_fast.messages import shorten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -177,9 +186,51 @@ def open_captioned(
 
 
 def _list(root: Path) -> Listing:
-    """The listing of the layout that is found."""
-    names = _files(root)
-    return list_text_files(root, names)
+    """The listing of the layout that is found.
+
+    Raises:
+        ValueError: none of the three, or several.
+    """
+    top = (
+        sorted(name for name in os.listdir(root) if name[0] != ".")
+        if root.is_dir()
+        else [root.name]
+    )
+    folder = root if root.is_dir() else root.parent
+    wanted = TABLE_SUFFIXES if root.is_file() else TABLES
+    tables = [name for name in top if name.lower().endswith(wanted)]
+    tars = [name for name in top if is_tar(name)]
+    images = [name for name in top if name.lower().endswith(IMAGE_SUFFIXES)]
+    if len(tables) > 1 or (tars and (tables or images)):
+        found = shorten([*tables, *tars[:1], *images[:1]])
+        raise ValueError(
+            f"{root} can be read in several ways, it holds {found}: give the table or the .tar "
+            "itself, or move what is not meant"
+        )
+    if tars:
+        return list_tars(root)
+    if tables:
+        return list_metadata(folder / tables[0], _files(folder))
+    names = _files(root) if root.is_dir() else top
+    suffixes = {os.path.splitext(name)[1].lower() for name in names}
+    if root.is_dir() and TEXT_SUFFIX in suffixes and suffixes & set(IMAGE_SUFFIXES):
+        return list_text_files(root, names)
+    raise ValueError(f"{root} holds no images with captions{_found(root, names)}; {_LAYOUTS}")
+
+
+def _found(root: Path, names: list[str]) -> str:
+    """What is there instead, for the error."""
+    deeper = [n for n in names if n.lower().endswith(TABLES) or is_tar(n)]
+    if root.is_dir() and deeper:
+        below = root / os.path.dirname(deeper[0])
+        return f"; {deeper[0]} is one level too low: give the folder {str(below)!r}"
+    counts = Counter(os.path.splitext(name)[1].lower() for name in names)
+    if any(suffix in counts for suffix in (".parquet", ".arrow")):
+        return (
+            f": its files are {describe_suffixes(counts)}. Images inside of tables are not read: "
+            "write them as files, with metadata.jsonl beside them"
+        )
+    return f": its files are {describe_suffixes(counts)}" if counts else ": it is empty"
 
 
 def _files(root: Path) -> list[str]:
@@ -224,8 +275,9 @@ def _read_headers(
 def _headers(contents: Contents, items: Sequence[Item]) -> list[Header | BadItem]:
     found: list[Header | BadItem] = []
     for item in items:
-        try:
-            found.append(read_header(contents.open(item)))
-        except ValueError as error:
-            found.append(BadItem(item.name, "image that cannot be used", str(error)))
+        with contents.open(item) as stream:
+            try:
+                found.append(read_header(stream))
+            except ValueError as error:
+                found.append(BadItem(item.name, "image that cannot be used", str(error)))
     return found

@@ -80,8 +80,8 @@ class Contents(Protocol):
         """An image's file."""
         ...
 
-    def open(self, item: Item) -> Path | BinaryIO:
-        """What to read an image's header from."""
+    def open(self, item: Item) -> BinaryIO:
+        """The same as a stream, for its header; OSError says nothing about the image."""
         ...
 
 
@@ -122,9 +122,9 @@ class FolderFiles:
         """As `Contents.read`."""
         return (self.root / item.name).read_bytes()
 
-    def open(self, item: Item) -> Path:
+    def open(self, item: Item) -> BinaryIO:
         """As `Contents.open`."""
-        return self.root / item.name
+        return (self.root / item.name).open("rb")
 
 
 def decode_text(content: bytes) -> str:
