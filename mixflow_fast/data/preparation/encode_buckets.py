@@ -261,7 +261,7 @@ def known_bad(root: Path) -> list[BadItem]:
 
 
 def finish_bucket(
-    work: ShardWork,
+    root: Path,
     records: Sequence[Mapping[str, object]],
     bucket: BucketPlan,
     autoencoder: Autoencoder,
@@ -290,7 +290,7 @@ def finish_bucket(
         classes=classes_digest(()),
     )
     whole = [record for record in records if record["rows"]]
-    finish_store(work.out, info, whole, np.zeros(len(kept), np.int32), kept)
+    finish_store(root, info, whole, np.zeros(len(kept), np.int32), kept)
 
 
 def preprocessing() -> str:

@@ -292,7 +292,7 @@ class CaptionedJob:
             self._check_space()
             with deterministic_cudnn(), quiet_pillow():
                 made = self._make_prompts(rank, world, quiet)
-                latents = self._make_latents(rank, world, quiet)
+                latents = self._make_latents(rank, world, quiet, whole.complete)
             # Looked at when all is made here: others may have finished sets after this process.
             unfinished = self._unfinished()
             if not unfinished:
@@ -357,12 +357,13 @@ class CaptionedJob:
             work.complete_with(finish)
             return made
 
-    def _make_latents(self, rank: int, world: int, quiet: bool) -> int:
+    def _make_latents(self, rank: int, world: int, quiet: bool, complete: bool) -> int:
         """Make shards of all buckets; returns how many. BadItems after all others are made."""
         made, refused, encoder = 0, list[BadItem](), None
         for bucket in self.buckets:
             with self._bucket_work(bucket, rank, world) as work:
-                if self._options.on_bad == "refuse":  # what was left out may be a good file by now
+                # What was left out may be a good file by now.
+                if self._options.on_bad == "refuse" and not (complete or work.complete):
                     work.make_again(lambda record: bool(record.get("skipped")))
                 if numbers := work.remaining():
                     encoder = encoder or self._model.autoencoder.load()

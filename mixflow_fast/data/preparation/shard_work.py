@@ -37,6 +37,8 @@ _IGNORED = {".DS_Store", "lost+found"}
 _OPTIONS = {
     "shard_rows": "--shard-images",
     "shard_samples": "--shard-samples",
+    "shard_images": "--shard-images",
+    "shard_prompts": "--shard-prompts",
     "image_format": "--format",
     "mirrors": "--mirrors",
     "data": "--data",
@@ -45,7 +47,7 @@ _OPTIONS = {
     "text_dtype": "--dtype",
     "text_batch": "--text-batch",
     "image_batch": "--batch",
-    "buckets": "--buckets",
+    "buckets": "--buckets or --size",
     "transformer": "--model",
     "encoders": "--model",
     "vae": "--model",
