@@ -236,7 +236,7 @@ def _found(root: Path, names: list[str]) -> str:
 def _files(root: Path) -> list[str]:
     """Names of all files in a folder and below it, sorted, with `/` between folders."""
     start = len(os.path.join(root, ""))
-    return sorted(file[start:] for file in FolderScan(root).files(root))
+    return [file[start:] for file in FolderScan(root).files(root)]
 
 
 def _judge(bad: list[BadItem], total: int, on_bad: OnBad, max_bad: int) -> None:

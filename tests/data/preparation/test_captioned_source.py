@@ -30,6 +30,8 @@ CAPTIONS = {
     "B.JPG": ['she said "no", twice'],
     "a-b.jpeg": ["line separator\u2028inside"],
 }
+GOOD = {"good.jpg": encoded(smooth(40, 50, 1), "JPEG"), "good.txt": b"a fox"}
+JPEG = GOOD["good.jpg"]
 SIZES = {name: (40 + 7 * n, 61 - 3 * n) for n, name in enumerate(NAMES)}
 
 
@@ -191,6 +193,14 @@ def test_the_digest_is_of_names_captions_and_sizes(tmp_path):
     assert open_captioned(root).digest() != digest
 
 
+def test_the_order_is_that_of_the_images_names(tmp_path):
+    """And not that of the text files, among which a.TXT is the first."""
+    files = {name: b"x" for name in ("a.TXT", "a.b.txt", "B.txt")}
+    files |= {name: JPEG for name in ("a.jpg", "a.b.jpg", "B.jpg")}
+    source = open_captioned(write(tmp_path, files))
+    assert [source.name(i) for i in range(3)] == ["B.jpg", "a.b.jpg", "a.jpg"]
+
+
 def test_byte_order_marks_and_line_ends(tmp_path):
     mark = b"\xef\xbb\xbf"
     files = {"1.jpg": picture("b.jpg"), "1.TXT": mark + b"one\rtwo\r\nthree\n\n \n"}
@@ -203,10 +213,6 @@ def test_byte_order_marks_and_line_ends(tmp_path):
         files = {"1.jpg": picture("b.jpg"), f"metadata.{suffix}": mark + table}
         source = open_captioned(write(tmp_path / suffix, files))
         assert source.captions(0) == ("one, with\nan end of line",)
-
-
-GOOD = {"good.jpg": encoded(smooth(40, 50, 1), "JPEG"), "good.txt": b"a fox"}
-JPEG = GOOD["good.jpg"]
 
 
 @pytest.mark.parametrize(
