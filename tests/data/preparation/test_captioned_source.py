@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 from PIL import Image
 
 from mixflow_fast.data.preparation.captioned_source import BadItems, open_captioned
@@ -90,6 +89,7 @@ def comma_separated(root: Path) -> Path:
 
 def tars(root: Path) -> Path:
     """By webdataset's writer, two in a tar; .txt with lines, or .json."""
+    webdataset = pytest.importorskip("webdataset")
     root.mkdir(parents=True)
     with webdataset.ShardWriter(str(root / "%03d.tar"), maxcount=2, verbose=0) as sink:
         for number, name in enumerate(ORDER):
@@ -136,6 +136,7 @@ def test_names_of_tars(tmp_path):
 
 def test_webdatasets_reader_sees_the_same(tmp_path):
     """webdataset's own grouping of members, in its order."""
+    webdataset = pytest.importorskip("webdataset")
     root = tars(tmp_path / "data")
     source = open_captioned(root)
     theirs = list(
@@ -426,8 +427,11 @@ def test_rows_of_csv_with_a_comma_too_many(tmp_path):
 def test_a_table_of_another_name_is_given_itself(tmp_path):
     root = write(tmp_path, {"good.jpg": JPEG, "train.jsonl": ROW})
     assert open_captioned(root / "train.jsonl").captions(0) == ("a fox",)
+    os.rename(root / "train.jsonl", root / "old_metadata.jsonl")
     with pytest.raises(ValueError, match="holds no images with captions: its files are 2"):
         open_captioned(root)
+    os.rename(root / "old_metadata.jsonl", root / "Metadata.jsonl")
+    assert open_captioned(root).layout == "metadata"
 
 
 def test_images_inside_of_a_table_are_refused(tmp_path):
