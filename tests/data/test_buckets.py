@@ -103,6 +103,7 @@ def test_a_square_bucket_has_the_bits_of_adms_crop(width, height):
     ("size", "halvings", "resized"),
     [
         ((96, 64), 0, (96, 64)),  # of the size, as it is
+        ((97, 64), 0, (97, 64)),  # half a pixel too wide on either side
         ((100, 90), 0, (96, 86)),  # 86.4 rows, of which 64 are kept
         ((150, 80), 0, (120, 64)),
         ((201, 129), 1, (100, 64)),  # 100 x 64 after the halving

@@ -31,11 +31,7 @@ from mixflow_fast.data.decoding import IMAGE_SUFFIXES, read_rgb
 from mixflow_fast.data.foreign import describe_suffixes
 from mixflow_fast.data.image_folder import FolderScan
 from mixflow_fast.data.preparation.captioned.listing import BadItem, Contents, Item, Layout, Listing
-from mixflow_fast.data.preparation.captioned.metadata import (
-    TABLE_SUFFIXES,
-    TABLES,
-    list_metadata,
-)
+from mixflow_fast.data.preparation.captioned.metadata import is_table, list_metadata
 from mixflow_fast.data.preparation.captioned.tars import is_tar, list_tars
 from mixflow_fast.data.preparation.captioned.text_files import TEXT_SUFFIX, list_text_files
 from mixflow_fast.data.preparation.prepare import MAX_BAD, OnBad
@@ -197,8 +193,7 @@ def _list(root: Path) -> Listing:
         else [root.name]
     )
     folder = root if root.is_dir() else root.parent
-    wanted = TABLE_SUFFIXES if root.is_file() else TABLES
-    tables = [name for name in top if name.lower().endswith(wanted)]
+    tables = [name for name in top if is_table(name, any_name=root.is_file())]
     tars = [name for name in top if is_tar(name)]
     images = [name for name in top if name.lower().endswith(IMAGE_SUFFIXES)]
     if len(tables) > 1 or (tars and (tables or images)):
@@ -220,7 +215,7 @@ def _list(root: Path) -> Listing:
 
 def _found(root: Path, names: list[str]) -> str:
     """What is there instead, for the error."""
-    deeper = [n for n in names if n.lower().endswith(TABLES) or is_tar(n)]
+    deeper = [n for n in names if is_table(os.path.basename(n)) or is_tar(n)]
     if root.is_dir() and deeper:
         below = root / os.path.dirname(deeper[0])
         return f"; {deeper[0]} is one level too low: give the folder {str(below)!r}"
@@ -236,7 +231,7 @@ def _found(root: Path, names: list[str]) -> str:
 def _files(root: Path) -> list[str]:
     """Names of all files in a folder and below it, sorted, with `/` between folders."""
     start = len(os.path.join(root, ""))
-    return sorted(file[start:] for file in FolderScan(root).files(root))
+    return [file[start:] for file in FolderScan(root).files(root)]
 
 
 def _judge(bad: list[BadItem], total: int, on_bad: OnBad, max_bad: int) -> None:

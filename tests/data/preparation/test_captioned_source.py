@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 from PIL import Image
 
 from mixflow_fast.data.preparation.captioned_source import BadItems, open_captioned
@@ -30,6 +29,8 @@ CAPTIONS = {
     "B.JPG": ['she said "no", twice'],
     "a-b.jpeg": ["line separator\u2028inside"],
 }
+GOOD = {"good.jpg": encoded(smooth(40, 50, 1), "JPEG"), "good.txt": b"a fox"}
+JPEG = GOOD["good.jpg"]
 SIZES = {name: (40 + 7 * n, 61 - 3 * n) for n, name in enumerate(NAMES)}
 
 
@@ -88,6 +89,7 @@ def comma_separated(root: Path) -> Path:
 
 def tars(root: Path) -> Path:
     """By webdataset's writer, two in a tar; .txt with lines, or .json."""
+    webdataset = pytest.importorskip("webdataset")
     root.mkdir(parents=True)
     with webdataset.ShardWriter(str(root / "%03d.tar"), maxcount=2, verbose=0) as sink:
         for number, name in enumerate(ORDER):
@@ -134,6 +136,7 @@ def test_names_of_tars(tmp_path):
 
 def test_webdatasets_reader_sees_the_same(tmp_path):
     """webdataset's own grouping of members, in its order."""
+    webdataset = pytest.importorskip("webdataset")
     root = tars(tmp_path / "data")
     source = open_captioned(root)
     theirs = list(
@@ -191,6 +194,14 @@ def test_the_digest_is_of_names_captions_and_sizes(tmp_path):
     assert open_captioned(root).digest() != digest
 
 
+def test_the_order_is_that_of_the_images_names(tmp_path):
+    """And not that of the text files, among which a.TXT is the first."""
+    files = {name: b"x" for name in ("a.TXT", "a.b.txt", "B.txt")}
+    files |= {name: JPEG for name in ("a.jpg", "a.b.jpg", "B.jpg")}
+    source = open_captioned(write(tmp_path, files))
+    assert [source.name(i) for i in range(3)] == ["B.jpg", "a.b.jpg", "a.jpg"]
+
+
 def test_byte_order_marks_and_line_ends(tmp_path):
     mark = b"\xef\xbb\xbf"
     files = {"1.jpg": picture("b.jpg"), "1.TXT": mark + b"one\rtwo\r\nthree\n\n \n"}
@@ -203,10 +214,6 @@ def test_byte_order_marks_and_line_ends(tmp_path):
         files = {"1.jpg": picture("b.jpg"), f"metadata.{suffix}": mark + table}
         source = open_captioned(write(tmp_path / suffix, files))
         assert source.captions(0) == ("one, with\nan end of line",)
-
-
-GOOD = {"good.jpg": encoded(smooth(40, 50, 1), "JPEG"), "good.txt": b"a fox"}
-JPEG = GOOD["good.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -420,8 +427,11 @@ def test_rows_of_csv_with_a_comma_too_many(tmp_path):
 def test_a_table_of_another_name_is_given_itself(tmp_path):
     root = write(tmp_path, {"good.jpg": JPEG, "train.jsonl": ROW})
     assert open_captioned(root / "train.jsonl").captions(0) == ("a fox",)
+    os.rename(root / "train.jsonl", root / "old_metadata.jsonl")
     with pytest.raises(ValueError, match="holds no images with captions: its files are 2"):
         open_captioned(root)
+    os.rename(root / "old_metadata.jsonl", root / "Metadata.jsonl")
+    assert open_captioned(root).layout == "metadata"
 
 
 def test_images_inside_of_a_table_are_refused(tmp_path):

@@ -29,14 +29,24 @@ from mixflow_fast.data.preparation.captioned.listing import (
 from mixflow_fast.files import check_inside
 from mixflow_fast.messages import did_you_mean, shorten
 
-TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-TABLES = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _FILE, _TEXT = "file_name", "text"
 # What others call the column of the captions.
 _CAPTION_NAMES = ("caption", "captions", "prompt", "prompts", "description")
 
 # (name of the row in messages, its cells or why it cannot be read)
 _Row = tuple[str, Mapping[str, object] | Refused]
+
+
+def is_table(name: str, any_name: bool = False) -> bool:
+    """Whether a file in a folder is its table: metadata.jsonl, .csv or .parquet.
+
+    Args:
+        name: without folders.
+        any_name: it was given itself, so that the suffix decides.
+    """
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix in _SUFFIXES and (any_name or stem == "metadata")
 
 
 def list_metadata(table: Path, names: list[str]) -> Listing:
