@@ -373,12 +373,14 @@ def build_data(
     options = {name: getattr(section, name) for name in DATA_FIELDS[section.kind]}
     for name in _HOW_IT_COMES:
         options.pop(name, None)
-    for name in ("moments", "scale", "mirrors"):  # null: the data say
+    for name in ("moments", "scale", "mirrors", "buckets"):  # null: the data say
         if name in options and options[name] is None:
             options.pop(name)
     if section.kind == "latents":
         options["features"] = section.features or False
         options["images"] = section.images
+    elif section.kind == "captioned":
+        options["drop"] = drop
     elif options["size"] is None:
         options["size"] = image_size(encoder, model)
     try:
