@@ -22,8 +22,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mixflow_fast import __version__
 from mixflow_fast.data.buckets import Bucket, nearest_bucket
+from mixflow_fast.data.captioned import (
+    FIRST,
+    FORMAT,
+    LATENTS,
+    PROMPT,
+    BucketInfo,
+    CaptionedInfo,
+)
+from mixflow_fast.data.captioned import PROMPTS as PROMPTS_FOLDER
 from mixflow_fast.data.latents_store import FORMAT as LATENTS_FORMAT
 from mixflow_fast.data.preparation.captioned.listing import BadItem
 from mixflow_fast.data.preparation.captioned_source import BadItems, CaptionedSource
@@ -43,11 +51,9 @@ from mixflow_fast.data.preparation.encode_buckets import (
     preprocessing,
 )
 from mixflow_fast.data.preparation.encode_prompts import (
-    PROMPTS,
     SHARD_PROMPTS,
     Prompts,
     PromptsPlan,
-    Text,
     TextEncoders,
     make_prompts,
     shard_records,
@@ -56,13 +62,18 @@ from mixflow_fast.data.preparation.encode_prompts import (
 from mixflow_fast.data.preparation.prepare import MAX_BAD, OnBad
 from mixflow_fast.data.preparation.scan import free_bytes, quiet_pillow
 from mixflow_fast.data.preparation.shard_work import ShardWork
+from mixflow_fast.data.prompts_store import FORMAT as TEXT_FORMAT
+from mixflow_fast.data.prompts_store import PROMPTS, PartInfo, PromptsInfo, Text
 from mixflow_fast.data.set_files import MANIFEST, file_record, how_far, write_manifest
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import size_text
 
-CAPTIONED_FORMAT, PROMPTS_FORMAT = "mixflow-captioned/1", "mixflow-prompts/1"
-FIRST, PROMPT = "items/first.npy", "items/prompt.npy"
 TEXT_BATCH = 32
+# Of the settings, what the manifest says as `settings`.
+_OF_MANIFEST = (
+    *("text_dtype", "text_batch", "image_batch", "buckets", "mirrors", "device", "preprocessing"),
+    *("shard_images", "shard_prompts"),
+)
 
 
 @dataclass(frozen=True)
@@ -249,10 +260,10 @@ class CaptionedJob:
     def settings(self) -> dict[str, object]:
         """Plain values that all parts of a cache must agree on."""
         options = self._options
-        sets = {"prompts": self.prompts_plan.units}
+        sets = {PROMPTS_FOLDER: self.prompts_plan.units}
         sets |= {_latents(bucket): bucket.shards for bucket in self.buckets}
         return {
-            "format": CAPTIONED_FORMAT,
+            "format": FORMAT,
             "class": self._model.class_name,
             **self._model.record,
             "text": options.text,
@@ -310,7 +321,7 @@ class CaptionedJob:
     def _unfinished(self) -> int:
         """Shards that are not done, or sets without a manifest, of whatever process."""
         done, total = how_far(self.out) or (0, 1)
-        sets = [self.out / "prompts"]
+        sets = [self.out / PROMPTS_FOLDER]
         sets += [
             self.out / _latents(bucket)
             for bucket in self.buckets
@@ -321,9 +332,9 @@ class CaptionedJob:
     def _make_prompts(self, rank: int, world: int, quiet: bool) -> int:
         """Make units of the prompts; returns how many."""
         options, plan = self._options, self.prompts_plan
-        root = self.out / "prompts"
+        root = self.out / PROMPTS_FOLDER
         settings = {
-            "format": PROMPTS_FORMAT,
+            "format": TEXT_FORMAT,
             "text": options.text,
             "text_length": self._model.text_length,
             "shard_prompts": options.shard_prompts,
@@ -332,23 +343,20 @@ class CaptionedJob:
 
         def finish(records: list[dict[str, object]]) -> None:
             write_texts(root, self.prompts.texts)
-            write_manifest(
-                root,
-                {
-                    **settings,
-                    "version": __version__,
-                    "count": plan.count,
-                    "class": self._model.class_name,
-                    "encoders": self._model.record["encoders"],
-                    "text_dtype": options.text_dtype,
-                    "parts": {
-                        name: {"shape": list(part.shape), "dtype": str(part.dtype)[6:]}
-                        for name, part in plan.parts.items()
-                    },
-                    "shards": shard_records(plan, records),
-                    "files": [file_record(root, PROMPTS)],
+            info = PromptsInfo(
+                count=plan.count,
+                text=options.text,
+                class_name=self._model.class_name,
+                length=self._model.text_length,
+                parts={
+                    name: PartInfo(part.shape, str(part.dtype).removeprefix("torch."))
+                    for name, part in plan.parts.items()
                 },
+                encoders=self._model.record["encoders"],
+                shards=tuple(shard_records(plan, records)),
             )
+            info.check()
+            write_manifest(root, info.to_record() | {"files": [file_record(root, PROMPTS)]})
 
         with ShardWork(root, settings, plan.units, "", rank, world) as work:
             if work.complete:
@@ -442,26 +450,25 @@ class CaptionedJob:
             files.append(file_record(self.out, name))
         buckets = []
         for bucket in self.buckets:
-            folder = _latents(bucket)
-            if (self.out / folder / MANIFEST).is_file():
-                count = len(np.load(self.out / folder / "source.npy", mmap_mode="r"))
-                buckets.append({"name": bucket.bucket.name, "folder": folder, "count": count})
-                files.append(file_record(self.out, f"{folder}/{MANIFEST}"))
-        files.append(file_record(self.out, f"prompts/{MANIFEST}"))
-        write_manifest(
-            self.out,
-            {
-                **{name: value for name, value in settings.items() if name != "sets"},
-                "version": __version__,
-                "kind": "captioned",
-                "buckets": buckets,
-                "items": len(self.source),
-                "captions": len(self.prompts.rows),
-                "prompts": len(self.prompts.texts),
-                "shards": [],
-                "files": files,
-            },
+            kept = len(bucket.items) - len(self._bad_of(bucket))
+            if kept:
+                buckets.append(BucketInfo(bucket.bucket.name, kept))
+                files.append(file_record(self.out, f"{_latents(bucket)}/{MANIFEST}"))
+        files.append(file_record(self.out, f"{PROMPTS_FOLDER}/{MANIFEST}"))
+        info = CaptionedInfo(
+            items=len(self.source),
+            captions=len(self.prompts.rows),
+            prompts=len(self.prompts.texts),
+            text=self._options.text,
+            class_name=self._model.class_name,
+            length=self._model.text_length,
+            buckets=tuple(buckets),
+            model=self._model.record,
+            source=self._data(),
+            settings={name: value for name, value in settings.items() if name in _OF_MANIFEST},
+            files=tuple(files),
         )
+        write_manifest(self.out, info.to_record())
 
     def _check_space(self) -> None:
         """ValueError where the disk has too little space for the shards that nobody has done."""
@@ -469,7 +476,7 @@ class CaptionedJob:
         needed = sum(
             plan.bytes(unit)
             for unit in range(plan.units)
-            if not (self.out / "prompts" / "shards" / f"{unit:05d}").exists()
+            if not (self.out / PROMPTS_FOLDER / "shards" / f"{unit:05d}").exists()
         )
         for bucket in self.buckets:
             row = 2 * int(np.prod(bucket.shape))
@@ -488,7 +495,7 @@ class CaptionedJob:
 
 
 def _latents(bucket: BucketPlan) -> str:
-    return f"latents/{bucket.bucket.name}"
+    return f"{LATENTS}/{bucket.bucket.name}"
 
 
 def _shape_text(shape: Sequence[int], dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,19 +31,12 @@ from torch import Tensor
 from mixflow_fast.data.npy_files import padded_header
 from mixflow_fast.data.preparation.encode import ahead
 from mixflow_fast.data.preparation.shard_work import ShardWork, named_errors
+from mixflow_fast.data.prompts_store import PROMPTS, STORED_AS, PromptsShard, Text
 from mixflow_fast.files import replacing
 from mixflow_fast.messages import duration
 from mixflow_fast.metrics.progress import Progress
 
-PROMPTS = "prompts.jsonl"
 SHARD_PROMPTS = 2048  # 4.3 GB of T5 at 256 tokens
-# numpy has no bfloat16: its bits are stored.
-STORED = {
-    torch.bfloat16: ("uint16", torch.int16),
-    torch.int32: ("int32", torch.int32),
-    torch.uint8: ("uint8", torch.uint8),
-}
-Text = Literal["cached", "online"]
 
 
 class PromptPart(Protocol):
@@ -351,7 +344,8 @@ class _UnitWriter:
                 for name in self._parts
             }
         for name, part in self._parts.items():
-            header = padded_header((self._rows, *part.shape), STORED[part.dtype][0])
+            stored = STORED_AS[str(part.dtype).removeprefix("torch.")]
+            header = padded_header((self._rows, *part.shape), stored)
             self._append(name, memoryview(header))
         return self
 
@@ -365,8 +359,7 @@ class _UnitWriter:
                     f"the text encoder {self._stage} must give {name} as (B, "
                     f"{', '.join(map(str, part.shape))}) {part.dtype}, got {got}"
                 )
-            view = rows.contiguous().view(STORED[part.dtype][1]).numpy()
-            self._append(name, memoryview(view).cast("B"))
+            self._append(name, memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B"))
 
     def files(self) -> dict[str, dict[str, object]]:
         """Bytes and SHA-256 of each part's file."""
@@ -391,18 +384,16 @@ class _UnitWriter:
             self._stack.close()
 
 
-def shard_records(
-    plan: PromptsPlan, records: Sequence[Mapping[str, object]]
-) -> list[dict[str, object]]:
-    """Of all files, part by part, from what the units' done files hold."""
-    found = []
+def shard_records(plan: PromptsPlan, records: Sequence[Mapping[str, object]]) -> list[PromptsShard]:
+    """All files, part by part, from what the units' done files hold."""
+    found = list[PromptsShard]()
     for k, stage in enumerate(plan.stages):
         units = records[k * plan.shards : (k + 1) * plan.shards]
-        found += [
-            {"file": f"{u['file']}/{p}.npy", "part": p, "rows": u["rows"], **u["files"][p]}
-            for p in stage.parts
-            for u in units
-        ]
+        for part in stage.parts:
+            found += [
+                PromptsShard(f"{u['file']}/{part}.npy", part, u["rows"], **u["files"][part])
+                for u in units
+            ]
     return found
 
 

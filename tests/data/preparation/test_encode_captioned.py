@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from mixflow_fast.data.buckets import fit_to_bucket, parse_buckets
+from mixflow_fast.data.captioned import CaptionedLatents
 from mixflow_fast.data.latents_store import LatentsStore
 from mixflow_fast.data.preparation import encode_captioned as module
 from mixflow_fast.data.preparation import encode_prompts
@@ -27,6 +28,7 @@ from mixflow_fast.data.preparation.encode_captioned import (
     CaptionedModel,
     CaptionedOptions,
 )
+from mixflow_fast.data.prompts_store import PromptsStore
 from mixflow_fast.data.set_files import how_far, read_manifest, verify
 from mixflow_fast.kernels.interpolate import Moments
 
@@ -149,13 +151,9 @@ def whole(pictures, tmp_path_factory):
 
 
 def part(cache, name):
-    """All rows of a part, floating ones in float32."""
-    manifest = read_manifest(cache / "prompts", "mixflow-prompts/1")
-    shards = [s for s in manifest["shards"] if s["part"] == name]
-    rows = np.concatenate([np.load(cache / "prompts" / s["file"]) for s in shards])
-    if manifest["parts"][name]["dtype"] == "bfloat16":
-        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(rows)
+    """All rows of a part."""
+    store = PromptsStore(cache / "prompts")
+    return store.take(torch.arange(store.info.count))[name]
 
 
 def test_a_prompt_stands_once_and_the_first_is_empty(whole):
@@ -197,11 +195,20 @@ def test_the_manifest_lists_all_and_each_set_is_whole(whole):
         assert verify(root) == []
     record = read_manifest(whole, "mixflow-captioned/1")
     assert (record["items"], record["captions"], record["prompts"]) == (6, 8, 6)
-    assert (record["text"], record["text_length"], record["class"]) == (
-        "cached",
-        5,
-        "SD3Transformer2DModel",
-    )
+    assert (record["text"], record["length"]) == ("cached", 5)
+    assert record["class_name"] == "SD3Transformer2DModel" and record["model"] == model().record
+
+
+def test_it_is_read_as_examples(whole):
+    data = CaptionedLatents(whole)
+    assert data.info.text == "cached" and data.bucket_sizes == [3, 3] and not data.flip
+    batch = data.get(torch.arange(3, 6), torch.arange(3), 0)  # the pictures 1, 2 and 5
+    assert batch.x.mean.shape == (3, 1, 2, 2) and batch.x.scale == 1.5
+    encoders = Texts()
+    expected = encoders.embed("t5", encoders.tokens(["a fox", "a red fox", "snow"]))["t5"]
+    assert torch.equal(batch.cond["t5"][0], expected[0])
+    rows = data.prompt_rows(torch.tensor([4] * 50), torch.arange(50), 0)
+    assert set(rows.tolist()) == {2, 3}  # both captions of picture 2
 
 
 def test_encoders_come_one_after_the_other_with_one_batch_size(pictures, tmp_path):
