@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -217,7 +218,9 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _source(options: argparse.Namespace, rank: int) -> CaptionedSource:
     from mixflow_fast.data.preparation.captioned_source import open_captioned
+    from mixflow_fast.files import existing_path
 
+    existing_path(options.data, "--data")
     if rank == 0:
         print(f"reading captions and headers of {options.data}", file=sys.stderr, flush=True)
     return open_captioned(options.data, options.on_bad, options.max_bad)
@@ -228,15 +231,18 @@ def _model(options: argparse.Namespace, device: torch.device) -> CaptionedModel:
     import torch
 
     from mixflow_fast.data.preparation.encode_captioned import CaptionedModel
-    from mixflow_fast.files import existing_folder, sha256
+    from mixflow_fast.files import existing_path, sha256
     from mixflow_fast.models.text_to_image.loading import adapter_class
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
 
-    folder = existing_folder(options.model, "--model, the folder of a pipeline of diffusers")
+    folder = existing_path(options.model, "--model")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     build = prompt_encoder
     if options.adapter is not None:
-        own = adapter_class(options.adapter)
+        try:
+            own = adapter_class(options.adapter)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         build = getattr(own, "prompt_encoder", None)
         if build is None:
             raise ValueError(
@@ -248,7 +254,7 @@ def _model(options: argparse.Namespace, device: torch.device) -> CaptionedModel:
     config = folder / "transformer" / "config.json"
     encoders = dict(text.record())
     if options.text == "cached":
-        encoders |= _weights(folder)
+        encoders |= _weights(folder, encoders)
     return CaptionedModel(
         text=text,
         autoencoder=vae,
@@ -267,7 +273,11 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     from mixflow_fast.data.preparation.encode_buckets import Autoencoder
     from mixflow_fast.models.autoencoders.sdvae import ImageVAE, SDVAEFiles
 
-    name = "the autoencoder of --model"
+    name = "--model"
+    if not (folder / "vae").is_dir():
+        raise ValueError(
+            f"--model {folder} has no folder vae: give the whole folder of the pipeline"
+        )
     files = SDVAEFiles.read(folder / "vae", name)
 
     def load() -> ImageVAE:
@@ -276,19 +286,34 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     return Autoencoder(files.latent_channels, files.downsampling, files.scale, files.record(), load)
 
 
-def _weights(folder: Path) -> dict[str, str]:
+def _weights(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """What tells the weights of text encoders from others without reading gigabytes.
 
-    SHA-256 of the size, the first and the last MiB of each file.
+    Args:
+        folder: of the pipeline.
+        files: names in it, such as text_encoder/config.json, of the encoders.
+
+    Returns:
+        name of each file of weights -> SHA-256 of its size, its first and its last MiB.
+
+    Raises:
+        ValueError: an encoder without weights.
     """
     found = {}
-    for path in sorted(folder.glob("text_encoder*/*.safetensors")):
-        size, block = path.stat().st_size, 1 << 20
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(str(size).encode() + file.read(block))
-            file.seek(max(0, size - block))
-            digest.update(file.read(block))
-        found[f"{path.parent.name}/{path.name}"] = f"ends {digest.hexdigest()}"
+    for name in sorted({n.split("/")[0] for n in files if n.startswith("text_encoder")}):
+        paths = sorted((folder / name).glob("*.safetensors"))
+        if not paths:
+            raise ValueError(
+                f"--model {folder} has no .safetensors in {name}: give the whole folder of the "
+                "pipeline (a .bin is a pickle, which is not read), or --text online"
+            )
+        for path in paths:
+            size, block = path.stat().st_size, 1 << 20
+            with open(path, "rb") as file:
+                digest = hashlib.sha256(str(size).encode() + file.read(block))
+                file.seek(max(0, size - block))
+                digest.update(file.read(block))
+            found[f"{name}/{path.name}"] = f"ends {digest.hexdigest()}"
     return found
 
 

@@ -218,6 +218,9 @@ class CaptionedJob:
         total = self.total_bytes()
         lines.append(f"{'total':<28}{'':>24}{size_text(total):>12}")
         lines.append(f"free      {size_text(free)} at {where}")
+        done, shards = how_far(self.out) or (0, 0)
+        if done:
+            lines.append(f"done      {done:,} of {shards:,} shards")
         if small := self._enlarged():
             lines.append(f"enlarged  {small:,} images are smaller than their bucket")
         lines += [f"note      {note}" for note in self.source.notes]
@@ -264,7 +267,7 @@ class CaptionedJob:
         sets |= {_latents(bucket): bucket.shards for bucket in self.buckets}
         return {
             "format": FORMAT,
-            "class": self._model.class_name,
+            "class_name": self._model.class_name,
             **self._model.record,
             "text": options.text,
             "text_length": self._model.text_length,

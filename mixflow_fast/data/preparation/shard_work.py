@@ -48,6 +48,7 @@ _OPTIONS = {
     "text_batch": "--text-batch",
     "image_batch": "--batch",
     "buckets": "--buckets or --size",
+    "class_name": "--model",
     "transformer": "--model",
     "encoders": "--model",
     "vae": "--model",
