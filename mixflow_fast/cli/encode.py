@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from mixflow_fast.files import check_folder_writable, user_path
 if TYPE_CHECKING:
     import torch
 
+    from mixflow_fast.data.buckets import Bucket
     from mixflow_fast.data.preparation.captioned_source import CaptionedSource
     from mixflow_fast.data.preparation.encode_buckets import Autoencoder
     from mixflow_fast.data.preparation.encode_captioned import (
@@ -172,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
     device = device_of_rank(options.device)
     # Before the source, which may take minutes to be listed.
     model = _model(options, device)
+    _check_table(options.model, buckets, model.autoencoder.factor)
     for name, place in (("--data", options.data), ("--model", options.model)):
         if options.out.resolve().is_relative_to(place.resolve()):
             raise ValueError(
@@ -252,7 +255,9 @@ def _model(options: argparse.Namespace, device: torch.device) -> CaptionedModel:
     text = build(folder, length=options.t5_length, dtype=dtype, device=device)
     vae = _autoencoder(folder, device)
     config = folder / "transformer" / "config.json"
-    encoders = dict(text.record())
+    import transformers
+
+    encoders = dict(text.record()) | {"library": f"transformers {transformers.__version__}"}
     if options.text == "cached":
         encoders |= _weights(folder, encoders)
     return CaptionedModel(
@@ -284,6 +289,21 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
         return ImageVAE(folder / "vae", name=name).to(device)
 
     return Autoencoder(files.latent_channels, files.downsampling, files.scale, files.record(), load)
+
+
+def _check_table(folder: Path, buckets: Sequence[Bucket], factor: int) -> None:
+    """ValueError for sizes that the transformer has no positions for, of classes with a table."""
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    places, patch = config.get("pos_embed_max_size"), config.get("patch_size")
+    if not isinstance(places, int) or not isinstance(patch, int):
+        return
+    most = places * patch * factor
+    for bucket in buckets:
+        if max(bucket.width, bucket.height) > most:
+            raise ValueError(
+                f"--size or --buckets {bucket.name}: the transformer of {folder} has positions for "
+                f"at most {most} pixels a side (pos_embed_max_size {places})"
+            )
 
 
 def _weights(folder: Path, files: Iterable[str]) -> dict[str, str]:

@@ -214,6 +214,7 @@ def test_refusals_are_one_line(files, tmp_path, capsys):
         (("--data", files / "tars"), "was begun with data = "),
         (("--out", new, "--size", 72), "multiples of 16 pixels, got 72: 64, 80 would do"),
         (("--out", new, "--t5-length", 1000), "must be from 1 to 512 tokens, got 1000"),
+        (("--out", new, "--size", 208), "has positions for at most 192 pixels"),
         (("--out", new, "--batch", 0), "--batch must be >= 1, got 0"),
         (("--out", files / "pictures/cache"), "is inside of --data"),
         (("--out", new, "--model", tmp_path / "no"), "no does not exist"),
