@@ -67,12 +67,13 @@ def adapter_for(
         ValueError: a class that predicts noise, or one without an adapter here.
     """
     class_name = type(network).__name__
-    adapter = _adapter_of(class_name)
-    _warn_if_distilled(class_name, network.config, name)
+    adapter = adapter_of(class_name)
+    warn_if_distilled(class_name, network.config, name)
     return adapter(network, latents, empty_prompt)
 
 
-def _adapter_of(class_name: str) -> type[DiffusersAdapter]:
+def adapter_of(class_name: str) -> type[DiffusersAdapter]:
+    """The adapter's class for a class of networks; ValueError for one that is refused."""
     if class_name in _NOISE:
         raise ValueError(
             f"{class_name} predicts noise (or the v of a diffusion with a schedule of its own) and "
@@ -88,7 +89,8 @@ def _adapter_of(class_name: str) -> type[DiffusersAdapter]:
     return ADAPTERS[class_name]
 
 
-def _warn_if_distilled(class_name: str, config: Mapping[str, object], name: str) -> None:
+def warn_if_distilled(class_name: str, config: Mapping[str, object], name: str) -> None:
+    """Warn of a model that was distilled, by its name or what its configuration shows."""
     why = next((f"{part} in its name" for part in _DISTILLED if part in name.lower()), None)
     if why is None and class_name == "FluxTransformer2DModel":
         # Both released FLUX.1 are distilled, and this field tells them apart.
@@ -184,37 +186,49 @@ def load_adapter(
         )
     path = existing_path(folder, "folder")
     own = None if adapter is None else adapter_class(adapter)
-    inside = path / "transformer"
-    config = _read_config((inside if inside.is_dir() else path) / "config.json")
+    where = transformer_folder(path)
+    config = read_config(where / "config.json")
     class_name = str(config.get("_class_name"))
     if own is None:
-        _adapter_of(class_name)  # before gigabytes are read
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError(
-            f'text-to-image networks need diffusers ({error}): pip install "mixflow_fast[vae]"'
-        ) from error
-    network_class = getattr(diffusers, class_name, None)
-    if network_class is None:
-        raise ValueError(
-            f"{str(folder)!r} is of class {class_name!r}, which diffusers {diffusers.__version__} "
-            "does not have: install a newer one"
-        )
-    where = inside if inside.is_dir() else path
-    network = network_class.from_pretrained(where, torch_dtype=dtype, local_files_only=True)
+        adapter_of(class_name)  # before gigabytes are read
+    made = network_class(class_name)
+    network = made.from_pretrained(where, torch_dtype=dtype, local_files_only=True)
     if network.dtype != dtype:
         # Where accelerate is not installed, diffusers loads float32 whatever it is asked for.
         network = network.to(dtype)
     if own is not None:
         return check_adapter(own(network))
     vae = path / "vae" / "config.json"
-    latents = LatentMap.of_vae(_read_config(vae)) if vae.is_file() else None
-    _warn_if_distilled(class_name, network.config, path.absolute().name)
+    latents = LatentMap.of_vae(read_config(vae)) if vae.is_file() else None
+    warn_if_distilled(class_name, network.config, path.absolute().name)
     return ADAPTERS[class_name](network, latents, empty_prompt)
 
 
-def _read_config(file: Path) -> Mapping[str, object]:
+def transformer_folder(folder: Path) -> Path:
+    """Where a pipeline's folder, or a transformer's own, has the transformer."""
+    inside = folder / "transformer"
+    return inside if inside.is_dir() else folder
+
+
+def network_class(class_name: str) -> type[nn.Module]:
+    """A class of diffusers by its name; ValueError where it is not there."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError(
+            f'text-to-image networks need diffusers ({error}): pip install "mixflow_fast[text]"'
+        ) from error
+    found = getattr(diffusers, class_name, None)
+    if found is None:
+        raise ValueError(
+            f"the network is of class {class_name!r}, which diffusers {diffusers.__version__} does "
+            "not have: install a newer one"
+        )
+    return found
+
+
+def read_config(file: Path) -> Mapping[str, object]:
+    """A config.json of diffusers; ValueError where it is none."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

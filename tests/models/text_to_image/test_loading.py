@@ -214,5 +214,5 @@ def test_load_adapter_refuses_before_it_reads_weights(
         load_adapter(tmp_path, f"{own_file(tmp_path)}:Mine")
     config.write_text('{"_class_name": "SD3Transformer2DModel"}', encoding="utf-8")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r'pip install "mixflow_fast\[vae\]"'):
+    with pytest.raises(ValueError, match=r'pip install "mixflow_fast\[text\]"'):
         load_adapter(tmp_path)
