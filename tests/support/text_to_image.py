@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -24,6 +27,7 @@ from mixflow_fast.models.text_to_image.flux import FluxAdapter, pack, unpack
 from mixflow_fast.models.text_to_image.pipeline_check import RecordedStep
 from mixflow_fast.models.text_to_image.sd3 import SD3Adapter
 from mixflow_fast.models.text_to_image.z_image import ZImageAdapter
+from tests.support import tiny_text
 
 # Two blocks with dual attention and a last one for the image alone: every branch of SD3.5 medium.
 SD3 = {
@@ -226,3 +230,83 @@ FAMILIES = {
 
 def sd3() -> SD3Transformer2DModel:
     return FAMILIES["sd3.5 medium"].build()
+
+
+# The whole pipeline's autoencoder: 8 x 8 pixels are one place of a latent, as in the released ones.
+EIGHT_TIMES = {
+    "block_out_channels": (8,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+OF_FLUX = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def write_pipeline(
+    folder: Path,
+    family: Literal["sd3", "flux", "z_image"] = "sd3",
+    *,
+    t5: bool = True,
+    seed: int = 0,
+) -> Path:
+    """A whole official pipeline with random weights, as `from_pretrained` of its class loads it.
+
+    Prompts of the encoders fit the transformer: SD3's text is (77 + L) x 32 and 64 pooled.
+
+    Args:
+        t5: False: without text_encoder_3 and its tokenizer, as people drop it from SD3; diffusers
+            then wants text_encoder_3=None and tokenizer_3=None said to `from_pretrained`.
+        seed: of all weights.
+
+    Returns:
+        `folder`.
+    """
+    pipeline = {"sd3": _whole_sd3, "flux": _whole_flux, "z_image": _whole_z_image}[family](seed)
+    if not t5:
+        pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _seeded(seed: int, build: Callable[..., nn.Module], **config: object) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(**config).eval().requires_grad_(False)
+
+
+def _whole_sd3(seed: int) -> DiffusionPipeline:
+    clip_g_tokenizer = tiny_text.clip_tokenizer(pad="!")
+    return StableDiffusion3Pipeline(
+        transformer=_seeded(seed, SD3Transformer2DModel, **SD3),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_seeded(seed + 1, AutoencoderKL, **VAE | EIGHT_TIMES),
+        text_encoder=tiny_text.clip(seed + 2, width=8, projection=24),
+        tokenizer=tiny_text.clip_tokenizer(),
+        text_encoder_2=tiny_text.clip(
+            seed + 3, width=16, projection=40, end=clip_g_tokenizer.eos_token_id
+        ),
+        tokenizer_2=clip_g_tokenizer,
+        text_encoder_3=tiny_text.t5(seed + 4),
+        tokenizer_3=tiny_text.t5_tokenizer(),
+    )
+
+
+def _whole_flux(seed: int) -> DiffusionPipeline:
+    return FluxPipeline(
+        transformer=_seeded(seed, FluxTransformer2DModel, **FLUX),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_seeded(seed + 1, AutoencoderKL, **VAE | EIGHT_TIMES | OF_FLUX),
+        text_encoder=tiny_text.clip(seed + 2, width=64, projection=None),
+        tokenizer=tiny_text.clip_tokenizer(),
+        text_encoder_2=tiny_text.t5(seed + 4),
+        tokenizer_2=tiny_text.t5_tokenizer(),
+    )
+
+
+def _whole_z_image(seed: int) -> DiffusionPipeline:
+    return ZImagePipeline(
+        transformer=_seeded(seed, ZImageTransformer2DModel, **Z_IMAGE),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_seeded(seed + 1, AutoencoderKL, **VAE | EIGHT_TIMES | OF_FLUX),
+        text_encoder=tiny_text.qwen(seed + 2),
+        tokenizer=tiny_text.qwen_tokenizer(),
+    )
