@@ -217,7 +217,7 @@ def _load(files: Dinov2Files, affine_norm: bool) -> nn.Module:
     # torchvision.
     cls = getattr(transformers, CLASSES[files.model_type])
     try:
-        with _quiet():
+        with quiet_transformers():
             model, report = cls.from_pretrained(
                 str(files.path),
                 local_files_only=True,
@@ -250,8 +250,8 @@ def without_affine_norm(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bar and its report, as it was afterwards."""
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its progress bars and its reports, as it was afterwards."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
