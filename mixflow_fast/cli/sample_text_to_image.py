@@ -13,9 +13,9 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixflow_fast.files import existing_folder, user_path, write_json, write_text
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mixflow_fast.models.autoencoders.decoding import Decoder
     from mixflow_fast.models.text_to_image import Adapter, Condition
+    from mixflow_fast.models.text_to_image.prompts import PromptEncoder
 
 # Repeated from the sampling package, whose import takes seconds that --help should not; tested.
 GRIDS = ("diffusers", "linear")
@@ -158,30 +159,28 @@ def run(options: argparse.Namespace) -> int:
     """
     _check(options)
     from mixflow_fast.distributed.process_group import rank, world_size
+    from mixflow_fast.models.text_to_image.prompts import prompt_encoder
 
     prompts, origin = read_prompts(options.prompts), _Origin.of(options)
+    encoder = prompt_encoder(origin.folder, options.text_length or origin.text_length)
     decoder = _decoder(origin, options)
-    settings = _settings(options, origin, decoder, prompts)
+    settings = _Settings.of(options, origin, encoder, decoder, prompts)
     _begin(options.out, settings, options.force)
-    each, layout = int(settings["per_prompt"]), str(settings["layout"])
-    targets = _targets(options.out, len(prompts), each, layout)
+    each = settings.per_prompt
+    targets = _targets(options.out, len(prompts), each, settings.layout)
     mine = range(rank(), len(prompts), world_size())
     missing = [i for i in mine if not all(path.is_file() for path in targets[i])]
     if rank() == 0:
-        pictures = "picture" if each == 1 else "pictures"
-        print(
-            f"{len(prompts)} prompts, {each} {pictures} of each, {settings['size']}; "
-            f"{settings['steps']} Euler steps on the {settings['grid']} grid of shift "
-            f"{settings['shift']:g}, guidance {settings['cfg_scale']:g}"
-        )
+        print(settings.describe())
     if missing:
         work = [
             _Picture(row + 1, i * each + k, path)
             for row, i in enumerate(missing)
             for k, path in enumerate(targets[i])
         ]
-        _make(options, origin, decoder, settings, [prompts[i].text for i in missing], work)
-    if layout == "geneval":
+        texts = [prompts[i].text for i in missing]
+        _make(settings, origin, decoder, texts, work, options.batch_size or BATCH_SIZE)
+    if settings.layout == "geneval":
         for i in missing:
             text = json.dumps(dict(prompts[i].record), ensure_ascii=False)
             write_text(targets[i][0].parent.parent / "metadata.jsonl", text + "\n")
@@ -199,12 +198,12 @@ class _Picture:
 
 
 def _make(
-    options: argparse.Namespace,
+    settings: _Settings,
     origin: _Origin,
     decoder: Decoder,
-    settings: Mapping[str, Any],
     prompts: Sequence[str],
     work: Sequence[_Picture],
+    batch_size: int,
 ) -> None:
     """Encode, sample, decode and write."""
     import torch
@@ -216,24 +215,23 @@ def _make(
 
     device = device_of_rank("auto")
     # Row 0 is what guidance leads away from.
-    texts = [settings["negative"], *prompts]
-    cond = _encoded(origin.folder, texts, settings["text_length"], device)
-    adapter = origin.adapter(options.precision, device)
+    texts = [settings.negative, *prompts]
+    cond = _encoded(origin.folder, texts, settings.text_length, device)
+    adapter = origin.adapter(settings.precision, device)
     decoder.to(device)
-    sigmas = sigma_grid(settings["steps"], settings["shift"], settings["grid"])
-    width, height = parse_size(settings["size"])
-    side, scale = decoder.network.upsampling, settings["cfg_scale"]
+    sigmas = sigma_grid(settings.steps, settings.shift, settings.grid)
+    width, height = parse_size(settings.size)
+    side, scale = decoder.network.upsampling, settings.cfg_scale
     latent = (decoder.network.channels, height // side, width // side)
-    batch = options.batch_size or BATCH_SIZE
-    for start in range(0, len(work), batch):
-        part = work[start : start + batch]
+    for start in range(0, len(work), batch_size):
+        part = work[start : start + batch_size]
         rows = torch.tensor([picture.row for picture in part], device=device)
         ids = torch.tensor([picture.id for picture in part], device=device)
         wanted = {name: value[rows] for name, value in cond.items()}
         away = {name: v[:1].expand(len(part), *v.shape[1:]) for name, v in cond.items()}
         x = sample_latents(
             adapter,
-            noise_of_ids(options.seed, ids, latent),
+            noise_of_ids(settings.seed, ids, latent),
             wanted,
             sigmas,
             scale,
@@ -243,33 +241,69 @@ def _make(
             save_grid(picture.path, pixels[None], columns=1)
 
 
-def _settings(
-    options: argparse.Namespace, origin: _Origin, decoder: Decoder, prompts: Sequence[Prompt]
-) -> dict[str, Any]:
-    """All that the pictures depend on."""
-    from mixflow_fast.models.text_to_image.folder import scheduler_shift
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """All that the pictures depend on; settings.json."""
 
-    size = parse_size(options.size) if options.size else origin.size(decoder)
-    return {
-        "format": "mixflow-text-samples/1",
-        "checkpoint": str(options.checkpoint),
-        "weights": origin.weights,
-        "step": origin.step,
-        "model": str(origin.folder),
-        "steps": options.steps or STEPS,
-        "grid": options.grid or "diffusers",
-        "shift": options.shift or scheduler_shift(origin.folder) or origin.shift,
-        "cfg_scale": CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
-        "negative": options.negative or "",
-        "size": f"{size[0]}x{size[1]}",
-        "seed": options.seed,
-        "per_prompt": options.per_prompt or 1,
-        "text_length": options.text_length or origin.text_length,
-        "precision": options.precision,
-        "quantise": options.quantise or "round_even",
-        "layout": options.layout or "flat",
-        "prompts": [prompt.text for prompt in prompts],
-    }
+    format: str = "mixflow-text-samples/1"
+    checkpoint: str
+    weights: str
+    step: int | None
+    model: str
+    steps: int
+    grid: str
+    shift: float
+    cfg_scale: float
+    negative: str
+    size: str
+    seed: int
+    per_prompt: int
+    text_length: int
+    precision: str | None
+    quantise: str
+    layout: str
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        options: argparse.Namespace,
+        origin: _Origin,
+        encoder: PromptEncoder,
+        decoder: Decoder,
+        prompts: Sequence[Prompt],
+    ) -> _Settings:
+        from mixflow_fast.models.text_to_image.folder import scheduler_shift
+
+        size = parse_size(options.size) if options.size else origin.size(decoder)
+        return cls(
+            checkpoint=str(options.checkpoint),
+            weights=origin.weights,
+            step=origin.step,
+            model=str(origin.folder),
+            steps=options.steps or STEPS,
+            grid=options.grid or "diffusers",
+            shift=options.shift or scheduler_shift(origin.folder) or origin.shift,
+            cfg_scale=CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
+            negative=options.negative or "",
+            size=f"{size[0]}x{size[1]}",
+            seed=options.seed,
+            per_prompt=options.per_prompt or 1,
+            text_length=encoder.length,
+            precision=options.precision,
+            quantise=options.quantise or "round_even",
+            layout=options.layout or "flat",
+            prompts=tuple(prompt.text for prompt in prompts),
+        )
+
+    def describe(self) -> str:
+        """In a sentence."""
+        pictures = "picture" if self.per_prompt == 1 else "pictures"
+        return (
+            f"{len(self.prompts)} prompts, {self.per_prompt} {pictures} of each, {self.size}: "
+            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:g}, guidance "
+            f"{self.cfg_scale:g}, text of {self.text_length} tokens"
+        )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -414,7 +448,7 @@ def _targets(out: Path, prompts: int, each: int, layout: str) -> list[list[Path]
     return [[out / f"{i:05d}_{k}.png" for k in range(each)] for i in range(prompts)]
 
 
-def _begin(out: Path, settings: Mapping[str, object], force: bool) -> None:
+def _begin(out: Path, settings: _Settings, force: bool) -> None:
     """Write the settings, or see that what is there was made by the same ones.
 
     Raises:
@@ -422,16 +456,17 @@ def _begin(out: Path, settings: Mapping[str, object], force: bool) -> None:
     """
     if force:
         raise ValueError("pictures of prompts are never replaced: leave --force out")
-    file = out / _SETTINGS
+    file, own = out / _SETTINGS, asdict(settings)
     if not out.exists() or not any(out.iterdir()):
-        write_json(file, dict(settings))
+        write_json(file, own)
         return
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{out} holds other things: choose another --out") from None
-    other = [name for name in settings if there.get(name) != settings[name]]
-    if other:
+    # As JSON holds them: it has no tuples.
+    own = json.loads(json.dumps(own))
+    if other := [name for name in own if there.get(name) != own[name]]:
         raise ValueError(
             f"{out} holds pictures of another {other[0]} ({str(there.get(other[0]))[:60]}): choose "
             "another --out, or delete it"
