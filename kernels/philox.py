@@ -72,6 +72,7 @@ class Stream(IntEnum):
     SAMPLE_SOURCE_NOISE = 20  # second noise for generated samples
     DROPOUT = 21  # dropout inside a network
     SOURCE_DROPOUT = 22  # w = 0 of a mixed source, whatever its weight was
+    ENCODER_DROP = 26  # zeros in place of what single text encoders give
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,14 @@ from mixflow_fast.checkpoints.run_folder import (
     read_state,
 )
 from mixflow_fast.checkpoints.shards import check_shards, fill_network, read_layout
-from mixflow_fast.checkpoints.starting_weights import start_from
+from mixflow_fast.checkpoints.starting_weights import check_same_network, start_from
 from mixflow_fast.config.loading import flatten, load_config
 from mixflow_fast.config.schema import Config, TrainConfig
 from mixflow_fast.data import DataSummary
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.read_once import read_once_a_machine
 from mixflow_fast.models import Network
+from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.weights.source_record import SourceRecord
 
 # Fields that may change between the parts of one run: they do not touch what is computed, up to
@@ -37,6 +38,8 @@ FREE = {"out", "train.images", "train.log_every", "train.save_every", "train.kee
         "train.preview_every", "train.previews", "train.preview_steps", "train.preview_cfg",
         "train.preview_decoder", "train.preview_stats",
         "train.validate_every", "train.validate_examples", "source.sample_w"}  # fmt: skip
+# Where a text-to-image network lies: what it is is compared, and its weights are the checkpoint's.
+NETWORK_PATHS = {"model.folder"}
 # Where the data lie. Free where the fingerprint of the data is compared, or may be another one.
 DATA_PATHS = {"data.path", "data.images", "data.features"}
 
@@ -124,6 +127,9 @@ class ResumePoint:
             ValueError: weights that are damaged or do not fit; on all ranks.
         """
         tensors = model.state_dict().values()
+        if self.state is not None and isinstance(model, TextToImage):
+            with host_group.raise_together():
+                check_same_network(model, self.state.metadata, self.checkpoint)
         if self.checkpoint is None:
             if init is not None:
                 read_once_a_machine(host_group, partial(start_from, model, init, source), tensors)
@@ -178,6 +184,7 @@ def find(
         )
     descends_to_the_end = config.optim.schedule != "constant" and not config.optim.decay_images
     free = FREE - {"train.images"} if descends_to_the_end else FREE
+    free = free | NETWORK_PATHS
     # What a rank cannot read, or reads otherwise, ends all of them.
     with folder.host_group.raise_together():
         state = read_state(newest)

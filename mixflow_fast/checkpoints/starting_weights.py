@@ -16,6 +16,7 @@ from mixflow_fast.models import Network, load_into
 from mixflow_fast.models.registry import describe_model, published_size
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.loading import CLASSES, NetworkSpec, spec_of_any_heads
+from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.models.weights.naming import ClassName
 from mixflow_fast.models.weights.source_record import PREFIX, SourceRecord, predictor_of, split
 from mixflow_fast.models.weights.sources import check_source, record_of, source_state
@@ -139,6 +140,8 @@ def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) 
         class_name, own: class and constructor arguments of the recipe's.
     """
     theirs, other = spec.kwargs, spec.class_name != class_name
+    if "TextToImage" in (spec.class_name, class_name):
+        return _text_to_image_misfit(spec, class_name, own)
     if "SongUNet" in (spec.class_name, class_name):
         return _songunet_misfit(spec, class_name, own)
     settings = [
@@ -162,6 +165,46 @@ def misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) 
     kind = other or bool(theirs.get("z_dims")) != bool(own.get("z_dims"))
     also = f", or take a recipe of its kind, such as {recipe}" if kind else ""
     return f"{text}set {' '.join(settings)}{also}"
+
+
+def _text_to_image_misfit(
+    spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]
+) -> str:
+    theirs = spec.kwargs
+    if spec.class_name != class_name:
+        what = f"{describe_model(spec.class_name, theirs)}; the recipe makes "
+        what += f"{describe_model(class_name, own)}: "
+        if class_name == "TextToImage":
+            return f"{what}give a run of the network in model.folder, or train.init=null"
+        return f"{what}set model.name=TextToImage and model.folder to the folder of that network"
+    odd = _other_network(theirs, own)
+    return f"{odd}: give the folder that run started from" if odd else ""
+
+
+def check_same_network(model: Network, record: Mapping[str, object], checkpoint: Path) -> None:
+    """Refuse to go on with another text-to-image network than a checkpoint's.
+
+    Args:
+        model: the network, built of model.folder.
+        record: metadata of the checkpoint.
+        checkpoint: its folder.
+
+    Raises:
+        ValueError: another class, or other arguments of it.
+    """
+    theirs = Metadata.from_record(record, checkpoint).kwargs
+    if odd := _other_network(theirs, model.config):
+        raise ValueError(f"{checkpoint} is of {odd}: give the folder that the run started from")
+
+
+def _other_network(theirs: Mapping[str, object], own: Mapping[str, object]) -> str:
+    """How a text-to-image network differs from that in model.folder, in words; "" if it is it."""
+    if theirs.get("class") != own.get("class"):
+        return f"a {theirs.get('class')}, the network in model.folder is a {own.get('class')}"
+    before, now = (record.get("transformer") or {} for record in (theirs, own))
+    odd = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    listed = ", ".join(f"{name}={before.get(name)} instead of {now.get(name)}" for name in odd[:5])
+    return f"another {own.get('class')} than that in model.folder ({listed})" if odd else ""
 
 
 def _songunet_misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from mixflow_fast.config.section import NotNegative, Positive, Section
 from mixflow_fast.models.dinov2 import Positions, Precision
 
-DataKind = Literal["photos", "digits", "folder", "images", "webdataset", "latents"]
+DataKind = Literal["photos", "digits", "folder", "images", "webdataset", "latents", "captioned"]
 EncoderKind = Literal["none", "sdvae", "rae"]
 LoaderName = Literal["auto", "threads", "dali"]
 Resident = Literal["off", "on", "auto"]
@@ -23,6 +23,7 @@ DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
     "images": ("path", "size", "flip", "loader"),
     "webdataset": ("path", "size", "flip", "loader"),
     "latents": ("path", "scale", "moments", "mirrors", "resident"),
+    "captioned": ("path",),
 }
 ANY_KIND = ("kind", "workers", "depth")
 # The same for the section `encoder`, but for its kind.

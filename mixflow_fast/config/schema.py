@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mixflow_fast.config.cond_section import CondConfig
 from mixflow_fast.config.data_sections import DataConfig, EncoderConfig, TeacherConfig
 from mixflow_fast.config.renamed import name_elsewhere, refuse_former_key
 from mixflow_fast.config.section import (
@@ -36,6 +37,8 @@ from mixflow_fast.messages import did_you_mean
 from mixflow_fast.models.dinov2 import Precision
 from mixflow_fast.models.execution import Checkpointing, CompileUnit, Mode
 from mixflow_fast.models.songunet import WAYS as SONGUNET_WAYS
+from mixflow_fast.models.text_to_image.network import WAYS as TEXT_TO_IMAGE_WAYS
+from mixflow_fast.models.text_to_image.network import WHY_NOT
 from mixflow_fast.optim.adamw_ema import OptimizerImpl
 from mixflow_fast.optim.apex import OptimizerName
 from mixflow_fast.optim.lr_schedule import LrSchedule, learning_rate
@@ -63,7 +66,14 @@ class ModelConfig(Section, name="model"):
     """The network, and how it is run. Fields that are None keep the named model's own value."""
 
     name: str = "SiT-XL/2"
-    """The network: SiT-{S,B,L,XL}/{2,4,8}, DiTDH-{S,B,L,XL} or SongUNet-{CIFAR10,64}."""
+    """The network: SiT-{S,B,L,XL}/{2,4,8}, DiTDH-{S,B,L,XL}, SongUNet-{CIFAR10,64}, or TextToImage
+    for that of model.folder."""
+    folder: str | None = None
+    """TextToImage: local folder of a diffusers pipeline or of its transformer alone, which says the
+    network and has the weights that a run starts from. Nothing is downloaded."""
+    adapter: str | None = None
+    """TextToImage: a class of your own around the network, as my_file.py:MyAdapter; null: the one
+    of the network's class."""
     input_size: Positive = 32
     """Side of the latent or image, in latent places or pixels."""
     in_channels: Positive = 4
@@ -125,11 +135,24 @@ class ModelConfig(Section, name="model"):
         return self.name.startswith("SongUNet")
 
     @property
+    def is_text_to_image(self) -> bool:
+        """Whether the network is another library's, which is told prompts."""
+        return self.name == "TextToImage"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the network is told class labels."""
+        return not self.is_songunet and not self.is_text_to_image
+
+    @property
     def has_null_class(self) -> bool:
         """Whether the network has a null class, as guidance and label dropout need it."""
-        return self.class_dropout_prob > 0 and not self.is_songunet
+        return self.class_dropout_prob > 0 and self.has_classes
 
     def check(self) -> None:
+        self._check_text_to_image()
+        if self.is_text_to_image:
+            return
         self._check_songunet()
         if self.checkpointing == "elementwise" and self.mode != "fused":
             raise ValueError(
@@ -149,6 +172,38 @@ class ModelConfig(Section, name="model"):
                 raise ValueError(f"model.{name} must be {expected} for {self.name}, got {value}")
         if self.train_embeddings is not None and not self.is_ditdh:
             raise ValueError(f"model.train_embeddings has no meaning for {self.name}: leave it out")
+
+    def _check_text_to_image(self) -> None:
+        if not self.is_text_to_image:
+            for name in ("folder", "adapter"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"model.{name} has no meaning for {self.name}: leave it out, or set "
+                        "model.name=TextToImage"
+                    )
+            return
+        if self.folder is None:
+            raise ValueError(
+                "model.name=TextToImage needs model.folder=FOLDER, a local folder of a diffusers "
+                "pipeline (for example of `hf download stabilityai/stable-diffusion-3.5-medium "
+                "--local-dir FOLDER`)"
+            )
+        for name, ways in TEXT_TO_IMAGE_WAYS.items():
+            value = getattr(self, name)
+            if value not in ("auto", *ways):
+                raise ValueError(
+                    f"model.{name}={value} is not for text-to-image networks: {WHY_NOT[name]}; set "
+                    f"it to {' or '.join(ways)}"
+                )
+        own = ("name", "folder", "adapter", "init_seed", *TEXT_TO_IMAGE_WAYS)
+        for f in dataclasses.fields(self):
+            if f.name not in own and getattr(self, f.name) != f.default:
+                value = "null" if f.default is None else f.default
+                raise ValueError(
+                    f"model.{f.name} has no meaning for TextToImage, whose network is that of "
+                    f"model.folder: leave it out, or take back what a recipe sets with "
+                    f"model.{f.name}={value}"
+                )
 
     def _check_songunet(self) -> None:
         if not self.is_songunet:
@@ -384,6 +439,7 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    cond: CondConfig = field(default_factory=CondConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -430,7 +486,7 @@ class Config(Section):
     @property
     def latent(self) -> bool:
         """Whether the network makes latents: those of the data, or an encoder's."""
-        return self.data.kind == "latents" or self.encoder.kind != "none"
+        return self.data.kind in ("latents", "captioned") or self.encoder.kind != "none"
 
     @property
     def steps(self) -> int:
@@ -442,6 +498,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelConfig,
     "objective": ObjectiveConfig,
     "source": SourceConfig,
+    "cond": CondConfig,
     "data": DataConfig,
     "encoder": EncoderConfig,
     "teacher": TeacherConfig,

@@ -219,6 +219,8 @@ def _describe_one(hint: object) -> str:
         if choices:
             names = typing.get_args(args[0])
             return f"a list of names out of {_listed(names)}, as [{names[0]}]"
+        if _bare(args[0]) is str:
+            return "a list of texts, as [name]"
         whole = _bare(args[0]) is int
         return "a list of whole numbers, as [1]" if whole else "a list of numbers, as [0.9]"
     if isinstance(hint, type) and issubclass(hint, Section):

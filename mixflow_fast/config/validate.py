@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from mixflow_fast import extension
+from mixflow_fast.config.cond_section import CondConfig
 from mixflow_fast.config.data_sections import (
     ANY_KIND,
     DATA_FIELDS,
@@ -38,6 +39,8 @@ def validate(config: Config, world_size: int = 1) -> None:
         ValueError: names the field, what came, what is expected.
     """
     c = config
+    _check_text_to_image(c.model, c.objective, c.source, c.train)
+    _check_prompts(c.cond, c.model, c.data)
     _check_data(c.data, c.objective.alignment_weight > 0, c.teacher.path is not None)
     _check_encoder(c.encoder, c.data, c.model)
     _check_optimizer(c.optim, c.train.device)
@@ -48,6 +51,54 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_rollout(c.objective, c.train.zero_stage)
     _check_source(c.source, c.objective, c.model, c.train.init)
     _check_watching(c.train, c.model, c.objective, c.latent)
+
+
+def _check_text_to_image(
+    m: ModelConfig, o: ObjectiveConfig, s: SourceConfig, t: TrainConfig
+) -> None:
+    if not m.is_text_to_image:
+        return
+    what = "a text-to-image network gives the velocity of the straight path from data to N(0, I)"
+    for name, needed in (("path", "linear"), ("prediction", "velocity")):
+        if getattr(o, name) != needed:
+            raise ValueError(
+                f"objective.{name}={getattr(o, name)} is not for TextToImage: {what}; set "
+                f"objective.{name}={needed}"
+            )
+    if s.kind != "standard":
+        raise ValueError(
+            f"source.kind={s.kind} is not for TextToImage: {what}; set source.kind=standard"
+        )
+    if o.alignment_weight:
+        raise ValueError(
+            f"objective.alignment_weight = {o.alignment_weight} has no meaning for TextToImage, "
+            "which has no projectors: set objective.alignment_weight=0"
+        )
+    if t.label_dropout:
+        raise ValueError(
+            f"train.label_dropout = {t.label_dropout} has no meaning for TextToImage, which is "
+            "told prompts and no classes: set train.label_dropout=0 (cond.drop drops prompts)"
+        )
+
+
+def _check_prompts(p: CondConfig, m: ModelConfig, d: DataConfig) -> None:
+    if m.is_text_to_image:
+        if d.kind != "captioned":
+            raise ValueError(
+                f"model.name=TextToImage needs data with prompts, got data.kind={d.kind}: set "
+                "data.kind=captioned and data.path=CACHE (`mixflow-fast encode` makes one)"
+            )
+        return
+    if d.kind == "captioned":
+        raise ValueError(
+            f"data.kind=captioned gives latents with prompts, which {m.name} is not told: set "
+            "model.name=TextToImage model.folder=FOLDER, or another data.kind"
+        )
+    if given := _changed(p):
+        raise ValueError(
+            f"cond.{given[0].name} has no meaning for {m.name}, which is told no prompts: leave it "
+            "out"
+        )
 
 
 def _check_rollout(o: ObjectiveConfig, zero_stage: int) -> None:
@@ -144,7 +195,9 @@ def _check_model(m: ModelConfig, t: TrainConfig) -> None:
             "model.mode=graph replays both passes as they were recorded, which DeepSpeed is not "
             "tested with: set train.engine=ddp and train.zero_stage=0, or model.mode=compile"
         )
-    if t.zero_stage == 3 and (m.mode not in ("auto", "eager") or m.checkpointing != "none"):
+    # Another library's checkpointing calls whole blocks, by their modules.
+    recomputes = m.checkpointing != "none" and not m.is_text_to_image
+    if t.zero_stage == 3 and (m.mode not in ("auto", "eager") or recomputes):
         name = "checkpointing" if m.mode in ("auto", "eager") else "mode"
         raise ValueError(
             f"model.{name}={getattr(m, name)} reads weights outside of their modules, where ZeRO 3 "
@@ -187,7 +240,7 @@ def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig, latent: 
             f"train.preview_cfg = {t.preview_cfg} has no meaning for {m.name}, which has no "
             "classes to guide to: set train.preview_cfg=1"
         )
-    if t.preview_cfg != 1 and not m.has_null_class:
+    if t.preview_cfg != 1 and not m.has_null_class and not m.is_text_to_image:
         raise ValueError(
             f"train.preview_cfg = {t.preview_cfg} needs a null class: set "
             "model.class_dropout_prob > 0, or train.preview_cfg=1"

@@ -39,6 +39,7 @@ class Batch:
     positions: Tensor
     features: Tensor | None = None
     images: Tensor | None = None
+    cond: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """A copy on a device; views of one buffer stay that."""
@@ -53,6 +54,8 @@ class Batch:
         """
 
         def changed(value: Tensor | Moments | None) -> Tensor | Moments | None:
+            if isinstance(value, dict):
+                return {k: change(v) for k, v in value.items()}
             if isinstance(value, Moments):
                 whole = joined(value)
                 if whole is None:
@@ -194,6 +197,10 @@ def copy_batch(out: Batch, batch: Batch) -> None:
                 f"samples must be alike, but {name} of some is {type(there).__name__} and of "
                 f"others {type(value).__name__}"
             )
+        if isinstance(there, dict):
+            for k, v in there.items():
+                v.copy_(value[k])
+            continue
         one = isinstance(there, Tensor)
         for to, new in ((there, value),) if one else zip(there[:2], value[:2], strict=True):
             if to.shape != new.shape:

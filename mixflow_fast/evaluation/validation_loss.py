@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,8 +18,10 @@ from mixflow_fast.kernels.philox import Stream
 from mixflow_fast.models.weights.source_record import predictor_of
 from mixflow_fast.objective.mixflow import MixFlow
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+Condition = Tensor | Mapping[str, Tensor]
+Network = Callable[[Tensor, Tensor, Condition], Tensor | tuple[Tensor, ...]]
 Inputs = Callable[[Batch], Tensor | Moments]
+Conditions = Callable[[Batch], Condition]
 Part = tuple[int, int, float]  # chunk, point, sum of its losses
 # Of noise, posterior samples and labels: the same for every run, so that runs can be compared.
 SEED = 0
@@ -67,6 +69,7 @@ class _Chunk(NamedTuple):
 
     x1: Tensor
     y: Tensor
+    cond: Condition
     positions: Tensor
     noise: Tensor
 
@@ -89,6 +92,7 @@ class ValidationLoss:
         mix: the objective.
         device: where the network is.
         inputs: what the network trains on, from a batch on the device.
+        conditions: what it is told beside x and t, from such a batch.
         examples: K, at most.
         batch_size: examples in one forward pass, at most.
         rank, ranks: the ranks share the work. The numbers do not depend on their number but for
@@ -106,6 +110,7 @@ class ValidationLoss:
         mix: MixFlow,
         device: torch.device,
         inputs: Inputs = lambda batch: batch.x,
+        conditions: Conditions = lambda batch: batch.y,
         *,
         examples: int,
         batch_size: int,
@@ -113,13 +118,8 @@ class ValidationLoss:
         ranks: int = 1,
         all_gather: Callable[[list[Part]], list[list[Part]]] = lambda mine: [mine],
     ) -> None:
-        self._mix, self._device, self._inputs, self._rank, self._ranks = (
-            mix,
-            device,
-            inputs,
-            rank,
-            ranks,
-        )
+        self._mix, self._device, self._rank, self._ranks = mix, device, rank, ranks
+        self._inputs, self._conditions = inputs, conditions
         self._all_gather, self.description = all_gather, data.description
         dataset = data.dataset
         self.examples = min(examples, len(dataset))
@@ -181,7 +181,7 @@ class ValidationLoss:
             # Of the run's source: that of a copy without gradients looks frozen.
             weight = self._mix.source.kl_weight(held.x1[0].numel())
             it = replace(it, source=replace(it.source, kl_weight=weight))
-        output = net(it.x, it.t, held.y)
+        output = net(it.x, it.t, held.cond)
         prediction = output[0] if isinstance(output, tuple) else output
         return mix.loss(prediction, it, reduction="none").double().sum()
 
@@ -204,7 +204,10 @@ class ValidationLoss:
             x1 = x1.float()  # the network casts it, once
             # A stream of its own: the same noise in runs of any seed.
             noise = philox.normal(SEED, Stream.VALIDATION_NOISE, batch.positions, x1[0].numel())
-            self._held = chunk, _Chunk(x1, batch.y, batch.positions, noise.view(x1.shape))
+            self._held = (
+                chunk,
+                _Chunk(x1, batch.y, self._conditions(batch), batch.positions, noise.view(x1.shape)),
+            )
         return self._held[1]
 
     def _own(self, time: float) -> float:

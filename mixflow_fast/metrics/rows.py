@@ -42,7 +42,7 @@ class TrainingRow(_Step, total=False):
             waited for their copies; data_wait_fraction: of the window, both.
         slowest_rank, slowest_ratio: the rank that is much slower than the others, and how much;
             None where none is.
-        model_tflops, peak_tflops: of a device.
+        model_tflops, peak_tflops: of a device; None where they are not known.
         time: seconds since 1970.
     """
 
@@ -70,7 +70,7 @@ class TrainingRow(_Step, total=False):
     data_wait_fraction: float
     slowest_rank: int | None
     slowest_ratio: float | None
-    model_tflops: float
+    model_tflops: float | None
     peak_tflops: float | None
     peak_memory_mib: float
     time: float
@@ -93,7 +93,7 @@ class StartRow(_Step, total=False):
     ranks: int
     clock: str
     recipe: str | None
-    train_gflops_per_image: float
+    train_gflops_per_image: float | None
     objective: str
     source: str
     network: str

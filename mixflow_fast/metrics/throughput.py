@@ -106,7 +106,8 @@ class Throughput:
 
     Args:
         device: device of this rank.
-        train_flops: FLOPs of the formula per image and training step, nothing computed twice.
+        train_flops: FLOPs of the formula per image and training step, nothing computed twice; None
+            for a network without one.
         peak_tflops: dense bf16 peak of the device, where that is known and what training uses.
         ranks: how many processes there are.
         all_gather: exchanges values between the ranks, as `HostGroup.all_gather`.
@@ -120,7 +121,7 @@ class Throughput:
     def __init__(
         self,
         device: torch.device,
-        train_flops: int,
+        train_flops: int | None,
         peak_tflops: float | None,
         ranks: int,
         all_gather: Callable[[_Share], list[_Share]],
@@ -156,7 +157,8 @@ class Throughput:
         """What the window took, for its metrics row; begins the next. Every rank must call it.
 
         Returns:
-            "images_per_s" over all ranks; "seconds"; "model_tflops" a device; "peak_tflops";
+            "images_per_s" over all ranks; "seconds"; "model_tflops" a device, None without a
+            formula; "peak_tflops";
             "data_wait_s" of the host, "data_stall_s" of the device, "data_wait_fraction" of both in
             the window, and "peak_memory_mib" (tensors of the GPU; on a CPU the process) of the rank
             that has most; "slowest_rank" and "slowest_ratio" of the straggler, None without
@@ -171,12 +173,12 @@ class Throughput:
         shares = self._all_gather((time_spent, peak_memory_mib(self._device)))
         times, memory = zip(*shares, strict=True)
         self.straggler = slow = find_straggler(times, seconds)
-        rate = self._images / seconds
+        rate, flops = self._images / seconds, self._flops
         self.restart()
         return {
             "images_per_s": rate,
             "seconds": seconds,
-            "model_tflops": rate * self._flops / 1e12 / self._ranks,
+            "model_tflops": flops and rate * flops / 1e12 / self._ranks,
             "peak_tflops": self._peak,
             "data_wait_s": max(spent.waiting_s for spent in times),
             "data_stall_s": max(spent.stalled_s for spent in times),

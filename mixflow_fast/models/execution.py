@@ -136,11 +136,11 @@ class _Compiled(Generic[_Out]):
     def __init__(self, make: Callable[[], _Function[_Out]]) -> None:
         self._make = make
         self._plain = make()
-        self._copies: dict[tuple[bool | int, ...], _Function[_Out]] = {}
+        self._copies: dict[tuple[bool | int | str, ...], _Function[_Out]] = {}
 
-    def __call__(self, *args: object) -> _Out:
+    def __call__(self, *args: object, **named: object) -> _Out:
         if torch.compiler.is_compiling():  # the whole network, by somebody else
-            return self._plain(*args)
+            return self._plain(*args, **named)
         # What torch.compile guards on and what changes within a process.
         way = (
             torch.is_grad_enabled(),
@@ -148,11 +148,12 @@ class _Compiled(Generic[_Out]):
             torch.is_autocast_enabled("cuda"),
             torch.is_autocast_enabled("cpu"),
             len(args),
+            *named,
         )
         if way not in self._copies:
             options = block_options()
             self._copies[way] = torch.compile(self._make(), fullgraph=True, options=options)
-        return self._copies[way](*args)
+        return self._copies[way](*args, **named)
 
 
 def _plain(

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from mixflow_fast.models import DiTDH, Network, SiT, SongUNet, Transformer
 from mixflow_fast.models.blocks import PAD_TO, Block, SwiGLU
+from mixflow_fast.models.text_to_image.network import TextToImage
 
 # Dense bf16 TFLOP/s by the vendor's data sheets, SXM or HGX boards unless named; by the words of
 # the name that the driver gives. The first that fits counts.
@@ -136,9 +137,9 @@ def _projectors(net: SiT, N: int) -> int:
     return sum(2 * N * (D * P + P * P + P * z) for z in c["z_dims"] or ())
 
 
-def train_flops(net: Network) -> int:
-    """Model FLOPs per image and training step."""
-    return count(net).train
+def train_flops(net: Network) -> int | None:
+    """Model FLOPs per image and training step; None for a text-to-image network."""
+    return None if isinstance(net, TextToImage) else count(net).train
 
 
 def peak_tflops(device_name: str) -> float | None:

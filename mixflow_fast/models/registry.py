@@ -81,6 +81,8 @@ def published_size(class_name: ClassName, kwargs: Mapping[str, object]) -> str |
 
 def describe_model(class_name: ClassName, kwargs: Mapping[str, object]) -> str:
     """A network in words: its published name if it has one, and the resolution."""
+    if class_name == "TextToImage":
+        return f"{kwargs.get('class')} of diffusers"
     size = published_size(class_name, kwargs)
     if class_name == "SongUNet":
         return _describe_songunet(size, kwargs)

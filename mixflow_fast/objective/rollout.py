@@ -9,7 +9,7 @@ Euler step of an N-step sampler makes. It costs one more forward pass. Engine's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def roll_in(
     mix: MixFlow,
     net: Callable[..., Tensor | tuple[Tensor, ...]],
     it: Interpolation,
-    y: Tensor | None,
+    y: Tensor | Mapping[str, Tensor] | None,
     steps: int,
 ) -> Interpolation:
     """The batch with inputs that the network itself made, at the same times, data and noise.
@@ -36,7 +36,7 @@ def roll_in(
         mix: the objective that prepared `it`: linear path, velocity prediction.
         net: called as net(x, t, y), or net(x, t) when y is None; a tuple gives its first item.
         it: with ids, of which the draws of h are functions.
-        y: (B,) labels.
+        y: (B,) labels, or the prompts' embeddings.
         steps: N >= 1, the number of steps of the sampler whose errors are meant.
 
     Returns:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mixflow_fast.checkpoints.resume import ResumePoint
+from mixflow_fast.config.cond_section import CondConfig
 from mixflow_fast.config.data_sections import (
     DATA_FIELDS,
     DataConfig,
@@ -29,16 +31,25 @@ from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
 from mixflow_fast.data.dataset import without_flips
 from mixflow_fast.distributed.host_group import HostGroup
+from mixflow_fast.distributed.read_once import read_once_a_machine
 from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
 from mixflow_fast.flow.source import MixedSource
 from mixflow_fast.models import Execution, Network, Transformer, build
 from mixflow_fast.models.dinov2 import Dinov2Files
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
+from mixflow_fast.models.text_to_image.network import TextToImage
+from mixflow_fast.models.text_to_image.prompts import (
+    PromptEncoder,
+    layout_for,
+    prompt_encoder,
+)
+from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
 from mixflow_fast.training.capture import check_device
+from mixflow_fast.training.conditions import Conditions, Prompts
 from mixflow_fast.training.ddp_engine import DDPEngine
 from mixflow_fast.training.encoders import build_encoder, check_encoder, image_size
 from mixflow_fast.training.engine import DeepSpeedEngine
@@ -48,7 +59,16 @@ from mixflow_fast.training.loading import check_loading
 from mixflow_fast.training.source import carry_predictor, mixed_source, source_record, wants_labels
 
 # Fields of the section `model` that are not arguments of the class.
-_NOT_ARGUMENTS = ("name", "init_seed", "mode", "compile_unit", "attention", "checkpointing")
+_NOT_ARGUMENTS = (
+    "name",
+    "folder",
+    "adapter",
+    "init_seed",
+    "mode",
+    "compile_unit",
+    "attention",
+    "checkpointing",
+)
 # Fields of the section `model` that have another name in SongUNet, and those that it has not.
 _SONGUNET = {"input_size": "img_resolution", "hidden_size": "model_channels", "depth": "num_blocks"}
 _NOT_SONGUNETS = ("num_classes", "class_dropout_prob")
@@ -67,6 +87,7 @@ class RunParts:
             see `FirstNetwork`.
         execution: how it is run on the device.
         mix: the objective, in the model's clock.
+        conditions: what the network is told beside x and t, from a batch on the device.
         alignment: REPA's term; zero where the configuration has none.
         dataset: training examples.
         inputs: what the network trains on, from a batch on the device.
@@ -77,6 +98,7 @@ class RunParts:
     model: Network
     execution: Execution
     mix: MixFlow
+    conditions: Conditions
     alignment: Alignment
     dataset: Dataset
     inputs: Inputs
@@ -106,6 +128,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     if wants_labels(mix):  # a SongUNet takes any, its source does not
         _check_classes(dataset, c.model)
     check_loading(c.data, dataset, device)
+    prompts = build_prompt_encoder(c.model, dataset, device)
     teacher = None
     if c.teacher.path is not None:
         precision = c.teacher.precision or c.train.precision
@@ -116,6 +139,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         model=model,
         execution=build_execution(c.model, c.train.zero_stage, device),
         mix=mix,
+        conditions=build_conditions(model, c.cond, c.train.seed, dataset, prompts),
         alignment=Alignment(c.objective, teacher, mix, device),
         dataset=dataset,
         inputs=Inputs(encoder),
@@ -125,7 +149,15 @@ def build_run(config: Config, device: torch.device) -> RunParts:
 
 
 def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Network:
-    """The network of a configuration with its random initial weights (a function of init_seed)."""
+    """The network of a configuration with its random initial weights (a function of init_seed).
+
+    That of a folder, TextToImage, has no weights: see `FirstNetwork`. It is on the meta device
+    whole where `device` is that, and else has no storage for what files hold.
+    """
+    if section.is_text_to_image:
+        on_meta = torch.device(device).type == "meta"
+        spec = TransformerSpec.read(section.folder, section.adapter, warns=on_meta)
+        return spec.on_meta() if on_meta else spec.without_weights()
     options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     options = {k: v for k, v in options.items() if v is not None and k not in _NOT_ARGUMENTS}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
@@ -172,16 +204,40 @@ class FirstNetwork:
         Raises:
             ValueError: weights that are damaged or do not fit; on all ranks.
         """
-        fresh = self.start.checkpoint is None and self.init is None
-        # Else without random weights, because every tensor of it comes from a file.
-        model = build_model(self.section, "cpu" if fresh else "meta")
-        if not fresh:
-            model = model.to_empty(device="cpu")
+        new = self.start.checkpoint is None and self.init is None
+        if self.section.is_text_to_image:
+            model = _with_storage(build_model(self.section))
+            if new:
+                self._fill_from_folder(model, host_group)
+                return model
+        else:
+            # Else without random weights, because every tensor of it comes from a file.
+            model = build_model(self.section, "cpu" if new else "meta")
+            if not new:
+                model = model.to_empty(device="cpu")
         # A file may hold no source: then its first weights are its own.
         carry_predictor(model, self.source, self.frozen, self.section.init_seed)
-        if not fresh:
+        if not new:
             self.start.fill(model, self.init, host_group, whole, self.source)
         return model
+
+    def _fill_from_folder(self, model: TextToImage, host_group: HostGroup) -> None:
+        """The weights of `model.folder`, read once a machine."""
+        spec = TransformerSpec.from_config(model.config)
+        read = partial(spec.fill, model, self.section.folder)
+        read_once_a_machine(host_group, read, model.state_dict().values())
+
+
+def _with_storage(network: TextToImage) -> TextToImage:
+    """A network on the CPU, float32; tensors that had no storage have undefined values."""
+    # Not `to_empty`, which would take the values of buffers that no file holds.
+    return network._apply(
+        lambda tensor: (
+            torch.empty_like(tensor, device="cpu", dtype=torch.float32)
+            if tensor.is_meta
+            else tensor
+        )
+    )
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:
@@ -243,6 +299,58 @@ def build_objective(
     return MixFlow(**options, clock=clock, seed=seed, source=source)
 
 
+def build_conditions(
+    model: Network,
+    section: CondConfig,
+    seed: int,
+    dataset: Dataset,
+    encoder: PromptEncoder | None = None,
+) -> Conditions:
+    """What a network is told beside x and t.
+
+    Args:
+        model: the network.
+        section: the section `cond`.
+        seed: of the run.
+        dataset: the examples.
+        encoder: of `build_prompt_encoder`.
+
+    Raises:
+        ValueError: a text encoder that the network has not; latents of other channels than the
+            network's.
+    """
+    if not isinstance(model, TextToImage):
+        return Conditions()
+    channels = model.in_channels
+    if channels is not None and dataset.shape[0] != channels:  # a user's adapter may not say them
+        raise ValueError(
+            f"data gives latents of {dataset.shape[0]} channels, the network in model.folder takes "
+            f"{channels}: give a cache that `mixflow-fast encode` made with that model"
+        )
+    layout = layout_for(model.config["class"], model.config["transformer"])
+    return Prompts(layout, section.drop_by_encoder(), seed, encoder)
+
+
+def build_prompt_encoder(
+    section: ModelConfig, dataset: Dataset, device: torch.device
+) -> PromptEncoder | None:
+    """What embeds prompts during training; None where the data hold embeddings, or no prompts.
+
+    It loads an encoder when it is first asked for what that gives.
+
+    Args:
+        section: names the folder with the encoders.
+        dataset: the examples.
+        device: where it works.
+
+    Raises:
+        ValueError: encoders that are not in the folder.
+    """
+    if not section.is_text_to_image or dataset.info.text != "online":
+        return None
+    return prompt_encoder(section.folder, dataset.info.length, device=device)
+
+
 def build_data(
     section: DataConfig, model: ModelConfig, encoder: EncoderConfig | None = None
 ) -> Dataset:
@@ -278,11 +386,13 @@ def build_data(
     except ValueError as error:
         settings = ", ".join(f"{name}={path}" for name, path in given.items())
         raise ValueError(f"{error} ({settings})" if settings else str(error)) from error
-    if encoder.kind == "none":
+    if model.is_text_to_image:  # latents of any sides
+        pass
+    elif encoder.kind == "none":
         _check_shape(dataset, section, model)
     else:
         _check_images(dataset, encoder, model)
-    if not model.is_songunet:
+    if model.has_classes:
         _check_classes(dataset, model)
     return dataset
 

@@ -59,7 +59,7 @@ def describe_data(
         notes.append(f"latents have {statistics.describe()}")
         warnings += [statistics.warning()] if statistics.warning() else []
         warnings += _about_mirrors(dataset, model)
-    if model is not None and not model.is_songunet and summary.classes < model.num_classes:
+    if model is not None and model.has_classes and summary.classes < model.num_classes:
         warnings.append(
             f"{count_classes(summary.classes)}, the model has {model.num_classes}: the labels are "
             "those of its first classes, whatever those meant in earlier training"

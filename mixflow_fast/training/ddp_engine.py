@@ -11,7 +11,7 @@ all-reduce then runs beside the rest of the backward pass. One process needs no 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -156,7 +156,9 @@ class DDPEngine(Engine):
                     state[key] = torch.zeros_like(master, dtype=value.dtype)
                 state[key].view(-1)[piece.start : piece.start + value.numel()].copy_(value)
 
-    def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def __call__(
+        self, *args: Tensor | Mapping[str, Tensor]
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """The network's forward pass; in mode graph the output holds until the next one."""
         return self._call(*args)
 

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -242,7 +242,9 @@ class DeepSpeedEngine(Engine):
                 group = mapping.param_group_index
                 yield Fragment(name, group, ours.start, whole.start, whole.numel)
 
-    def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def __call__(
+        self, *args: Tensor | Mapping[str, Tensor]
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """The network's forward pass."""
         return self._engine(*args)
 

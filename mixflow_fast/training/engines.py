@@ -62,7 +62,9 @@ class Engine(Protocol):
         """
         ...
 
-    def __call__(self, *args: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def __call__(
+        self, *args: Tensor | Mapping[str, Tensor]
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """The network's forward pass."""
         ...
 

@@ -31,6 +31,7 @@ from mixflow_fast.models.autoencoders.decoding import Decoder
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
+from mixflow_fast.training.conditions import Conditions
 from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engines import Engine
 from mixflow_fast.training.inputs import Inputs
@@ -42,18 +43,29 @@ def validation_loss(
     data: ValidationData | None,
     mix: MixFlow,
     device: torch.device,
-    inputs: Inputs,
+    ways: tuple[Inputs, Conditions],
     section: TrainConfig,
     host_group: HostGroup,
 ) -> ValidationLoss | None:
-    """This rank's share of the losses on examples to validate on; None where there are none."""
+    """This rank's share of the losses on examples to validate on; None where there are none.
+
+    Args:
+        data: the examples.
+        mix: the objective.
+        device: where the network is.
+        ways: from a batch on the device to x, and to what the network is told.
+        section: the section `train`.
+        host_group: exchange between the ranks.
+    """
     if data is None:
         return None
+    inputs, conditions = ways
     return ValidationLoss(
         data,
         mix,
         device,
         inputs,
+        conditions.undropped(),
         examples=section.validate_examples,
         batch_size=section.microbatch_size,
         rank=host_group.rank,

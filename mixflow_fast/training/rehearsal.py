@@ -26,6 +26,7 @@ from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.flops import train_flops
+from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.weights.source_record import split
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
 from mixflow_fast.training.data_report import describe_data
@@ -137,6 +138,11 @@ def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tupl
 def _describe_model(section: ModelConfig, model: Network) -> str:
     network, _ = split(dict(model.named_parameters()))
     parameters = sum(p.numel() for p in network.values())
+    if isinstance(model, TextToImage):
+        return (
+            f"{type(model.transformer).__name__} of {section.folder}, {parameters:,} parameters, "
+            f"{model.clock}"
+        )
     cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (
         f"{section.name}, {parameters:,} parameters, {cut}an input "
@@ -217,11 +223,13 @@ def _describe_memory(
     masters = stage > 0 or element == 2
     optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + masters)
     state = count * (weights + gradients + optimizer / (ranks if stage else 1))
-    activations = element * microbatch * _kept_elements(model, execution)
-    return (
-        f"memory per rank, an estimate: {_in_units(state)} of weights, gradients, optimizer and "
-        f"EMA, {_in_units(activations)} of activations for {microbatch} images"
+    text = (
+        f"memory per rank, an estimate: {_in_units(state)} of weights, gradients, optimizer and EMA"
     )
+    if isinstance(model, TextToImage):  # whose blocks are another library's
+        return f"{text}; activations are not estimated"
+    activations = element * microbatch * _kept_elements(model, execution)
+    return f"{text}, {_in_units(activations)} of activations for {microbatch} images"
 
 
 def _kept_elements(model: Network, execution: Execution) -> float:

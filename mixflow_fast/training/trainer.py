@@ -96,6 +96,7 @@ class Trainer:
         step: optimizer steps done.
         model, mix, dataset, alignment: network, objective, examples and REPA's term.
         inputs: what the network trains on, from a batch on the device.
+        conditions: what the network is told beside x and t, from such a batch.
         engine: DeepSpeed, or DDP, around the network.
         guard: what to do with steps that are not finite.
         objective: description of the implementation that runs.
@@ -130,6 +131,7 @@ class Trainer:
         self.mix, self.alignment, self.dataset = parts.mix, parts.alignment, parts.dataset
         self._rollout_steps = config.objective.rollout_steps
         self.inputs, self._dtype = parts.inputs, PRECISIONS[config.train.precision]
+        self.conditions = parts.conditions
         self._source_record, self._drops_here = parts.source, wants_labels(parts.mix)
         # After the parts: a rank whose data are not there ends before the others wait for it.
         self.host_group, self._save_group = meet(config.train, ranks)
@@ -279,9 +281,10 @@ class Trainer:
         own, batch = batch.y, self._dropped(batch)
         self.engine.module.set_draws(self.config.train.seed, batch.positions)
         it = self.mix.prepare(self.inputs(batch), ids=batch.positions, dtype=self._dtype, y=own)
+        cond = self.conditions(batch)
         if self._rollout_steps:
-            it = roll_in(self.mix, net, it, batch.y, self._rollout_steps)
-        output = net(it.x, it.t, batch.y)
+            it = roll_in(self.mix, net, it, cond, self._rollout_steps)
+        output = net(it.x, it.t, cond)
         pred, zs = output if isinstance(output, tuple) else (output, None)
         alignment = self.alignment(self.engine.module, zs, batch, it)
         loss, samples = self.mix.loss_and_samples(pred, it)
@@ -386,7 +389,7 @@ class Trainer:
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
         self._validation = validation_loss(
-            parts.validation, self.mix, self.device, self.inputs, c, group
+            parts.validation, self.mix, self.device, (self.inputs, self.conditions), c, group
         )
 
     def _build_guard(self) -> NonFiniteGuard:
@@ -444,7 +447,7 @@ class Trainer:
             {name: fact for name, fact in facts.items() if fact},
             ranks=self.host_group.ranks,
             clock=self.model.clock,
-            train_gflops_per_image=self._train_flops / 1e9,
+            train_gflops_per_image=self._train_flops and self._train_flops / 1e9,
             recipe=self._recipe,
             environment=current_environment(self.device).to_dict(),
         )

@@ -57,7 +57,7 @@ class FluxAdapter(DiffusersAdapter):
         empty_prompt: Condition | None = None,
     ) -> None:
         super().__init__(network, latents, empty_prompt)
-        self._channels = network.config["in_channels"] // 4
+        self.channels = network.config["in_channels"] // 4
         self._guided = bool(network.config["guidance_embeds"])
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -83,7 +83,7 @@ class FluxAdapter(DiffusersAdapter):
                 else "cond holds guidance, but this network has no guidance_embeds: leave it out"
             )
         guidance = cond.get("guidance")
-        x, t, cond = self._inputs(x, t, cond, self._channels)
+        x, t, cond = self._inputs(x, t, cond, self.channels)
         height, width = x.shape[2:]
         text = cond["prompt_embeds"]
         tokens = self.network(

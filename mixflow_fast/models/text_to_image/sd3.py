@@ -35,7 +35,7 @@ class SD3Adapter(DiffusersAdapter):
         empty_prompt: Condition | None = None,
     ) -> None:
         super().__init__(network, latents, empty_prompt)
-        self._channels = network.config["in_channels"]
+        self.channels = network.config["in_channels"]
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """d x / d t at noise levels t.
@@ -51,7 +51,7 @@ class SD3Adapter(DiffusersAdapter):
         Raises:
             ValueError: shapes, dtypes or keys that do not fit.
         """
-        x, t, cond = self._inputs(x, t, cond, self._channels)
+        x, t, cond = self._inputs(x, t, cond, self.channels)
         return self.network(
             hidden_states=x,
             timestep=1000 * t,

@@ -39,7 +39,7 @@ class ZImageAdapter(DiffusersAdapter):
         empty_prompt: Condition | None = None,
     ) -> None:
         super().__init__(network, latents, empty_prompt)
-        self._channels = network.config["in_channels"]
+        self.channels = network.config["in_channels"]
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """d x / d t at noise levels t.
@@ -55,7 +55,7 @@ class ZImageAdapter(DiffusersAdapter):
         Raises:
             ValueError: shapes, dtypes or keys that do not fit.
         """
-        x, t, cond = self._inputs(x, t, cond, self._channels)
+        x, t, cond = self._inputs(x, t, cond, self.channels)
         text, mask = cond["prompt_embeds"], cond["prompt_mask"]
         if mask.shape != text.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(

@@ -14,6 +14,8 @@ from mixflow_fast.models.ditdh import DiTDH
 from mixflow_fast.models.network import Network
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.songunet import SongUNet
+from mixflow_fast.models.text_to_image.network import TextToImage
+from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.foreign import describe_unknown, network_that_is
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
@@ -25,7 +27,12 @@ from mixflow_fast.models.weights.naming import (
     with_velocity_head,
 )
 
-CLASSES: dict[ClassName, type[Network]] = {"SiT": SiT, "DiTDH": DiTDH, "SongUNet": SongUNet}
+CLASSES: dict[ClassName, type[Network]] = {
+    "SiT": SiT,
+    "DiTDH": DiTDH,
+    "SongUNet": SongUNet,
+    "TextToImage": TextToImage,
+}
 
 
 def load_into(
@@ -147,6 +154,8 @@ def network_spec(
             record.
     """
     recorded = file.metadata
+    if kind_of(state) == "text-to-image" and recorded is None:  # the names alone do not tell it
+        raise ValueError(describe_unknown(file.path, state))
     # Of a file of our own that lacks something, what it lacks says more.
     if kind_of(state) is None and (recorded is None or network_that_is(state)):
         raise ValueError(describe_unknown(file.path, state))
@@ -192,6 +201,8 @@ def on_meta(class_name: ClassName, kwargs: Mapping[str, object]) -> Network:
     Raises:
         ValueError: arguments that the class does not take.
     """
+    if class_name == "TextToImage":
+        return TransformerSpec.from_config(kwargs).without_weights()
     try:
         with torch.device("meta"):
             return CLASSES[class_name](**kwargs)

@@ -12,11 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ClassName = Literal["SiT", "DiTDH", "SongUNet"]
-Kind = Literal["SiT", "REPA SiT", "DiT-DH", "SongUNet"]
+ClassName = Literal["SiT", "DiTDH", "SongUNet", "TextToImage"]
+Kind = Literal["SiT", "REPA SiT", "DiT-DH", "SongUNet", "text-to-image"]
 HEAD_KEYS = ("final_layer.linear.weight", "final_layer.linear.bias")
 DITDH_MARK = "s_embedder.proj.weight"
 SONGUNET_MARK = "map_layer0.weight"
+# Of a text-to-image network of another library, which a run has as its one submodule.
+TEXT_TO_IMAGE_PREFIX = "transformer."
 # Conditions that EDM's networks of the same names have, and this class has not.
 _EDM = ("map_label.", "map_augment.")
 # What DDP, torch.compile, FSDP and activation checkpointing put into names, wherever they wrap.
@@ -25,8 +27,12 @@ _WRAPPERS += ("_checkpoint_wrapped_module",)
 
 
 def kind_of(state: Iterable[str]) -> Kind | None:
-    """ "SiT", "REPA SiT", "DiT-DH" or "SongUNet" by the names of a state dict; None for others."""
+    """ "SiT", "REPA SiT", "DiT-DH", "SongUNet" or, of a run of ours, "text-to-image" by the names
+    of a state dict; None for others.
+    """
     names = set(state)
+    if names and all(name.startswith(TEXT_TO_IMAGE_PREFIX) for name in names):
+        return "text-to-image"
     if SONGUNET_MARK in names:
         last = any(n.startswith("dec.") and n.endswith("_aux_conv.weight") for n in names)
         whole = last and "map_layer1.weight" in names
@@ -66,6 +72,8 @@ def prefixes_of_networks(names: Iterable[str]) -> list[str]:
 def class_of(state: Iterable[str]) -> ClassName:
     """The class that computes a network which `kind_of` knows."""
     names = set(state)
+    if kind_of(names) == "text-to-image":
+        return "TextToImage"
     if SONGUNET_MARK in names:
         return "SongUNet"
     return "DiTDH" if DITDH_MARK in names else "SiT"

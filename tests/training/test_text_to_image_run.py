@@ -1,0 +1,184 @@
+"""A run of a text-to-image network: the same engine, loop and files as for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixflow_fast.data import sample_index
+from mixflow_fast.models import load_model
+from mixflow_fast.models.text_to_image.network import TextToImage
+from mixflow_fast.objective.mixflow import MixFlow
+from mixflow_fast.training import build
+from mixflow_fast.training.rehearsal import rehearse
+from mixflow_fast.training.step_record import StepOutput
+from mixflow_fast.training.trainer import Trainer, train
+from tests.support.captioned import StandIn, model_folder, tiny
+from tests.support.text_to_image import sd3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build_data", lambda *_, **__: StandIn())
+
+
+def trained(config: object) -> tuple[Trainer, list[Tensor], list[StepOutput]]:
+    """A run to its end, the losses of its steps, and all that its steps made."""
+    trainer = Trainer(config, quiet=True)
+    losses: list[Tensor] = []
+    outputs: list[StepOutput] = []
+
+    def note(step: int, made: list[StepOutput], means: Tensor) -> None:
+        losses.append(means[0].clone())
+        outputs.extend(made)
+
+    trainer.on_step = note
+    assert trainer.run().finished
+    return trainer, losses, outputs
+
+
+def test_three_steps_are_those_of_a_loop_by_hand(folder: Path, tmp_path: Path) -> None:
+    """diffusers' class, PyTorch's AdamW, and the draws that MixFlow makes for these positions."""
+    config = tiny(folder, tmp_path / "run")
+    _, losses, outputs = trained(config)
+    net = sd3().train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
+    mix = MixFlow(gamma=0.8, clock="noise_at_1", shift=3.0, seed=0)
+    examples, ema = StandIn(), {n: p.detach().clone() for n, p in net.named_parameters()}
+    for step in range(3):
+        positions = outputs[step].it.ids
+        indices = sample_index(positions, len(examples), 0)
+        batch = examples.get(indices, positions, 0)
+        it = mix.prepare(batch.x, ids=positions)
+        cond = batch.cond
+        text = torch.zeros(4, 12, 32)
+        text[:, :5, :8], text[:, :5, 8:20], text[:, 5:] = cond["clip_l"], cond["clip_g"], cond["t5"]
+        pooled = torch.cat([cond["pooled_l"], cond["pooled_g"]], 1).float()
+        loss = mix.loss(net(it.x, text, pooled, 1000 * it.t).sample, it)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(losses[step], loss.detach(), rtol=1e-6, atol=0)
+        for name, parameter in net.named_parameters():
+            ema[name].lerp_(parameter.detach(), 1 - 0.9999)
+    file = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
+    for name, parameter in net.named_parameters():
+        own = file["model"][f"transformer.{name}"]
+        torch.testing.assert_close(own, parameter.detach(), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(file["ema"][f"transformer.{name}"], ema[name])
+
+
+@pytest.mark.parametrize("settings", [{}, {"train.engine": "ddp", "train.zero_stage": 0}])
+def test_the_label_reaches_the_sinusoid_in_float32(
+    settings: dict[str, object], folder: Path, tmp_path: Path
+) -> None:
+    """1000 s of float32, under bfloat16 weights: its digits are noise levels."""
+    trainer = Trainer(tiny(folder, tmp_path / "run", **settings, **BF16), quiet=True)
+    seen: list[Tensor] = []
+    outputs: list[StepOutput] = []
+    module = trainer.engine.module
+    assert module.product_dtype == torch.bfloat16
+    module.transformer.time_text_embed.time_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].clone())
+    )
+    trainer.on_step = lambda step, made, means: outputs.extend(made)
+    trainer.run()
+    assert len(seen) == len(outputs) == 3
+    for label, made in zip(seen, outputs, strict=True):
+        assert label.dtype == torch.float32 and torch.equal(label, 1000 * made.it.t)
+        assert not torch.equal(label, label.bfloat16().float())
+        assert made.pred.dtype == torch.bfloat16
+
+
+BF16 = {"train.precision": "bf16"}
+WAYS = {
+    "ZeRO 0": {"train.zero_stage": 0},
+    "ZeRO 1": {"train.zero_stage": 1},
+    "ZeRO 3": {"train.zero_stage": 3},
+    "ZeRO 3, checkpointing": {"train.zero_stage": 3, "model.checkpointing": "full"},
+    "checkpointing": {"model.checkpointing": "full"},
+    "ddp": {"train.engine": "ddp", "train.zero_stage": 0},
+    "micro-batches": {"train.microbatch_size": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def plain_losses(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "build_data", lambda *_, **__: StandIn())
+        return torch.stack(trained(tiny(folder, tmp_path_factory.mktemp("run") / "plain"))[1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_engine_computes_the_same(
+    way: str, folder: Path, plain_losses: Tensor, tmp_path: Path
+) -> None:
+    """The losses of three steps; the second and third are of weights that moved."""
+    losses = torch.stack(trained(tiny(folder, tmp_path / "run", **WAYS[way]))[1])
+    torch.testing.assert_close(losses, plain_losses, rtol=2e-6, atol=0)
+    losses = torch.stack(trained(tiny(folder, tmp_path / "bf16", **WAYS[way] | _bf16(way)))[1])
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-2, atol=0)
+
+
+def _bf16(way: str) -> dict[str, object]:
+    # DeepSpeed's own wrapper trains no bf16 without ZeRO.
+    return BF16 | ({"train.zero_stage": 1} if way == "ZeRO 0" else {})
+
+
+def test_files_of_a_run_say_the_network_and_start_others(folder: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    trained(tiny(folder, first))
+    net = load_model(first)
+    assert isinstance(net, TextToImage) and not net.training and net.clock == "noise_at_1"
+    assert net.config["class"] == "SD3Transformer2DModel" and net.adapter.latents.shift == 0.0609
+    file = torch.load(first / "weights.pt", weights_only=True)
+    state = net.state_dict()
+    assert state.keys() == file["ema"].keys() == file["model"].keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in file["ema"].items())
+
+    # A run that starts from it reads no weights of the folder, which has none any more.
+    bare = tmp_path / "bare"
+    (bare / "transformer").mkdir(parents=True)
+    (bare / "vae").mkdir()
+    for name in ("transformer/config.json", "vae/config.json"):
+        (bare / name).write_text((folder / name).read_text())
+    second = Trainer(tiny(bare, tmp_path / "second", **{"train.init": str(first)}), quiet=True)
+    own = dict(second.model.named_parameters())
+    assert all(torch.equal(own[name].detach(), file["ema"][name]) for name in own)
+    second.close()
+    with pytest.raises(ValueError, match="holds no diffusion_pytorch_model.safetensors"):
+        Trainer(tiny(bare, tmp_path / "third"), quiet=True)
+    # So does one that goes on.
+    went_on = Trainer(tiny(bare, first, **{"train.images": 16}), quiet=True)
+    assert went_on.step == 3 and went_on.run().finished
+
+
+def test_a_checkpoint_of_another_network_is_named(folder: Path, tmp_path: Path) -> None:
+    trained(tiny(folder, tmp_path / "run"))
+    large = model_folder(tmp_path / "large", large=True)
+    with pytest.raises(ValueError, match=r"dual_attention_layers=\[0, 1\] instead of \[\]"):
+        Trainer(tiny(large, tmp_path / "other", **{"train.init": str(tmp_path / "run")}))
+
+
+def test_dry_run(folder: Path, tmp_path: Path) -> None:
+    lines = rehearse(tiny(folder, tmp_path / "run"))
+    (model,) = [line for line in lines if line.startswith("model: ")]
+    assert "SD3Transformer2DModel of" in model and "134,656 parameters, noise_at_1" in model
+    assert any("activations are not estimated" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_network_does_not_go_on(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trained(tiny(folder, out))
+    large = model_folder(tmp_path / "large", large=True)
+    with pytest.raises(ValueError, match="another SD3Transformer2DModel than that in model.folder"):
+        Trainer(tiny(large, out, **{"train.images": 16}), quiet=True)
