@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.files import write_json
-from mixflow_fast.flow.timesteps import SigmaGrid
 from mixflow_fast.models.autoencoders.decoding import Decoder, load_decoder
 from mixflow_fast.models.text_to_image import Adapter, Condition
 from mixflow_fast.reports.images import save_grid
 from mixflow_fast.sampling import sigma_grid
+from mixflow_fast.sampling.grids import SigmaGrid
 from mixflow_fast.sampling.text_to_image import noise_of_ids, sample_latents
 
 SEED = 0
