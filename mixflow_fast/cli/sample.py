@@ -353,6 +353,7 @@ def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _L
     """
     from mixflow_fast.models.weights.files import WeightsFile
     from mixflow_fast.models.weights.loading import model_of
+    from mixflow_fast.models.weights.naming import kind_of
     from mixflow_fast.models.weights.sources import source_of
 
     file, clock = WeightsFile.open(path), options.clock
@@ -365,6 +366,11 @@ def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _L
                 f"mixflow_fast.models.load_model(path, clock={clock!r}) overrides it in Python)"
             )
         clock = recorded
+    if kind_of(file.state(options.weights)) == "text-to-image":
+        raise ValueError(
+            f"{path} is a text-to-image network, which makes pictures of prompts: give --prompts "
+            "and a folder as --out"
+        )
     run = {} if file.metadata is None else json.loads(file.metadata.config or "{}")
     latent = run.get("data", {}).get("kind") == "latents"
     latent |= run.get("encoder", {}).get("kind", "none") != "none"
