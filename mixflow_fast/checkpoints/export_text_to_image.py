@@ -29,8 +29,10 @@ from mixflow_fast.models.text_to_image.loading import (
     read_config,
     transformer_folder,
 )
+from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.models.weights.diffusers_dit import RECORD
 from mixflow_fast.models.weights.files import WeightsFile
+from mixflow_fast.models.weights.naming import TEXT_TO_IMAGE_PREFIX, kind_of
 from mixflow_fast.models.weights.tensor_headers import read_headers
 from mixflow_fast.models.weights.text_to_image_names import text_to_image_network
 
@@ -252,21 +254,25 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
     Raises:
         ValueError: values that are damaged or not finite.
     """
-    state = file.state(which)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    network = text_to_image_network(shapes)
-    if network is None:
+    state, record = file.state(which), file.metadata
+    network = text_to_image_network({name: tuple(t.shape) for name, t in state.items()})
+    if network is not None:
+        name, class_name, prefix = network.name, network.class_name, network.prefix
+    elif record is not None and kind_of(state) == "text-to-image":
+        # Of a class that a user's adapter has brought, the record alone says which.
+        class_name = TransformerSpec.from_config(record.kwargs).class_name
+        name, prefix = class_name, TEXT_TO_IMAGE_PREFIX
+    else:
         return None
     file.check_values(which, state)
-    record = file.metadata
     run = json.loads(record.config or "{}") if record is not None else {}
     objective = run.get("objective", {})
     return TextToImageWeights(
         file=file.path,
         which=which,
-        name=network.name,
-        state={n.removeprefix(network.prefix): t for n, t in state.items()},
-        class_name=network.class_name,
+        name=name,
+        state={n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)},
+        class_name=class_name,
         folder=run.get("model", {}).get("folder"),
         steps=file.steps or 0,
         objective={name: str(objective[name]) for name in _OBJECTIVE if name in objective},

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -166,6 +170,26 @@ def test_other_families(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == 0, err
     back = type(network).from_pretrained(out / "transformer")
     assert all(torch.equal(v, ema[n]) for n, v in back.state_dict().items())
+
+
+def test_a_class_of_a_user_s_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No name tells it, the run's record does."""
+    torch.manual_seed(0)
+    network = AuraFlowTransformer2DModel(
+        **{"sample_size": 8, "in_channels": 16, "num_mmdit_layers": 1},
+        **{"num_single_dit_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2},
+        **{"joint_attention_dim": 32, "caption_projection_dim": 32, "out_channels": 16},
+        pos_embed_max_size=16,
+    )
+    source = tmp_path / "source"
+    network.save_pretrained(source / "transformer")
+    ema = trained(network, tmp_path / "run", source)
+    out = tmp_path / "out"
+    code, said, err = run(capsys, "export", tmp_path / "run", "--to", "diffusers", "--out", out)
+    assert code == 0, err
+    assert "AuraFlowTransformer2DModel" in said
+    back = AuraFlowTransformer2DModel.from_pretrained(out / "transformer").state_dict()
+    assert all(torch.equal(v, ema[n]) for n, v in back.items())
 
 
 def test_refusals_leave_nothing(
