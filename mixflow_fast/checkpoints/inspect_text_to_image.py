@@ -18,6 +18,7 @@ import torch
 from mixflow_fast.checkpoints.inspect import Json
 from mixflow_fast.files import existing_path
 from mixflow_fast.messages import size_text
+from mixflow_fast.models.weights.naming import TEXT_TO_IMAGE_PREFIX, kind_of
 from mixflow_fast.models.weights.tensor_headers import TensorHeaders, read_headers
 from mixflow_fast.models.weights.text_to_image_names import (
     LoraWeights,
@@ -100,7 +101,7 @@ def inspect_text_to_image(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         headers = read_headers(path, key)
-    if (network := text_to_image_network(headers.shapes)) is not None:
+    if (network := text_to_image_network(headers.shapes) or _recorded_network(headers)) is not None:
         found = _of_network(headers, network)
     elif (lora := lora_weights(headers.shapes)) is not None:
         found = _of_lora(headers, lora)
@@ -112,6 +113,29 @@ def inspect_text_to_image(
     if found.damaged:
         found.notes.append("the file is not whole: copy or download it again")
     return found
+
+
+def _recorded_network(headers: TensorHeaders) -> TextToImageNetwork | None:
+    """The network of a run with a user's own adapter, of a class that only its record names."""
+    if kind_of(headers.shapes) != "text-to-image":
+        return None
+    try:
+        record = json.loads(headers.header.get("model", "{}"))
+    except ValueError:
+        return None
+    class_name, config = record.get("class"), record.get("transformer")
+    if not isinstance(class_name, str) or not isinstance(config, dict):
+        return None
+    prefix = TEXT_TO_IMAGE_PREFIX
+    return TextToImageNetwork(
+        name=f"by its record {class_name}",
+        class_name=class_name,
+        config=config,
+        naming="diffusers",
+        prefix=prefix,
+        shapes={name.removeprefix(prefix): shape for name, shape in headers.shapes.items()},
+        others=(),
+    )
 
 
 def _found(

@@ -188,6 +188,9 @@ def test_a_class_of_a_user_s_adapter(tmp_path: Path, capsys: pytest.CaptureFixtu
     code, said, err = run(capsys, "export", tmp_path / "run", "--to", "diffusers", "--out", out)
     assert code == 0, err
     assert "AuraFlowTransformer2DModel" in said
+    code, said, err = run(capsys, "inspect", tmp_path / "run")
+    assert code == 0, (said, err)
+    assert "by its record AuraFlowTransformer2DModel" in said
     back = AuraFlowTransformer2DModel.from_pretrained(out / "transformer").state_dict()
     assert all(torch.equal(v, ema[n]) for n, v in back.items())
 
