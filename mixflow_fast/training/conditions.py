@@ -80,6 +80,18 @@ class Prompts(Conditions):
         """As `Conditions`."""
         return Prompts(self.layout, {}, self._seed, self.encoder)
 
+    def on_meta(self, batch: Batch) -> Condition:
+        """What the adapter takes of one example like those of a batch, without storage."""
+        if self.encoder is not None:
+            shapes = {n: (part.shape, part.dtype) for n, part in self.encoder.parts.items()}
+        else:
+            shapes = {n: (tuple(part.shape[1:]), part.dtype) for n, part in batch.cond.items()}
+        parts = {
+            name: torch.empty(1, *shape, dtype=dtype, device="meta")
+            for name, (shape, dtype) in shapes.items()
+        }
+        return self.layout.assemble(parts)
+
     @torch.no_grad()
     def _embedded(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}

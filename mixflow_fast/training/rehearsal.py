@@ -25,10 +25,10 @@ from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
 from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.autoencoders import Encoder
-from mixflow_fast.models.flops import train_flops
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.weights.source_record import split
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
+from mixflow_fast.training.costs import run_flops
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.determinism import Determinism, describe_determinism
 from mixflow_fast.training.encoders import describe_encoder
@@ -80,7 +80,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     return [
         *data.lines,
         *_describe_encoder(config.encoder, parts.inputs.encoder),
-        f"model: {_describe_model(config.model, parts.model)}",
+        f"model: {_describe_model(config.model, parts)}",
         *_describe_source(parts, config.train.init, start.checkpoint is not None),
         f"length: {_describe_length(c, config.steps, ranks, microbatch)}",
         *_describe_determinism(c.deterministic, device),
@@ -135,19 +135,20 @@ def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tupl
     return state, network
 
 
-def _describe_model(section: ModelConfig, model: Network) -> str:
+def _describe_model(section: ModelConfig, parts: RunParts) -> str:
+    model, flops = parts.model, run_flops(parts.model, parts.conditions, parts.dataset)
+    cost = "" if flops is None else f", {flops / 1e9:,.3g} GFLOPs an image and training step"
     network, _ = split(dict(model.named_parameters()))
     parameters = sum(p.numel() for p in network.values())
     if isinstance(model, TextToImage):
         return (
             f"{type(model.transformer).__name__} of {section.folder}, {parameters:,} parameters, "
-            f"{model.clock}"
+            f"{model.clock}{cost}"
         )
     cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (
         f"{section.name}, {parameters:,} parameters, {cut}an input "
-        f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.clock}, "
-        f"{train_flops(model) / 1e9:,.3g} GFLOPs an image and training step"
+        f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.clock}{cost}"
     )
 
 

@@ -30,13 +30,14 @@ from mixflow_fast.kernels import runtime
 from mixflow_fast.metrics.data_wait import DataWaitWatch
 from mixflow_fast.metrics.throughput import Throughput
 from mixflow_fast.models.dinov2 import PRECISIONS
-from mixflow_fast.models.flops import peak_tflops, train_flops
+from mixflow_fast.models.flops import peak_tflops
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.objective.rollout import roll_in
 from mixflow_fast.reports.previews import PreviewOptions
 from mixflow_fast.reports.text_previews import TextPreviewOptions
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_engine, build_run
+from mixflow_fast.training.costs import run_flops
 from mixflow_fast.training.data_report import agree_on_data
 from mixflow_fast.training.determinism import (
     Determinism,
@@ -384,7 +385,7 @@ class Trainer:
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
         c, group = self.config.train, self.host_group
-        self._train_flops = flops = train_flops(self.model)
+        self._train_flops = flops = run_flops(parts.model, parts.conditions, parts.dataset)
         fused = runtime.use_kernels(self.mix.impl, self.device)
         self.objective = "Triton kernels" if fused else "PyTorch reference"
         on_gpu = self.device.type == "cuda" and c.precision == "bf16"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from mixflow_fast.data import sample_index
+from mixflow_fast.checkpoints.consolidate import consolidate
+from mixflow_fast.checkpoints.ema_snapshots import reconstruct
+from mixflow_fast.data import Batch, sample_index
+from mixflow_fast.kernels import philox
+from mixflow_fast.kernels.interpolate import sample_moments
+from mixflow_fast.kernels.philox import Stream
+from mixflow_fast.metrics.metrics_file import read_metrics
 from mixflow_fast.models import load_model
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training import build
+from mixflow_fast.training.nonfinite_guard import TrainingDiverged
 from mixflow_fast.training.rehearsal import rehearse
 from mixflow_fast.training.step_record import StepOutput
-from mixflow_fast.training.trainer import Trainer, train
+from mixflow_fast.training.trainer import Trainer
 from tests.support.captioned import StandIn, model_folder, tiny
+from tests.support.runs import assert_same_bits
 from tests.support.text_to_image import sd3
 
 
@@ -182,3 +191,77 @@ def test_another_network_does_not_go_on(folder: Path, tmp_path: Path) -> None:
     large = model_folder(tmp_path / "large", large=True)
     with pytest.raises(ValueError, match="another SD3Transformer2DModel than that in model.folder"):
         Trainer(tiny(large, out, **{"train.images": 16}), quiet=True)
+
+
+def test_looking_at_a_run_does_not_change_it(folder: Path, tmp_path: Path) -> None:
+    """Validation, EMA snapshots, and what is put together of shards alone."""
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    looks = {"train.validate_every": 1, "train.validate_examples": 6}
+    widths = {"optim.ema_sigma_rel": (0.1,), "optim.snapshot_every": 1}
+    for out, more in ((plain, {}), (watched, looks)):
+        trained(tiny(folder, out, **{"cond.drop_each": ("t5:0.3",)}, **widths, **BF16, **more))
+    assert_same_bits(plain, watched)
+    row = read_metrics(watched / "metrics.jsonl", "validation")[-1]
+    assert row["step"] == 3 and row["examples"] == 6
+    for which in ("ema", "model"):
+        losses = row[which]["loss_by_t"]
+        assert len(losses) == 16 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+    consolidate(watched, tmp_path / "one.pt")
+    reconstruct(watched, 0.1, tmp_path / "average.pt")
+    own = torch.load(watched / "weights.pt", weights_only=True)
+    again = torch.load(tmp_path / "one.pt", weights_only=True)
+    for key in ("model", "ema"):
+        assert all(torch.equal(again[key][name], own[key][name]) for name in own[key])
+    assert isinstance(load_model(tmp_path / "average.pt"), TextToImage)
+
+
+def test_validation_is_the_loss_of_the_fixed_draws(folder: Path, tmp_path: Path) -> None:
+    """The velocity loss at one label, once more by hand; no encoder is dropped there."""
+    drops = {"cond.drop_each": ("clip_l:0.5", "clip_g:0.5", "t5:0.5")}
+    trainer = Trainer(
+        tiny(folder, tmp_path / "run", **drops, **{"train.validate_every": 1}), quiet=True
+    )
+    try:
+        trainer.watched.take(trainer.engine, "model", 0)
+        # In the engine's own clock, where 1 is the data: label 0.25 is a noise level of 0.75.
+        (found,) = trainer._validation.at(trainer.watched.net, [(0.25, 0.25)])
+        positions = torch.arange(16)
+        batch = StandIn().get(positions, positions, 0)
+        x1 = sample_moments(batch.x, 0, positions)
+        noise = philox.normal(0, Stream.VALIDATION_NOISE, positions, x1[0].numel()).view(x1.shape)
+        cond = trainer.conditions.layout.assemble(batch.cond)
+        with torch.no_grad():
+            velocity = sd3()(
+                0.25 * x1 + 0.75 * noise,
+                cond["prompt_embeds"].float(),
+                cond["pooled_prompt_embeds"].float(),
+                torch.full((16,), 750.0),
+            ).sample
+        expected = (velocity - (noise - x1)).square().mean()
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=0)
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_that_is_not_finite_names_its_samples(
+    stage: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Damaged(StandIn):
+        def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
+            batch = super().get(indices, positions, seed)
+            batch.cond["t5"][indices == 5] = torch.nan
+            return batch
+
+    monkeypatch.setattr(build, "build_data", lambda *_, **__: Damaged())
+    settings = {"train.images": 16, "train.zero_stage": stage}
+    with pytest.raises(TrainingDiverged, match="Not finite: sample 5 of the data at position"):
+        Trainer(tiny(folder, tmp_path / "run", **settings), quiet=True).run()
+
+
+def test_an_input_that_the_network_makes_itself(folder: Path, tmp_path: Path) -> None:
+    """Scheduled sampling runs the network twice in a step, with the same prompts."""
+    rolled = {"objective.rollout_steps": 4, "objective.gamma": 0.0}
+    _, losses, _ = trained(tiny(folder, tmp_path / "run", **rolled))
+    assert all(torch.isfinite(loss) for loss in losses)

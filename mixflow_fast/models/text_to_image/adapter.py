@@ -242,7 +242,7 @@ def input_dtype(network: nn.Module, device: torch.device) -> torch.dtype:
 
     Inputs go in in it, because some classes round their time to the dtype of what comes in.
     """
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return next(p.dtype for p in network.parameters() if p.is_floating_point())
 

@@ -1,0 +1,68 @@
+"""Model FLOPs of a run: by formula, or, of another library's network, counted as they would run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixflow_fast.data import Dataset
+from mixflow_fast.models import Network
+from mixflow_fast.models.flops import train_flops
+from mixflow_fast.models.text_to_image.adapter import Condition
+from mixflow_fast.models.text_to_image.network import TextToImage
+from mixflow_fast.training.conditions import Conditions, Prompts
+
+# (C, h, w) of latents -> how many examples have it.
+Shapes = Mapping[tuple[int, ...], int]
+
+
+def run_flops(model: Network, conditions: Conditions, dataset: Dataset) -> int | None:
+    """Model FLOPs per image and training step; None where they cannot be known.
+
+    Args:
+        model: the network on the meta device.
+        conditions: what it is told.
+        dataset: the examples.
+    """
+    if not isinstance(model, TextToImage):
+        return train_flops(model)
+    if not isinstance(conditions, Prompts):
+        return None
+    index = torch.zeros(1, dtype=torch.int64)
+    cond = conditions.on_meta(dataset.get(index, index, 0))
+    shapes: Shapes = getattr(dataset, "shapes", {tuple(dataset.shape): 1})
+    return text_to_image_flops(model, shapes, cond)
+
+
+def text_to_image_flops(model: TextToImage, shapes: Shapes, cond: Condition) -> int | None:
+    """Model FLOPs of the mean example in a training step: products of both passes, without storage.
+
+    Nothing that is computed twice is counted, nor gradients that nobody needs: of the inputs, and
+    of weights that are not trained.
+
+    Args:
+        model: on the meta device, run in mode eager without checkpointing.
+        shapes: of the latents.
+        cond: of one example, on the meta device.
+
+    Returns:
+        None for a network that looks at its inputs' values, which are not there.
+    """
+    total = 0
+    try:
+        for shape, examples in shapes.items():
+            total += examples * _both_passes(model, shape, cond)
+    except RuntimeError:  # how torch says that a value was asked for
+        return None
+    return round(total / sum(shapes.values()))
+
+
+def _both_passes(model: TextToImage, shape: tuple[int, ...], cond: Condition) -> int:
+    x, t = (torch.empty(1, *sides, device="meta") for sides in (shape, ()))
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        velocity = model(x, t, cond)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        torch.autograd.grad(velocity.sum(), weights, allow_unused=True)
+    return counter.get_total_flops()
