@@ -13,7 +13,7 @@ from mixflow_fast.data.dataset import Batch, without_flips
 from mixflow_fast.data.device_loader import DeviceLoader
 from mixflow_fast.data.label_dropout import LabelDropout
 from mixflow_fast.data.prompts_store import PartInfo, PromptsStore
-from mixflow_fast.data.set_files import write_manifest
+from mixflow_fast.data.set_files import file_record, write_manifest
 from mixflow_fast.kernels.philox import Stream, uniform
 from tests.support.caches import SD3_PARTS, latent_values, part_values, write_cache, write_prompts
 
@@ -185,26 +185,34 @@ def test_summary_tells_caches_apart(tmp_path: Path, cache: Path) -> None:
     assert one.digest != CaptionedLatents(other).summary().digest
 
 
-def edit(file: Path, **changes: object) -> None:
-    """A manifest with other values and a checksum that fits."""
-    record = json.loads(file.read_text())
+def edit(cache: Path, folder: str, **changes: object) -> None:
+    """A manifest with other values and a checksum that fits, listed as it is then."""
+    record = json.loads((cache / folder / "manifest.json").read_text())
     record.pop("checksum")
-    write_manifest(file.parent, record | changes)
+    write_manifest(cache / folder, record | changes)
+    if folder:
+        record = json.loads((cache / "manifest.json").read_text())
+        edit(cache, "", files=[file_record(cache, f["file"]) for f in record["files"]])
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda c: (c / "manifest.json").unlink(), "holds no manifest.json"),
-        (lambda c: (c / "prompts/manifest.json").unlink(), "holds no manifest.json"),
+        (lambda c: (c / "prompts/manifest.json").unlink(), "manifest.json cannot be read"),
         (lambda c: (c / "prompts/shards/00001/t5.npy").unlink(), "t5.npy cannot be read"),
         (lambda c: (c / "items/first.npy").unlink(), "items/first.npy cannot be read"),
         (lambda c: (c / "latents/64x64/moments/00000.npy").write_bytes(b"x"), "has 1 bytes"),
-        (lambda c: edit(c / "manifest.json", items=17), "must be \\(18,\\) int64"),
-        (lambda c: edit(c / "manifest.json", format="mixflow-captioned/2"), "another version"),
-        (lambda c: edit(c / "manifest.json", text="later"), "does not describe a cache"),
-        (lambda c: edit(c / "prompts/manifest.json", count=18), "18 prompts, 17 rows of part"),
-        (lambda c: edit(c / "latents/64x64/manifest.json", kind="sample"), "must be 16 moments"),
+        (lambda c: edit(c, "", items=17), "must be \\(18,\\) int64"),
+        (lambda c: edit(c, "", format="mixflow-captioned/2"), "another version"),
+        (lambda c: edit(c, "", text="later"), "does not describe a cache"),
+        (lambda c: edit(c, "prompts", count=18), "18 prompts, 17 rows of part"),
+        (lambda c: edit(c, "latents/64x64", kind="sample"), "must be 16 moments"),
+        (lambda c: edit(c, "latents/64x64", count=15), "15 samples of 1 rows, 16 rows"),
+        (lambda c: edit(c, "prompts", length=77), "has length 77, the cache's manifest says 7"),
+        (lambda c: edit(c, "prompts", class_name="Flux"), "has class_name 'Flux', the cache's"),
+        (lambda c: edit(c, "prompts", text="online"), "has text 'online', the cache's manifest"),
+        (lambda c: edit(c, "", prompts=18), "has count 17, the cache's manifest says 18"),
     ],
 )  # fmt: skip
 def test_a_damaged_cache_is_refused(tmp_path: Path, damage, message: str) -> None:
