@@ -19,7 +19,10 @@ from mixflow_fast.models.weights.diffusers_dit import is_diffusers_dit
 _TRAIN = "give the checkpoint of a SiT, REPA SiT, DiT-DH or unconditional SongUNet"
 _AUTOENCODER = f"an autoencoder (VAE), which makes latents of images and not samples: {_TRAIN}"
 _UNET = f"a UNet, which this engine does not train: {_TRAIN}"
-_TEXT_TO_IMAGE = f"a text-to-image transformer, which this engine does not train: {_TRAIN}"
+_TEXT_TO_IMAGE = (
+    "a text-to-image transformer, which is trained from its folder in diffusers' layout: set "
+    "model.name=TextToImage model.folder=FOLDER"
+)
 _VIT = (
     "an image encoder (ViT, such as DINOv2): REPA's teacher is the folder of one in transformers' "
     "layout (teacher.path=FOLDER)"
