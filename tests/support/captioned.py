@@ -11,6 +11,7 @@ from tests.support.caches import write_cache
 from tests.support.text_to_image import FAMILIES, sd3, vae
 
 TINY = {
+    "train.label_dropout": 0,
     "train.global_batch_size": 4,
     "train.microbatch_size": 4,
     "train.images": 12,
