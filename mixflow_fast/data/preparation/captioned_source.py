@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from mixflow_fast.data.preparation.captioned.metadata import is_table, list_meta
 from mixflow_fast.data.preparation.captioned.tars import is_tar, list_tars
 from mixflow_fast.data.preparation.captioned.text_files import TEXT_SUFFIX, list_text_files
 from mixflow_fast.data.preparation.prepare import MAX_BAD, OnBad
-from mixflow_fast.data.preparation.scan import core_count
+from mixflow_fast.data.preparation.scan import core_count, quiet_pillow
 from mixflow_fast.data.preparation.source import Header, check_usable, read_header
 from mixflow_fast.files import existing_path
 from mixflow_fast.messages import shorten
@@ -187,12 +186,9 @@ def _list(root: Path) -> Listing:
     Raises:
         ValueError: none of the three, or several.
     """
-    top = (
-        sorted(name for name in os.listdir(root) if name[0] != ".")
-        if root.is_dir()
-        else [root.name]
-    )
-    folder = root if root.is_dir() else root.parent
+    folder, top = root.parent, [root.name]
+    if root.is_dir():
+        folder, top = root, sorted(name for name in os.listdir(root) if name[0] != ".")
     tables = [name for name in top if is_table(name, any_name=root.is_file())]
     tars = [name for name in top if is_tar(name)]
     images = [name for name in top if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -250,8 +246,7 @@ def _read_headers(
     """(items whose image can be used, their sizes (N, 2) int64, how many EXIF would turn)."""
     items, sizes, turned = [], list[tuple[int, int]](), 0
     chunks = [listing.items[n : n + _CHUNK] for n in range(0, len(listing.items), _CHUNK)]
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads or 4 * core_count()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, on damaged EXIF and large images
+    with quiet_pillow(), ThreadPoolExecutor(threads or 4 * core_count()) as pool:
         for chunk, headers in zip(
             chunks, pool.map(lambda part: _headers(listing.contents, part), chunks), strict=True
         ):
