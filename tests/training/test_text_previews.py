@@ -70,7 +70,8 @@ def test_previews_are_the_pipeline_s(folder: Path, tmp_path: Path) -> None:
 def test_prompts_are_chosen_from_the_cache(folder: Path, tmp_path: Path) -> None:
     chosen = {"train.preview_prompts": ["two cups on a table", "a fox"]}
     trainer = Trainer(tiny(folder, tmp_path / "run", **PREVIEWS | chosen), quiet=True)
-    assert trainer._preview_rows == {1: "a fox", 3: "two cups on a table"}
+    assert trainer._previews.prompts == ("a fox", "two cups on a table")
+    assert trainer._previews.rows == (1, 3)
     trainer.close()
     with pytest.raises(ValueError, match="holds 'a bear', which is none of the cache's prompts"):
         absent = {"train.preview_prompts": ["a bear"]}
