@@ -72,6 +72,9 @@ class Stream(IntEnum):
     SAMPLE_SOURCE_NOISE = 20  # second noise for generated samples
     DROPOUT = 21  # dropout inside a network
     SOURCE_DROPOUT = 22  # w = 0 of a mixed source, whatever its weight was
+    BUCKET = 23  # order of the shapes of batches
+    CAPTION_CHOICE = 24  # which of an image's captions
+    PROMPT_DROP = 25  # replacement of the prompt by the empty one
     ENCODER_DROP = 26  # zeros in place of what single text encoders give
 
 

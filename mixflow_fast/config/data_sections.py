@@ -23,7 +23,7 @@ DATA_FIELDS: Mapping[DataKind, tuple[str, ...]] = {
     "images": ("path", "size", "flip", "loader"),
     "webdataset": ("path", "size", "flip", "loader"),
     "latents": ("path", "scale", "moments", "mirrors", "resident"),
-    "captioned": ("path",),
+    "captioned": ("path", "buckets", "mirrors"),
 }
 ANY_KIND = ("kind", "workers", "depth")
 # The same for the section `encoder`, but for its kind.
@@ -41,8 +41,9 @@ class DataConfig(Section, name="data"):
     """Where the examples come from, and how they come to the device."""
 
     kind: DataKind = "latents"
-    """Where the examples come from: latents; images of a prepared set, a folder of class folders or
-    webdataset tars; photos and digits come with scikit-learn."""
+    """Where the examples come from: latents; captioned, a cache of `mixflow-fast encode`; images of
+    a prepared set, a folder of class folders or webdataset tars; photos and digits come with
+    scikit-learn."""
     path: str | None = None
     """Folder of class folders, a prepared set, a folder of tars; or latents: a set of `mixflow-fast
     data encode`, .npz, .npy or a folder."""
@@ -57,8 +58,11 @@ class DataConfig(Section, name="data"):
     """Latents are multiplied by this (SD-VAE: 0.18215). null: what the set's manifest says, else
     1."""
     mirrors: Literal[1, 2] | None = None
-    """Latents: 2 draws the stored latent of the image or of its mirror image, 1 takes the image's
-    own; null: all that are stored."""
+    """Latents, captioned: 2 draws the stored latent of the image or of its mirror image, 1 takes
+    the image's own; null: all that are stored."""
+    buckets: tuple[str, ...] | None = None
+    """Captioned: shapes to train on, width x height in pixels, as [1024x1024,1152x896]; null: all
+    that the cache has. A batch has one of them, chosen by the step."""
     features: str | None = None
     """.npy of a teacher's features (N, T, z), for REPA."""
     images: str | None = None

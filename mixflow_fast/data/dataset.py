@@ -32,6 +32,8 @@ class Batch:
         features: (B, T, z) features of a frozen encoder, or None.
         images: (B, 3, H, H) uint8 images, mirrored where the example is, or None: the data
             themselves where x is None, else the images of the latents.
+        cond: what text encoders give for the prompts, or their tokens: (B, ...) each, under the
+            names of `PromptLayout`; None where there are no prompts.
     """
 
     x: Tensor | Moments | None
@@ -53,9 +55,11 @@ class Batch:
                 and std whole, (B, 2 C, H, W), where they are its halves.
         """
 
-        def changed(value: Tensor | Moments | None) -> Tensor | Moments | None:
+        def changed(
+            value: Tensor | Moments | dict[str, Tensor] | None,
+        ) -> Tensor | Moments | dict[str, Tensor] | None:
             if isinstance(value, dict):
-                return {k: change(v) for k, v in value.items()}
+                return {name: change(part) for name, part in value.items()}
             if isinstance(value, Moments):
                 whole = joined(value)
                 if whole is None:
@@ -197,12 +201,13 @@ def copy_batch(out: Batch, batch: Batch) -> None:
                 f"samples must be alike, but {name} of some is {type(there).__name__} and of "
                 f"others {type(value).__name__}"
             )
-        if isinstance(there, dict):
-            for k, v in there.items():
-                v.copy_(value[k])
-            continue
-        one = isinstance(there, Tensor)
-        for to, new in ((there, value),) if one else zip(there[:2], value[:2], strict=True):
+        if isinstance(there, Tensor):
+            pairs = [(there, value)]
+        elif isinstance(there, dict):
+            pairs = [(part, value[part_name]) for part_name, part in there.items()]
+        else:
+            pairs = list(zip(there[:2], value[:2], strict=True))
+        for to, new in pairs:
             if to.shape != new.shape:
                 raise ValueError(
                     f"samples must be alike, but {name} of some is {tuple(to.shape[1:])} and of "

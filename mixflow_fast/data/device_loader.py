@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -33,6 +33,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mixflow_fast.data.bucket_order import bucket_sizes
 from mixflow_fast.data.copy_stream import CopyStream, Event, WaitTimes
 from mixflow_fast.data.dataset import Batch, Dataset, fill
 from mixflow_fast.data.microbatch_order import MicrobatchOrder
@@ -47,9 +48,10 @@ _AHEAD = 2
 
 @dataclass
 class _Slot:
-    """Memory of one micro-batch.
+    """Memory of one micro-batch; where batches have several shapes, of the largest.
 
     Attributes:
+        shapes: (host, batch) as views of the memory for each bucket of the dataset.
         host: what the workers fill; pinned where there is a GPU.
         batch: what the training step gets; on a CPU `host` itself.
         rows, device_rows: (B,) int64 places of the samples in a resident table, or None.
@@ -57,6 +59,7 @@ class _Slot:
         waiting: parts that are not filled yet.
     """
 
+    shapes: list[tuple[Batch, Batch]]
     host: Batch
     batch: Batch
     rows: Tensor | None = None
@@ -130,34 +133,39 @@ class _Ring:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def allocate(self) -> list[_Slot]:
-        """Slots for batches like the one that comes first."""
-        indices, positions = self._order(self._next)
-        like = self._dataset.get(indices[:1], positions[:1], self._seed)
+        """Slots for batches like those that the dataset gives of each of its buckets."""
+        _, positions = self._order(self._next)
+        sizes = bucket_sizes(self._dataset)
+        firsts = torch.tensor([sum(sizes[:number]) for number in range(len(sizes))])
+        likes = [self._dataset.get(first[None], positions[:1], self._seed) for first in firsts]
         if self._resident is not None:
-            like = replace(like, x=None)
+            likes = [replace(like, x=None) for like in likes]
         slots = []
         for _ in range(self.depth):
-            host = like.map(self._host_memory)
-            slot = _Slot(host, host)
+            hosts = _views(likes, self.size, self._host_memory)
+            batches = hosts
             if self.copies is not None:
-                slot.batch = host.map(self._device_memory)
+                batches = _views(likes, self.size, self._device_memory)
+            shapes = list(zip(hosts, batches, strict=True))
+            slot = _Slot(shapes, *shapes[0])
+            if self.copies is not None:
                 slot.ready, slot.free = self.copies.event(), self.copies.event()
             if self._resident is not None:
-                slot.rows = slot.device_rows = self._host_memory(positions[:1])
+                slot.rows = slot.device_rows = self._host_memory((self.size,), torch.int64)
                 if self.copies is not None:
-                    slot.device_rows = self._device_memory(slot.rows)
+                    slot.device_rows = self._device_memory((self.size,), torch.int64)
                 slot.batch = replace(slot.batch, x=self._resident.memory(self.size))
+                slot.shapes = [(slot.host, slot.batch)]
             slots.append(slot)
         return slots
 
-    def _host_memory(self, like: Tensor) -> Tensor:
-        shape = self.size, *like.shape[1:]
+    def _host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.copies is not None:
-            return self.copies.host_memory(shape, like.dtype)
-        return torch.empty(shape, dtype=like.dtype)
+            return self.copies.host_memory(shape, dtype)
+        return torch.empty(shape, dtype=dtype)
 
-    def _device_memory(self, like: Tensor) -> Tensor:
-        return self.copies.device_memory(like.shape, like.dtype)
+    def _device_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.copies.device_memory(shape, dtype)
 
     def _task(self) -> tuple[Tensor, Tensor]:
         """(indices, positions) of the next micro-step; tells the dataset which ones follow."""
@@ -175,6 +183,7 @@ class _Ring:
         if slot.ready is not None:
             slot.ready.synchronize()  # its last copy reads the host memory
         indices, positions = self._task()
+        slot.host, slot.batch = slot.shapes[self._order.indices_at.bucket_of(int(indices[0]))]
         if self._resident is not None:
             slot.rows.copy_(self._resident.rows(indices, positions, self._seed))
         rows = max(_LEAST_ROWS, -(-self.size // max(workers, 1)))
@@ -218,6 +227,32 @@ class _Ring:
         """Wait for the copies, before the memory goes."""
         if self.copies is not None:
             self.copies.synchronize()
+
+
+def _views(
+    likes: Sequence[Batch], rows: int, memory: Callable[[tuple[int, ...], torch.dtype], Tensor]
+) -> list[Batch]:
+    """Batches of some shapes in the memory of the largest.
+
+    Args:
+        likes: a batch of one row of each shape.
+        rows: of each batch.
+        memory: (shape, dtype) -> memory.
+    """
+    columns = list(zip(*(like.buffers() for like in likes), strict=True))
+    largest = [max(column, key=torch.Tensor.numel) for column in columns]
+    owners = [memory((rows, *like.shape[1:]), like.dtype) for like in largest]
+
+    def batch(like: Batch) -> Batch:
+        remaining = iter(owners)
+
+        def view(row: Tensor) -> Tensor:
+            owner = next(remaining)
+            return owner.view(-1)[: rows * row.numel()].view(rows, *row.shape[1:])
+
+        return like.map(view)
+
+    return [batch(like) for like in likes]
 
 
 class DeviceLoader:
@@ -270,7 +305,7 @@ class DeviceLoader:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         self._order = MicrobatchOrder(
-            len(dataset),
+            bucket_sizes(dataset),
             seed=seed,
             global_batch_size=global_batch_size,
             microbatch_size=microbatch_size,

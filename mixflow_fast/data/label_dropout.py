@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixflow_fast.data.bucket_order import bucket_sizes
 from mixflow_fast.data.dataset import Batch, Dataset, ImageDataset, fill, take
 from mixflow_fast.data.summary import DataSummary
 from mixflow_fast.kernels.philox import Stream, uniform
@@ -91,6 +92,11 @@ class LabelDropout:
         if not self._probability:
             return y
         return drop_labels(y, positions, seed, self._probability, self._null_class)
+
+    @property
+    def bucket_sizes(self) -> list[int]:
+        """Samples of each bucket, in the order of their indices."""
+        return bucket_sizes(self.dataset)
 
     @property
     def size(self) -> int:

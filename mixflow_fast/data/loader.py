@@ -7,6 +7,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from mixflow_fast.data.bucket_order import bucket_sizes
 from mixflow_fast.data.dataset import Batch, Dataset
 from mixflow_fast.data.microbatch_order import MicrobatchOrder
 
@@ -57,7 +58,7 @@ class BatchLoader:
         if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
             raise ValueError(f"num_workers must be an integer >= 0 (threads), got {num_workers!r}")
         self._order = MicrobatchOrder(
-            len(dataset),
+            bucket_sizes(dataset),
             seed=seed,
             global_batch_size=global_batch_size,
             microbatch_size=microbatch_size,

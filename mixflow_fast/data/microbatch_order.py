@@ -11,10 +11,12 @@ random numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mixflow_fast.data.order import sample_index
+from mixflow_fast.data.bucket_order import BucketOrder
 
 _BLOCK = 8192  # positions whose indices are computed at once: the cost is per call
 
@@ -28,7 +30,7 @@ class MicrobatchOrder:
     """The order of one rank's micro-batches; random access, and the same cost everywhere.
 
     Args:
-        size: samples of the dataset.
+        sizes: samples of the dataset, or of each of its buckets: a step is then of one bucket.
         seed: in [0, 2**64).
         global_batch_size: samples of one optimizer step, over all ranks.
         microbatch_size: samples of one forward pass on one rank.
@@ -37,6 +39,7 @@ class MicrobatchOrder:
 
     Attributes:
         microsteps: micro-batches of one optimizer step on this rank.
+        indices_at: from global positions to the samples there.
 
     Raises:
         ValueError: sizes that do not divide, a bad rank or seed, an empty dataset.
@@ -44,7 +47,7 @@ class MicrobatchOrder:
 
     def __init__(
         self,
-        size: int,
+        sizes: int | Sequence[int],
         *,
         seed: int,
         global_batch_size: int,
@@ -65,11 +68,12 @@ class MicrobatchOrder:
                 f"{microbatch_size} * {world_size} = {microbatch_size * world_size}, "
                 f"got {global_batch_size}"
             )
-        if size < 1:
+        sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+        if sum(sizes) < 1:
             raise ValueError("dataset must hold at least one sample, got an empty one")
-        # Refuses a bad seed here and not in a worker.
-        sample_index(torch.zeros(1, dtype=torch.int64), size, seed)
-        self._size, self._seed, self._shuffle = size, seed, shuffle
+        self.indices_at = BucketOrder(
+            sizes, seed=seed, global_batch_size=global_batch_size, shuffle=shuffle
+        )
         self._global_batch_size, self._microbatch_size = global_batch_size, microbatch_size
         self._rank, self._world_size = rank, world_size
         self.microsteps = global_batch_size // (microbatch_size * world_size)
@@ -109,7 +113,7 @@ class MicrobatchOrder:
                 + (part * self._world_size + self._rank) * self._microbatch_size
             )
             positions = first[:, None] + torch.arange(self._microbatch_size)
-            indices = sample_index(positions.flatten(), self._size, self._seed, self._shuffle)
+            indices = self.indices_at(positions.flatten())
             self._block_start, row = microstep, 0
             self._block_positions, self._block_indices = positions, indices.view_as(positions)
         # Clones: a batch that is kept must not keep the block.

@@ -27,20 +27,22 @@ _MIN_BITS = 6  # a smaller domain has too few round functions: its orders are vi
 _MASK = 0xFFFFFFFF
 
 
-def _permute(value: Tensor, epoch: Tensor, bits: int, key: tuple[int, int]) -> Tensor:
+def _permute(value: Tensor, epoch: Tensor, bits: int, key: tuple[int, int], stream: int) -> Tensor:
     """The Feistel permutation of range(2**bits): (B,) int64 -> (B,) int64."""
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = value >> right_bits, value & ((1 << right_bits) - 1)
     epoch_low, epoch_high = epoch & _MASK, (epoch >> 32) & _MASK
     for round_ in range(_ROUNDS):
-        stream = torch.full_like(value, int(Stream.ORDER) + (round_ << 16))
-        word = philox_4x32((right, stream, epoch_low, epoch_high), key)[0]
+        purpose = torch.full_like(value, stream + (round_ << 16))
+        word = philox_4x32((right, purpose, epoch_low, epoch_high), key)[0]
         left, right = right, left ^ (word & ((1 << left_bits) - 1))
         left_bits, right_bits = right_bits, left_bits
     return (left << right_bits) | right
 
 
-def sample_index(positions: Tensor, size: int, seed: int, shuffle: bool = True) -> Tensor:
+def sample_index(
+    positions: Tensor, size: int, seed: int, shuffle: bool = True, stream: int = Stream.ORDER
+) -> Tensor:
     """Index in the data set of the training examples at global positions.
 
     Every epoch (`size` consecutive positions from a multiple of `size`) visits each index exactly
@@ -51,6 +53,7 @@ def sample_index(positions: Tensor, size: int, seed: int, shuffle: bool = True) 
         size: samples in the data set, 1 to 2**40.
         seed: in [0, 2**64).
         shuffle: False gives the stored order, the same in every epoch.
+        stream: what the order is of, a `Stream`.
 
     Returns:
         (B,) int64 in [0, size), on the device of `positions`.
@@ -81,10 +84,10 @@ def sample_index(positions: Tensor, size: int, seed: int, shuffle: bool = True) 
         return offset
     key = (seed & _MASK, seed >> 32)
     bits = max(_MIN_BITS, (size - 1).bit_length())
-    index = _permute(offset, epoch, bits, key)
+    index = _permute(offset, epoch, bits, key, int(stream))
     # Cycle walking. The domain is less than twice `size` (but for tiny sets): few rounds suffice.
     outside = (index >= size).nonzero()[:, 0]
     while outside.numel():
-        index[outside] = _permute(index[outside], epoch[outside], bits, key)
+        index[outside] = _permute(index[outside], epoch[outside], bits, key, int(stream))
         outside = outside[index[outside] >= size]
     return index

@@ -16,6 +16,7 @@ _KINDS = {
     "images": ("prepared_images", "PreparedImages"),
     "webdataset": ("webdataset", "WebDataset"),
     "latents": ("latents", "Latents"),
+    "captioned": ("captioned", "CaptionedLatents"),
 }
 
 
@@ -24,7 +25,8 @@ def build_dataset(kind: str, **kwargs: object) -> Dataset:
 
     Args:
         kind: "photos" (`Photos`), "digits" (`Digits`), "folder" (`ImageFolder`), "images"
-            (`PreparedImages`), "webdataset" (`WebDataset`), "latents" (`Latents`).
+            (`PreparedImages`), "webdataset" (`WebDataset`), "latents" (`Latents`),
+            "captioned" (`CaptionedLatents`).
         kwargs: arguments of that class.
 
     Raises:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from mixflow_fast.checkpoints.run_folder import checkpoint_name, choose_checkpoint
 from mixflow_fast.checkpoints.writing import temporary_name
 from mixflow_fast.config.schema import TrainConfig
-from mixflow_fast.data import Batch, BatchLoader, Dataset, sample_index
+from mixflow_fast.data import Batch, BatchLoader, Dataset
+from mixflow_fast.data.bucket_order import BucketOrder, bucket_sizes
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import sync, write_text
 from mixflow_fast.messages import error_line
@@ -212,6 +213,14 @@ class Examiner:
                 parameter.copy_(first[name])
         return "that this part of the run began with"
 
+    def _indices(self, positions: Tensor) -> Tensor:
+        """(B,) which samples of the dataset stand at global positions."""
+        c = self.section
+        order = BucketOrder(
+            bucket_sizes(self.dataset), seed=c.seed, global_batch_size=c.global_batch_size
+        )
+        return order(positions.cpu())
+
     def _examine(
         self, bad: BadStep, damaged: dict[str, int]
     ) -> tuple[RankReport, dict[str, Tensor]]:
@@ -224,7 +233,7 @@ class Examiner:
         made, norms = self._run(batch)
         tensors = {
             "positions": batch.positions,
-            "indices": sample_index(batch.positions, len(self.dataset), self.section.seed),
+            "indices": self._indices(batch.positions),
             "y": made.y.cpu(),
             "t": made.it.t.cpu(),
             "slowed_t": made.it.slowed_t.cpu(),

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen3ForCausalLM
 
 from mixflow_fast.models.text_to_image import adapter_for, check_against_pipeline, record_steps
 from mixflow_fast.models.text_to_image.flux import unpack
@@ -25,6 +26,7 @@ from mixflow_fast.models.text_to_image.prompts import (
     prompt_encoder,
     text_encoders,
 )
+from tests.support import tiny_text
 from tests.support.text_to_image import FLUX, write_pipeline
 
 FAMILIES = ("sd3", "flux", "z_image")
@@ -324,6 +326,51 @@ def test_the_record_names_what_encoders_and_tokenizers_are(folders, tmp_path):
     }
 
 
+def _edit_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def _same(parts: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return set(parts) == set(others) and all(torch.equal(parts[n], others[n]) for n in parts)
+
+
+def test_folders_as_they_are_published_give_the_same(folders, tmp_path):
+    """T5 in shards, tokenizers in the older files and under the older names."""
+    folder = tmp_path / "published"
+    shutil.copytree(folders["sd3"], folder)
+    (folder / "text_encoder_3" / "model.safetensors").unlink()
+    tiny_text.t5(4).save_pretrained(folder / "text_encoder_3", max_shard_size="20KB")
+    assert len(list((folder / "text_encoder_3").glob("model-*.safetensors"))) > 1
+    for name in ("tokenizer", "tokenizer_2"):
+        file = folder / name / "tokenizer.json"
+        model = json.loads(file.read_text())["model"]
+        file.unlink()
+        (folder / name / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = "\n".join(" ".join(pair) for pair in model["merges"])
+        (folder / name / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    _edit_json(folder / "model_index.json", tokenizer_3=["transformers", "T5TokenizerFast"])
+    encoder = prompt_encoder(folder, 77, torch.float32)
+    parts = encoder.encode(PROMPTS)
+    assert _same(parts, prompt_encoder(folders["sd3"], 77, torch.float32).encode(PROMPTS))
+    truth = encode_prompt(official(folder, torch.float32), PROMPTS, 77)
+    assert_same(encoder.layout.assemble(parts), truth)
+
+
+def test_a_qwen_with_its_head_gives_the_same(folders, tmp_path):
+    """As Z-Image is published: the file is of the causal model, the class is the one below it."""
+    parts = prompt_encoder(folders["z_image"], 77).encode(PROMPTS)
+    folder = tmp_path / "published"
+    shutil.copytree(folders["z_image"], folder)
+    body = tiny_text.qwen(2)
+    whole = Qwen3ForCausalLM(body.config)
+    whole.model.load_state_dict(body.state_dict())
+    whole.save_pretrained(folder / "text_encoder")
+    assert "lm_head.weight" in load_file(folder / "text_encoder" / "model.safetensors")
+    assert _same(prompt_encoder(folder, 77).encode(PROMPTS), parts)
+    _edit_json(folder / "model_index.json", text_encoder=["transformers", "Qwen3ForCausalLM"])
+    assert _same(prompt_encoder(folder, 77).encode(PROMPTS), parts)
+
+
 def test_weights_that_are_lacking_are_not_made_up(folders, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(folders["sd3"], folder)
@@ -341,8 +388,7 @@ def test_weights_that_are_lacking_are_not_made_up(folders, tmp_path):
 
 def _edited(folder: Path, source: Path, file: str, **fields: object) -> Path:
     shutil.copytree(source, folder)
-    content = json.loads((folder / file).read_text()) | fields
-    (folder / file).write_text(json.dumps(content))
+    _edit_json(folder / file, **fields)
     return folder
 
 
