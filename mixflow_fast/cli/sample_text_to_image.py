@@ -60,7 +60,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="noise levels: those of diffusers' scheduler, whose last step is next to nothing, or "
         "of linspace(1, 1/N, N) (default diffusers)",
     )
-    group.add_argument("--size", metavar="WxH", help="pixels (default: the model's)")
+    group.add_argument(
+        "--size",
+        metavar="WxH",
+        help="pixels (default: of the largest images of the run's data, else the model's)",
+    )
     group.add_argument("--per-prompt", type=int, metavar="K", help="pictures of each (default 1)")
     group.add_argument(
         "--text-length",
@@ -338,7 +342,8 @@ class _Origin:
         weights: "ema", "model" or "pipeline".
         step: of the run; None for a pipeline.
         shift: of the run's objective, for a pipeline without a scheduler.
-        text_length: tokens that the run was trained with; None where it is not known.
+        text_length: tokens that the run was trained with; None where its data are not there.
+        trained_size: pixels (width, height) of the largest images of its data; None likewise.
     """
 
     checkpoint: Path
@@ -347,6 +352,7 @@ class _Origin:
     step: int | None = None
     shift: float = 1.0
     text_length: int | None = None
+    trained_size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Origin:
@@ -363,16 +369,21 @@ class _Origin:
                 f"{checkpoint} does not say which pipeline it was trained from: give the folder "
                 "with text encoders and autoencoder with --model FOLDER"
             )
+        length, size = _of_data(run.get("data", {}))
         return cls(
             checkpoint,
             existing_folder(folder, "the pipeline that the run was trained from, with --model"),
             options.weights,
             file.steps,
             float(run.get("objective", {}).get("shift", 1.0)),
+            length,
+            size,
         )
 
     def size(self, decoder: Decoder) -> tuple[int, int]:
-        """Pixels (width, height) that the model was made for."""
+        """Pixels (width, height) that the run was trained at, or that the model was made for."""
+        if self.trained_size is not None:
+            return self.trained_size
         from mixflow_fast.models.text_to_image.loading import read_config, transformer_folder
 
         config = read_config(transformer_folder(self.folder) / "config.json")
@@ -398,6 +409,21 @@ class _Origin:
                 adapter.network.to(torch.bfloat16)
         adapter.network.eval().requires_grad_(False).to(device)
         return adapter
+
+
+def _of_data(section: Mapping[str, object]) -> tuple[int | None, tuple[int, int] | None]:
+    """Tokens of a prompt and pixels of the largest images of a run's cache, if it is there."""
+    from mixflow_fast.data.captioned import CaptionedInfo
+
+    path = section.get("path")
+    if section.get("kind") != "captioned" or not isinstance(path, str):
+        return None, None
+    try:
+        info = CaptionedInfo.read(user_path(path))
+    except ValueError:  # copied away since, as it may be
+        return None, None
+    chosen = section.get("buckets") or [bucket.name for bucket in info.buckets]
+    return info.length, max(map(parse_size, chosen), key=lambda size: (size[0] * size[1], size))
 
 
 def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
