@@ -195,6 +195,14 @@ class FirstNetwork:
     source: SourceRecord | None = None
     frozen: bool = False
 
+    @property
+    def weights(self) -> str:
+        """What a new run starts from, in words."""
+        if self.init is not None:
+            return f"the EMA weights of {self.init}"
+        folder = self.section.folder
+        return "random weights" if folder is None else f"the weights in {folder}"
+
     def __call__(self, host_group: HostGroup, whole: bool = False) -> Network:
         """The network on the CPU. Every rank of the group must call it.
 

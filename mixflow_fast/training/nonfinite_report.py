@@ -366,7 +366,9 @@ class Examiner:
         init = self.section.init
         whose = ""
         if bad.step == 1:
-            whose = f", of train.init={init}" if init is not None else ", which are random"
+            folder = self.first_network.section.folder
+            whose = ", which are random" if folder is None else f", of model.folder={folder}"
+            whose = whose if init is None else f", of train.init={init}"
         return (
             "the loss of every sample, while their data are finite: the cause is the weights of "
             f"this step{whose}, and not a sample."

@@ -71,7 +71,8 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
         frozen = config.source.frozen
-        FirstNetwork(config.model, config.train.init, start, parts.source, frozen)(group)
+        first = FirstNetwork(config.model, config.train.init, start, parts.source, frozen)
+        first(group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
@@ -86,7 +87,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *_describe_determinism(c.deterministic, device),
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
         "measured here for a second",
-        *start.describe(folder.out, config.steps, c.init),
+        *start.describe(folder.out, config.steps, first.weights),
         *_describe_disk(c, config.optim, folder.out, parts.model, (ranks, config.steps)),
         _describe_memory(c, config.optim, parts.model, parts.execution, (ranks, microbatch)),
     ]
