@@ -9,7 +9,8 @@ weights too. Weights that are not trained are weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.text_to_image.adapter import Condition
 from mixflow_fast.models.text_to_image.network import TextToImage
+from mixflow_fast.training.costs import Shapes
 
 # Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
 # batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
@@ -71,9 +73,9 @@ class Kept:
     inputs: int
     block: int
 
-    def of(self, checkpointing: bool) -> int:
-        """The most that is there at once, but for what one operator needs beside it."""
-        return self.inputs + self.block if checkpointing else self.whole
+    def most(self, checkpointed: bool) -> int:
+        """What is there at once, but for what single operators need beside it."""
+        return self.inputs + self.block if checkpointed else self.whole
 
 
 def kept_bytes(model: TextToImage, shape: tuple[int, ...], cond: Condition) -> Kept | None:
@@ -180,67 +182,52 @@ def memory_table(
     train: TrainConfig,
     optim: OptimConfig,
     model: TextToImage,
-    sizes: dict[tuple[int, ...], int],
-    told: tuple[Condition, int],
-    lora: tuple[int, int] | None,
+    examples: tuple[Shapes, Condition],
+    split: tuple[int, bool],
 ) -> Iterator[str]:
-    """Lines about a text-to-image network: states by number of GPUs, and activations.
+    """Lines about a text-to-image network: states by numbers of GPUs, and activations.
 
     Args:
         train, optim: sections of the configuration.
-        model: the network on the meta device, of the dtype that it computes in.
-        sizes: how many examples have latents (C, h, w).
-        told: condition of one example on the meta device, and images in a micro-batch.
-        lora: parameters of adapters of a rank, and the rank, for a network that is trained whole;
-            None where there are none or the run trains them.
+        model: the network on the meta device.
+        examples: shapes of the latents, and what one example tells the network, on meta.
+        split: images in a micro-batch, and whether blocks are checkpointed.
     """
-    cond, microbatch = told
+    averages = len(optim.ema_decays) + len(optim.ema_sigma_rel)
+    numbers = ", ".join(str(ranks) for ranks in _GPUS)
     yield (
-        "memory per GPU, an estimate: GiB of weights, gradients, optimizer and "
-        f"{_averages(optim)}, on {', '.join(str(n) for n in _GPUS)} GPUs"
+        f"memory per GPU, an estimate, in GiB on {numbers} GPUs: weights, gradients, optimizer and "
+        f"{averages} average{'s' * (averages > 1)}"
     )
-    stage = train.zero_stage
-    for one in (stage, min(stage + 1, _LAST_STAGE))[: 2 if stage < _LAST_STAGE else 1]:
-        by_ranks = [state_bytes(model, train, optim, ranks, one) for ranks in _GPUS]
-        own = " (this run)" if one == stage else ""
-        yield f"    {_stage_name(train, one)}{own}: {_row(by_ranks)}"
+    own = train.zero_stage
+    for stage in sorted({own, min(own + 1, _LAST_STAGE)}):
+        by_ranks = [state_bytes(model, train, optim, ranks, stage) for ranks in _GPUS]
+        yield f"    {_stage_name(train, stage)}: {_row(by_ranks)}"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    each = [4 * trained / (ranks if stage else 1) for ranks in _GPUS]
-    yield f"    of that, each average: {_row(each)}"
-    if lora is not None:
-        numel, rank = lora
-        frozen = _element(train) * sum(p.numel() for p in model.parameters())
-        averages = len(optim.ema_decays) + len(optim.ema_sigma_rel)
-        adapters = numel * (2 + 4 + 4 * (3 + averages))
-        yield (
-            f"    LoRA of rank {rank} instead, {numel:,} parameters, on one: "
-            f"{(frozen + adapters) / 2**30:.1f}"
-        )
-    tables = sum(b.numel() for b in model.buffers()) * _element(train)
-    if tables >= 2**20:
-        yield f"    besides, on each: {in_units(tables)} of tables that are not trained"
-    shape = max(sizes, key=lambda sides: sides[-1] * sides[-2])
-    kept = kept_bytes(model, shape, cond)
+    yield f"    each average of these: {_row([4 * trained / (n if own else 1) for n in _GPUS])}"
+    tables = _element(train) * sum(buffer.numel() for buffer in model.buffers())
+    yield f"    besides, on each: {in_units(tables)} of tables that nothing trains"
+    yield f"    activations: {_describe_kept(train, model, examples, split)}"
+
+
+def _describe_kept(
+    train: TrainConfig,
+    model: TextToImage,
+    examples: tuple[Shapes, Condition],
+    split: tuple[int, bool],
+) -> str:
+    (shapes, cond), (microbatch, checkpointed) = examples, split
+    channels, height, width = max(shapes, key=lambda shape: shape[1] * shape[2])
+    half = train.precision == "bf16"
+    network = copy.deepcopy(model).to(torch.bfloat16 if half else torch.float32)
+    kept = kept_bytes(network, (channels, height, width), cond)
     if kept is None:
-        yield "    activations are not estimated: the network looks at its inputs' values"
-        return
-    ours = model.execution.checkpointing == "full"
-    yield (
-        f"    activations for {microbatch} images, latents {shape[2]}x{shape[1]}: "
-        f"{in_units(microbatch * kept.of(ours))} ({_kept_text(kept)})"
-    )
-
-
-def _kept_text(kept: Kept) -> str:
+        return "not estimated, because the network looks at its inputs' values"
     return (
-        f"each image {in_units(kept.whole)} without checkpointing; with model.checkpointing=full "
-        f"{in_units(kept.inputs)}, and {in_units(kept.block)} of one block"
+        f"{in_units(microbatch * kept.most(checkpointed))} for {microbatch} latents of "
+        f"{width}x{height}; each keeps {in_units(kept.whole)}, with model.checkpointing=full "
+        f"{in_units(kept.inputs)} and {in_units(kept.block)} of one block"
     )
-
-
-def _averages(optim: OptimConfig) -> str:
-    count = len(optim.ema_decays) + len(optim.ema_sigma_rel)
-    return f"{count} average{'s' * (count > 1)}"
 
 
 def _stage_name(train: TrainConfig, stage: int) -> str:
