@@ -293,7 +293,10 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 
 def _check_table(folder: Path, buckets: Sequence[Bucket], factor: int) -> None:
     """ValueError for sizes that the transformer has no positions for, of classes with a table."""
-    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    file = folder / "transformer" / "config.json"
+    if not file.is_file():  # of a user's own class
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
     places, patch = config.get("pos_embed_max_size"), config.get("patch_size")
     if not isinstance(places, int) or not isinstance(patch, int):
         return
