@@ -229,10 +229,10 @@ def _make(
     latent = (decoder.network.channels, height // side, width // side)
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
-        rows = torch.tensor([picture.row for picture in part], device=device)
+        rows = torch.tensor([picture.row for picture in part])
         ids = torch.tensor([picture.id for picture in part], device=device)
-        wanted = {name: value[rows] for name, value in cond.items()}
-        away = {name: v[:1].expand(len(part), *v.shape[1:]) for name, v in cond.items()}
+        wanted = {name: value[rows].to(device) for name, value in cond.items()}
+        away = {n: v[:1].to(device).expand(len(part), *v.shape[1:]) for n, v in cond.items()}
         x = sample_latents(
             adapter,
             noise_of_ids(settings.seed, ids, latent),
@@ -264,6 +264,8 @@ class _Settings:
     per_prompt: int
     text_length: int
     precision: str | None
+    decoder: str
+    decoder_precision: str
     quantise: str
     layout: str
     prompts: tuple[str, ...]
@@ -295,7 +297,9 @@ class _Settings:
             per_prompt=options.per_prompt or 1,
             text_length=encoder.length,
             precision=options.precision,
-            quantise=options.quantise or "round_even",
+            decoder=str(_autoencoder(origin, options)),
+            decoder_precision=decoder.network.precision,
+            quantise=decoder.quantisation,
             layout=options.layout or "flat",
             prompts=tuple(prompt.text for prompt in prompts),
         )
@@ -426,8 +430,8 @@ def _of_data(section: Mapping[str, object]) -> tuple[int | None, tuple[int, int]
     return info.length, max(map(parse_size, chosen), key=lambda size: (size[0] * size[1], size))
 
 
-def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
-    from mixflow_fast.models.autoencoders.decoding import load_decoder
+def _autoencoder(origin: _Origin, options: argparse.Namespace) -> Path:
+    """Folder of what decodes."""
     from mixflow_fast.models.text_to_image.folder import autoencoder_folder
 
     vae = user_path(options.decoder) if options.decoder else autoencoder_folder(origin.folder)
@@ -435,8 +439,14 @@ def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
         raise ValueError(
             f"{origin.folder} has no vae/ to decode latents with: give its folder with --decoder"
         )
+    return vae
+
+
+def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
+    from mixflow_fast.models.autoencoders.decoding import load_decoder
+
     return load_decoder(
-        vae,
+        _autoencoder(origin, options),
         precision=options.decoder_precision or "fp32",
         quantisation=options.quantise or "round_even",
     )
@@ -445,7 +455,7 @@ def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
 def _encoded(
     folder: Path, prompts: Sequence[str], length: int | None, device: torch.device
 ) -> Condition:
-    """What the network is told of each prompt; one encoder in memory at a time."""
+    """What the network is told of each prompt, on the CPU; one encoder in memory at a time."""
     import torch
 
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
@@ -456,7 +466,8 @@ def _encoded(
         made = []
         for start in range(0, len(prompts), _ENCODED_AT_ONCE):
             tokens = encoder.tokens(prompts[start : start + _ENCODED_AT_ONCE])
-            made.append(encoder.embed(stage.name, tokens))
+            embedded = encoder.embed(stage.name, tokens)
+            made.append({name: value.cpu() for name, value in embedded.items()})
         encoder.release(stage.name)
         parts |= {name: torch.cat([one[name] for one in made]) for name in made[0]}
     return encoder.layout.assemble(parts)
@@ -483,7 +494,8 @@ def _begin(out: Path, settings: _Settings, force: bool) -> None:
     if force:
         raise ValueError("pictures of prompts are never replaced: leave --force out")
     file, own = out / _SETTINGS, asdict(settings)
-    if not out.exists() or not any(out.iterdir()):
+    # Hidden names are those of another rank, which is writing the same settings.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         write_json(file, own)
         return
     try:
