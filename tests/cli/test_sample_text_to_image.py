@@ -178,3 +178,23 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "x" / "mine.txt").write_text("")
     code, _, err = run(*base, capsys=capsys)
     assert code == 2 and "holds other things" in err
+
+
+def test_ranks_share_the_prompts(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each makes its own, in any order; the pictures are those of one process."""
+    base = ("sample", folder, "--prompts", *PROMPTS, "a bear", *OPTIONS, "--batch-size", 1)
+    assert run(*base, "--out", tmp_path / "one", capsys=capsys)[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, made in ((1, ["00001.png"]), (0, ["00000.png", "00001.png", "00002.png"])):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        code, _, err = run(*base, "--out", tmp_path / "two", capsys=capsys)
+        assert code == 0, err
+        assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == made
+    for name in ("00000.png", "00001.png", "00002.png"):
+        assert np.abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1
