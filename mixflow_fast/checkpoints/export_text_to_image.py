@@ -72,7 +72,7 @@ class ModelFolder:
     pipeline: str | None
 
     @classmethod
-    def read(cls, folder: Path) -> Source:
+    def read(cls, folder: Path) -> ModelFolder:
         """What a folder holds; no weights are read.
 
         Raises:
