@@ -67,7 +67,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--per-prompt", type=int, metavar="K", help="pictures of each (default 1)")
     group.add_argument(
-        "--text-length",
+        "--t5-length",
         type=int,
         metavar="L",
         help="tokens of T5 or Qwen3 (default: those of the run's data, else the pipeline's)",
@@ -90,7 +90,7 @@ def refuse_without_prompts(options: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option.
     """
-    for name in ("negative", "grid", "size", "per_prompt", "text_length", "model", "layout"):
+    for name in ("negative", "grid", "size", "per_prompt", "t5_length", "model", "layout"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --prompts: give both")
 
@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
 
     prompts, origin = read_prompts(options.prompts), _Origin.of(options)
-    encoder = prompt_encoder(origin.folder, options.text_length or origin.text_length)
+    encoder = prompt_encoder(origin.folder, options.t5_length or origin.text_length)
     decoder = _decoder(origin, options)
     settings = _Settings.of(options, origin, encoder, decoder, prompts)
     _begin(options.out, settings, options.force)
@@ -176,6 +176,12 @@ def run(options: argparse.Namespace) -> int:
     missing = [i for i in mine if not all(path.is_file() for path in targets[i])]
     if rank() == 0:
         print(settings.describe())
+        if origin.weights != "pipeline" and not (origin.text_length or options.t5_length):
+            print(
+                f"note: the data of {options.checkpoint} are not there to say how long its prompts "
+                f"were; the network sees their padding, so give --t5-length if it was not "
+                f"{settings.text_length}"
+            )
     if missing:
         work = [
             _Picture(row + 1, i * each + k, path)

@@ -21,7 +21,7 @@ from tests.support.command_line import run
 from tests.support.text_to_image import write_pipeline
 
 PROMPTS = ("a fox in the snow", "two cups")
-OPTIONS = ("--steps", 3, "--size", "64x48", "--text-length", 16, "--seed", 5)
+OPTIONS = ("--steps", 3, "--size", "64x48", "--t5-length", 16, "--seed", 5)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,10 @@ def test_a_run_and_geneval_s_layout(
         *command, "--layout", "geneval", "--per-prompt", 2, "--batch-size", 3, capsys=capsys
     )
     assert code == 0, err
-    assert "2 prompts, 2 pictures of each, 64x48" in said
+    assert "2 prompts, 2 pictures of each, 64x48" in said and "note:" not in said
+    short = ("--prompts", "a fox", "--steps", 1, "--size", "32x32", "--out", tmp_path / "short")
+    code, said, _ = run("sample", tmp_path / "run", *short, capsys=capsys)
+    assert code == 0 and "give --t5-length if it was not 256" in said
     assert "4 pictures made" in said
     for i, record in enumerate(records):
         assert json.loads((out / f"{i:05d}" / "metadata.jsonl").read_text()) == record
@@ -168,7 +171,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--size", "100x100"), "multiples of 16"),
         (("--out", tmp_path / "x.png"), "must be a folder with --prompts"),
         (("--force",), "never replaced"),
-        (("--text-length", 9999), "from 1 to 512 tokens"),
+        (("--t5-length", 9999), "from 1 to 512 tokens"),
     ):
         code, _, err = run(*base, *options, capsys=capsys)
         assert code == 2 and words in err, (options, err)
