@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
         for i in missing:
             text = json.dumps(dict(prompts[i].record), ensure_ascii=False)
             write_text(targets[i][0].parent.parent / "metadata.jsonl", text + "\n")
-    print(f"{options.out}: {len(missing) * each} pictures made, {len(mine) * each} there")
+    print(f"{options.out}: made {len(missing) * each}, there are {len(mine) * each} pictures")
     return 0
 
 

@@ -77,7 +77,7 @@ def test_pictures_are_the_pipeline_s(
     before = (out / "00001.png").read_bytes()
     (out / "00001.png").unlink()
     code, said, _ = run(*command, capsys=capsys)
-    assert code == 0 and "1 pictures made, 2 there" in said
+    assert code == 0 and "made 1, there are 2 pictures" in said
     assert np.abs(pixels(out / "00001.png") - theirs[1]).max() <= 1
     assert len(before) > 100
     code, _, err = run(*command[:-1], 6, capsys=capsys)
@@ -125,10 +125,10 @@ def test_a_run_and_geneval_s_layout(
     )
     assert code == 0, err
     assert "2 prompts, 2 pictures of each, 64x48" in said and "note:" not in said
+    assert "made 4, there are 4 pictures" in said
     short = ("--prompts", "a fox", "--steps", 1, "--size", "32x32", "--out", tmp_path / "short")
     code, said, _ = run("sample", tmp_path / "run", *short, capsys=capsys)
     assert code == 0 and "give --t5-length if it was not 256" in said
-    assert "4 pictures made" in said
     for i, record in enumerate(records):
         assert json.loads((out / f"{i:05d}" / "metadata.jsonl").read_text()) == record
         own = [pixels(out / f"{i:05d}" / "samples" / f"{k:05d}.png") for k in range(2)]
