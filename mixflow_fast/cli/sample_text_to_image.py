@@ -67,7 +67,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--per-prompt", type=int, metavar="K", help="pictures of each (default 1)")
     group.add_argument(
-        "--text-length",
+        "--t5-length",
         type=int,
         metavar="L",
         help="tokens of T5 or Qwen3 (default: those of the run's data, else the pipeline's)",
@@ -90,7 +90,7 @@ def refuse_without_prompts(options: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option.
     """
-    for name in ("negative", "grid", "size", "per_prompt", "text_length", "model", "layout"):
+    for name in ("negative", "grid", "size", "per_prompt", "t5_length", "model", "layout"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --prompts: give both")
 
@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
 
     prompts, origin = read_prompts(options.prompts), _Origin.of(options)
-    encoder = prompt_encoder(origin.folder, options.text_length or origin.text_length)
+    encoder = prompt_encoder(origin.folder, options.t5_length or origin.text_length)
     decoder = _decoder(origin, options)
     settings = _Settings.of(options, origin, encoder, decoder, prompts)
     _begin(options.out, settings, options.force)
@@ -176,6 +176,12 @@ def run(options: argparse.Namespace) -> int:
     missing = [i for i in mine if not all(path.is_file() for path in targets[i])]
     if rank() == 0:
         print(settings.describe())
+        if origin.weights != "pipeline" and not (origin.text_length or options.t5_length):
+            print(
+                f"note: the data of {options.checkpoint} are not there to say how long its prompts "
+                f"were; the network sees their padding, so give --t5-length if it was not "
+                f"{settings.text_length}"
+            )
     if missing:
         work = [
             _Picture(row + 1, i * each + k, path)
@@ -188,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
         for i in missing:
             text = json.dumps(dict(prompts[i].record), ensure_ascii=False)
             write_text(targets[i][0].parent.parent / "metadata.jsonl", text + "\n")
-    print(f"{options.out}: {len(missing) * each} pictures made, {len(mine) * each} there")
+    print(f"{options.out}: made {len(missing) * each}, there are {len(mine) * each} pictures")
     return 0
 
 
@@ -229,10 +235,10 @@ def _make(
     latent = (decoder.network.channels, height // side, width // side)
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
-        rows = torch.tensor([picture.row for picture in part], device=device)
+        rows = torch.tensor([picture.row for picture in part])
         ids = torch.tensor([picture.id for picture in part], device=device)
-        wanted = {name: value[rows] for name, value in cond.items()}
-        away = {name: v[:1].expand(len(part), *v.shape[1:]) for name, v in cond.items()}
+        wanted = {name: value[rows].to(device) for name, value in cond.items()}
+        away = {n: v[:1].to(device).expand(len(part), *v.shape[1:]) for n, v in cond.items()}
         x = sample_latents(
             adapter,
             noise_of_ids(settings.seed, ids, latent),
@@ -264,6 +270,8 @@ class _Settings:
     per_prompt: int
     text_length: int
     precision: str | None
+    decoder: str
+    decoder_precision: str
     quantise: str
     layout: str
     prompts: tuple[str, ...]
@@ -295,7 +303,9 @@ class _Settings:
             per_prompt=options.per_prompt or 1,
             text_length=encoder.length,
             precision=options.precision,
-            quantise=options.quantise or "round_even",
+            decoder=str(_autoencoder(origin, options)),
+            decoder_precision=decoder.network.precision,
+            quantise=decoder.quantisation,
             layout=options.layout or "flat",
             prompts=tuple(prompt.text for prompt in prompts),
         )
@@ -426,8 +436,8 @@ def _of_data(section: Mapping[str, object]) -> tuple[int | None, tuple[int, int]
     return info.length, max(map(parse_size, chosen), key=lambda size: (size[0] * size[1], size))
 
 
-def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
-    from mixflow_fast.models.autoencoders.decoding import load_decoder
+def _autoencoder(origin: _Origin, options: argparse.Namespace) -> Path:
+    """Folder of what decodes."""
     from mixflow_fast.models.text_to_image.folder import autoencoder_folder
 
     vae = user_path(options.decoder) if options.decoder else autoencoder_folder(origin.folder)
@@ -435,8 +445,14 @@ def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
         raise ValueError(
             f"{origin.folder} has no vae/ to decode latents with: give its folder with --decoder"
         )
+    return vae
+
+
+def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
+    from mixflow_fast.models.autoencoders.decoding import load_decoder
+
     return load_decoder(
-        vae,
+        _autoencoder(origin, options),
         precision=options.decoder_precision or "fp32",
         quantisation=options.quantise or "round_even",
     )
@@ -445,7 +461,7 @@ def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
 def _encoded(
     folder: Path, prompts: Sequence[str], length: int | None, device: torch.device
 ) -> Condition:
-    """What the network is told of each prompt; one encoder in memory at a time."""
+    """What the network is told of each prompt, on the CPU; one encoder in memory at a time."""
     import torch
 
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
@@ -456,7 +472,8 @@ def _encoded(
         made = []
         for start in range(0, len(prompts), _ENCODED_AT_ONCE):
             tokens = encoder.tokens(prompts[start : start + _ENCODED_AT_ONCE])
-            made.append(encoder.embed(stage.name, tokens))
+            embedded = encoder.embed(stage.name, tokens)
+            made.append({name: value.cpu() for name, value in embedded.items()})
         encoder.release(stage.name)
         parts |= {name: torch.cat([one[name] for one in made]) for name in made[0]}
     return encoder.layout.assemble(parts)
@@ -483,7 +500,8 @@ def _begin(out: Path, settings: _Settings, force: bool) -> None:
     if force:
         raise ValueError("pictures of prompts are never replaced: leave --force out")
     file, own = out / _SETTINGS, asdict(settings)
-    if not out.exists() or not any(out.iterdir()):
+    # Hidden names are those of another rank, which is writing the same settings.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         write_json(file, own)
         return
     try:

@@ -118,7 +118,7 @@ def test_a_run_on_a_cache_and_what_comes_after_it(
     made = {}
     for name, checkpoint in (("run", out), ("export", tmp_path / "trained")):
         command = ("sample", checkpoint, "--out", tmp_path / f"of_{name}", "--prompts", "a fox")
-        settings = () if name == "run" else ("--size", "96x64", "--text-length", 16)
+        settings = () if name == "run" else ("--size", "96x64", "--t5-length", 16)
         code, said, err = run(*command, "--steps", 2, *settings, capsys=capsys)
         assert code == 0, err
         # The run's own size and length of prompts come from its cache.
