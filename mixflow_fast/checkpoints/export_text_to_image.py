@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mixflow_fast import __version__
-from mixflow_fast.files import existing_folder, json_text, replacing, user_path
+from mixflow_fast.files import check_inside, existing_folder, json_text, replacing, user_path
 from mixflow_fast.messages import shorten, size_text
 from mixflow_fast.models.text_to_image.loading import (
     network_class,
@@ -51,7 +51,7 @@ _LICENCES = ("LICENSE*", "LICENCE*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ModelFolder:
     """The folder that a run began with.
 
     Attributes:
@@ -72,11 +72,11 @@ class Source:
     pipeline: str | None
 
     @classmethod
-    def read(cls, folder: Path) -> Source:
+    def read(cls, folder: Path) -> ModelFolder:
         """What a folder holds; no weights are read.
 
         Raises:
-            ValueError: it is no folder of diffusers.
+            ValueError: it is no folder of diffusers, or its index names other places.
         """
         config = read_config(transformer_folder(folder) / "config.json")
         headers = read_headers(transformer_folder(folder))
@@ -84,6 +84,7 @@ class Source:
         counts = [list(headers.dtypes.values()).count(dtype) for dtype in dtypes]
         index = read_config(folder / _INDEX) if (folder / _INDEX).is_file() else {}
         parts = {n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2}
+        check_inside(parts, folder / _INDEX)
         others = [name for name in parts if name != _TRANSFORMER]
         held = [n for n in others if parts[n][1] is not None and (folder / n).is_dir()]
         return cls(
@@ -112,21 +113,21 @@ class Source:
         )
 
 
-def check_place(out: Path, source: Path) -> None:
+def check_place(out: Path, origin: Path) -> None:
     """Refuse to write over, around or into the source's folder.
 
     Raises:
         ValueError: says which.
     """
-    there, own = out.resolve(), source.resolve()
+    there, own = out.resolve(), origin.resolve()
     if there == own or there in own.parents:
         raise ValueError(
-            f"--out {out} is or holds {source}, which the transformer was trained from and is "
+            f"--out {out} is or holds {origin}, which the transformer was trained from and is "
             "read now: choose another --out"
         )
     if own in there.parents:
         raise ValueError(
-            f"--out {out} lies in {source}, which the transformer was trained from: choose a "
+            f"--out {out} lies in {origin}, which the transformer was trained from: choose a "
             "folder beside it"
         )
 
@@ -183,24 +184,25 @@ class TextToImageWeights:
                 hold; too little room; a difference after reading back.
             OSError: it could not be written.
         """
-        source = Source.read(self._source(model))
-        check_place(out, source.folder)
-        chosen: Dtype = dtype or source.dtype
-        network = _on_meta(source)
-        ready = _converted(self.state, network.state_dict(), source, chosen)
-        _check_room(out, ready, 0 if link else source.size())
-        inside = transformer_folder(source.folder) != source.folder
+        origin = ModelFolder.read(self._source(model))
+        check_place(out, origin.folder)
+        chosen: Dtype = dtype or origin.dtype
+        network = _on_meta(origin)
+        ready = _converted(self.state, network.state_dict(), origin, chosen)
+        _check_room(out, ready, 0 if link else origin.size())
+        inside = transformer_folder(origin.folder) != origin.folder
         with replacing(out) as partial:
             partial.mkdir()
-            _add_others(source, partial, link)
+            _add_others(origin, partial, link)
             folder = partial / _TRANSFORMER if inside else partial
             folder.mkdir(exist_ok=True)
             network.save_config(folder)
             _save(ready, folder / WEIGHTS, {"format": "pt"})
-            record = {**self._record(chosen), "model": str(source.folder)}
+            record = {**self._record(chosen), "model": str(origin.folder)}
             (partial / RECORD).write_text(json_text(record, RECORD))
-            _compare_read_back(source, ready, folder, DTYPES[chosen])
-        return Written(len(ready), list(_notes(source, out, chosen, link, len(ready))))
+            _compare_read_back(origin, ready, folder, DTYPES[chosen])
+        made = out / _TRANSFORMER if inside else out
+        return Written(len(ready), list(_notes(origin, made, chosen, link, len(ready))))
 
     def write_file(self, out: Path, dtype: Dtype | None = None) -> Written:
         """Write the weights alone, by the class's names, as one .safetensors file.
@@ -279,20 +281,20 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
     )
 
 
-def _on_meta(source: Source) -> nn.Module:
+def _on_meta(origin: ModelFolder) -> nn.Module:
     with torch.device("meta"):
-        return network_class(source.class_name).from_config(dict(source.config))
+        return network_class(origin.class_name).from_config(dict(origin.config))
 
 
 def _converted(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Source, dtype: Dtype
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: ModelFolder, dtype: Dtype
 ) -> dict[str, Tensor]:
     """The state in the dtype, every tensor of the class there and no other."""
     wrong = [n for n in own if n not in state] + [n for n in state if n not in own]
     wrong += [n for n in own if n in state and own[n].shape != state[n].shape]
     if wrong:
         raise ValueError(
-            f"the weights do not fit {source.class_name} of {source.folder}: missing, unexpected "
+            f"the weights do not fit {origin.class_name} of {origin.folder}: missing, unexpected "
             f"or of another shape: {shorten(wrong)}: give the folder that they were trained from, "
             "with --model FOLDER"
         )
@@ -329,25 +331,25 @@ def _check_room(out: Path, state: Mapping[str, Tensor], others: int) -> None:
         )
 
 
-def _add_others(source: Source, partial: Path, link: bool) -> None:
-    for name in source.components:
-        there = (source.folder / name).resolve()
+def _add_others(origin: ModelFolder, partial: Path, link: bool) -> None:
+    for name in origin.components:
+        there = (origin.folder / name).resolve()
         if link:
             os.symlink(there, partial / name, target_is_directory=True)
         else:
             shutil.copytree(there, partial / name)
-    files = [source.folder / _INDEX] if source.pipeline is not None else []
+    files = [origin.folder / _INDEX] if origin.pipeline is not None else []
     for pattern in _LICENCES:
-        files += [file for file in source.folder.glob(pattern) if file.is_file()]
+        files += [file for file in origin.folder.glob(pattern) if file.is_file()]
     for file in files:
         shutil.copyfile(file, partial / file.name)
 
 
 def _compare_read_back(
-    source: Source, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
+    origin: ModelFolder, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
     """ValueError unless the class reads every tensor as it was written."""
-    made = network_class(source.class_name).from_pretrained(
+    made = network_class(origin.class_name).from_pretrained(
         folder, torch_dtype=dtype, local_files_only=True
     )
     back = made.state_dict()
@@ -357,27 +359,29 @@ def _compare_read_back(
     ]
     if different or back.keys() != state.keys():
         raise ValueError(
-            f"{source.class_name} reads {shorten(different or sorted(back.keys() ^ state.keys()))} "
+            f"{origin.class_name} reads {shorten(different or sorted(back.keys() ^ state.keys()))} "
             "otherwise than it was written; nothing was written: please report it with the "
             "versions of torch and diffusers"
         )
 
 
-def _notes(source: Source, out: Path, dtype: Dtype, link: bool, tensors: int) -> Iterator[str]:
-    yield f"read back by {source.class_name}: all {tensors} tensors equal, in {dtype}"
-    if source.components:
+def _notes(
+    origin: ModelFolder, made: Path, dtype: Dtype, link: bool, tensors: int
+) -> Iterator[str]:
+    yield f"read back by {origin.class_name}: all {tensors} tensors equal, in {dtype}"
+    if origin.components:
         how = "linked to" if link else "copied from"
-        size = size_text(source.size())
-        yield f"{', '.join(source.components)} ({size}) {how} {source.folder}"
-    if source.pipeline is None:
+        size = size_text(origin.size())
+        yield f"{', '.join(origin.components)} ({size}) {how} {origin.folder}"
+    if origin.pipeline is None:
         yield (
-            f"{source.folder} holds the transformer alone, so this does too. A pipeline takes it "
-            f"as transformer={source.class_name}.from_pretrained({str(out)!r}); one that is made "
+            f"{origin.folder} holds the transformer alone, so this does too. A pipeline takes it "
+            f"as transformer={origin.class_name}.from_pretrained({str(made)!r}); one that is made "
             "of it alone needs its text parts passed as None, and embeddings in place of prompts"
         )
-    elif source.absent:
-        none = ", ".join(f"{name}=None" for name in source.absent)
+    elif origin.absent:
+        none = ", ".join(f"{name}=None" for name in origin.absent)
         yield (
-            f"{source.folder} lacks {', '.join(source.absent)}: {source.pipeline}.from_pretrained "
+            f"{origin.folder} lacks {', '.join(origin.absent)}: {origin.pipeline}.from_pretrained "
             f"loads this folder with {none}, and then wants embeddings in place of prompts"
         )

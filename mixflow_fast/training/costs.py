@@ -32,6 +32,16 @@ def run_flops(model: Network, conditions: Conditions, dataset: Dataset) -> int |
         return train_flops(model)
     if not isinstance(conditions, Prompts):
         return None
+    return text_to_image_flops(model, *shapes_and_cond(conditions, dataset))
+
+
+def shapes_and_cond(conditions: Prompts, dataset: Dataset) -> tuple[Shapes, Condition]:
+    """Shapes of the latents, and what one example tells the network, on the meta device.
+
+    Args:
+        conditions: what the network is told.
+        dataset: the examples.
+    """
     shapes: dict[tuple[int, ...], int] = {}
     first = torch.zeros(1, dtype=torch.int64)
     for examples in bucket_sizes(dataset):
@@ -39,7 +49,7 @@ def run_flops(model: Network, conditions: Conditions, dataset: Dataset) -> int |
         shape = tuple((batch.x[0] if isinstance(batch.x, Moments) else batch.x).shape[1:])
         shapes[shape] = shapes.get(shape, 0) + examples
         first = first + examples
-    return text_to_image_flops(model, shapes, conditions.on_meta(batch))
+    return shapes, conditions.on_meta(batch)
 
 
 def text_to_image_flops(model: TextToImage, shapes: Shapes, cond: Condition) -> int | None:

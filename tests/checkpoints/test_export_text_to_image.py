@@ -219,6 +219,11 @@ def test_refusals_leave_nothing(
     command = ("export", tmp_path / "lost", "--to", "diffusers", "--out", tmp_path / "o")
     code, _, err = run(capsys, *command)
     assert code == 2 and "--model FOLDER" in err
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"../run": ["a", "b"]}))
+    code, _, err = run(capsys, "export", work, "--to", "diffusers", "--out", tmp_path / "o")
+    assert code == 2 and "names '../run'" in err
+    (source / "model_index.json").write_text(json.dumps(index))
     # An earlier export there would be replaced with --force, but not where it is the source.
     assert run(capsys, "export", work, "--to", "diffusers", "--out", tmp_path / "first")[0] == 0
     again = ("export", work, "--to", "diffusers", "--model", tmp_path / "first")

@@ -21,7 +21,7 @@ from tests.support.command_line import run
 from tests.support.text_to_image import write_pipeline
 
 PROMPTS = ("a fox in the snow", "two cups")
-OPTIONS = ("--steps", 3, "--size", "64x48", "--text-length", 16, "--seed", 5)
+OPTIONS = ("--steps", 3, "--size", "64x48", "--t5-length", 16, "--seed", 5)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_pictures_are_the_pipeline_s(
     before = (out / "00001.png").read_bytes()
     (out / "00001.png").unlink()
     code, said, _ = run(*command, capsys=capsys)
-    assert code == 0 and "1 pictures made, 2 there" in said
+    assert code == 0 and "made 1, there are 2 pictures" in said
     assert np.abs(pixels(out / "00001.png") - theirs[1]).max() <= 1
     assert len(before) > 100
     code, _, err = run(*command[:-1], 6, capsys=capsys)
@@ -124,8 +124,11 @@ def test_a_run_and_geneval_s_layout(
         *command, "--layout", "geneval", "--per-prompt", 2, "--batch-size", 3, capsys=capsys
     )
     assert code == 0, err
-    assert "2 prompts, 2 pictures of each, 64x48" in said
-    assert "4 pictures made" in said
+    assert "2 prompts, 2 pictures of each, 64x48" in said and "note:" not in said
+    assert "made 4, there are 4 pictures" in said
+    short = ("--prompts", "a fox", "--steps", 1, "--size", "32x32", "--out", tmp_path / "short")
+    code, said, _ = run("sample", tmp_path / "run", *short, capsys=capsys)
+    assert code == 0 and "give --t5-length if it was not 256" in said
     for i, record in enumerate(records):
         assert json.loads((out / f"{i:05d}" / "metadata.jsonl").read_text()) == record
         own = [pixels(out / f"{i:05d}" / "samples" / f"{k:05d}.png") for k in range(2)]
@@ -168,7 +171,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--size", "100x100"), "multiples of 16"),
         (("--out", tmp_path / "x.png"), "must be a folder with --prompts"),
         (("--force",), "never replaced"),
-        (("--text-length", 9999), "from 1 to 512 tokens"),
+        (("--t5-length", 9999), "from 1 to 512 tokens"),
     ):
         code, _, err = run(*base, *options, capsys=capsys)
         assert code == 2 and words in err, (options, err)
@@ -178,3 +181,23 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "x" / "mine.txt").write_text("")
     code, _, err = run(*base, capsys=capsys)
     assert code == 2 and "holds other things" in err
+
+
+def test_ranks_share_the_prompts(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each makes its own, in any order; the pictures are those of one process."""
+    base = ("sample", folder, "--prompts", *PROMPTS, "a bear", *OPTIONS, "--batch-size", 1)
+    assert run(*base, "--out", tmp_path / "one", capsys=capsys)[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, made in ((1, ["00001.png"]), (0, ["00000.png", "00001.png", "00002.png"])):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        code, _, err = run(*base, "--out", tmp_path / "two", capsys=capsys)
+        assert code == 0, err
+        assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == made
+    for name in ("00000.png", "00001.png", "00002.png"):
+        assert np.abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1

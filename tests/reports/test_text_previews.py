@@ -26,6 +26,7 @@ from tests.support.text_to_image import sd3, sd3_pipeline, text, write_pipeline
 
 OPTIONS = TextPreviewOptions(
     prompts=("a fox", "a heron", "two cups on a table, seen from above, in the light of a window"),
+    rows=(1, 2, 3),
     steps=4,
     cfg_scale=4.0,
     shift=3.0,
