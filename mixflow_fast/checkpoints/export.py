@@ -3,7 +3,8 @@
     official    .pt      {"ema", "args", "steps"} in float32: what SiT's, REPA's and RAE's samplers
                          load; or, `bare`, the state dict alone
     ema         .safetensors   the state dict, with how the network is built in the header
-    diffusers   folder   `DiTTransformer2DModel` and mixflow.json, for SiT and REPA's SiT
+    diffusers   folder   `DiTTransformer2DModel` and mixflow.json, for SiT and REPA's SiT; of a
+                         text-to-image run the source's pipeline (see `export_text_to_image`)
 
 Nothing is written unless the weights fit their network and are finite, and then whole or not at
 all.
@@ -21,6 +22,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from mixflow_fast import __version__
+from mixflow_fast.checkpoints.export_text_to_image import (
+    Dtype,
+    TextToImageWeights,
+    text_to_image_weights,
+)
 from mixflow_fast.files import check_writable, replacing
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.network import Network
@@ -107,6 +113,9 @@ def export(
     clock: str | None = None,
     num_heads: int | tuple[int, int] | None = None,
     force: bool = False,
+    model: str | os.PathLike[str] | None = None,
+    dtype: Dtype | None = None,
+    link: bool = False,
 ) -> Exported:
     """Write a checkpoint's weights in another form.
 
@@ -122,6 +131,10 @@ def export(
         clock: "data_at_1" or "noise_at_1", where the file does not say it and its class is wrong.
         num_heads: where the file does not say it and the shapes cannot tell.
         force: replace what is at `out`.
+        model: of a text-to-image run the folder that it was trained from, where that is not the
+            one that it records.
+        dtype: of the transformer of a text-to-image run; None: that of the folder's weights.
+        link: of a text-to-image run, symbolic links to the folder's other parts, not copies.
 
     Raises:
         ValueError: a wrong option, something in the way at `out`, weights that cannot be read, do
@@ -131,9 +144,18 @@ def export(
     """
     out = Path(out)
     _check_options(to, out, weights, head, bare)
-    file = weights_file(checkpoint)
-    _check_free(parts(file), out, to, force)
-    loaded = _read(file, weights, clock, num_heads)
+    path = weights_file(checkpoint)
+    _check_free(parts(path), out, to, force)
+    file, notes = _open(path)
+    if (found := text_to_image_weights(file, weights)) is not None:
+        _check_text_to_image(to, found.name, head, bare, clock, num_heads)
+        return _export_text_to_image(found, to, out, model, dtype, link, notes)
+    for given, name in ((model, "model"), (dtype, "dtype"), (link or None, "link")):
+        if given is not None:
+            raise ValueError(
+                f"--{name} is for text-to-image networks, and {path} is none: leave it out"
+            )
+    loaded = _read(file, weights, clock, num_heads, notes)
     _set_head(loaded, head or ("as-is" if to == "ema" else "velocity"), head is not None)
     _check_fit(loaded)
     if loaded.source and (to != "official" or bare):
@@ -191,12 +213,24 @@ def _check_free(files: list[Path], out: Path, to: Format, force: bool) -> None:
         raise ValueError(f"{out} exists: choose another --out, or replace it with --force")
 
 
-def _read(
-    path: Path, which: Which, clock: str | None, num_heads: int | tuple[int, int] | None
-) -> _Weights:
+def _open(path: Path) -> tuple[WeightsFile, list[str]]:
+    """The file, and what was said of it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         file = WeightsFile.open(path)
+    return file, [str(warning.message) for warning in caught]
+
+
+def _read(
+    file: WeightsFile,
+    which: Which,
+    clock: str | None,
+    num_heads: int | tuple[int, int] | None,
+    notes: list[str],
+) -> _Weights:
+    path = file.path
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         state = file.state(which)
         spec = network_spec(file, state, num_heads)
         file.check_values(which, state)
@@ -217,8 +251,57 @@ def _read(
             for name, value in file.args.items()
             if isinstance(value, str | int | float | bool)
         },
-        notes=[str(warning.message) for warning in caught],
+        notes=[*notes, *(str(warning.message) for warning in caught)],
         source={} if record is None else portable(source, str(path)),
+    )
+
+
+def _check_text_to_image(
+    to: Format,
+    name: str,
+    head: Head | None,
+    bare: bool,
+    clock: str | None,
+    num_heads: int | tuple[int, int] | None,
+) -> None:
+    if to == "official":
+        raise ValueError(
+            f"official is the form of samplers for SiT, REPA and RAE, and {name} is a "
+            "text-to-image network: export --to diffusers, which its pipeline and interfaces such "
+            "as ComfyUI read"
+        )
+    for given, option in ((head, "head"), (bare or None, "bare"), (num_heads, "num-heads")):
+        if given is not None:
+            raise ValueError(f"--{option} has no meaning for {name}: leave it out")
+    if clock == "data_at_1":
+        raise ValueError(f"{name} has the clock noise_at_1: leave --clock out")
+
+
+def _export_text_to_image(
+    found: TextToImageWeights,
+    to: Format,
+    out: Path,
+    model: str | os.PathLike[str] | None,
+    dtype: Dtype | None,
+    link: bool,
+    notes: list[str],
+) -> Exported:
+    if to == "ema":
+        if link or model is not None:
+            raise ValueError(
+                "--model and --link belong to --to diffusers, which writes the whole folder"
+            )
+        written = found.write_file(out, dtype)
+    else:
+        written = found.write_folder(out, model, dtype, link)
+    files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
+    return Exported(
+        path=out,
+        size_bytes=sum(path.stat().st_size for path in files),
+        tensors=written.tensors,
+        model=found.name,
+        clock="noise_at_1",
+        notes=[*notes, *written.notes],
     )
 
 

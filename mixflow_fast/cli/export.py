@@ -14,7 +14,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="write a checkpoint for official samplers, as safetensors, or for diffusers",
         description="official: a .pt that the samplers of SiT, REPA and RAE load. ema: one "
         ".safetensors that says how its network is built. diffusers: a DiTTransformer2DModel "
-        "folder (SiT and REPA), compared with the network when it is written.",
+        "folder (SiT and REPA), compared with the network when it is written; of a text-to-image "
+        "run the pipeline's folder that it was trained from, copied, with the trained transformer.",
         epilog="example: mixflow-fast export runs/post --to official --out post.pt",
     )
     command.add_argument(
@@ -44,6 +45,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="if the shapes cannot tell; DiT-DH: two, encoder and head",
     )
+    text_to_image = command.add_argument_group("text-to-image runs")
+    text_to_image.add_argument(
+        "--model",
+        type=user_path,
+        metavar="FOLDER",
+        help="diffusers: the folder that it was trained from (default: the one that it records)",
+    )
+    text_to_image.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="of the transformer (default: that of the folder's weights; ema: fp32)",
+    )
+    text_to_image.add_argument(
+        "--link",
+        action="store_true",
+        help="diffusers: symbolic links to text encoders, autoencoder and the rest, not copies",
+    )
     command.add_argument("--force", action="store_true", help="replace what is at --out")
     command.set_defaults(run=run)
 
@@ -62,6 +80,9 @@ def run(options: argparse.Namespace) -> int:
         clock=options.clock,
         num_heads=heads if heads is None or len(heads) > 1 else heads[0],
         force=options.force,
+        model=options.model,
+        dtype=options.dtype,
+        link=options.link,
     )
     size = size_text(done.size_bytes)
     print(f"{done.path}: {done.model}, clock {done.clock}, {done.tensors} tensors, {size}")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from mixflow_fast.cli.inspect_lines import first, line
 from mixflow_fast.files import user_path
 from mixflow_fast.messages import size_text
 
 if TYPE_CHECKING:
     from mixflow_fast.checkpoints.inspect import Inspection
 
-_WIDTH = 92
 # Settings that our own files record and that other lines of the text already show.
 _SHOWN_ABOVE = ("format", "class", "model", "name", "clock", "prediction", "steps")
 
@@ -25,8 +24,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "inspect",
         help="what is in a checkpoint, and whether its weights fit",
         description="Says whose checkpoint it is, which network, clock and settings, and whether "
-        "names, shapes and values are right. Nothing in the file is executed. Exit code: 0 it "
-        "fits, 1 it does not, 2 it cannot be read.",
+        "names, shapes and values are right; of text-to-image networks, pipelines and LoRA files "
+        "which they are, by names and shapes alone. Nothing in the file is executed. Exit code: 0 "
+        "it fits, 1 it does not, 2 it cannot be read.",
         epilog="example: mixflow-fast inspect SiT-XL-2-256x256.pt --against SiT-XL/2",
     )
     command.add_argument(
@@ -46,7 +46,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     from mixflow_fast.checkpoints.inspect import as_json, inspect_file
 
+    if options.against is None and (code := _run_text_to_image(options)) is not None:
+        return code
     found = inspect_file(options.checkpoint, options.weights, options.against)
+    print(json.dumps(as_json(found), indent=1) if options.json else as_text(found))
+    return 0 if found.fits else 1
+
+
+def _run_text_to_image(options: argparse.Namespace) -> int | None:
+    """Say what a text-to-image file is; None where it is of another kind."""
+    from mixflow_fast.checkpoints.inspect_text_to_image import as_json, inspect_text_to_image
+    from mixflow_fast.cli.inspect_text_to_image import as_text
+
+    found = inspect_text_to_image(options.checkpoint, options.weights)
+    if found is None:
+        return None
     print(json.dumps(as_json(found), indent=1) if options.json else as_text(found))
     return 0 if found.fits else 1
 
@@ -54,30 +68,30 @@ def run(options: argparse.Namespace) -> int:
 def as_text(found: Inspection) -> str:
     """The findings for a terminal of 80 to 100 columns."""
     out = [
-        _line("checkpoint", f"{found.path}, {size_text(found.size_bytes)}, {found.format}"),
-        _line("layout", found.layout),
-        _line("model", found.model if found.kind != "unknown" else "unknown"),
+        line("checkpoint", f"{found.path}, {size_text(found.size_bytes)}, {found.format}"),
+        line("layout", found.layout),
+        line("model", found.model if found.kind != "unknown" else "unknown"),
         *_network(found),
     ]
     trains = "" if found.trainable is None else f"; the network trains {found.trainable:,}"
     values = f"{found.parameters:,} in the file, {', '.join(found.dtypes)}{trains}"
-    out.append(_line("parameters", values))
+    out.append(line("parameters", values))
     progress = [f"{n} {v:,}" for n in ("steps", "epoch") if (v := getattr(found, n))]
-    out += [_line("progress", ", ".join(progress))] if progress else []
+    out += [line("progress", ", ".join(progress))] if progress else []
     # A network's description as JSON is long, and the lines above say what is in it.
     known = _SHOWN_ABOVE if found.layout.startswith("mixflow-fast") else ()
     shown = {n: v for n, v in found.args.items() if n not in known and not str(v).startswith('{"')}
     if shown:
-        out.append(_line("recorded", ", ".join(f"{name}={value}" for name, value in shown.items())))
+        out.append(line("recorded", ", ".join(f"{name}={value}" for name, value in shown.items())))
     out += ["", "contents", *_table(found)]
     if found.non_finite or found.damaged:
         out += ["", "values that are wrong"]
-        out += [f"  ! not finite    {name}" for name in _first(found.non_finite)]
+        out += [f"  ! not finite    {name}" for name in first(found.non_finite)]
         out += [f"  ! bad checksum  {found.damaged}"] if found.damaged else []
     if diff := _diff(found):
         out += ["", f"against {found.against}", *diff]
     if found.notes:
-        out += ["", "notes", *(_line("  -", note, indent=4) for note in found.notes)]
+        out += ["", "notes", *(line("  -", note, indent=4) for note in found.notes)]
     verdict = f"fits {found.against}: every name and shape, all values finite"
     if not found.fits:
         verdict = "does not fit" + (f" {found.against}" if found.against else " any known network")
@@ -89,16 +103,16 @@ def _network(found: Inspection) -> list[str]:
     if found.class_name is None:
         return []
     own = found.kwargs
-    both = [_line("clock", f"{found.clock}, {found.clock_from}")]
-    both += [_line("prediction", found.prediction or "")]
-    both += [_line("source", found.source)] if found.source else []
+    both = [line("clock", f"{found.clock}, {found.clock_from}")]
+    both += [line("prediction", found.prediction or "")]
+    both += [line("source", found.source)] if found.source else []
     if found.class_name == "SongUNet":
         side, attends = own["img_resolution"], own["attn_resolutions"]
         widths = [own["model_channels"] * multiplier for multiplier in own["channel_mult"]]
         levels = ", ".join(f"{width} at {side >> k}" for k, width in enumerate(widths))
         return [
-            _line("", f"images {own['in_channels']}x{side}x{side}, no classes"),
-            _line(
+            line("", f"images {own['in_channels']}x{side}x{side}, no classes"),
+            line(
                 "levels",
                 f"channels {levels}; {own['num_blocks']} blocks a level, "
                 f"attention at {', '.join(map(str, attends)) or 'the deepest alone'}",
@@ -109,24 +123,17 @@ def _network(found: Inspection) -> list[str]:
     null = " and the null class" if own.get("class_dropout_prob", 0.1) > 0 else ""
     sigma = own.get("learn_sigma")
     return [
-        _line(
+        line(
             "",
             f"latents {channels}x{side}x{side}, patch {own['patch_size']}, "
             f"{found.tokens} tokens, {own['num_classes']} classes{null}",
         ),
-        _line(
+        line(
             "head",
             "velocity and sigma channels (learn_sigma)" if sigma else "velocity channels",
         ),
         *both,
     ]
-
-
-def _line(label: str, text: str, indent: int = 12) -> str:
-    lines = textwrap.wrap(
-        text, _WIDTH - indent, break_long_words=False, break_on_hyphens=False
-    ) or [""]
-    return f"{label:<{indent}}" + f"\n{' ' * indent}".join(lines)
 
 
 def _table(found: Inspection) -> list[str]:
@@ -149,7 +156,7 @@ def _diff(found: Inspection) -> list[str]:
     """Missing, unexpected and mis-shaped names, runs of whole blocks on one line."""
     lines = [f"  - missing     {text}" for text in _grouped(found.missing)]
     lines += [f"  + unexpected  {text}" for text in _grouped(found.unexpected)]
-    return lines + [f"  ~ shape       {text}" for text in _first(_changed(found.misshaped))]
+    return lines + [f"  ~ shape       {text}" for text in first(_changed(found.misshaped))]
 
 
 def _changed(misshaped: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:
@@ -165,11 +172,6 @@ def _changed(misshaped: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:
         (f"blocks.{'-'.join(dict.fromkeys((n[0], n[-1])))}.{name}" if n[0] else name) + f": {text}"
         for (name, text), n in places.items()
     ]
-
-
-def _first(lines: list[str], count: int = 12) -> list[str]:
-    rest = len(lines) - count
-    return lines if rest <= 1 else [*lines[:count], f"... and {rest} more, all in --json"]
 
 
 def _grouped(names: list[str]) -> list[str]:
@@ -189,4 +191,4 @@ def _grouped(names: list[str]) -> list[str]:
         which = f"blocks.{numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
         what = rests[0] if len(rests) == 1 else f"{len(rests)} tensors ({rests[0]}, ...)"
         lines.append(f"{which}: {what}" + (" each" if len(numbers) > 1 else ""))
-    return _first(lines)
+    return first(lines)

@@ -27,6 +27,7 @@ from mixflow_fast.cli import (
     demo,
     doctor,
     ema,
+    encode,
     evaluate,
     export,
     inspect,
@@ -62,8 +63,8 @@ _NO_OPTIONS = {
 }
 # In the order of the help page.
 COMMANDS = (
-    train, recipes, settings, data, sample, evaluate, reference, slowflow, curvature, compare, demo,
-    inspect, export, doctor, report, verify_resume, consolidate, ema,
+    train, recipes, settings, data, encode, sample, evaluate, reference, slowflow, curvature,
+    compare, demo, inspect, export, doctor, report, verify_resume, consolidate, ema,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixflow_fast.cli import extractors
+from mixflow_fast.cli import extractors, sample_text_to_image
 from mixflow_fast.cli.sampler_options import add_sampler_options, chosen_sampler
 from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start, refuse_unused
 from mixflow_fast.files import check_folder_writable, check_writable, user_path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mixflow_fast.models.weights.sources import StoredSource
     from mixflow_fast.sampling.samples import SampleResult
 
+_BATCH_SIZE = 64
 _UNDO_SCALE = (
     "the latents are scaled as those in training: undo data.scale before the decoder "
     "(SD-VAE: x / 0.18215)"
@@ -34,10 +35,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "makes them, in a .npz; or a set of 8-bit pictures of any size: a folder, and beside it a "
         ".npz that ADM's evaluator reads (arr_0) with the labels in a file of their own. A set is "
         "made in shards by any number of ranks (torchrun or srun), and the same command goes on "
-        "after a stop. The samples of a seed are the same however many are drawn.",
+        "after a stop. The samples of a seed are the same however many are drawn. Of a "
+        "text-to-image run, or of a pipeline's folder, --prompts makes pictures in a folder.",
         epilog="examples: mixflow-fast sample runs/post --out samples.npz --steps 10; torchrun "
         "--nproc-per-node 8 -m mixflow_fast.cli sample runs/post --decoder sd-vae-ft-ema -n "
-        "50000 --out sets/post",
+        "50000 --out sets/post; mixflow-fast sample runs/t2i --prompts 'a fox' --out foxes",
     )
     command.add_argument(
         "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
@@ -66,7 +68,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "default: all in turn",
     )
     command.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    command.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"default {_BATCH_SIZE}, with --prompts {sample_text_to_image.BATCH_SIZE}",
+    )
     command.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="default %(default)s"
     )
@@ -137,6 +143,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="of --evaluate: ADM's .npz, EDM2's .pkl, or what `mixflow-fast reference` made",
     )
+    sample_text_to_image.add_options(command)
     add_sampler_options(command)
     add_source_option(command)
     extractors.add_options(command, "features for --evaluate", device=False)
@@ -144,6 +151,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.prompts is not None:
+        return sample_text_to_image.run(options)
+    sample_text_to_image.refuse_without_prompts(options)
+    if options.batch_size is None:
+        options.batch_size = _BATCH_SIZE
     out = options.out
     _check(options)
     from mixflow_fast.cli.picture_sets import Extras, make_set
@@ -341,6 +353,7 @@ def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _L
     """
     from mixflow_fast.models.weights.files import WeightsFile
     from mixflow_fast.models.weights.loading import model_of
+    from mixflow_fast.models.weights.naming import kind_of
     from mixflow_fast.models.weights.sources import source_of
 
     file, clock = WeightsFile.open(path), options.clock
@@ -353,6 +366,11 @@ def _network(path: Path, options: argparse.Namespace, guide: bool = False) -> _L
                 f"mixflow_fast.models.load_model(path, clock={clock!r}) overrides it in Python)"
             )
         clock = recorded
+    if kind_of(file.state(options.weights)) == "text-to-image":
+        raise ValueError(
+            f"{path} is a text-to-image network, which makes pictures of prompts: give --prompts "
+            "and a folder as --out"
+        )
     run = {} if file.metadata is None else json.loads(file.metadata.config or "{}")
     latent = run.get("data", {}).get("kind") == "latents"
     latent |= run.get("encoder", {}).get("kind", "none") != "none"

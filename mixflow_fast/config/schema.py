@@ -31,6 +31,7 @@ from mixflow_fast.config.source_section import SourceConfig
 from mixflow_fast.environment import LoggerName
 from mixflow_fast.flow.path import LossWeight, PathName, Prediction
 from mixflow_fast.flow.schedule import Interval, TargetAt
+from mixflow_fast.flow.timesteps import SigmaGrid
 from mixflow_fast.kernels.attention.backends import BackendName
 from mixflow_fast.kernels.runtime import Impl
 from mixflow_fast.messages import did_you_mean
@@ -396,7 +397,13 @@ class TrainConfig(Section, name="train"):
     preview_cfg: float = 1.0
     """Guidance scale of the previews; 1 is none."""
     preview_decoder: str | None = None
-    """Local folder of the latents' decoder, as of `sample --decoder`; null shows three channels."""
+    """Local folder of the latents' decoder, as of `sample --decoder`; null is model.folder's vae
+    for text to image, and else shows three channels."""
+    preview_grid: SigmaGrid = "diffusers"
+    """Text to image: noise levels of the previews, those of the pipeline's scheduler, or of
+    linspace(1, 1/N, N)."""
+    preview_prompts: tuple[str, ...] | None = None
+    """Text to image: prompts of the previews, out of the cache; null takes its first ones."""
     preview_stats: str | None = None
     """RAE: stat.pt, for the decoder; null is that of encoder.stats."""
     validate_every: NotNegative = 0

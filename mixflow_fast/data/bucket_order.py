@@ -7,9 +7,9 @@ chosen by (seed, step): a cycle of 4096 steps gives bucket b
 
 of its steps, in an order that is a permutation of (seed, cycle). So shares are exact in each cycle,
 where draws with these probabilities would have them on average alone. The v-th step of a bucket
-has the positions [v G, (v + 1) G) of that bucket's own shuffled order, with G the global batch.
-Nothing is counted: v follows from the step, so any step costs the same and a resumed run needs
-only its number.
+has the positions [v G, (v + 1) G) of that bucket's own shuffled order, with G the global batch, so
+that a bucket is gone through before it begins again. Nothing is kept from step to step: v follows
+from the cycle, whatever it is, and a resumed run needs only the number of its step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CYCLE = 4096
 class BucketOrder:
     """Indices of the samples at global positions, where each step's samples have one shape.
 
-    With one bucket it is `sample_index`.
+    With one bucket it is `sample_index`. Not for several threads.
 
     Args:
         sizes: samples of each bucket.
@@ -54,6 +54,7 @@ class BucketOrder:
         self._first_step = torch.cumsum(self._steps, 0) - self._steps
         size = torch.tensor(self._sizes)
         self._first_index = torch.cumsum(size, 0) - size
+        self._held: tuple[int, Tensor, Tensor] | None = None
         # Refuses a bad seed here and not in a worker.
         sample_index(torch.zeros(1, dtype=torch.int64), self._sizes[0], seed)
 
@@ -62,9 +63,12 @@ class BucketOrder:
         if len(self._sizes) == 1:
             return sample_index(positions, self._sizes[0], self._seed, self._shuffle)
         step = positions // self._batch
-        slot = sample_index(step, CYCLE, self._seed, stream=Stream.BUCKET)
-        bucket = torch.searchsorted(self._first_step, slot, right=True) - 1
-        visit = step // CYCLE * self._steps[bucket] + slot - self._first_step[bucket]
+        bucket, visit = torch.empty_like(step), torch.empty_like(step)
+        cycle = step // CYCLE
+        for number in cycle.unique().tolist():
+            here = cycle == number
+            buckets, visits = self._cycle(number)
+            bucket[here], visit[here] = buckets[step[here] % CYCLE], visits[step[here] % CYCLE]
         inside = visit * self._batch + positions % self._batch
         indices = torch.empty_like(positions)
         for number in bucket.unique().tolist():
@@ -72,6 +76,19 @@ class BucketOrder:
             own = sample_index(inside[here], self._sizes[number], self._seed, self._shuffle)
             indices[here] = own + self._first_index[number]
         return indices
+
+    def _cycle(self, number: int) -> tuple[Tensor, Tensor]:
+        """(CYCLE,) buckets of a cycle's steps, and how often each was there before."""
+        if self._held is None or self._held[0] != number:
+            steps = number * CYCLE + torch.arange(CYCLE)
+            slots = sample_index(steps, CYCLE, self._seed, stream=Stream.BUCKET)
+            buckets = torch.searchsorted(self._first_step, slots, right=True) - 1
+            visits = number * self._steps[buckets]
+            for bucket in range(len(self._sizes)):
+                here = buckets == bucket
+                visits[here] += torch.arange(int(here.sum()))
+            self._held = number, buckets, visits
+        return self._held[1:]
 
     def bucket_of(self, index: int) -> int:
         """The number of the bucket that a sample is in."""

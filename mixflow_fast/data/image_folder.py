@@ -31,15 +31,25 @@ def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
     filter; then bicubic to a short side of `size` (long side rounded), then the centre is cut out
     at offsets floor((side - size) / 2).
     """
+    return cover_crop(image, size, size)
+
+
+def cover_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """ADM's crop to any rectangle: resize until the image just covers it, cut out the centre.
+
+    While both sides are at least twice the rectangle's, both are halved (integer division) with a
+    box filter; then bicubic by the larger of the two ratios of sides (the other side rounded),
+    then the centre at offsets floor((side - rectangle's side) / 2). Smaller images are enlarged.
+    """
     from PIL import Image as pil
 
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), pil.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     resized = (round(image.width * scale), round(image.height * scale))
     image = image.resize(resized, pil.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class ImageFolder:
@@ -78,7 +88,7 @@ class ImageFolder:
                 f"path must be a folder of class folders, got {str(path)!r}"
                 f"{_because(describe_foreign(root, 'folder'))}"
             )
-        scan = _Scan(root)
+        scan = FolderScan(root)
         self.classes = sorted(scan.folders(root))
         _check_classes(root, self.classes)
         self.files: list[str] = []
@@ -177,8 +187,8 @@ class ImageFolder:
         return tuple(notes), tuple(warnings)
 
 
-class _Scan:
-    """Lists a folder of class folders.
+class FolderScan:
+    """Lists a folder, or the class folders in it; hidden names are skipped, links are followed.
 
     Args:
         root: that folder.
@@ -206,17 +216,27 @@ class _Scan:
 
     def images(self, folder: Path) -> list[str]:
         """All images in a class folder and below it, sorted."""
+        found = []
+        for file in self.files(folder):
+            if _is_image(file):
+                found.append(file)
+            else:
+                self.passed_over[os.path.splitext(file)[1].lower()] += 1
+        return found
+
+    def files(self, folder: Path) -> list[str]:
+        """All files in a folder and below it, sorted.
+
+        Raises:
+            ValueError: a folder that was read before under another name, a link to nothing, a
+                folder that cannot be listed.
+        """
         found, waiting = [], [str(folder)]
         while waiting:
             parent = waiting.pop()
             self._enter(parent)
             for entry in _entries(parent):
-                if is_folder(entry):
-                    waiting.append(entry.path)
-                elif _is_image(entry.name):
-                    found.append(entry.path)
-                else:
-                    self.passed_over[os.path.splitext(entry.name)[1].lower()] += 1
+                (waiting if is_folder(entry) else found).append(entry.path)
         return sorted(found)
 
     def _enter(self, folder: str) -> None:

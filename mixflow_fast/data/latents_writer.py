@@ -82,7 +82,7 @@ class ShardWriter:
         import numpy as np
 
         self._path, self._rows, self._shape, self._dtype = path, rows, tuple(shape), dtype
-        self._written = 0
+        self._written, self._said = 0, rows
         # A channel is the first of (C, h, w) and the last of (T, z).
         self._axes = (0, 2, 3) if len(self._shape) == 3 else (0, 1)
         channels = self._shape[0] if len(self._shape) == 3 else self._shape[-1]
@@ -109,6 +109,10 @@ class ShardWriter:
         self._sums += values.sum(self._axes)
         self._squares += squares
 
+    def leave_out(self, rows: int) -> None:
+        """So many fewer rows will come than were said."""
+        self._rows -= rows
+
     def statistics(self) -> dict[str, list[float]]:
         """Sums of the rows and of their squares, per channel: what `finish_store` adds up."""
         return {"sums": self._sums.tolist(), "squares": self._squares.tolist()}
@@ -124,6 +128,9 @@ class ShardWriter:
     ) -> None:
         try:
             with named_errors(self._path):
+                if self._rows != self._said and kind is None:
+                    self._file.seek(0)
+                    self._file.write(padded_header((self._rows, *self._shape), self._dtype))
                 self._file.close()
             if kind is None and self._written != self._rows:
                 raise ValueError(f"{self._path} needs {self._rows} rows, got {self._written}")

@@ -29,6 +29,7 @@ _BLOCK = 1 << 20
 _WAYS = {
     "mixflow-images": "give images, which `mixflow-fast data prepare` makes",
     "mixflow-latents": "give latents, which `mixflow-fast data encode` makes of prepared images",
+    "mixflow-captioned": "give a cache of text-to-image, which `mixflow-fast encode` makes",
 }
 
 
@@ -96,11 +97,21 @@ def set_format(root: Path) -> str | None:
 def how_far(root: Path) -> tuple[int, int] | None:
     """(shards done, shards in all) of a set in the making; None where none is being made."""
     try:
-        total = json.loads((root / WORK).read_text(encoding="utf-8"))["shards"]
-        done = sum(name.endswith(".done.json") for name in os.listdir(root / DONE))
-    except (OSError, ValueError, KeyError, TypeError):
+        begun = json.loads((root / WORK).read_text(encoding="utf-8"))
+        total, sets = begun["shards"], begun.get("sets")
+        if isinstance(sets, dict):  # a folder of sets, {name: its shards}
+            return sum(_done_in(root / name) for name in sets), sum(sets.values())
+        return (_done_in(root), total) if isinstance(total, int) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return (done, total) if isinstance(total, int) else None
+
+
+def _done_in(root: Path) -> int:
+    """How many shards of a set are done; 0 where it was not begun."""
+    try:
+        return sum(name.endswith(".done.json") for name in os.listdir(root / DONE))
+    except FileNotFoundError:
+        return 0
 
 
 def listed_files(manifest: Mapping[str, object]) -> list[dict[str, object]]:

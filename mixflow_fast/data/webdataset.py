@@ -10,9 +10,9 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -28,8 +28,8 @@ from mixflow_fast.data.summary import DataSummary, digest_of
 from mixflow_fast.files import existing_path
 
 INDEX = ".mixflow-fast-index.npz"
-_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class WebDataset:
@@ -56,7 +56,7 @@ class WebDataset:
 
     def __init__(self, path: str | os.PathLike[str], size: int, flip: bool = True) -> None:
         root = existing_path(path)
-        self._paths = _shards(root)
+        self._paths = tar_shards(root)
         index = _load(root, self._paths) if root.is_dir() else None
         if index is None:
             index = _Index.of(self._paths)
@@ -132,46 +132,46 @@ class _Index:
         """By the headers of the archives."""
         rows, names = [], []
         for shard, path in enumerate(paths):
-            for sample in _samples(path):
-                rows.append((shard, sample.offset, sample.size, sample.label(path)))
-                names.append(sample.name)
+            for sample in tar_samples(path, ("cls", "json")):
+                if sample.name:
+                    rows.append((shard, sample.offset, sample.size, _label(sample, path)))
+                    names.append(sample.name)
         if not rows:
             raise ValueError(
-                f"no image ({', '.join(_IMAGES)}) is in the shards of {paths[0].parent}"
+                f"no image ({', '.join(TAR_IMAGES)}) is in the shards of {paths[0].parent}"
             )
         return cls(np.array(rows, np.int64), names)
 
 
 @dataclass
-class _Sample:
-    """What an archive holds of one sample."""
+class TarSample:
+    """What an archive holds of one sample.
+
+    Attributes:
+        key: its members' name up to the first dot, with the folder.
+        name, offset, size: the image: name of its member, where its content begins in the archive,
+            and how many bytes it has; "" and 0 where there is none.
+        texts: content of the other members that were asked for, by what follows the dot.
+    """
 
     key: str
     name: str = ""
     offset: int = 0
     size: int = 0
-    cls: bytes | None = None
-    json: bytes | None = None
-
-    def label(self, path: Path) -> int:
-        """The class; ValueError names the sample where there is none."""
-        found: object = None
-        with suppress(ValueError, TypeError, KeyError):
-            if self.cls is not None:
-                found = int(self.cls)
-            elif self.json is not None:
-                found = json.loads(self.json)["label"]
-        if type(found) is not int or found < 0:
-            raise ValueError(
-                f"{self.name} in {path} has no label: expected {self.key}.cls with an integer >= 0 "
-                f'as text, or {self.key}.json with {{"label": integer}}'
-            )
-        return found
+    texts: dict[str, bytes] = field(default_factory=dict)
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
-    """The samples of an archive that have an image."""
-    sample = _Sample("")
+def tar_samples(path: Path, kinds: Sequence[str]) -> Iterator[TarSample]:
+    """The samples of an archive, in the order in which they are stored.
+
+    Args:
+        path: the archive.
+        kinds: members to read beside images, such as "cls" for `00042.cls`.
+
+    Raises:
+        ValueError: a damaged or compressed archive, two images for one sample.
+    """
+    sample = TarSample("")
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
@@ -182,28 +182,44 @@ def _samples(path: Path) -> Iterator[_Sample]:
                     continue
                 key, kind = (f"{folder}/{stem}" if folder else stem), kind.lower()
                 if key != sample.key:
-                    if sample.name:
+                    if sample.name or sample.texts:
                         yield sample
-                    sample = _Sample(key)
-                if kind in _IMAGES:
+                    sample = TarSample(key)
+                if kind in TAR_IMAGES:
                     if sample.name:
                         raise ValueError(f"it has two images for one sample, {sample.name!r} and "
                                          f"{member.name!r}")  # fmt: skip
                     sample.name, sample.offset = member.name, member.offset_data
                     sample.size = member.size
-                elif kind in ("cls", "json"):
+                elif kind in kinds:
                     stream = archive.extractfile(member)
-                    setattr(sample, kind, stream.read() if stream is not None else None)
+                    sample.texts[kind] = stream.read() if stream is not None else b""
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(
             f"cannot read the shard {path}: {error}. Compressed archives are not read: samples "
             "are read at random, so unpack them to .tar"
         ) from error
-    if sample.name:
+    if sample.name or sample.texts:
         yield sample
 
 
-def _shards(root: Path) -> list[Path]:
+def _label(sample: TarSample, path: Path) -> int:
+    """The class; ValueError names the sample where there is none."""
+    found: object = None
+    with suppress(ValueError, TypeError, KeyError):
+        if "cls" in sample.texts:
+            found = int(sample.texts["cls"])
+        elif "json" in sample.texts:
+            found = json.loads(sample.texts["json"])["label"]
+    if type(found) is not int or found < 0:
+        raise ValueError(
+            f"{sample.name} in {path} has no label: expected {sample.key}.cls with an integer >= 0 "
+            f'as text, or {sample.key}.json with {{"label": integer}}'
+        )
+    return found
+
+
+def tar_shards(root: Path) -> list[Path]:
     """The .tar files of a folder by name, or the one that is given."""
     names = sorted(os.listdir(root)) if root.is_dir() else [root.name]
     parent = root if root.is_dir() else root.parent
@@ -212,7 +228,7 @@ def _shards(root: Path) -> list[Path]:
     compressed = [
         name
         for name in names
-        if name.lower().endswith(_COMPRESSED) and _unpacked(name) not in names
+        if name.lower().endswith(COMPRESSED_TARS) and _unpacked(name) not in names
     ]
     if compressed:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.data import Batch, Dataset
+from mixflow_fast.data.bucket_order import bucket_sizes
 from mixflow_fast.flow.clock import DATA_AT_1
 from mixflow_fast.kernels import philox
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
@@ -74,6 +75,13 @@ class _Chunk(NamedTuple):
     noise: Tensor
 
 
+def _of_one_shape(index: Tensor, positions: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Positions whose examples have one shape, bucket by bucket."""
+    ends = torch.cumsum(torch.tensor(sizes), 0)
+    bucket = torch.searchsorted(ends, index, right=True)
+    return [positions[bucket == number] for number in bucket.unique().tolist()]
+
+
 class ValidationLoss:
     """Losses of a network at fixed times, on fixed examples with fixed noise.
 
@@ -126,7 +134,10 @@ class ValidationLoss:
         index = torch.arange(self.examples) * len(dataset) // self.examples
         size = min(self.examples, batch_size)
         positions = torch.arange(self.examples)
-        self._chunks = [dataset.get(index[place], place, SEED) for place in positions.split(size)]
+        places = _of_one_shape(index, positions, bucket_sizes(dataset))
+        self._chunks = [
+            dataset.get(index[part], part, SEED) for place in places for part in place.split(size)
+        ]
         self._held: tuple[int, _Chunk] | None = None
         full = mix.schedule.interval == "full"
         self._grid = [

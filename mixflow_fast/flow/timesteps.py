@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from torch import Tensor
 from mixflow_fast.flow.clock import DATA_AT_1
 
 TIME_DISTRIBUTIONS = ("uniform", "beta21", "logit-normal")
+# Noise levels of a text-to-image sampler, see `mixflow_fast.sampling.sigma_grid`.
+SigmaGrid = Literal["diffusers", "linear"]
 Times = TypeVar("Times", Tensor, float)
 _NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _LOGIT_NORMAL = re.compile(rf"logit-normal(?:\(({_NUMBER}),\s*({_NUMBER})\))?")

@@ -108,20 +108,20 @@ class PreviewOptions:
         """Channels of a latent that a picture shows."""
         return 3 if self.channels >= 3 else 1
 
-
-def caption(options: PreviewOptions) -> str:
-    """How the pictures came about, in a sentence."""
-    words = f"{options.steps} Euler steps from EMA weights, the same noise and labels each time"
-    if options.cfg_scale != 1:
-        words += f", guidance {options.cfg_scale:g}"
-    if options.decoder is not None:
-        words += f", decoded by {Path(options.decoder).name}"
-    elif options.latent:
-        words += (
-            f". These are latents, not pictures: the first {options.shown} of {options.channels} "
-            f"channels, values from -{_LATENT_RANGE:g} to {_LATENT_RANGE:g}, without the decoder"
-        )
-    return words
+    def caption(self) -> str:
+        """How the pictures came about, in a sentence."""
+        words = f"{self.steps} Euler steps from EMA weights, the same noise and labels each time"
+        if self.cfg_scale != 1:
+            words += f", guidance {self.cfg_scale:g}"
+        if self.decoder is not None:
+            words += f", decoded by {Path(self.decoder).name}"
+        elif self.latent:
+            words += (
+                f". These are latents, not pictures: the first {self.shown} of {self.channels} "
+                f"channels, values from -{_LATENT_RANGE:g} to {_LATENT_RANGE:g}, without the "
+                "decoder"
+            )
+        return words
 
 
 def write_preview(

@@ -19,8 +19,9 @@ from mixflow_fast.messages import duration
 from mixflow_fast.metrics.rows import TrainingRow, ValidationRow
 from mixflow_fast.reports.html import number, page, picture
 from mixflow_fast.reports.plots import grid_map, loss_over_times, plot
-from mixflow_fast.reports.previews import PreviewOptions, caption
+from mixflow_fast.reports.previews import PreviewOptions
 from mixflow_fast.reports.run_history import Run, read_recipe, read_run
+from mixflow_fast.reports.text_previews import read_settings
 
 MOST_PREVIEWS = 12
 _STYLE = """
@@ -253,10 +254,13 @@ def _previews(run: Run) -> str:
         except ValueError:  # half of a copied folder
             continue
     words = "the same noise and labels each time"
-    if run.config:
+    settings = read_settings(run.out / "previews")
+    if settings is not None:
+        words = settings.caption()
+    elif run.config:
         c = run.config
         options = PreviewOptions.of(c.train, c.model, c.objective.shift, c.latent, c.encoder.stats)
-        words = caption(options)
+        words = options.caption()
     words = words[0].upper() + words[1:] + "."
     if len(figures) < count:
         words += f" {len(figures)} of the {count} in {run.out / 'previews'}."

@@ -19,16 +19,15 @@ its size. `sigma_grid` has its levels to the bit, in its own clock.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mixflow_fast.flow.clock import DATA_AT_1, NOISE_AT_1
-from mixflow_fast.flow.timesteps import shift_time
+from mixflow_fast.flow.timesteps import SigmaGrid, shift_time
 
-SigmaGrid = Literal["diffusers", "linear"]
 _TRAINING_LEVELS = 1000  # of diffusers' flow-matching scheduler
 
 

@@ -13,7 +13,21 @@ import math
 import torch
 from torch import Tensor
 
+from mixflow_fast.kernels.philox import Stream, normal
 from mixflow_fast.models.text_to_image import Adapter, Condition
+
+
+def noise_of_ids(seed: int, ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Noise that samples begin with: (B, C, h, w) float32, a function of (seed, id) alone.
+
+    The same as `sample`'s for these ids.
+
+    Args:
+        seed: of the samples.
+        ids: (B,) int64 >= 0, on the device where the noise is wanted.
+        shape: (C, h, w).
+    """
+    return normal(seed, Stream.SAMPLE_NOISE, ids, math.prod(shape)).view(-1, *shape)
 
 
 @torch.no_grad()

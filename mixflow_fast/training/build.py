@@ -29,6 +29,7 @@ from mixflow_fast.config.schema import (
 )
 from mixflow_fast.config.validate import validate
 from mixflow_fast.data import Dataset, build_dataset
+from mixflow_fast.data.captioned import CaptionedLatents
 from mixflow_fast.data.dataset import without_flips
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.distributed.read_once import read_once_a_machine
@@ -124,7 +125,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         c.objective, model.clock, c.train.seed, mixed_source(source, model, c.source.dropout)
     )
     encoder = build_encoder(c.encoder, c.model)
-    dataset = build_data(c.data, c.model, c.encoder)
+    dataset = build_data(c.data, c.model, c.encoder, c.cond.drop)
     if wants_labels(mix):  # a SongUNet takes any, its source does not
         _check_classes(dataset, c.model)
     check_loading(c.data, dataset, device)
@@ -352,7 +353,10 @@ def build_prompt_encoder(
 
 
 def build_data(
-    section: DataConfig, model: ModelConfig, encoder: EncoderConfig | None = None
+    section: DataConfig,
+    model: ModelConfig,
+    encoder: EncoderConfig | None = None,
+    drop: float = 0.0,
 ) -> Dataset:
     """The training examples.
 
@@ -360,6 +364,7 @@ def build_data(
         section: the section `data` of the configuration.
         model: what takes them.
         encoder: what makes latents of them before that; None as with `encoder.kind=none`.
+        drop: probability of the empty prompt, `cond.drop`.
 
     Raises:
         ValueError: data that are not there or of another format, with the settings that name them;
@@ -454,7 +459,10 @@ def build_validation(section: DataConfig, model: ModelConfig, dataset: Dataset) 
             return ValidationData(heldout, "held-out examples")
         except ValueError:  # windows larger than the held-out bands
             pass
-    return ValidationData(without_flips(dataset), "training examples")
+    plain = without_flips(dataset)
+    if isinstance(plain, CaptionedLatents):
+        plain = plain.without_drop()
+    return ValidationData(plain, "training examples")
 
 
 def build_teacher(section: TeacherConfig, model: ModelConfig, precision: str) -> Teacher:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from mixflow_fast.models.autoencoders.decoding import Decoder
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.reports.previews import PreviewOptions, preview_file, write_preview
+from mixflow_fast.reports.text_previews import TextPreviewOptions
 from mixflow_fast.training.conditions import Conditions
 from mixflow_fast.training.duty import RunContext, Timetable
 from mixflow_fast.training.engines import Engine
@@ -191,7 +193,7 @@ class Previews:
         self,
         context: RunContext,
         timetable: Timetable,
-        options: PreviewOptions,
+        options: PreviewOptions | TextPreviewOptions,
         watched: WatchedCopy,
         source: SourceRecord | None = None,
     ) -> None:
@@ -222,7 +224,7 @@ class Previews:
             try:
                 if decoder is not None:
                     decoder.to(next(self._watched.net.parameters()).device)
-                write_preview(self._watched.net, self._options, path, decoder, self._source)
+                self._write(path, decoder)
             finally:
                 if decoder is not None:  # training has the device's memory to itself
                     decoder.to("cpu")
@@ -230,6 +232,9 @@ class Previews:
         # No such decoder, a full disk, samples that are not finite, no room on the GPU.
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             log.log(f"warning: no preview of step {step} ({error_line(error, 200)})")
+
+    def _write(self, path: Path, decoder: Decoder | None) -> None:
+        write_preview(self._watched.net, self._options, path, decoder, self._source)
 
 
 class Validation:

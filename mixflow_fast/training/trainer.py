@@ -33,7 +33,8 @@ from mixflow_fast.models.dinov2 import PRECISIONS
 from mixflow_fast.models.flops import peak_tflops
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.objective.rollout import roll_in
-from mixflow_fast.reports.previews import PreviewOptions, caption
+from mixflow_fast.reports.previews import PreviewOptions
+from mixflow_fast.reports.text_previews import TextPreviewOptions
 from mixflow_fast.training.attention import agree_on_attention, describe_network
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_engine, build_run
 from mixflow_fast.training.costs import run_flops
@@ -80,6 +81,11 @@ from mixflow_fast.training.source import (
     wants_labels,
 )
 from mixflow_fast.training.step_record import OnStep, StepOutput, StepRecord
+from mixflow_fast.training.text_previews import (
+    TextPreviews,
+    preview_prompts,
+    text_preview_options,
+)
 
 
 class Trainer:
@@ -378,20 +384,27 @@ class Trainer:
 
     def _watch(self, parts: RunParts) -> None:
         """What looks at the run from outside: costs, previews, validation."""
-        config, c, group = self.config, self.config.train, self.host_group
+        c, group = self.config.train, self.host_group
         self._train_flops = flops = run_flops(parts.model, parts.conditions, parts.dataset)
         fused = runtime.use_kernels(self.mix.impl, self.device)
         self.objective = "Triton kernels" if fused else "PyTorch reference"
         on_gpu = self.device.type == "cuda" and c.precision == "bf16"
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None
-        shift, latents, stats = config.objective.shift, config.latent, config.encoder.stats
-        self._previews = PreviewOptions.of(c, config.model, shift, latents, stats)
+        self._previews = self._preview_options()
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
         self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
         self._validation = validation_loss(
             parts.validation, self.mix, self.device, (self.inputs, self.conditions), c, group
         )
+
+    def _preview_options(self) -> PreviewOptions | TextPreviewOptions:
+        config, c, shift = self.config, self.config.train, self.config.objective.shift
+        if not (config.model.is_text_to_image and c.preview_every):
+            return PreviewOptions.of(c, config.model, shift, config.latent, config.encoder.stats)
+        self._preview_rows = preview_prompts(self.dataset.prompts, c)
+        texts, latent = tuple(self._preview_rows.values()), tuple(self.dataset.shape)
+        return text_preview_options(c, config.model, shift, latent, texts)
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
@@ -452,7 +465,7 @@ class Trainer:
             recipe=self._recipe,
             environment=current_environment(self.device).to_dict(),
         )
-        where = f"previews: {self.out / 'previews'}: {caption(self._previews)}"
+        where = f"previews: {self.out / 'previews'}: {self._previews.caption()}"
         for line in (*self._data.lines[1:], *([where] if c.preview_every else []), *messages):
             log.log(line)
         self.guard.log = log.log
@@ -469,8 +482,7 @@ class Trainer:
         rate, health = self._learning_rate, self._source_health
         duties: list[Duty] = [Logging(context, rows, self.guard, rate, batch, data_wait, health)]
         if c.preview_every:
-            when, options = Timetable(c.preview_every, total, beginning), self._previews
-            duties.append(Previews(context, when, options, self.watched, self._source_record))
+            duties.append(self._preview_duty(context, Timetable(c.preview_every, total, beginning)))
         if self._validation is not None:
             when = Timetable(c.validate_every, total, beginning)
             duties.append(Validation(context, when, self._validation, self.watched))
@@ -481,6 +493,13 @@ class Trainer:
         checkpoints = Checkpoints(context, when, check, self.begin_save)
         self.guard.settle = checkpoints.settle
         return [*duties, checkpoints], checkpoints
+
+    def _preview_duty(self, context: RunContext, when: Timetable) -> Duty:
+        options, watched = self._previews, self.watched
+        if isinstance(options, PreviewOptions):
+            return Previews(context, when, options, watched, self._source_record)
+        rows, prompts = tuple(self._preview_rows), self.dataset.prompts
+        return TextPreviews(context, when, options, watched, rows, prompts, self.conditions)
 
 
 def train(

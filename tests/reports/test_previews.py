@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.reports.previews import caption, preview_labels, write_preview
+from mixflow_fast.reports.previews import preview_labels, write_preview
 from tests.support.autoencoder import small_autoencoder, write_autoencoder
 from tests.support.configs import preview_options
 
@@ -25,8 +25,8 @@ def test_labels_of_previews_are_spread_over_the_classes() -> None:
 def test_latents_are_shown_as_three_channels_and_said_so(tmp_path: Path) -> None:
     config = load_config("sit-xl2-256", ["data.path=x", "train.init=null", "model.input_size=4",
                                          "train.previews=5", "train.preview_steps=1"])  # fmt: skip
-    assert "latents, not pictures: the first 3 of 4 channels" in caption(preview_options(config))
-    assert "latents" not in caption(preview_options(load_config("photos")))
+    assert "latents, not pictures: the first 3 of 4 channels" in preview_options(config).caption()
+    assert "latents" not in preview_options(load_config("photos")).caption()
 
     class Net:
         """Brings every channel to its own value in one step."""
@@ -51,7 +51,7 @@ def test_with_a_decoder_latents_become_pictures(tmp_path: Path) -> None:
                                          "train.previews=1", "train.preview_steps=1",
                                          f"train.preview_decoder={tmp_path / 'vae'}"])  # fmt: skip
     options = preview_options(config)
-    assert caption(options).endswith("decoded by vae")
+    assert options.caption().endswith("decoded by vae")
 
     class Net:
         clock = "data_at_1"

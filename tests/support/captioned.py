@@ -29,6 +29,29 @@ TINY = {
 }
 
 
+class StandInPrompts:
+    """Prompts of the stand-in: "" and three more, in a folder as a cache's set has them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        texts = ["", "a fox", "a heron", "two cups on a table"]
+        lines = [json.dumps({"row": row, "text": text}) for row, text in enumerate(texts)]
+        (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+
+    def take(self, rows: Tensor) -> dict[str, Tensor]:
+        return prompt_parts(rows.tolist())
+
+
+def prompt_parts(seeds: list[int]) -> dict[str, Tensor]:
+    """Parts of prompts, numbers of their seeds."""
+    parts = {"clip_l": (5, 8), "clip_g": (5, 12), "t5": (7, 32)}
+    parts |= {"pooled_l": (24,), "pooled_g": (40,)}
+    return {
+        name: torch.stack([numbers(*shape, seed=100 + seed) for seed in seeds]).bfloat16()
+        for name, shape in parts.items()
+    }
+
+
 class StandIn:
     num_classes = 1
     shape = (16, 8, 8)
@@ -41,12 +64,7 @@ class StandIn:
     def get(self, indices: Tensor, positions: Tensor, seed: int) -> Batch:
         mean = torch.stack([numbers(16, 8, 8, seed=int(i)) for i in indices])
         std = torch.full_like(mean, 0.1)
-        parts = {"clip_l": (5, 8), "clip_g": (5, 12), "t5": (7, 32)}
-        parts |= {"pooled_l": (24,), "pooled_g": (40,)}
-        cond = {
-            name: torch.stack([numbers(*shape, seed=100 + int(i)) for i in indices]).bfloat16()
-            for name, shape in parts.items()
-        }
+        cond = prompt_parts(indices.tolist())
         y = torch.zeros(len(indices), dtype=torch.int64)
         return Batch(Moments(mean, std, 1.5), y, positions, cond=cond)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -70,3 +71,17 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def adm_crop(image: Image.Image, size: int) -> np.ndarray:
+    """`center_crop_arr` of openai/guided-diffusion, written down anew from its definition."""
+    width, height = image.size
+    while not min(width, height) < 2 * size:
+        width, height = math.floor(width / 2), math.floor(height / 2)
+        image = image.resize(size=(width, height), resample=Image.BOX)
+    factor = size / min(width, height)
+    # Python's `round` takes a half to the even neighbour.
+    width, height = round(width * factor), round(height * factor)
+    array = np.array(image.resize(size=(width, height), resample=Image.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return array[top : top + size, left : left + size]

@@ -129,6 +129,12 @@ def _build(network: type[nn.Module], config: dict) -> nn.Module:
     return network(**config)
 
 
+def without_storage(network: type[nn.Module], config: dict) -> nn.Module:
+    """A network on the meta device, of any size."""
+    with torch.device("meta"):
+        return network(**config)
+
+
 def sd3_pipeline(network: nn.Module) -> StableDiffusion3Pipeline:
     pipeline = StableDiffusion3Pipeline(
         transformer=network,

@@ -13,6 +13,8 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,6 +157,26 @@ def _check_one_split(paths: list[Path]) -> None:
         )
 
 
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """A .parquet file, which stays open.
+
+    Raises:
+        ValueError: pyarrow is missing, or reading fails, inside the `with` too; names the file.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError(
+            f'.parquet needs pyarrow ({error}): pip install "mixflow_fast[data]"'
+        ) from None
+    try:
+        yield pq.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+
+
 class _Tables:
     """The rows of .parquet files; safe to read from several threads.
 
@@ -166,23 +188,13 @@ class _Tables:
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ValueError(
-                f'.parquet needs pyarrow ({error}): pip install "mixflow_fast[data]"'
-            ) from None
         self.paths = paths
         self._files: list[pq.ParquetFile] = []
         self._groups: list[tuple[int, int]] = []  # (file, its group) in the order of the rows
         counts, labels, self.names = [], [], []
         for number, path in enumerate(paths):
-            try:
-                file = pq.ParquetFile(path)
+            with opened_parquet(path) as file:
                 labels.append(_labels(file, path))
-            except (pyarrow.ArrowException, OSError) as error:
-                raise ValueError(f"cannot read {str(path)!r}: {error}") from error
             self._files.append(file)
             self.names += [f"{path.name}[{row}]" for row in range(file.metadata.num_rows)]
             for group in range(file.num_row_groups):

@@ -135,14 +135,8 @@ def encode(
             f"the images of {prepared} are JPEG and not exact, and what was lost would be in every "
             "latent: prepare them as webp or raw, or give --allow-lossy"
         )
-    most = min(64, _PIXELS_OF_A_BATCH // images.size**2)
-    batch = options.batch or max(1, most // options.mirrors) * options.mirrors
-    if batch < 1 or batch % options.mirrors:
-        raise ValueError(
-            f"batch must be a multiple of the {options.mirrors} mirrors, got {batch}: it counts "
-            "mirrored images"
-        )
-    precision = _precision(encoder.precision, device, batch)
+    batch = batch_of(options.batch, images.size**2, options.mirrors)
+    precision = precision_of(encoder.precision, device, batch)
     info = _info(images, encoder, options.mirrors, precision)
     settings = {
         "format": FORMAT,
@@ -152,14 +146,14 @@ def encode(
         "precision": precision,
         "shard_samples": options.shard_samples,
     }
-    plan = _Plan(len(images), options.shard_samples, batch // options.mirrors, options.mirrors)
+    plan = Plan(len(images), options.shard_samples, batch // options.mirrors, options.mirrors)
     shards = -(-plan.count // plan.shard_samples)
     start, made = time.monotonic(), 0
     with ShardWork(out, settings, shards, ".npy", rank, world, folder="moments") as work:
         _check_space(work, plan, info.shape)
         if numbers := work.remaining():
             run = _Run(images, encoder, device, plan, info.shape, options.threads)
-            with _deterministic():
+            with deterministic_cudnn():
                 made = run.encode(work, numbers, rank, quiet)
 
         def finish(records: list[dict[str, object]]) -> None:
@@ -171,7 +165,7 @@ def encode(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How samples lie in shards and batches."""
 
     count: int
@@ -203,7 +197,7 @@ class _Run:
         images: PreparedImages,
         encoder: LatentsEncoder,
         device: torch.device,
-        plan: _Plan,
+        plan: Plan,
         row: Sequence[int],
         threads: int,
     ) -> None:
@@ -224,11 +218,11 @@ class _Run:
             waiting: tuple[int, range, Callable[[], Tensor]] | None = None
             tasks = self._plan.batches(numbers)
             try:
-                for (number, samples), images in _ahead(
+                for (number, samples), images in ahead(
                     decoders, self._decoded, tasks, 2 * self._threads
                 ):
                     # The batch before is written while the device is at this one.
-                    copied = self._encoded(images)
+                    copied = start_encoding(self._encoder, images, self._plan.mirrors, self._device)
                     if waiting is not None:
                         self._write(shard, *waiting)
                     waiting = number, samples, copied
@@ -251,25 +245,6 @@ class _Run:
         images[: len(samples)] = self._images.pixels(indices)
         return images.pin_memory() if self._device.type == "cuda" else images
 
-    def _encoded(self, images: Tensor) -> Callable[[], Tensor]:
-        """Starts to encode a batch; what is returned waits for its rows, float32 on the host."""
-        x = images.to(self._device, non_blocking=True)
-        if self._plan.mirrors == 2:
-            x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)  # row = 2 * sample + mirror
-        rows = torch.cat(self._encoder(x)[:2], 1)
-        if self._device.type != "cuda":
-            return lambda: rows
-        host = torch.empty(rows.shape, pin_memory=True)
-        host.copy_(rows, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-
-        def wait() -> Tensor:
-            event.synchronize()
-            return host
-
-        return wait
-
     def _write(
         self, shard: _OpenShard, number: int, samples: range, copied: Callable[[], Tensor]
     ) -> None:
@@ -288,7 +263,7 @@ class _OpenShard:
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         row: Sequence[int],
         work: ShardWork,
         finisher: ThreadPoolExecutor,
@@ -329,6 +304,35 @@ class _OpenShard:
         self._wait()
 
 
+def start_encoding(
+    encoder: Callable[[Tensor], Moments], images: Tensor, mirrors: int, device: torch.device
+) -> Callable[[], Tensor]:
+    """Start to encode a batch; what is returned waits for its rows, float32 on the host.
+
+    Args:
+        encoder: on `device`.
+        images: (B, 3, H, W) uint8 on the host.
+        mirrors: 2 encodes the mirrored images too; row = 2 * image + mirror.
+        device: where it runs.
+    """
+    x = images.to(device, non_blocking=True)
+    if mirrors == 2:
+        x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)
+    rows = torch.cat(encoder(x)[:2], 1)
+    if device.type != "cuda":
+        return lambda: rows
+    host = torch.empty(rows.shape, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return host
+
+    return wait
+
+
 def _info(
     images: PreparedImages,
     encoder: LatentsEncoder,
@@ -359,7 +363,28 @@ def _info(
     )
 
 
-def _precision(dtype: str, device: torch.device, batch: int) -> dict[str, object]:
+def batch_of(batch: int | None, pixels: int, mirrors: int) -> int:
+    """Images of one call of the encoder, mirrored ones counted.
+
+    Args:
+        batch: as a user gave it, if so.
+        pixels: of an image.
+        mirrors: rows of an image.
+
+    Raises:
+        ValueError: no multiple of the mirrors.
+    """
+    most = min(64, _PIXELS_OF_A_BATCH // pixels)
+    batch = batch or max(1, most // mirrors) * mirrors
+    if batch < 1 or batch % mirrors:
+        raise ValueError(
+            f"batch must be a multiple of the {mirrors} mirrors, got {batch}: it counts mirrored "
+            "images"
+        )
+    return batch
+
+
+def precision_of(dtype: str, device: torch.device, batch: int) -> dict[str, object]:
     """What the bits of the latents depend on beside the encoder."""
     on_gpu = device.type == "cuda"
     return {
@@ -370,7 +395,7 @@ def _precision(dtype: str, device: torch.device, batch: int) -> dict[str, object
     }
 
 
-def _check_space(work: ShardWork, plan: _Plan, row: Sequence[int]) -> None:
+def _check_space(work: ShardWork, plan: Plan, row: Sequence[int]) -> None:
     """ValueError where the disk has too little space for the shards that nobody has done."""
     undone = [number for number in range(work.shards) if not work.path(number).exists()]
     rows = sum(plan.rows(number) for number in undone)
@@ -382,7 +407,7 @@ def _check_space(work: ShardWork, plan: _Plan, row: Sequence[int]) -> None:
         )
 
 
-def _ahead(
+def ahead(
     pool: ThreadPoolExecutor,
     make: Callable[[_Task], _Made],
     tasks: Iterable[_Task],
@@ -400,7 +425,7 @@ def _ahead(
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic_cudnn() -> Iterator[None]:
     """cuDNN chooses algorithms by the shapes alone, and only deterministic ones."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark

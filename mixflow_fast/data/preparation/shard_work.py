@@ -37,7 +37,20 @@ _IGNORED = {".DS_Store", "lost+found"}
 _OPTIONS = {
     "shard_rows": "--shard-images",
     "shard_samples": "--shard-samples",
+    "shard_images": "--shard-images",
+    "shard_prompts": "--shard-prompts",
     "image_format": "--format",
+    "mirrors": "--mirrors",
+    "data": "--data",
+    "text": "--text",
+    "text_length": "--t5-length",
+    "text_dtype": "--dtype",
+    "text_batch": "--text-batch",
+    "image_batch": "--batch",
+    "buckets": "--buckets or --size",
+    "transformer": "--model",
+    "encoders": "--model",
+    "vae": "--model",
 }
 
 

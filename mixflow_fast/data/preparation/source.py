@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SMALLEST_SIDE = 32
 _ORIENTATION = 0x0112  # EXIF's tag
+_PNG_METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def read_header(file: str | os.PathLike[str] | BinaryIO) -> Header:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and not _PNG_METADATA & set(image.info):
+        return 1  # Pillow would decode the pixels, to look for EXIF behind them
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # whatever damaged EXIF brings: the pixels are none the worse for it

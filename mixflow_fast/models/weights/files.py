@@ -251,7 +251,7 @@ def _read_back(
 def _read(path: Path) -> tuple[Format, Mapping[str, object], Mapping[str, str]]:
     """Format, top-level entries and header of a file."""
     try:
-        if _is_safetensors(path):
+        if is_safetensors(path):
             from safetensors import safe_open
 
             with safe_open(path, "pt", device="cpu") as file:
@@ -281,7 +281,7 @@ def _unpickled(path: Path, mapped: bool) -> object:
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """Whether a file is in the safetensors format, by its first bytes whatever its name."""
     with open(path, "rb") as file:
         head = file.read(9)

@@ -20,6 +20,10 @@ _TRAIN = "give the checkpoint of a SiT, REPA SiT, DiT-DH or unconditional SongUN
 _AUTOENCODER = f"an autoencoder (VAE), which makes latents of images and not samples: {_TRAIN}"
 _UNET = f"a UNet, which this engine does not train: {_TRAIN}"
 _TEXT_TO_IMAGE = f"a text-to-image transformer, which this engine does not train: {_TRAIN}"
+_TRAINED_FROM_FOLDER = (
+    "a text-to-image transformer: it is trained from its folder of diffusers, with "
+    "model.folder=FOLDER, and mixflow-fast inspect says which it is"
+)
 _VIT = (
     "an image encoder (ViT, such as DINOv2): REPA's teacher is the folder of one in transformers' "
     "layout (teacher.path=FOLDER)"
@@ -51,10 +55,10 @@ _NETWORKS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("down_blocks.", "up_blocks.", "time_embedding."), _UNET),
     (("input_blocks.", "output_blocks.", "time_embed."), _UNET),
     (("enc.", "dec.", "map_layer0."), f"EDM's network, {_UNET}"),
-    (("double_blocks.", "single_blocks."), f"FLUX, {_TEXT_TO_IMAGE}"),
-    (("single_transformer_blocks.",), f"FLUX, {_TEXT_TO_IMAGE}"),
-    (("joint_blocks.",), f"Stable Diffusion 3, {_TEXT_TO_IMAGE}"),
-    (("transformer_blocks.", "context_embedder."), f"Stable Diffusion 3, {_TEXT_TO_IMAGE}"),
+    (("double_blocks.", "single_blocks."), f"FLUX, {_TRAINED_FROM_FOLDER}"),
+    (("single_transformer_blocks.",), f"FLUX, {_TRAINED_FROM_FOLDER}"),
+    (("joint_blocks.",), f"Stable Diffusion 3, {_TRAINED_FROM_FOLDER}"),
+    (("transformer_blocks.", "context_embedder."), f"Stable Diffusion 3, {_TRAINED_FROM_FOLDER}"),
     (("transformer_blocks.", "caption_projection."), f"PixArt, {_TEXT_TO_IMAGE}"),
     (("decoder_embed.", "decoder_pred."), f"RAE's decoder, half of {_AUTOENCODER}"),
     (("encoder.", "decoder.", "conv_in."), _AUTOENCODER),

@@ -284,7 +284,7 @@ def test_images_are_decoded_ahead_but_not_all_of_them():
         return task * task
 
     with ThreadPoolExecutor(2) as pool:
-        found = encode_module._ahead(pool, make, range(20), 3)
+        found = encode_module.ahead(pool, make, range(20), 3)
         assert next(found) == (0, 0)
         assert all(begun.acquire(timeout=10) for _ in range(4)) and len(made) == 4
         assert list(found) == [(n, n * n) for n in range(1, 20)]

@@ -10,21 +10,7 @@ from PIL import Image
 from mixflow_fast.data.image_folder import adm_center_crop
 from mixflow_fast.data.preparation.scan import scan_source
 from mixflow_fast.data.preparation.source import list_source, read_crop, read_header
-from tests.support.image_folders import bad_images, encoded, smooth, write_folder
-
-
-def adm(image: Image.Image, size: int) -> np.ndarray:
-    """`center_crop_arr` of openai/guided-diffusion, written down anew from its definition."""
-    width, height = image.size
-    while not min(width, height) < 2 * size:
-        width, height = math.floor(width / 2), math.floor(height / 2)
-        image = image.resize(size=(width, height), resample=Image.BOX)
-    factor = size / min(width, height)
-    # Python's `round` takes a half to the even neighbour.
-    width, height = round(width * factor), round(height * factor)
-    array = np.array(image.resize(size=(width, height), resample=Image.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return array[top : top + size, left : left + size]
+from tests.support.image_folders import adm_crop, bad_images, encoded, smooth, write_folder
 
 
 @pytest.mark.parametrize(
@@ -40,7 +26,7 @@ def adm(image: Image.Image, size: int) -> np.ndarray:
 )
 def test_the_crop_is_adms(width, height):
     picture = smooth(width, height, width + height)
-    np.testing.assert_array_equal(np.asarray(adm_center_crop(picture, 256)), adm(picture, 256))
+    np.testing.assert_array_equal(np.asarray(adm_center_crop(picture, 256)), adm_crop(picture, 256))
 
 
 @pytest.mark.parametrize(("width", "rounded"), [(50, 62), (54, 68), (58, 72)])
@@ -48,10 +34,10 @@ def test_a_half_is_rounded_to_even(width, rounded):
     """62.5, 67.5 and 72.5: rounding half up would cut out other pixels."""
     picture = smooth(width, 40, 3)
     assert round(width * 50 / 40) == rounded
-    np.testing.assert_array_equal(np.asarray(adm_center_crop(picture, 50)), adm(picture, 50))
+    np.testing.assert_array_equal(np.asarray(adm_center_crop(picture, 50)), adm_crop(picture, 50))
     wider = np.asarray(picture.resize((math.floor(width * 50 / 40 + 0.5), 50), Image.BICUBIC))
     left = (wider.shape[1] - 50) // 2
-    differs = not np.array_equal(wider[:, left : left + 50], adm(picture, 50))
+    differs = not np.array_equal(wider[:, left : left + 50], adm_crop(picture, 50))
     assert differs == (rounded != math.floor(width * 50 / 40 + 0.5))
 
 
@@ -76,7 +62,7 @@ def test_every_kind_of_file_is_what_adm_reads(tmp_path, kind):
     file = tmp_path / "n01440764_1.JPEG"
     file.write_bytes(content)
     found = read_crop(content, 32)
-    np.testing.assert_array_equal(found, adm(Image.open(file).convert("RGB"), 32))
+    np.testing.assert_array_equal(found, adm_crop(Image.open(file).convert("RGB"), 32))
     header = read_header(file)
     assert (header.width, header.height) == (90, 75)
     assert header.orientation == (6 if kind == "turned" else 1)

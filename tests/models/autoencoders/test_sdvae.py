@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixflow_fast.models.autoencoders import sdvae
-from mixflow_fast.models.autoencoders.sdvae import SDVAE, WEIGHTS, SDVAEFiles
+from mixflow_fast.models.autoencoders.sdvae import SDVAE, SDVAEFiles
+from mixflow_fast.models.autoencoders.sdvae_files import WEIGHTS
 from tests.support.autoencoder import REAL, small_autoencoder, write_autoencoder
 
 diffusers = pytest.importorskip("diffusers")
@@ -93,7 +94,7 @@ def test_the_real_configuration(tmp_path):
     files = SDVAEFiles.read(tmp_path)
     assert files.shape(256) == (4, 32, 32) and files.shape(512) == (4, 64, 64)
     assert files.scale == model.config.scaling_factor == 0.18215
-    with pytest.raises(ValueError, match="250 x 250 pixels have no latent .* multiple of 8"):
+    with pytest.raises(ValueError, match="250 x 250 pixels have no latent .* multiples of 8"):
         files.shape(250)
 
 
@@ -155,7 +156,11 @@ def test_what_is_no_autoencoder_is_named(tmp_path):
         SDVAE(tmp_path / "vae", 16)
     for change, message in [
         ({"_class_name": "AsymmetricAutoencoderKL"}, "'AsymmetricAutoencoderKL', expected 'Auto"),
-        ({"shift_factor": 0.1}, "shifts its latents"),
+        (
+            {"latents_mean": [0.1] * 4},
+            "has statistics of each channel .* not applied here",
+        ),
+        ({"scaling_factor": 0}, "config.json' is not read: scale must be a positive"),
     ]:
         (tmp_path / "vae/config.json").write_text(json.dumps(config | change))
         (tmp_path / "vae" / WEIGHTS).touch()

@@ -1,0 +1,1 @@
+"""Listings of the three layouts in which people keep images with captions."""
