@@ -28,9 +28,20 @@ def check_cache(
         encoder: what embeds tokens during training; None for a cache of embeddings.
 
     Raises:
-        ValueError: latents of another scale, or parts of prompts that the network, or the encoder,
-            does not take.
+        ValueError: a cache for another class; latents of other channels or another scale; parts of
+            prompts that the network, or the encoder, does not take.
     """
+    channels, own = model.in_channels, model.config["class"]
+    if dataset.info.class_name != own:
+        raise ValueError(
+            f"data were encoded for a {dataset.info.class_name}, the network in model.folder is a "
+            f"{own}: {_WAY_OUT}"
+        )
+    if channels is not None and dataset.shape[0] != channels:  # a user's adapter may not say them
+        raise ValueError(
+            f"data gives latents of {dataset.shape[0]} channels, the network in model.folder takes "
+            f"{channels}: {_WAY_OUT}"
+        )
     latents = model.config["latents"]
     scale = None if latents is None else latents["scale"]
     # Numbers for each channel are in the stored latents.

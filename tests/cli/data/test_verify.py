@@ -99,4 +99,4 @@ def test_a_cache_of_captioned_images_is_hashed_with_its_sets(tmp_path, capsys):
     assert code == 1 and "prompts/manifest.json has 2 bytes, expected " in said
     (cache / "manifest.json").unlink()
     code, _, error = run("data", "verify", cache, capsys=capsys)
-    assert code == 1 and "holds no manifest.json" in error
+    assert code == 2 and "holds no manifest.json" in error
