@@ -274,11 +274,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "words"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
-)
-def test_a_stop_says_how_it_goes_on(files, tmp_path, capsys, number, code, words):
+def test_a_stop_says_how_it_goes_on(files, tmp_path, capsys):
     out = tmp_path / "out"
     paths = ["--model", files / "sd3", "--data", files / "pictures", "--out", out]
     arguments = [str(a) for a in ("encode", *paths, *SMALL, "--text-batch", 6)]
@@ -297,10 +293,10 @@ def test_a_stop_says_how_it_goes_on(files, tmp_path, capsys, number, code, words
             break
     while not (out / "prompts/done/00000.done.json").exists():
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code, "".join(lines) + error
-    assert f"{words}; the same command goes on from here, 1 of 4 shards are done" in error
+    assert process.returncode == 130, "".join(lines) + error
+    assert "interrupted; the same command goes on from here, 1 of 4 shards are done" in error
     assert encode(files, out, *SMALL, "--text-batch", 6) == 0
     assert "done      1 of 4 shards" in capsys.readouterr().out
 
