@@ -217,8 +217,9 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     Of a folder it is that of the lines "digest  name" of its files, as `sha256sum` prints them.
     """
     if path.is_dir():
-        lines = [f"{sha256_of(f, progress)}  {f.relative_to(path).as_posix()}\n" for f in _in(path)]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return folder_digest(
+            {f.relative_to(path).as_posix(): sha256_of(f, progress) for f in _in(path)}
+        )
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
@@ -226,6 +227,13 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(count)
     return digest.hexdigest()
+
+
+def folder_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 of a folder by those of its files, as `sha256_of` gives it."""
+    by_path = sorted(digests.items(), key=lambda item: Path(item[0]))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in by_path)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def size_of(path: Path) -> int:
