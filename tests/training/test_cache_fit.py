@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mixflow_fast.cli import main
 from mixflow_fast.data.captioned import CaptionedLatents
 from mixflow_fast.data.prompts_store import PartInfo
 from mixflow_fast.models.text_to_image.network import TextToImage
@@ -19,6 +22,7 @@ from tests.support.captioned import model_folder
 from tests.support.text_to_image import write_pipeline
 
 pytest.importorskip("diffusers")
+FAMILIES = ("sd3", "flux", "z_image")
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +81,64 @@ def test_tokens_of_other_encoders_are_refused(tmp_path: Path) -> None:
     other = parts | {"t5_ids": replace(parts["t5_ids"], shape=(8,))}
     with pytest.raises(ValueError, match=r"t5_ids \(8,\), the encoders .* t5_ids \(9,\): give a"):
         check(written("b", other), network, encoder)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of pipelines and what `mixflow-fast encode` makes with them of two pictures."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("encoded")
+    (root / "pictures").mkdir()
+    for number, width in enumerate((64, 96)):
+        Image.new("RGB", (width, 64), (number, 99, 0)).save(root / f"pictures/{number}.png")
+        (root / f"pictures/{number}.txt").write_text("a fox")
+    for family in FAMILIES:
+        write_pipeline(root / family, family)
+        for text in ("cached", "online"):
+            options = ["--buckets", "64x64,96x64", "--t5-length", "16", "--device", "cpu"]
+            paths = ["--model", root / family, "--data", root / "pictures"]
+            out = ["--out", root / f"{family}-{text}", "--text", text]
+            assert main(list(map(str, ["encode", *paths, *out, *options]))) == 0
+    return root
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", ["cached", "online"])
+def test_an_encoded_cache_fits_its_model_and_no_other(
+    encoded: Path, family: str, text: str
+) -> None:
+    cache = encoded / f"{family}-{text}"
+    network = TransformerSpec.read(encoded / family).on_meta()
+    encoder = prompt_encoder(encoded / family, 16) if text == "online" else None
+    check(cache, network, encoder)
+    for other in set(FAMILIES) - {family}:
+        with pytest.raises(ValueError, match="data were encoded for a"):
+            check(encoded / f"{other}-{text}", network, encoder)
+
+
+def test_a_damaged_cache_is_mended_as_verify_says(
+    encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(encoded / "sd3-cached", cache)
+    assert main(["data", "verify", str(cache)]) == 0
+    lost = cache / "latents/96x64/moments/00000.npy"
+    prompts = sorted((cache / "prompts/shards").rglob("t5.npy"))[0]
+    for file in (lost, prompts):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 4
+        file.write_bytes(content)
+    assert main(["data", "verify", str(cache)]) == 1
+    said = capsys.readouterr().out
+    assert "2 of" in said and "each manifest.json in the folders that they are in, up to" in said
+    for file in (lost, prompts):
+        file.unlink()
+    for folder in ("", "latents/96x64", "prompts"):
+        (cache / folder / "manifest.json").unlink()
+    options = ["--buckets", "64x64,96x64", "--t5-length", "16", "--device", "cpu"]
+    paths = ["--model", encoded / "sd3", "--data", encoded / "pictures", "--out", cache]
+    assert main(list(map(str, ["encode", *paths, *options]))) == 0
+    assert main(["data", "verify", str(cache)]) == 0
+    for file in (lost, prompts):
+        there = encoded / "sd3-cached" / file.relative_to(cache)
+        assert file.read_bytes() == there.read_bytes()
