@@ -155,8 +155,23 @@ class PromptsStore:
     def __init__(self, root: Path) -> None:
         self.root, self.info = root, PromptsInfo.read(root)
         check_sizes(root, read_manifest(root, FORMAT))
+        self._check_empty_prompt()
         self.dtypes = {name: getattr(torch, p.dtype) for name, p in self.info.parts.items()}
         self._parts = {name: self._map(name) for name in self.info.parts}
+
+    def _check_empty_prompt(self) -> None:
+        """ValueError unless the first row is the empty prompt's, as guidance will ask for it."""
+        try:
+            with open(self.root / PROMPTS, encoding="utf-8") as lines:
+                first = json.loads(lines.readline())
+            row, text = first["row"], first["text"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.root / PROMPTS} cannot be read: {error}") from error
+        if (row, text) != (EMPTY_ROW, ""):
+            raise ValueError(
+                f"{self.root / PROMPTS} must begin with the empty prompt as row {EMPTY_ROW}, got "
+                f"row {row}, {text!r:.60}: make the set again"
+            )
 
     def _map(self, name: str) -> _MappedPart:
         part = self.info.parts[name]

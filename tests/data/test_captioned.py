@@ -202,6 +202,21 @@ def edit(cache: Path, folder: str, **changes: object) -> None:
         edit(cache, "", files=[file_record(cache, f["file"]) for f in record["files"]])
 
 
+def test_latents_of_other_images_are_another_cache(tmp_path: Path) -> None:
+    """The same latents and captions, two of them the other way round."""
+    cache = write_cache(tmp_path / "c")
+    before = CaptionedLatents(cache).summary().digest
+    order = np.arange(16)
+    order[[3, 4]] = order[[4, 3]]
+    np.save(cache / "latents/64x64/source.npy", order)
+    manifest = json.loads((cache / "latents/64x64/manifest.json").read_text())
+    files = [file_record(cache / "latents/64x64", f["file"]) for f in manifest["files"]]
+    edit(cache, "latents/64x64", files=files)
+    data = CaptionedLatents(cache)
+    assert data.prompt_rows(torch.tensor([3, 4]), positions(2), 0).tolist() == [5, 4]
+    assert data.summary().digest != before
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -228,6 +243,17 @@ def test_a_damaged_cache_is_refused(tmp_path: Path, damage, message: str) -> Non
     damage(cache)
     with pytest.raises(ValueError, match=message):
         CaptionedLatents(cache)
+
+
+def test_the_first_prompt_must_be_the_empty_one(tmp_path: Path) -> None:
+    root = write_prompts(tmp_path / "p", 5)
+    lines = (root / "prompts.jsonl").read_text().splitlines()
+    (root / "prompts.jsonl").write_text("\n".join([lines[1].replace("1", "0", 1), *lines[1:]]))
+    edit(root, "", files=[file_record(root, "prompts.jsonl")])
+    with pytest.raises(
+        ValueError, match="must begin with the empty prompt as row 0, got row 0, 'p"
+    ):
+        PromptsStore(root)
 
 
 def test_images_without_a_caption_are_refused(tmp_path: Path) -> None:
