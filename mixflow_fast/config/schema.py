@@ -361,7 +361,8 @@ class TrainConfig(Section, name="train"):
     seed: Seed = 0
     """Of the order of examples, flips, times and noise."""
     init: str | None = None
-    """Checkpoint whose EMA weights start model and EMA; null starts from random weights."""
+    """Checkpoint whose EMA weights start model and EMA; null starts from random weights, or from
+    those in model.folder."""
     device: Device = "auto"
     """auto takes the GPU where there is one."""
     deterministic: bool = False
@@ -399,9 +400,9 @@ class TrainConfig(Section, name="train"):
     preview_decoder: str | None = None
     """Local folder of the latents' decoder, as of `sample --decoder`; null is model.folder's vae
     for text to image, and else shows three channels."""
-    preview_grid: SigmaGrid = "diffusers"
-    """Text to image: noise levels of the previews, those of the pipeline's scheduler, or of
-    linspace(1, 1/N, N)."""
+    preview_grid: SigmaGrid | None = None
+    """Text to image: noise levels of the previews, those of diffusers' scheduler, or of
+    linspace(1, 1/N, N); null is what the pipeline of the folder takes."""
     preview_prompts: tuple[str, ...] | None = None
     """Text to image: prompts of the previews, out of the cache; null takes its first ones."""
     preview_stats: str | None = None
