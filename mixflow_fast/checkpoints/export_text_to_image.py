@@ -11,6 +11,7 @@ read back by its class, and every tensor compared, before the folder is there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,12 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from mixflow_fast import __version__
-from mixflow_fast.files import existing_folder, json_text, replacing, user_path
+from mixflow_fast.files import check_inside, existing_folder, json_text, replacing, user_path
 from mixflow_fast.messages import shorten, size_text
 from mixflow_fast.models.text_to_image.loading import (
     network_class,
     read_config,
     transformer_folder,
+)
+from mixflow_fast.models.text_to_image.lora import (
+    LoraSpec,
+    add_lora,
+    file_name,
+    is_adapter,
+    lora_state,
+    merge_lora,
 )
 from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.models.weights.diffusers_dit import RECORD
@@ -51,7 +60,7 @@ _LICENCES = ("LICENSE*", "LICENCE*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ModelFolder:
     """The folder that a run began with.
 
     Attributes:
@@ -72,11 +81,11 @@ class Source:
     pipeline: str | None
 
     @classmethod
-    def read(cls, folder: Path) -> Source:
+    def read(cls, folder: Path) -> ModelFolder:
         """What a folder holds; no weights are read.
 
         Raises:
-            ValueError: it is no folder of diffusers.
+            ValueError: it is no folder of diffusers, or its index names other places.
         """
         config = read_config(transformer_folder(folder) / "config.json")
         headers = read_headers(transformer_folder(folder))
@@ -84,6 +93,7 @@ class Source:
         counts = [list(headers.dtypes.values()).count(dtype) for dtype in dtypes]
         index = read_config(folder / _INDEX) if (folder / _INDEX).is_file() else {}
         parts = {n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2}
+        check_inside(parts, folder / _INDEX)
         others = [name for name in parts if name != _TRANSFORMER]
         held = [n for n in others if parts[n][1] is not None and (folder / n).is_dir()]
         return cls(
@@ -112,21 +122,21 @@ class Source:
         )
 
 
-def check_place(out: Path, source: Path) -> None:
+def check_place(out: Path, origin: Path) -> None:
     """Refuse to write over, around or into the source's folder.
 
     Raises:
         ValueError: says which.
     """
-    there, own = out.resolve(), source.resolve()
+    there, own = out.resolve(), origin.resolve()
     if there == own or there in own.parents:
         raise ValueError(
-            f"--out {out} is or holds {source}, which the transformer was trained from and is "
+            f"--out {out} is or holds {origin}, which the transformer was trained from and is "
             "read now: choose another --out"
         )
     if own in there.parents:
         raise ValueError(
-            f"--out {out} lies in {source}, which the transformer was trained from: choose a "
+            f"--out {out} lies in {origin}, which the transformer was trained from: choose a "
             "folder beside it"
         )
 
@@ -152,6 +162,8 @@ class TextToImageWeights:
         folder: what the run says it was trained from; None where it does not.
         steps: optimizer steps.
         objective: how it was trained: gamma, timesteps, shift.
+        lora: the adapters that `state` holds, by the names that their files have; None where it is
+            the whole network.
     """
 
     file: Path
@@ -162,6 +174,7 @@ class TextToImageWeights:
     folder: str | None
     steps: int
     objective: Mapping[str, str]
+    lora: LoraSpec | None = None
 
     def write_folder(
         self,
@@ -183,24 +196,29 @@ class TextToImageWeights:
                 hold; too little room; a difference after reading back.
             OSError: it could not be written.
         """
-        source = Source.read(self._source(model))
-        check_place(out, source.folder)
-        chosen: Dtype = dtype or source.dtype
-        network = _on_meta(source)
-        ready = _converted(self.state, network.state_dict(), source, chosen)
-        _check_room(out, ready, 0 if link else source.size())
-        inside = transformer_folder(source.folder) != source.folder
+        origin = ModelFolder.read(self._source(model))
+        check_place(out, origin.folder)
+        chosen: Dtype = dtype or origin.dtype
+        network = _on_meta(origin)
+        whole = self.state if self.lora is None else _merged(self.state, self.lora, origin)
+        ready = _converted(whole, network.state_dict(), origin, chosen)
+        _check_room(out, ready, 0 if link else origin.size())
+        inside = transformer_folder(origin.folder) != origin.folder
         with replacing(out) as partial:
             partial.mkdir()
-            _add_others(source, partial, link)
+            _add_others(origin, partial, link)
             folder = partial / _TRANSFORMER if inside else partial
             folder.mkdir(exist_ok=True)
             network.save_config(folder)
             _save(ready, folder / WEIGHTS, {"format": "pt"})
-            record = {**self._record(chosen), "model": str(source.folder)}
+            record = {**self._record(chosen), "model": str(origin.folder)}
             (partial / RECORD).write_text(json_text(record, RECORD))
-            _compare_read_back(source, ready, folder, DTYPES[chosen])
-        return Written(len(ready), list(_notes(source, out, chosen, link, len(ready))))
+            _compare_read_back(origin, ready, folder, DTYPES[chosen])
+        made = out / _TRANSFORMER if inside else out
+        notes = list(_notes(origin, made, chosen, link, len(ready)))
+        if self.lora is not None:
+            notes.append(_of_merging(self.state, self.lora, whole, ready, chosen))
+        return Written(len(ready), notes)
 
     def write_file(self, out: Path, dtype: Dtype | None = None) -> Written:
         """Write the weights alone, by the class's names, as one .safetensors file.
@@ -213,6 +231,11 @@ class TextToImageWeights:
             ValueError: numbers that the dtype cannot hold.
             OSError: it could not be written.
         """
+        if self.lora is not None:
+            raise ValueError(
+                f"{self.file} holds adapters (LoRA) and not the network beside them: export --to "
+                "lora writes them, --to diffusers adds them to the folder that they were trained on"
+            )
         chosen: Dtype = dtype or "fp32"
         ready = _in_dtype(self.state, chosen)
         record = {name: str(value) for name, value in self._record(chosen).items()}
@@ -255,6 +278,7 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
         ValueError: values that are damaged or not finite.
     """
     state, record = file.state(which), file.metadata
+    lora = None if record is None else record.kwargs.get("lora")
     network = text_to_image_network({name: tuple(t.shape) for name, t in state.items()})
     if network is not None:
         name, class_name, prefix = network.name, network.class_name, network.prefix
@@ -265,34 +289,91 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
     else:
         return None
     file.check_values(which, state)
+    own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    if isinstance(lora, Mapping):
+        own = {file_name(n): tensor for n, tensor in own.items() if is_adapter(n)}
+        name = f"{class_name} with LoRA of rank {lora.get('rank')}"
     run = json.loads(record.config or "{}") if record is not None else {}
     objective = run.get("objective", {})
     return TextToImageWeights(
         file=file.path,
         which=which,
         name=name,
-        state={n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)},
+        state=own,
         class_name=class_name,
         folder=run.get("model", {}).get("folder"),
         steps=file.steps or 0,
-        objective={name: str(objective[name]) for name in _OBJECTIVE if name in objective},
+        objective={n: str(objective[n]) for n in _OBJECTIVE if n in objective},
+        lora=LoraSpec.from_config(lora) if isinstance(lora, Mapping) else None,
     )
 
 
-def _on_meta(source: Source) -> nn.Module:
+@torch.no_grad()
+def _merged(
+    adapters: Mapping[str, Tensor], spec: LoraSpec, origin: ModelFolder
+) -> dict[str, Tensor]:
+    """The folder's network with the adapters added to it, float32, by the class's names."""
+    network = network_class(origin.class_name).from_pretrained(
+        transformer_folder(origin.folder), torch_dtype=torch.float32, local_files_only=True
+    )
+    add_lora(network, spec)
+    own = lora_state(network)
+    wrong = [n for n in own if n not in adapters] + [n for n in adapters if n not in own]
+    wrong += [n for n in own if n in adapters and own[n].shape != adapters[n].shape]
+    if wrong:
+        raise ValueError(
+            f"the adapters do not fit {origin.class_name} of {origin.folder}: {shorten(wrong)}: "
+            "give the folder that they were trained on, with --model FOLDER"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(adapters[name])
+    merge_lora(network)
+    return network.state_dict()
+
+
+def _of_merging(
+    adapters: Mapping[str, Tensor],
+    spec: LoraSpec,
+    whole: Mapping[str, Tensor],
+    ready: Mapping[str, Tensor],
+    dtype: Dtype,
+) -> str:
+    """How large the change is, and how much of it the dtype rounds away; RMS over its layers."""
+    size = change = lost = 0.0
+    layers = [name.removesuffix(".lora_A.weight") for name in adapters if ".lora_A." in name]
+    for layer in layers:
+        down, up = (adapters[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+        weight = whole[f"{layer}.weight"]
+        change += float((spec.scale * (up @ down)).square().sum())
+        size += float(weight.square().sum())
+        lost += float((ready[f"{layer}.weight"].float() - weight).square().sum())
+    words = f"LoRA added to {len(layers)} layers, which changes them by {_ratio(change, size):.1e}"
+    if dtype == "fp32":
+        return words
+    return (
+        f"{words}; rounding the sums to {dtype} is {_ratio(lost, change):.2g} of that change "
+        "(--dtype fp32 keeps it, --to lora keeps the adapters apart)"
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0
+
+
+def _on_meta(origin: ModelFolder) -> nn.Module:
     with torch.device("meta"):
-        return network_class(source.class_name).from_config(dict(source.config))
+        return network_class(origin.class_name).from_config(dict(origin.config))
 
 
 def _converted(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Source, dtype: Dtype
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: ModelFolder, dtype: Dtype
 ) -> dict[str, Tensor]:
     """The state in the dtype, every tensor of the class there and no other."""
     wrong = [n for n in own if n not in state] + [n for n in state if n not in own]
     wrong += [n for n in own if n in state and own[n].shape != state[n].shape]
     if wrong:
         raise ValueError(
-            f"the weights do not fit {source.class_name} of {source.folder}: missing, unexpected "
+            f"the weights do not fit {origin.class_name} of {origin.folder}: missing, unexpected "
             f"or of another shape: {shorten(wrong)}: give the folder that they were trained from, "
             "with --model FOLDER"
         )
@@ -329,25 +410,25 @@ def _check_room(out: Path, state: Mapping[str, Tensor], others: int) -> None:
         )
 
 
-def _add_others(source: Source, partial: Path, link: bool) -> None:
-    for name in source.components:
-        there = (source.folder / name).resolve()
+def _add_others(origin: ModelFolder, partial: Path, link: bool) -> None:
+    for name in origin.components:
+        there = (origin.folder / name).resolve()
         if link:
             os.symlink(there, partial / name, target_is_directory=True)
         else:
             shutil.copytree(there, partial / name)
-    files = [source.folder / _INDEX] if source.pipeline is not None else []
+    files = [origin.folder / _INDEX] if origin.pipeline is not None else []
     for pattern in _LICENCES:
-        files += [file for file in source.folder.glob(pattern) if file.is_file()]
+        files += [file for file in origin.folder.glob(pattern) if file.is_file()]
     for file in files:
         shutil.copyfile(file, partial / file.name)
 
 
 def _compare_read_back(
-    source: Source, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
+    origin: ModelFolder, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
     """ValueError unless the class reads every tensor as it was written."""
-    made = network_class(source.class_name).from_pretrained(
+    made = network_class(origin.class_name).from_pretrained(
         folder, torch_dtype=dtype, local_files_only=True
     )
     back = made.state_dict()
@@ -357,27 +438,29 @@ def _compare_read_back(
     ]
     if different or back.keys() != state.keys():
         raise ValueError(
-            f"{source.class_name} reads {shorten(different or sorted(back.keys() ^ state.keys()))} "
+            f"{origin.class_name} reads {shorten(different or sorted(back.keys() ^ state.keys()))} "
             "otherwise than it was written; nothing was written: please report it with the "
             "versions of torch and diffusers"
         )
 
 
-def _notes(source: Source, out: Path, dtype: Dtype, link: bool, tensors: int) -> Iterator[str]:
-    yield f"read back by {source.class_name}: all {tensors} tensors equal, in {dtype}"
-    if source.components:
+def _notes(
+    origin: ModelFolder, made: Path, dtype: Dtype, link: bool, tensors: int
+) -> Iterator[str]:
+    yield f"read back by {origin.class_name}: all {tensors} tensors equal, in {dtype}"
+    if origin.components:
         how = "linked to" if link else "copied from"
-        size = size_text(source.size())
-        yield f"{', '.join(source.components)} ({size}) {how} {source.folder}"
-    if source.pipeline is None:
+        size = size_text(origin.size())
+        yield f"{', '.join(origin.components)} ({size}) {how} {origin.folder}"
+    if origin.pipeline is None:
         yield (
-            f"{source.folder} holds the transformer alone, so this does too. A pipeline takes it "
-            f"as transformer={source.class_name}.from_pretrained({str(out)!r}); one that is made "
+            f"{origin.folder} holds the transformer alone, so this does too. A pipeline takes it "
+            f"as transformer={origin.class_name}.from_pretrained({str(made)!r}); one that is made "
             "of it alone needs its text parts passed as None, and embeddings in place of prompts"
         )
-    elif source.absent:
-        none = ", ".join(f"{name}=None" for name in source.absent)
+    elif origin.absent:
+        none = ", ".join(f"{name}=None" for name in origin.absent)
         yield (
-            f"{source.folder} lacks {', '.join(source.absent)}: {source.pipeline}.from_pretrained "
+            f"{origin.folder} lacks {', '.join(origin.absent)}: {origin.pipeline}.from_pretrained "
             f"loads this folder with {none}, and then wants embeddings in place of prompts"
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +59,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--grid",
         choices=GRIDS,
         help="noise levels: those of diffusers' scheduler, whose last step is next to nothing, or "
-        "of linspace(1, 1/N, N) (default diffusers)",
+        "of linspace(1, 1/N, N) (default: as the pipeline; SD3 diffusers, others linear)",
     )
-    group.add_argument("--size", metavar="WxH", help="pixels (default: the model's)")
+    group.add_argument(
+        "--size",
+        metavar="WxH",
+        help="pixels (default: of the largest images of the run's data, else the model's)",
+    )
     group.add_argument("--per-prompt", type=int, metavar="K", help="pictures of each (default 1)")
     group.add_argument(
-        "--text-length",
+        "--t5-length",
         type=int,
         metavar="L",
         help="tokens of T5 or Qwen3 (default: those of the run's data, else the pipeline's)",
@@ -86,7 +91,7 @@ def refuse_without_prompts(options: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option.
     """
-    for name in ("negative", "grid", "size", "per_prompt", "text_length", "model", "layout"):
+    for name in ("negative", "grid", "size", "per_prompt", "t5_length", "model", "layout"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --prompts: give both")
 
@@ -162,7 +167,7 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
 
     prompts, origin = read_prompts(options.prompts), _Origin.of(options)
-    encoder = prompt_encoder(origin.folder, options.text_length or origin.text_length)
+    encoder = prompt_encoder(origin.folder, options.t5_length or origin.text_length)
     decoder = _decoder(origin, options)
     settings = _Settings.of(options, origin, encoder, decoder, prompts)
     _begin(options.out, settings, options.force)
@@ -172,6 +177,12 @@ def run(options: argparse.Namespace) -> int:
     missing = [i for i in mine if not all(path.is_file() for path in targets[i])]
     if rank() == 0:
         print(settings.describe())
+        if origin.weights != "pipeline" and not (origin.text_length or options.t5_length):
+            print(
+                f"note: the data of {options.checkpoint} are not there to say how long its prompts "
+                f"were; the network sees their padding, so give --t5-length if it was not "
+                f"{settings.text_length}"
+            )
     if missing:
         work = [
             _Picture(row + 1, i * each + k, path)
@@ -184,7 +195,7 @@ def run(options: argparse.Namespace) -> int:
         for i in missing:
             text = json.dumps(dict(prompts[i].record), ensure_ascii=False)
             write_text(targets[i][0].parent.parent / "metadata.jsonl", text + "\n")
-    print(f"{options.out}: {len(missing) * each} pictures made, {len(mine) * each} there")
+    print(f"{options.out}: made {len(missing) * each}, there are {len(mine) * each} pictures")
     return 0
 
 
@@ -225,10 +236,10 @@ def _make(
     latent = (decoder.network.channels, height // side, width // side)
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
-        rows = torch.tensor([picture.row for picture in part], device=device)
+        rows = torch.tensor([picture.row for picture in part])
         ids = torch.tensor([picture.id for picture in part], device=device)
-        wanted = {name: value[rows] for name, value in cond.items()}
-        away = {name: v[:1].expand(len(part), *v.shape[1:]) for name, v in cond.items()}
+        wanted = {name: value[rows].to(device) for name, value in cond.items()}
+        away = {n: v[:1].to(device).expand(len(part), *v.shape[1:]) for n, v in cond.items()}
         x = sample_latents(
             adapter,
             noise_of_ids(settings.seed, ids, latent),
@@ -260,6 +271,8 @@ class _Settings:
     per_prompt: int
     text_length: int
     precision: str | None
+    decoder: str
+    decoder_precision: str
     quantise: str
     layout: str
     prompts: tuple[str, ...]
@@ -273,25 +286,31 @@ class _Settings:
         decoder: Decoder,
         prompts: Sequence[Prompt],
     ) -> _Settings:
-        from mixflow_fast.models.text_to_image.folder import scheduler_shift
+        from mixflow_fast.models.text_to_image.folder import pipeline_grid
 
         size = parse_size(options.size) if options.size else origin.size(decoder)
+        side = 2 * decoder.network.upsampling
+        own = pipeline_grid(origin.folder, size[0] // side * (size[1] // side))
+        # What guides Flux was distilled into the network, which is told its strength.
+        scale = 1.0 if encoder.class_name == "FluxTransformer2DModel" else CFG_SCALE
         return cls(
             checkpoint=str(options.checkpoint),
             weights=origin.weights,
             step=origin.step,
             model=str(origin.folder),
             steps=options.steps or STEPS,
-            grid=options.grid or "diffusers",
-            shift=options.shift or scheduler_shift(origin.folder) or origin.shift,
-            cfg_scale=CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
+            grid=options.grid or own.grid,
+            shift=options.shift or own.shift or origin.shift,
+            cfg_scale=scale if options.cfg_scale is None else options.cfg_scale,
             negative=options.negative or "",
             size=f"{size[0]}x{size[1]}",
             seed=options.seed,
             per_prompt=options.per_prompt or 1,
             text_length=encoder.length,
             precision=options.precision,
-            quantise=options.quantise or "round_even",
+            decoder=str(_autoencoder(origin, options)),
+            decoder_precision=decoder.network.precision,
+            quantise=decoder.quantisation,
             layout=options.layout or "flat",
             prompts=tuple(prompt.text for prompt in prompts),
         )
@@ -299,9 +318,10 @@ class _Settings:
     def describe(self) -> str:
         """In a sentence."""
         pictures = "picture" if self.per_prompt == 1 else "pictures"
+        prompts = "prompt" if len(self.prompts) == 1 else "prompts"
         return (
-            f"{len(self.prompts)} prompts, {self.per_prompt} {pictures} of each, {self.size}: "
-            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:g}, guidance "
+            f"{len(self.prompts)} {prompts}, {self.per_prompt} {pictures} of each, {self.size}: "
+            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:.4g}, guidance "
             f"{self.cfg_scale:g}, text of {self.text_length} tokens"
         )
 
@@ -338,7 +358,8 @@ class _Origin:
         weights: "ema", "model" or "pipeline".
         step: of the run; None for a pipeline.
         shift: of the run's objective, for a pipeline without a scheduler.
-        text_length: tokens that the run was trained with; None where it is not known.
+        text_length: tokens that the run was trained with; None where its data are not there.
+        trained_size: pixels (width, height) of the largest images of its data; None likewise.
     """
 
     checkpoint: Path
@@ -347,6 +368,7 @@ class _Origin:
     step: int | None = None
     shift: float = 1.0
     text_length: int | None = None
+    trained_size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Origin:
@@ -363,16 +385,21 @@ class _Origin:
                 f"{checkpoint} does not say which pipeline it was trained from: give the folder "
                 "with text encoders and autoencoder with --model FOLDER"
             )
+        length, size = _of_data(run.get("data", {}))
         return cls(
             checkpoint,
             existing_folder(folder, "the pipeline that the run was trained from, with --model"),
             options.weights,
             file.steps,
             float(run.get("objective", {}).get("shift", 1.0)),
+            length,
+            size,
         )
 
     def size(self, decoder: Decoder) -> tuple[int, int]:
-        """Pixels (width, height) that the model was made for."""
+        """Pixels (width, height) that the run was trained at, or that the model was made for."""
+        if self.trained_size is not None:
+            return self.trained_size
         from mixflow_fast.models.text_to_image.loading import read_config, transformer_folder
 
         config = read_config(transformer_folder(self.folder) / "config.json")
@@ -389,7 +416,9 @@ class _Origin:
             from mixflow_fast.models.text_to_image import load_adapter
 
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            adapter = load_adapter(self.checkpoint, dtype=dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that training would undo a distillation
+                adapter = load_adapter(self.checkpoint, dtype=dtype)
         else:
             from mixflow_fast.models import load_model
 
@@ -400,8 +429,23 @@ class _Origin:
         return adapter
 
 
-def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
-    from mixflow_fast.models.autoencoders.decoding import load_decoder
+def _of_data(section: Mapping[str, object]) -> tuple[int | None, tuple[int, int] | None]:
+    """Tokens of a prompt and pixels of the largest images of a run's cache, if it is there."""
+    from mixflow_fast.data.captioned import CaptionedInfo
+
+    path = section.get("path")
+    if section.get("kind") != "captioned" or not isinstance(path, str):
+        return None, None
+    try:
+        info = CaptionedInfo.read(user_path(path))
+    except ValueError:  # copied away since, as it may be
+        return None, None
+    chosen = section.get("buckets") or [bucket.name for bucket in info.buckets]
+    return info.length, max(map(parse_size, chosen), key=lambda size: (size[0] * size[1], size))
+
+
+def _autoencoder(origin: _Origin, options: argparse.Namespace) -> Path:
+    """Folder of what decodes."""
     from mixflow_fast.models.text_to_image.folder import autoencoder_folder
 
     vae = user_path(options.decoder) if options.decoder else autoencoder_folder(origin.folder)
@@ -409,8 +453,14 @@ def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
         raise ValueError(
             f"{origin.folder} has no vae/ to decode latents with: give its folder with --decoder"
         )
+    return vae
+
+
+def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
+    from mixflow_fast.models.autoencoders.decoding import load_decoder
+
     return load_decoder(
-        vae,
+        _autoencoder(origin, options),
         precision=options.decoder_precision or "fp32",
         quantisation=options.quantise or "round_even",
     )
@@ -419,7 +469,7 @@ def _decoder(origin: _Origin, options: argparse.Namespace) -> Decoder:
 def _encoded(
     folder: Path, prompts: Sequence[str], length: int | None, device: torch.device
 ) -> Condition:
-    """What the network is told of each prompt; one encoder in memory at a time."""
+    """What the network is told of each prompt, on the CPU; one encoder in memory at a time."""
     import torch
 
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
@@ -430,7 +480,8 @@ def _encoded(
         made = []
         for start in range(0, len(prompts), _ENCODED_AT_ONCE):
             tokens = encoder.tokens(prompts[start : start + _ENCODED_AT_ONCE])
-            made.append(encoder.embed(stage.name, tokens))
+            embedded = encoder.embed(stage.name, tokens)
+            made.append({name: value.cpu() for name, value in embedded.items()})
         encoder.release(stage.name)
         parts |= {name: torch.cat([one[name] for one in made]) for name in made[0]}
     return encoder.layout.assemble(parts)
@@ -457,7 +508,8 @@ def _begin(out: Path, settings: _Settings, force: bool) -> None:
     if force:
         raise ValueError("pictures of prompts are never replaced: leave --force out")
     file, own = out / _SETTINGS, asdict(settings)
-    if not out.exists() or not any(out.iterdir()):
+    # Hidden names are those of another rank, which is writing the same settings.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         write_json(file, own)
         return
     try:

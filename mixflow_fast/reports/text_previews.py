@@ -36,6 +36,7 @@ class TextPreviewOptions:
 
     Attributes:
         prompts: one a picture.
+        rows: of the cache's prompts, one a picture.
         steps: Euler steps.
         cfg_scale: guidance away from the empty prompt; 1 is none.
         shift: of the grid, as the pipeline's scheduler has it.
@@ -46,6 +47,7 @@ class TextPreviewOptions:
     """
 
     prompts: tuple[str, ...]
+    rows: tuple[int, ...]
     steps: int
     cfg_scale: float
     shift: float
@@ -69,7 +71,7 @@ class TextPreviewOptions:
         """How the pictures came about, in sentences."""
         guidance = "no guidance" if self.cfg_scale == 1 else f"guidance {self.cfg_scale:g}"
         words = (
-            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:g}, "
+            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:.4g}, "
             f"{guidance}, from EMA weights, the same prompts and noise each time"
         )
         if self.decoder is not None:
@@ -104,7 +106,7 @@ def read_settings(folder: Path) -> TextPreviewOptions | None:
     """What `write_settings` wrote; None where nothing, or nothing readable, is there."""
     try:
         record = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        record |= {name: tuple(record[name]) for name in ("prompts", "latent")}
+        record |= {name: tuple(record[name]) for name in ("prompts", "rows", "latent")}
         return TextPreviewOptions(**record)
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.data import Batch
 from mixflow_fast.models.autoencoders.decoding import Decoder
-from mixflow_fast.models.text_to_image.folder import autoencoder_folder, scheduler_shift
+from mixflow_fast.models.text_to_image.folder import autoencoder_folder, pipeline_grid
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.reports.text_previews import (
     TextPreviewOptions,
@@ -47,8 +47,7 @@ class TextPreviews(Previews):
     Args:
         context, timetable, watched: as `Previews`.
         options: how the pictures come about.
-        rows: rows of the prompts set, one a picture.
-        prompts: the set.
+        prompts: the set that the rows are of.
         conditions: what the network is told, of training.
     """
 
@@ -58,12 +57,11 @@ class TextPreviews(Previews):
         timetable: Timetable,
         options: TextPreviewOptions,
         watched: WatchedCopy,
-        rows: tuple[int, ...],
         prompts: PromptSet,
         conditions: Conditions,
     ) -> None:
         super().__init__(context, timetable, options, watched)
-        self._rows = torch.tensor([0, *rows])
+        self._rows = torch.tensor([0, *options.rows])
         self._prompts, self._conditions = prompts, conditions.undropped()
 
     def _write(self, path: Path, decoder: Decoder | None) -> None:
@@ -89,17 +87,45 @@ class TextPreviews(Previews):
         return self._conditions(Batch(nothing, nothing, nothing, cond=parts))
 
 
-def preview_prompts(prompts: PromptSet, section: TrainConfig) -> dict[int, str]:
-    """Row -> text of the prompts to draw: those of `train.preview_prompts`, or the first ones.
+class PromptedData(Protocol):
+    """Examples with prompts; shape is (C, h, w) of a latent, of the largest where they differ."""
+
+    prompts: PromptSet
+    shape: tuple[int, int, int]
+
+
+def text_preview_options(
+    train: TrainConfig, model: ModelConfig, shift: float, data: PromptedData
+) -> TextPreviewOptions:
+    """Those of a configuration, with the prompts of `train.preview_prompts` or the first ones.
 
     Args:
-        prompts: of the cache.
-        section: the section `train`.
+        train, model: its sections.
+        shift: `objective.shift`, for a folder without a scheduler.
+        data: the examples.
 
     Raises:
         ValueError: a prompt that the cache does not hold, or a cache without prompts.
     """
-    wanted = list(dict.fromkeys(section.preview_prompts or ()))
+    own = pipeline_grid(model.folder, data.shape[1] * data.shape[2] // 4)
+    vae = train.preview_decoder or autoencoder_folder(model.folder)
+    chosen = _chosen_prompts(data.prompts, train)
+    return TextPreviewOptions(
+        prompts=tuple(chosen.values()),
+        rows=tuple(chosen),
+        steps=train.preview_steps,
+        cfg_scale=train.preview_cfg,
+        shift=own.shift or shift,
+        grid=train.preview_grid or own.grid,
+        batch_size=min(len(chosen), train.microbatch_size),
+        latent=tuple(data.shape),
+        decoder=None if vae is None else str(vae),
+    )
+
+
+def _chosen_prompts(prompts: PromptSet, section: TrainConfig) -> dict[int, str]:
+    """Row -> text of the prompts to draw, in the order of the rows."""
+    wanted = set(section.preview_prompts or ())
     found: dict[int, str] = {}
     with open(prompts.root / _TEXTS, encoding="utf-8") as lines:
         for line in lines:
@@ -108,7 +134,7 @@ def preview_prompts(prompts: PromptSet, section: TrainConfig) -> dict[int, str]:
                 found[entry["row"]] = entry["text"]
             if len(found) == (len(wanted) or section.previews):
                 break
-    if missing := [text for text in wanted if text not in found.values()]:
+    if missing := sorted(wanted - set(found.values())):
         raise ValueError(
             f"train.preview_prompts holds {missing[0]!r}, which is none of the cache's prompts "
             f"({prompts.root / _TEXTS}): previews take the embeddings that are there; "
@@ -117,31 +143,3 @@ def preview_prompts(prompts: PromptSet, section: TrainConfig) -> dict[int, str]:
     if not found:
         raise ValueError(f"{prompts.root} holds the empty prompt alone: set train.preview_every=0")
     return found
-
-
-def text_preview_options(
-    train: TrainConfig,
-    model: ModelConfig,
-    shift: float,
-    latent: tuple[int, int, int],
-    texts: tuple[str, ...],
-) -> TextPreviewOptions:
-    """Those of a configuration.
-
-    Args:
-        train, model: its sections.
-        shift: `objective.shift`, for a folder whose scheduler does not say one.
-        latent: (C, h, w) of the data.
-        texts: one a picture.
-    """
-    vae = train.preview_decoder or autoencoder_folder(model.folder)
-    return TextPreviewOptions(
-        prompts=texts,
-        steps=train.preview_steps,
-        cfg_scale=train.preview_cfg,
-        shift=scheduler_shift(model.folder) or shift,
-        grid=train.preview_grid,
-        batch_size=min(len(texts), train.microbatch_size),
-        latent=latent,
-        decoder=None if vae is None else str(vae),
-    )

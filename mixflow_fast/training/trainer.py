@@ -81,11 +81,7 @@ from mixflow_fast.training.source import (
     wants_labels,
 )
 from mixflow_fast.training.step_record import OnStep, StepOutput, StepRecord
-from mixflow_fast.training.text_previews import (
-    TextPreviews,
-    preview_prompts,
-    text_preview_options,
-)
+from mixflow_fast.training.text_previews import TextPreviews, text_preview_options
 
 
 class Trainer:
@@ -406,11 +402,9 @@ class Trainer:
 
     def _preview_options(self) -> PreviewOptions | TextPreviewOptions:
         config, c, shift = self.config, self.config.train, self.config.objective.shift
-        if not (config.model.is_text_to_image and c.preview_every):
-            return PreviewOptions.of(c, config.model, shift, config.latent, config.encoder.stats)
-        self._preview_rows = preview_prompts(self.dataset.prompts, c)
-        texts, latent = tuple(self._preview_rows.values()), tuple(self.dataset.shape)
-        return text_preview_options(c, config.model, shift, latent, texts)
+        if config.model.is_text_to_image and c.preview_every:
+            return text_preview_options(c, config.model, shift, self.dataset)
+        return PreviewOptions.of(c, config.model, shift, config.latent, config.encoder.stats)
 
     def _build_guard(self) -> NonFiniteGuard:
         c, state = self.config.train, self._start.state
@@ -504,8 +498,8 @@ class Trainer:
         options, watched = self._previews, self.watched
         if isinstance(options, PreviewOptions):
             return Previews(context, when, options, watched, self._source_record)
-        rows, prompts = tuple(self._preview_rows), self.dataset.prompts
-        return TextPreviews(context, when, options, watched, rows, prompts, self.conditions)
+        prompts = self.dataset.prompts
+        return TextPreviews(context, when, options, watched, prompts, self.conditions)
 
 
 def train(

@@ -9,11 +9,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 from mixflow_fast.cli.sample_text_to_image import GRIDS, parse_size, read_prompts
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.text_to_image.flux import pack
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.sampling.grids import SigmaGrid
 from mixflow_fast.sampling.text_to_image import noise_of_ids
@@ -21,7 +22,7 @@ from tests.support.command_line import run
 from tests.support.text_to_image import write_pipeline
 
 PROMPTS = ("a fox in the snow", "two cups")
-OPTIONS = ("--steps", 3, "--size", "64x48", "--text-length", 16, "--seed", 5)
+OPTIONS = ("--steps", 3, "--size", "64x48", "--t5-length", 16, "--seed", 5)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,31 @@ def test_pictures_are_the_pipeline_s(
     before = (out / "00001.png").read_bytes()
     (out / "00001.png").unlink()
     code, said, _ = run(*command, capsys=capsys)
-    assert code == 0 and "1 pictures made, 2 there" in said
+    assert code == 0 and "made 1, there are 2 pictures" in said
     assert np.abs(pixels(out / "00001.png") - theirs[1]).max() <= 1
     assert len(before) > 100
     code, _, err = run(*command[:-1], 6, capsys=capsys)
     assert code == 2 and "pictures of another seed (5)" in err
+
+
+def test_flux_as_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without guidance, on linspace(1, 1/N, N) with the shift of the size, all by default."""
+    folder, out = write_pipeline(tmp_path / "flux", "flux"), tmp_path / "out"
+    command = ("sample", folder, "--out", out, "--prompts", PROMPTS[0], *OPTIONS)
+    code, said, err = run(*command, capsys=capsys)
+    assert code == 0, err
+    assert "on the linear grid of shift 1.582, guidance 1, text of 16 tokens" in said
+    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.to(torch.bfloat16), pipeline.text_encoder_2.to(torch.bfloat16)
+    text, pooled, _ = pipeline.encode_prompt(PROMPTS[0], None, max_sequence_length=16)
+    image = pipeline(
+        prompt_embeds=text.float(),
+        pooled_prompt_embeds=pooled.float(),
+        latents=pack(noise_of_ids(5, torch.arange(1), (16, 6, 8))),
+        **{"num_inference_steps": 3, "height": 48, "width": 64},
+    ).images[0]
+    assert np.abs(pixels(out / "00000.png") - np.asarray(image).astype(int)).max() <= 1
 
 
 def test_without_guidance_and_on_the_other_grid(
@@ -124,8 +145,11 @@ def test_a_run_and_geneval_s_layout(
         *command, "--layout", "geneval", "--per-prompt", 2, "--batch-size", 3, capsys=capsys
     )
     assert code == 0, err
-    assert "2 prompts, 2 pictures of each, 64x48" in said
-    assert "4 pictures made" in said
+    assert "2 prompts, 2 pictures of each, 64x48" in said and "note:" not in said
+    assert "made 4, there are 4 pictures" in said
+    short = ("--prompts", "a fox", "--steps", 1, "--size", "32x32", "--out", tmp_path / "short")
+    code, said, _ = run("sample", tmp_path / "run", *short, capsys=capsys)
+    assert code == 0 and "give --t5-length if it was not 256" in said
     for i, record in enumerate(records):
         assert json.loads((out / f"{i:05d}" / "metadata.jsonl").read_text()) == record
         own = [pixels(out / f"{i:05d}" / "samples" / f"{k:05d}.png") for k in range(2)]
@@ -168,7 +192,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--size", "100x100"), "multiples of 16"),
         (("--out", tmp_path / "x.png"), "must be a folder with --prompts"),
         (("--force",), "never replaced"),
-        (("--text-length", 9999), "from 1 to 512 tokens"),
+        (("--t5-length", 9999), "from 1 to 512 tokens"),
     ):
         code, _, err = run(*base, *options, capsys=capsys)
         assert code == 2 and words in err, (options, err)
@@ -178,3 +202,23 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "x" / "mine.txt").write_text("")
     code, _, err = run(*base, capsys=capsys)
     assert code == 2 and "holds other things" in err
+
+
+def test_ranks_share_the_prompts(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each makes its own, in any order; the pictures are those of one process."""
+    base = ("sample", folder, "--prompts", *PROMPTS, "a bear", *OPTIONS, "--batch-size", 1)
+    assert run(*base, "--out", tmp_path / "one", capsys=capsys)[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, made in ((1, ["00001.png"]), (0, ["00000.png", "00001.png", "00002.png"])):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        code, _, err = run(*base, "--out", tmp_path / "two", capsys=capsys)
+        assert code == 0, err
+        assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == made
+    for name in ("00000.png", "00001.png", "00002.png"):
+        assert np.abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1

@@ -12,14 +12,19 @@ from PIL import Image
 
 from mixflow_fast.config.loading import load_config
 from mixflow_fast.config.validate import validate
+from mixflow_fast.data.prompts_store import PartInfo
 from mixflow_fast.models import load_model
+from mixflow_fast.models.text_to_image.prompts import Part, prompt_encoder
 from mixflow_fast.reports.images import grid_png_bytes
 from mixflow_fast.reports.run_report import write_run_report
 from mixflow_fast.sampling.text_to_image import noise_of_ids
 from mixflow_fast.training import build
 from mixflow_fast.training.trainer import Trainer, train
+from tests.support.caches import write_cache
 from tests.support.captioned import StandIn, StandInPrompts, model_folder, prompt_parts, tiny
-from tests.support.text_to_image import sd3_pipeline
+from tests.support.command_line import run
+from tests.support.image_folders import smooth
+from tests.support.text_to_image import sd3_pipeline, write_pipeline
 
 PREVIEWS = {
     "train.preview_every": 3,
@@ -27,6 +32,10 @@ PREVIEWS = {
     "train.preview_cfg": 4.0,
     "train.previews": 4,
 }
+
+
+def parts_of(folder: Path) -> dict[str, Part]:
+    return prompt_encoder(folder, 16).parts
 
 
 @pytest.fixture
@@ -70,7 +79,8 @@ def test_previews_are_the_pipeline_s(folder: Path, tmp_path: Path) -> None:
 def test_prompts_are_chosen_from_the_cache(folder: Path, tmp_path: Path) -> None:
     chosen = {"train.preview_prompts": ["two cups on a table", "a fox"]}
     trainer = Trainer(tiny(folder, tmp_path / "run", **PREVIEWS | chosen), quiet=True)
-    assert trainer._preview_rows == {1: "a fox", 3: "two cups on a table"}
+    assert trainer._previews.prompts == ("a fox", "two cups on a table")
+    assert trainer._previews.rows == (1, 3)
     trainer.close()
     with pytest.raises(ValueError, match="holds 'a bear', which is none of the cache's prompts"):
         absent = {"train.preview_prompts": ["a bear"]}
@@ -82,3 +92,61 @@ def test_what_is_of_text_to_image_alone(folder: Path, tmp_path: Path) -> None:
     for name, value in (("preview_grid", "linear"), ("preview_prompts", ["a fox"])):
         with pytest.raises(ValueError, match=f"train.{name} has no meaning for SiT"):
             validate(load_config("photos").replace(**{f"train.{name}": value}))
+
+
+def test_a_run_on_a_cache_and_what_comes_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures decoded by the pipeline's autoencoder; the export samples what the run does."""
+    folder = write_pipeline(tmp_path / "model")
+    cache = write_cache(
+        tmp_path / "cache",
+        captions=(2,) * 12,
+        buckets={"64x64": range(8), "96x64": range(8, 12)},
+        parts={name: PartInfo(part.shape, "bfloat16") for name, part in parts_of(folder).items()},
+        length=16,
+    )
+    out = tmp_path / "run"
+    config = tiny(folder, out, **PREVIEWS | {"data.path": str(cache)})
+    train(config, quiet=True)
+    shown = Image.open(out / "previews" / "step_00000003.png")
+    assert shown.size == (2 * 96 + 2, 2 * 64 + 2)
+    settings = json.loads((out / "previews" / "settings.json").read_text())
+    assert settings["decoder"] == str(folder / "vae")
+    assert settings["prompts"] == [f"prompt {row}" for row in (1, 2, 3, 4)]
+    export = ("export", out, "--to", "diffusers", "--out", tmp_path / "trained")
+    assert run(*export, capsys=capsys)[0] == 0
+    made = {}
+    for name, checkpoint in (("run", out), ("export", tmp_path / "trained")):
+        command = ("sample", checkpoint, "--out", tmp_path / f"of_{name}", "--prompts", "a fox")
+        settings = () if name == "run" else ("--size", "96x64", "--t5-length", 16)
+        code, said, err = run(*command, "--steps", 2, *settings, capsys=capsys)
+        assert code == 0, err
+        # The run's own size and length of prompts come from its cache.
+        assert "96x64" in said and "text of 16 tokens" in said
+        made[name] = (tmp_path / f"of_{name}" / "00000.png").read_bytes()
+    assert made["run"] == made["export"]
+
+
+def test_online_and_cached_text_draw_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same prompts, whether the cache holds embeddings or tokens that are embedded now."""
+    folder, pictures = write_pipeline(tmp_path / "model"), tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        smooth(64, 64, number).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"a picture of number {number}\n")
+    shown = {}
+    for text in ("cached", "online"):
+        cache = tmp_path / text
+        encode = ("encode", "--model", folder, "--data", pictures, "--out", cache)
+        options = ("--buckets", "64x64", "--t5-length", 16, "--text", text)
+        code, _, err = run(*encode, *options, capsys=capsys)
+        assert code == 0, err
+        config = tiny(folder, tmp_path / f"run_{text}", **PREVIEWS | {"data.path": str(cache)})
+        trainer = Trainer(config, quiet=True)
+        trainer.run()
+        drawn = tmp_path / f"run_{text}" / "previews" / "step_00000000.png"
+        shown[text] = np.asarray(Image.open(drawn)).astype(int)
+    assert np.abs(shown["cached"] - shown["online"]).max() <= 1
