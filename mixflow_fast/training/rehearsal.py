@@ -71,7 +71,15 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
         frozen = config.source.frozen
-        FirstNetwork(config.model, config.train.init, start, parts.source, frozen)(group)
+        FirstNetwork(
+            config.model,
+            config.train.init,
+            start,
+            parts.source,
+            frozen,
+            config.lora,
+            config.train.precision,
+        )(group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
