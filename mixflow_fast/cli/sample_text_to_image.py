@@ -422,7 +422,7 @@ class _Origin:
         else:
             from mixflow_fast.models import load_model
 
-            adapter = load_model(self.checkpoint, self.weights).adapter
+            adapter = load_model(self.checkpoint, self.weights, base=self.folder).adapter
             if precision == "bf16":
                 adapter.network.to(torch.bfloat16)
         adapter.network.eval().requires_grad_(False).to(device)
