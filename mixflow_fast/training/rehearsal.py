@@ -66,7 +66,15 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
         frozen = config.source.frozen
-        first = FirstNetwork(config.model, config.train.init, start, parts.source, frozen)
+        first = FirstNetwork(
+            config.model,
+            config.train.init,
+            start,
+            parts.source,
+            frozen,
+            config.lora,
+            config.train.precision,
+        )
         first(group)
     finally:
         folder.close()
