@@ -78,18 +78,17 @@ class ResumePoint:
         """Attention backends that the run used up to here; None where it chose none."""
         return self.state.attention if self.state is not None else None
 
-    def describe(self, out: Path, total: int, init: str | None) -> list[str]:
+    def describe(self, out: Path, total: int, weights: str) -> list[str]:
         """Lines on how a run of `total` steps in `out` came to this step.
 
         Args:
             out: run folder.
             total: optimizer steps of the whole run.
-            init: checkpoint whose EMA weights start a new run (`train.init`).
+            weights: what a new run starts from, in words.
         """
         messages = [*self.passed_over, *([self.finished] if self.finished else [])]
         if self.checkpoint is None:
-            start = "random weights" if init is None else f"the EMA weights of {init}"
-            messages.append(f"start: {start}")
+            messages.append(f"start: {weights}")
         if self.step and self.step < total:
             messages.append(f"{out}: resumed after step {self.step} of {total}")
             if self.resharded_from:

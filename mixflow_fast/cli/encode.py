@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from mixflow_fast.files import check_folder_writable, user_path
 if TYPE_CHECKING:
     import torch
 
+    from mixflow_fast.data.buckets import Bucket
     from mixflow_fast.data.preparation.captioned_source import CaptionedSource
     from mixflow_fast.data.preparation.encode_buckets import Autoencoder
     from mixflow_fast.data.preparation.encode_captioned import (
@@ -171,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
     device = device_of_rank(options.device)
     # Before the source, which may take minutes to be listed.
     model = _model(options, device)
+    _check_table(options.model, buckets, model.autoencoder.factor)
     for name, place in (("--data", options.data), ("--model", options.model)):
         if options.out.resolve().is_relative_to(place.resolve()):
             raise ValueError(
@@ -217,7 +221,9 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _source(options: argparse.Namespace, rank: int) -> CaptionedSource:
     from mixflow_fast.data.preparation.captioned_source import open_captioned
+    from mixflow_fast.files import existing_path
 
+    existing_path(options.data, "--data")
     if rank == 0:
         print(f"reading captions and headers of {options.data}", file=sys.stderr, flush=True)
     return open_captioned(options.data, options.on_bad, options.max_bad)
@@ -228,15 +234,18 @@ def _model(options: argparse.Namespace, device: torch.device) -> CaptionedModel:
     import torch
 
     from mixflow_fast.data.preparation.encode_captioned import CaptionedModel
-    from mixflow_fast.files import existing_folder, sha256
+    from mixflow_fast.files import existing_path, sha256
     from mixflow_fast.models.text_to_image.loading import adapter_class
     from mixflow_fast.models.text_to_image.prompts import prompt_encoder
 
-    folder = existing_folder(options.model, "--model, the folder of a pipeline of diffusers")
+    folder = existing_path(options.model, "--model")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     build = prompt_encoder
     if options.adapter is not None:
-        own = adapter_class(options.adapter)
+        try:
+            own = adapter_class(options.adapter)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         build = getattr(own, "prompt_encoder", None)
         if build is None:
             raise ValueError(
@@ -246,9 +255,11 @@ def _model(options: argparse.Namespace, device: torch.device) -> CaptionedModel:
     text = build(folder, length=options.t5_length, dtype=dtype, device=device)
     vae = _autoencoder(folder, device)
     config = folder / "transformer" / "config.json"
-    encoders = dict(text.record())
+    import transformers
+
+    encoders = dict(text.record()) | {"library": f"transformers {transformers.__version__}"}
     if options.text == "cached":
-        encoders |= _weights(folder)
+        encoders |= _weights(folder, encoders)
     return CaptionedModel(
         text=text,
         autoencoder=vae,
@@ -267,7 +278,11 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     from mixflow_fast.data.preparation.encode_buckets import Autoencoder
     from mixflow_fast.models.autoencoders.sdvae import ImageVAE, SDVAEFiles
 
-    name = "the autoencoder of --model"
+    name = "--model"
+    if not (folder / "vae").is_dir():
+        raise ValueError(
+            f"--model {folder} has no folder vae: give the whole folder of the pipeline"
+        )
     files = SDVAEFiles.read(folder / "vae", name)
 
     def load() -> ImageVAE:
@@ -276,19 +291,52 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     return Autoencoder(files.latent_channels, files.downsampling, files.scale, files.record(), load)
 
 
-def _weights(folder: Path) -> dict[str, str]:
+def _check_table(folder: Path, buckets: Sequence[Bucket], factor: int) -> None:
+    """ValueError for sizes that the transformer has no positions for, of classes with a table."""
+    file = folder / "transformer" / "config.json"
+    if not file.is_file():  # of a user's own class
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    places, patch = config.get("pos_embed_max_size"), config.get("patch_size")
+    if not isinstance(places, int) or not isinstance(patch, int):
+        return
+    most = places * patch * factor
+    for bucket in buckets:
+        if max(bucket.width, bucket.height) > most:
+            raise ValueError(
+                f"--size or --buckets {bucket.name}: the transformer of {folder} has positions for "
+                f"at most {most} pixels a side (pos_embed_max_size {places})"
+            )
+
+
+def _weights(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """What tells the weights of text encoders from others without reading gigabytes.
 
-    SHA-256 of the size, the first and the last MiB of each file.
+    Args:
+        folder: of the pipeline.
+        files: names in it, such as text_encoder/config.json, of the encoders.
+
+    Returns:
+        name of each file of weights -> SHA-256 of its size, its first and its last MiB.
+
+    Raises:
+        ValueError: an encoder without weights.
     """
     found = {}
-    for path in sorted(folder.glob("text_encoder*/*.safetensors")):
-        size, block = path.stat().st_size, 1 << 20
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(str(size).encode() + file.read(block))
-            file.seek(max(0, size - block))
-            digest.update(file.read(block))
-        found[f"{path.parent.name}/{path.name}"] = f"ends {digest.hexdigest()}"
+    for name in sorted({n.split("/")[0] for n in files if n.startswith("text_encoder")}):
+        paths = sorted((folder / name).glob("*.safetensors"))
+        if not paths:
+            raise ValueError(
+                f"--model {folder} has no .safetensors in {name}: give the whole folder of the "
+                "pipeline (a .bin is a pickle, which is not read), or --text online"
+            )
+        for path in paths:
+            size, block = path.stat().st_size, 1 << 20
+            with open(path, "rb") as file:
+                digest = hashlib.sha256(str(size).encode() + file.read(block))
+                file.seek(max(0, size - block))
+                digest.update(file.read(block))
+            found[f"{name}/{path.name}"] = f"ends {digest.hexdigest()}"
     return found
 
 

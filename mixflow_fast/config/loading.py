@@ -28,7 +28,9 @@ _KIND_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 _HELP = {
     "train.init": " (the checkpoint to post-train; null trains from random weights)",
-    "data.path": " (latents: .npz, .npy or a folder; folder: class folders with images)",
+    "data.path": " (latents: .npz, .npy or a folder; folder: class folders with images; captioned: "
+    "a cache of `mixflow-fast encode`)",
+    "model.folder": " (a local folder of a diffusers pipeline; nothing is downloaded)",
     "encoder.path": " (a local folder of the encoder; nothing is downloaded)",
     "encoder.stats": " (stat.pt of RAE's files for this encoder and size)",
 }

@@ -362,7 +362,8 @@ class TrainConfig(Section, name="train"):
     seed: Seed = 0
     """Of the order of examples, flips, times and noise."""
     init: str | None = None
-    """Checkpoint whose EMA weights start model and EMA; null starts from random weights."""
+    """Checkpoint whose EMA weights start model and EMA; null starts from random weights, or from
+    those in model.folder."""
     device: Device = "auto"
     """auto takes the GPU where there is one."""
     deterministic: bool = False

@@ -333,7 +333,9 @@ def _optional() -> Iterator[Check]:
     yield Check("apex", status, message, do)
     yield _dali()
     for name, use, what in (
-        ("transformers", "REPA's teacher", "'mixflow_fast[repa]'"),
+        ("diffusers", "autoencoders and text-to-image networks", "'mixflow_fast[text]'"),
+        ("transformers", "REPA's teacher and text encoders", "'mixflow_fast[text]'"),
+        ("peft", "LoRA", "'mixflow_fast[text]'"),
         ("torchdiffeq", "comparisons of samplers", "'mixflow_fast[eval]'"),
         ("matplotlib", "figures", "'mixflow_fast[eval]'"),
         ("scikit-learn", "the demo's photographs", "'mixflow_fast[data]'"),

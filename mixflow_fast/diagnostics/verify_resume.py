@@ -303,6 +303,8 @@ def _child(recipe: str, records: Path) -> None:
             "labels": [made.y for made in outputs],
             "loss": [means],
         }
+        if prompts := [made.cond[name] for made in outputs for name in sorted(made.cond)]:
+            seen["prompts"] = prompts
         rows.append({"step": step} | {what: _hash(tensors) for what, tensors in seen.items()})
 
     trainer = Trainer(load_config(recipe), quiet=True)

@@ -8,6 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixflow_fast.data import Dataset
+from mixflow_fast.data.bucket_order import bucket_sizes
+from mixflow_fast.kernels.interpolate import Moments
 from mixflow_fast.models import Network
 from mixflow_fast.models.flops import train_flops
 from mixflow_fast.models.text_to_image.adapter import Condition
@@ -30,10 +32,24 @@ def run_flops(model: Network, conditions: Conditions, dataset: Dataset) -> int |
         return train_flops(model)
     if not isinstance(conditions, Prompts):
         return None
-    index = torch.zeros(1, dtype=torch.int64)
-    cond = conditions.on_meta(dataset.get(index, index, 0))
-    shapes: Shapes = getattr(dataset, "shapes", {tuple(dataset.shape): 1})
-    return text_to_image_flops(model, shapes, cond)
+    return text_to_image_flops(model, *shapes_and_cond(conditions, dataset))
+
+
+def shapes_and_cond(conditions: Prompts, dataset: Dataset) -> tuple[Shapes, Condition]:
+    """Shapes of the latents, and what one example tells the network, on the meta device.
+
+    Args:
+        conditions: what the network is told.
+        dataset: the examples.
+    """
+    shapes: dict[tuple[int, ...], int] = {}
+    first = torch.zeros(1, dtype=torch.int64)
+    for examples in bucket_sizes(dataset):
+        batch = dataset.get(first, torch.zeros(1, dtype=torch.int64), 0)
+        shape = tuple((batch.x[0] if isinstance(batch.x, Moments) else batch.x).shape[1:])
+        shapes[shape] = shapes.get(shape, 0) + examples
+        first = first + examples
+    return shapes, conditions.on_meta(batch)
 
 
 def text_to_image_flops(model: TextToImage, shapes: Shapes, cond: Condition) -> int | None:

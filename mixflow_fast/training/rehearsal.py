@@ -23,25 +23,20 @@ from mixflow_fast.data import BatchLoader, Dataset
 from mixflow_fast.distributed import process_group
 from mixflow_fast.distributed.host_group import HostGroup
 from mixflow_fast.files import user_path
-from mixflow_fast.models import Execution, Network, SongUNet
+from mixflow_fast.models import Network
 from mixflow_fast.models.autoencoders import Encoder
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.weights.source_record import split
 from mixflow_fast.training.build import FirstNetwork, RunParts, build_run
-from mixflow_fast.training.costs import run_flops
+from mixflow_fast.training.costs import run_flops, shapes_and_cond
 from mixflow_fast.training.data_report import describe_data
 from mixflow_fast.training.determinism import Determinism, describe_determinism
 from mixflow_fast.training.encoders import describe_encoder
 from mixflow_fast.training.engine import import_deepspeed
 from mixflow_fast.training.loading import loader_workers
+from mixflow_fast.training.memory import describe_memory, in_units, memory_table
 from mixflow_fast.training.source import describe_source, describe_start, example_numel
 
-# Of a block of SiT with an MLP of four times its width, what stays between the passes, in units of
-# batch x tokens x width elements. `python -m benchmarks.census` counts eager, fused, elementwise;
-# compile is taken to keep what eager does, and the last two follow from what they save by design:
-# the block's input, and for selective the outputs of attention and of the MLP's first product.
-_KEPT_PER_BLOCK = {"eager": 20.1, "compile": 20.1, "graph": 20.1, "fused": 18.1}
-_KEPT_WITH_CHECKPOINTING = {"elementwise": 12.1, "selective": 6.0, "full": 1.0}
 # How long examples are read to see how fast they come.
 _READING_S = 1.0
 
@@ -71,7 +66,7 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
     try:
         start = find(config, folder, ranks, data.summary, resume, allow_data_change)
         frozen = config.source.frozen
-        FirstNetwork(
+        first = FirstNetwork(
             config.model,
             config.train.init,
             start,
@@ -79,7 +74,8 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
             frozen,
             config.lora,
             config.train.precision,
-        )(group)
+        )
+        first(group)
     finally:
         folder.close()
     c, microbatch = config.train, config.microbatch(ranks)
@@ -94,9 +90,9 @@ def rehearse(config: Config, resume: str = "auto", allow_data_change: bool = Fal
         *_describe_determinism(c.deterministic, device),
         f"reading: {rate * ranks:,.0f} images/s over all ranks with data.workers={workers}, as "
         "measured here for a second",
-        *start.describe(folder.out, config.steps, c.init),
+        *start.describe(folder.out, config.steps, first.weights),
         *_describe_disk(c, config.optim, folder.out, parts.model, (ranks, config.steps)),
-        _describe_memory(c, config.optim, parts.model, parts.execution, (ranks, microbatch)),
+        *_describe_memory(c, config.optim, parts, (ranks, microbatch)),
     ]
 
 
@@ -127,14 +123,20 @@ def checkpoint_bytes(
         train, optim: sections of the configuration.
         last: of the run's last checkpoint.
     """
-    every = sum(p.numel() for p in model.parameters())
+    every = _saved_numel(model)
     weights = train.save_weights == "always" or (last and train.save_weights == "end")
     return sum(_state_bytes(model, train, optim)) + (8 * every if weights else 0)
 
 
+def _saved_numel(model: Network) -> int:
+    """Numbers of the parameters that a run's files hold."""
+    saved = model.saved_state()
+    return sum(p.numel() for name, p in model.named_parameters() if name in saved)
+
+
 def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
     """Of a checkpoint: what ZeRO shards, and what rank 0 alone writes."""
-    every = sum(p.numel() for p in model.parameters())
+    every = _saved_numel(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Master weights, two moments and the averages, float32.
     state = 4 * trained * (3 + len(optim.ema_decays) + len(optim.ema_sigma_rel))
@@ -149,9 +151,11 @@ def _describe_model(section: ModelConfig, parts: RunParts) -> str:
     network, _ = split(dict(model.named_parameters()))
     parameters = sum(p.numel() for p in network.values())
     if isinstance(model, TextToImage):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        adapters = f", {trained:,} of them in adapters and trained" if model.has_adapters else ""
         return (
-            f"{type(model.transformer).__name__} of {section.folder}, {parameters:,} parameters, "
-            f"{model.clock}{cost}"
+            f"{type(model.transformer).__name__} of {section.folder}, {parameters:,} parameters"
+            f"{adapters}, {model.clock}{cost}"
         )
     cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (
@@ -191,62 +195,43 @@ def _describe_disk(
     kept = c.keep_last + 1 + (steps // c.keep_every if c.keep_every else 0)
     each, last = (checkpoint_bytes(model, c, p, end) for end in (False, True))
     needed = (kept - 1) * each + last
-    more = f" (the last one {_in_units(last)}, with weights.pt)" if last > each else ""
+    more = f" (the last one {in_units(last)}, with weights.pt)" if last > each else ""
     yield (
-        f"checkpoint: {_in_units(each)} each{more}, at most {kept} at a time: {_in_units(needed)}; "
-        f"{_in_units(free)} free at {there}"
+        f"checkpoint: {in_units(each)} each{more}, at most {kept} at a time: {in_units(needed)}; "
+        f"{in_units(free)} free at {there}"
     )
     sharded, alone = _state_bytes(model, c, p)
     copied = sharded / (ranks if c.zero_stage else 1) + alone
     yield (
         f"saving: training waits while its state is copied into host memory, up to "
-        f"{_in_units(copied)} per rank, and goes on while that is written"
+        f"{in_units(copied)} per rank, and goes on while that is written"
     )
     held = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
     # Those of a run that goes on give their room to new ones.
     if (missing := needed - held - free) > 0:
         yield (
             f"warning: {there} has not enough room for the checkpoints: free "
-            f"{_in_units(missing)}, or lower train.keep_last, or set train.save_weights=never"
+            f"{in_units(missing)}, or lower train.keep_last, or set train.save_weights=never"
         )
 
 
 def _describe_memory(
-    c: TrainConfig, p: OptimConfig, model: Network, execution: Execution, split: tuple[int, int]
-) -> str:
-    """Bytes of what is kept for good, and of what a forward pass keeps for its backward pass.
+    c: TrainConfig, p: OptimConfig, parts: RunParts, split: tuple[int, int]
+) -> Iterator[str]:
+    """Lines about memory.
 
     Args:
         c, p: sections of the configuration.
-        model: the network.
-        execution: how it is run.
+        parts: of the run.
         split: number of ranks, and images in a micro-batch.
     """
-    ranks, microbatch = split
-    count = sum(parameter.numel() for parameter in model.parameters())
-    element, stage = (2 if c.precision == "bf16" else 4), c.zero_stage
-    weights = element / (ranks if stage == 3 else 1)
-    # ZeRO 1 and ddp add up bf16 gradients in float32; from 2 on the sums are sharded.
-    gradients = 4 / ranks if stage >= 2 else 4 if element == 4 else 6
-    # Moments, averages, and master weights where they are not the network's own.
-    masters = stage > 0 or element == 2
-    optimizer = 4 * (2 + len(p.ema_decays) + len(p.ema_sigma_rel) + masters)
-    state = count * (weights + gradients + optimizer / (ranks if stage else 1))
-    text = (
-        f"memory per rank, an estimate: {_in_units(state)} of weights, gradients, optimizer and EMA"
-    )
-    if isinstance(model, TextToImage):  # whose blocks are another library's
-        return f"{text}; activations are not estimated"
-    activations = element * microbatch * _kept_elements(model, execution)
-    return f"{text}, {_in_units(activations)} of activations for {microbatch} images"
-
-
-def _kept_elements(model: Network, execution: Execution) -> float:
-    """Elements of an image that a forward pass keeps for its backward pass."""
-    if isinstance(model, SongUNet):
-        return model.kept_elements()
-    kept = _KEPT_WITH_CHECKPOINTING.get(execution.checkpointing, _KEPT_PER_BLOCK[execution.mode])
-    return kept * model.tokens * sum(block.attn.proj.in_features for block in model.blocks)
+    model = parts.model
+    if not isinstance(model, TextToImage):
+        yield describe_memory(c, p, model, parts.execution, split)
+        return
+    examples = shapes_and_cond(parts.conditions, parts.dataset)
+    checkpointed = parts.execution.checkpointing == "full"
+    yield from memory_table(c, p, model, examples, (split[1], checkpointed))
 
 
 def _reading_rate(dataset: Dataset, microbatch: int, workers: int) -> float:
@@ -258,12 +243,3 @@ def _reading_rate(dataset: Dataset, microbatch: int, workers: int) -> float:
         while time.perf_counter() - started < _READING_S:
             images += len(next(loader).y)
         return images / (time.perf_counter() - started)
-
-
-def _in_units(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class StepOutput:
         alignment: scalar term of the teacher, not weighted.
         loss: scalar loss with the weighted term.
         samples: (M,) float32 losses of the samples, without the term and without a gradient.
+        cond: the prompts' embeddings as the network saw them; empty for one that is told labels.
     """
 
     it: Interpolation
@@ -56,6 +57,7 @@ class StepOutput:
     alignment: Tensor
     loss: Tensor
     samples: Tensor
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # Called after a step with its number, what its micro-batches gave on this rank, and this rank's

@@ -196,7 +196,8 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss or the gradient is not finite; nothing of it is saved.
         """
-        messages = self._start.describe(self.out, self.config.steps, self.config.train.init)
+        weights = self._first_network.weights
+        messages = self._start.describe(self.out, self.config.steps, weights)
         messages += compare_bits(self.out, self._start.state, self._bits)
         try:
             with heartbeat.watching(), self._stop.installed(), lost_ranks.roll_call():
@@ -299,7 +300,8 @@ class Trainer:
         loss, samples = self.mix.loss_and_samples(pred, it)
         if self.alignment.weight or zs is not None:
             loss = loss + self.alignment.weight * alignment
-        return StepOutput(it, batch.y, pred, alignment, loss, samples)
+        prompts = {} if isinstance(cond, Tensor) else cond
+        return StepOutput(it, batch.y, pred, alignment, loss, samples, prompts)
 
     def _dropped(self, batch: Batch) -> Batch:
         """The batch as the network sees it: the same labels are dropped as in the loader."""

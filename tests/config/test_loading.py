@@ -1,5 +1,6 @@
 """Recipes and overrides: what they give, and what is no recipe or override."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from mixflow_fast.config.data_sections import DataConfig, EncoderConfig
 from mixflow_fast.config.loading import flatten, from_dict, load_config
 from mixflow_fast.config.validate import validate
-from mixflow_fast.recipes import recipe_names
+from mixflow_fast.recipes import FOLDER, recipe_names
 from mixflow_fast.training.build import build_model, check
 from mixflow_fast.training.source import example_numel, source_record
 from tests.support.configs import resolved
@@ -17,7 +18,7 @@ from tests.support.configs import resolved
 def test_every_recipe_is_there() -> None:
     assert set(recipe_names()) == {
         *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "rae-xl-256", "rae-xl-512"),
-        *("photos", "digits"),
+        *("photos", "digits", "sd35-medium", "sd35-large"),
         *("cifar10-mixed", "ffhq64-mixed", "afhqv2-64-mixed", "photos-mixed", "sit-b2-256-mixed"),
     }
 
@@ -267,3 +268,33 @@ def test_nested_settings_by_dotted_name() -> None:
         "optim.ema_decays": (0.9,),
         "train.a.b": None,
     }
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large"])
+def test_recipes_of_sd35(name: str) -> None:
+    """What the paper says (10k steps), and what the specification chose where it says nothing."""
+    c = resolved(name)
+    assert (c.objective.gamma, c.objective.timesteps, c.objective.shift) == (0.8, "beta21", 3)
+    assert (c.steps, c.train.global_batch_size, c.train.precision) == (10_000, 256, "bf16")
+    p = c.optim
+    assert (p.lr, p.beta1, p.beta2, p.grad_clip, p.weight_decay) == (1e-5, 0.9, 0.95, 1.0, 0)
+    assert (p.ema_decays, p.schedule, p.warmup_images) == ((0.999,), "constant", 500 * 256)
+    assert (c.cond.drop, c.train.zero_stage, c.model.checkpointing) == (0.1, 2, "full")
+    with pytest.raises(ValueError, match="model.folder must be given: add model.folder=VALUE"):
+        load_config(name, ["data.path=cache"])
+    with pytest.raises(ValueError, match="data.path must be given: .*mixflow-fast encode"):
+        load_config(name, ["model.folder=sd35"])
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large"])
+def test_control_arms_are_in_the_recipes_file(name: str) -> None:
+    """The commands in its comments, as they are pasted."""
+    text = " ".join(line[2:] for line in (FOLDER / f"{name}.yaml").read_text().splitlines())
+    arms = re.findall(r"out=runs/sd35-control-\w+(?: objective\.[\w.]+=[\w-]+)+", text)
+    given = ["model.folder=sd35", "data.path=cache"]
+    beta, plain = (load_config(name, [*given, *arm.split()]) for arm in arms)
+    for arm in (beta, plain):
+        validate(arm)
+        assert (arm.objective.gamma, arm.objective.shift) == (0, 3)
+    assert (beta.objective.timesteps, plain.objective.timesteps) == ("beta21", "logit-normal")
+    assert beta.train == plain.train == resolved(name).train and beta.out != plain.out

@@ -11,6 +11,8 @@ GIVEN = {"train.init": "null", "data.path": "latents"}
 
 def resolved(name: str) -> Config:
     given = {} if name in ("photos", "photos-mixed", "digits") else GIVEN
+    if "sd35" in name:
+        given = {"model.folder": "sd35", "data.path": "cache"}
     if "repa" in name:
         given = given | {"data.features": "features.npy"}
     if "rae" in name:

@@ -7,48 +7,19 @@ import torch
 
 from mixflow_fast.models.text_to_image import adapter_for
 from mixflow_fast.models.text_to_image.network import TextToImage
-from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.training.costs import text_to_image_flops
+from tests.support.released_sd3 import LARGE, MEDIUM, cond, on_meta
 from tests.support.text_to_image import FAMILIES, SD3
-
-MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}
-LARGE = MEDIUM | {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "dual_attention_layers": [],
-}
-
-
-def cond(tokens: int, width: int, pooled: int) -> dict[str, torch.Tensor]:
-    return {
-        "prompt_embeds": torch.empty(1, tokens, width, device="meta"),
-        "pooled_prompt_embeds": torch.empty(1, pooled, device="meta"),
-    }
-
-
-def on_meta(config: dict[str, object]) -> TextToImage:
-    return TransformerSpec(class_name="SD3Transformer2DModel", config=config).on_meta()
 
 
 @pytest.mark.parametrize(
     ("config", "parameters", "side", "tflops"),
-    [(MEDIUM, 2_243_171_520, 64, 2.27), (LARGE, 8_056_627_520, 128, 30.25)],
+    [
+        (MEDIUM, 2_243_171_520, 64, 2.27),
+        pytest.param(MEDIUM, 2_243_171_520, 128, 10.98, marks=pytest.mark.long),
+        pytest.param(LARGE, 8_056_627_520, 64, 7.34, marks=pytest.mark.long),
+        pytest.param(LARGE, 8_056_627_520, 128, 30.25, marks=pytest.mark.long),
+    ],
 )
 def test_a_forward_pass_of_the_released_models(
     config: dict[str, object], parameters: int, side: int, tflops: float

@@ -54,6 +54,7 @@ from mixflow_fast.data.preparation.encode_prompts import (
     SHARD_PROMPTS,
     Prompts,
     PromptsPlan,
+    StoredPart,
     TextEncoders,
     make_prompts,
     shard_records,
@@ -218,6 +219,16 @@ class CaptionedJob:
         total = self.total_bytes()
         lines.append(f"{'total':<28}{'':>24}{size_text(total):>12}")
         lines.append(f"free      {size_text(free)} at {where}")
+        if self._options.text == "cached":
+            ids = sum(StoredPart.of(p).bytes for p in self._model.text.token_parts.values())
+            text = size_text(ids * self.prompts_plan.count)
+            lines.append(
+                f"note      --text online would store {text} of token ids in place of the text; "
+                "training then runs the text encoders"
+            )
+        done, shards = how_far(self.out) or (0, 0)
+        if done:
+            lines.append(f"done      {done:,} of {shards:,} shards")
         if small := self._enlarged():
             lines.append(f"enlarged  {small:,} images are smaller than their bucket")
         lines += [f"note      {note}" for note in self.source.notes]
@@ -264,12 +275,13 @@ class CaptionedJob:
         sets |= {_latents(bucket): bucket.shards for bucket in self.buckets}
         return {
             "format": FORMAT,
-            "class": self._model.class_name,
+            "class_name": self._model.class_name,
             **self._model.record,
             "text": options.text,
             "text_length": self._model.text_length,
-            "text_dtype": options.text_dtype,
-            "text_batch": options.text_batch,
+            # Token ids are the same whatever runs the encoders.
+            "text_dtype": options.text_dtype if options.text == "cached" else None,
+            "text_batch": options.text_batch if options.text == "cached" else None,
             "buckets": [bucket.name for bucket in options.buckets],
             "mirrors": options.mirrors,
             "image_batch": {

@@ -48,8 +48,10 @@ _OPTIONS = {
     "text_batch": "--text-batch",
     "image_batch": "--batch",
     "buckets": "--buckets or --size",
+    "class_name": "--model",
     "transformer": "--model",
     "encoders": "--model",
+    "device": "--device",
     "vae": "--model",
 }
 
@@ -340,11 +342,20 @@ def _compare(out: Path, wanted: Mapping[str, object]) -> None:
     for name in names:
         before, now = begun.get(name), wanted.get(name)
         if before != now:
+            before, now = _differing(before, now)
             option = f" ({_OPTIONS[name]})" if name in _OPTIONS else ""
             raise ValueError(
                 f"{out} was begun with {name} = {before!r}, now it is {now!r}{option}: "
                 "go on with what it was begun with, choose another --out, or delete the folder"
             )
+
+
+def _differing(before: object, now: object) -> tuple[object, object]:
+    """Of two records only the entries that are not the same."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return before, now
+    names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
+    return {n: before.get(n) for n in names}, {n: now.get(n) for n in names}
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
