@@ -11,6 +11,7 @@ read back by its class, and every tensor compared, before the folder is there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,14 @@ from mixflow_fast.models.text_to_image.loading import (
     network_class,
     read_config,
     transformer_folder,
+)
+from mixflow_fast.models.text_to_image.lora import (
+    LoraSpec,
+    add_lora,
+    file_name,
+    is_adapter,
+    lora_state,
+    merge_lora,
 )
 from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.models.weights.diffusers_dit import RECORD
@@ -153,6 +162,8 @@ class TextToImageWeights:
         folder: what the run says it was trained from; None where it does not.
         steps: optimizer steps.
         objective: how it was trained: gamma, timesteps, shift.
+        lora: the adapters that `state` holds, by the names that their files have; None where it is
+            the whole network.
     """
 
     file: Path
@@ -163,6 +174,7 @@ class TextToImageWeights:
     folder: str | None
     steps: int
     objective: Mapping[str, str]
+    lora: LoraSpec | None = None
 
     def write_folder(
         self,
@@ -188,7 +200,8 @@ class TextToImageWeights:
         check_place(out, origin.folder)
         chosen: Dtype = dtype or origin.dtype
         network = _on_meta(origin)
-        ready = _converted(self.state, network.state_dict(), origin, chosen)
+        whole = self.state if self.lora is None else _merged(self.state, self.lora, origin)
+        ready = _converted(whole, network.state_dict(), origin, chosen)
         _check_room(out, ready, 0 if link else origin.size())
         inside = transformer_folder(origin.folder) != origin.folder
         with replacing(out) as partial:
@@ -202,7 +215,10 @@ class TextToImageWeights:
             (partial / RECORD).write_text(json_text(record, RECORD))
             _compare_read_back(origin, ready, folder, DTYPES[chosen])
         made = out / _TRANSFORMER if inside else out
-        return Written(len(ready), list(_notes(origin, made, chosen, link, len(ready))))
+        notes = list(_notes(origin, made, chosen, link, len(ready)))
+        if self.lora is not None:
+            notes.append(_of_merging(self.state, self.lora, whole, ready, chosen))
+        return Written(len(ready), notes)
 
     def write_file(self, out: Path, dtype: Dtype | None = None) -> Written:
         """Write the weights alone, by the class's names, as one .safetensors file.
@@ -215,6 +231,11 @@ class TextToImageWeights:
             ValueError: numbers that the dtype cannot hold.
             OSError: it could not be written.
         """
+        if self.lora is not None:
+            raise ValueError(
+                f"{self.file} holds adapters (LoRA) and not the network beside them: export --to "
+                "lora writes them, --to diffusers adds them to the folder that they were trained on"
+            )
         chosen: Dtype = dtype or "fp32"
         ready = _in_dtype(self.state, chosen)
         record = {name: str(value) for name, value in self._record(chosen).items()}
@@ -257,6 +278,7 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
         ValueError: values that are damaged or not finite.
     """
     state, record = file.state(which), file.metadata
+    lora = None if record is None else record.kwargs.get("lora")
     network = text_to_image_network({name: tuple(t.shape) for name, t in state.items()})
     if network is not None:
         name, class_name, prefix = network.name, network.class_name, network.prefix
@@ -267,18 +289,75 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
     else:
         return None
     file.check_values(which, state)
+    own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    if isinstance(lora, Mapping):
+        own = {file_name(n): tensor for n, tensor in own.items() if is_adapter(n)}
+        name = f"{class_name} with LoRA of rank {lora.get('rank')}"
     run = json.loads(record.config or "{}") if record is not None else {}
     objective = run.get("objective", {})
     return TextToImageWeights(
         file=file.path,
         which=which,
         name=name,
-        state={n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)},
+        state=own,
         class_name=class_name,
         folder=run.get("model", {}).get("folder"),
         steps=file.steps or 0,
-        objective={name: str(objective[name]) for name in _OBJECTIVE if name in objective},
+        objective={n: str(objective[n]) for n in _OBJECTIVE if n in objective},
+        lora=LoraSpec.from_config(lora) if isinstance(lora, Mapping) else None,
     )
+
+
+@torch.no_grad()
+def _merged(
+    adapters: Mapping[str, Tensor], spec: LoraSpec, origin: ModelFolder
+) -> dict[str, Tensor]:
+    """The folder's network with the adapters added to it, float32, by the class's names."""
+    network = network_class(origin.class_name).from_pretrained(
+        transformer_folder(origin.folder), torch_dtype=torch.float32, local_files_only=True
+    )
+    add_lora(network, spec)
+    own = lora_state(network)
+    wrong = [n for n in own if n not in adapters] + [n for n in adapters if n not in own]
+    wrong += [n for n in own if n in adapters and own[n].shape != adapters[n].shape]
+    if wrong:
+        raise ValueError(
+            f"the adapters do not fit {origin.class_name} of {origin.folder}: {shorten(wrong)}: "
+            "give the folder that they were trained on, with --model FOLDER"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(adapters[name])
+    merge_lora(network)
+    return network.state_dict()
+
+
+def _of_merging(
+    adapters: Mapping[str, Tensor],
+    spec: LoraSpec,
+    whole: Mapping[str, Tensor],
+    ready: Mapping[str, Tensor],
+    dtype: Dtype,
+) -> str:
+    """How large the change is, and how much of it the dtype rounds away; RMS over its layers."""
+    size = change = lost = 0.0
+    layers = [name.removesuffix(".lora_A.weight") for name in adapters if ".lora_A." in name]
+    for layer in layers:
+        down, up = (adapters[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+        weight = whole[f"{layer}.weight"]
+        change += float((spec.scale * (up @ down)).square().sum())
+        size += float(weight.square().sum())
+        lost += float((ready[f"{layer}.weight"].float() - weight).square().sum())
+    words = f"LoRA added to {len(layers)} layers, which changes them by {_ratio(change, size):.1e}"
+    if dtype == "fp32":
+        return words
+    return (
+        f"{words}; rounding the sums to {dtype} is {_ratio(lost, change):.2g} of that change "
+        "(--dtype fp32 keeps it, --to lora keeps the adapters apart)"
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0
 
 
 def _on_meta(origin: ModelFolder) -> nn.Module:

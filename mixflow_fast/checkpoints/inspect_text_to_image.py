@@ -101,9 +101,12 @@ def inspect_text_to_image(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         headers = read_headers(path, key)
-    if (network := text_to_image_network(headers.shapes) or _recorded_network(headers)) is not None:
+    network, lora = text_to_image_network(headers.shapes), lora_weights(headers.shapes)
+    if network is None and lora is None:
+        network = _recorded_network(headers)
+    if network is not None:
         found = _of_network(headers, network)
-    elif (lora := lora_weights(headers.shapes)) is not None:
+    elif lora is not None:
         found = _of_lora(headers, lora)
     else:
         return None

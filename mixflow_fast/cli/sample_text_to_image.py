@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--grid",
         choices=GRIDS,
         help="noise levels: those of diffusers' scheduler, whose last step is next to nothing, or "
-        "of linspace(1, 1/N, N) (default diffusers)",
+        "of linspace(1, 1/N, N) (default: as the pipeline; SD3 diffusers, others linear)",
     )
     group.add_argument(
         "--size",
@@ -285,18 +286,22 @@ class _Settings:
         decoder: Decoder,
         prompts: Sequence[Prompt],
     ) -> _Settings:
-        from mixflow_fast.models.text_to_image.folder import scheduler_shift
+        from mixflow_fast.models.text_to_image.folder import pipeline_grid
 
         size = parse_size(options.size) if options.size else origin.size(decoder)
+        side = 2 * decoder.network.upsampling
+        own = pipeline_grid(origin.folder, size[0] // side * (size[1] // side))
+        # What guides Flux was distilled into the network, which is told its strength.
+        scale = 1.0 if encoder.class_name == "FluxTransformer2DModel" else CFG_SCALE
         return cls(
             checkpoint=str(options.checkpoint),
             weights=origin.weights,
             step=origin.step,
             model=str(origin.folder),
             steps=options.steps or STEPS,
-            grid=options.grid or "diffusers",
-            shift=options.shift or scheduler_shift(origin.folder) or origin.shift,
-            cfg_scale=CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
+            grid=options.grid or own.grid,
+            shift=options.shift or own.shift or origin.shift,
+            cfg_scale=scale if options.cfg_scale is None else options.cfg_scale,
             negative=options.negative or "",
             size=f"{size[0]}x{size[1]}",
             seed=options.seed,
@@ -313,9 +318,10 @@ class _Settings:
     def describe(self) -> str:
         """In a sentence."""
         pictures = "picture" if self.per_prompt == 1 else "pictures"
+        prompts = "prompt" if len(self.prompts) == 1 else "prompts"
         return (
-            f"{len(self.prompts)} prompts, {self.per_prompt} {pictures} of each, {self.size}: "
-            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:g}, guidance "
+            f"{len(self.prompts)} {prompts}, {self.per_prompt} {pictures} of each, {self.size}: "
+            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:.4g}, guidance "
             f"{self.cfg_scale:g}, text of {self.text_length} tokens"
         )
 
@@ -410,7 +416,9 @@ class _Origin:
             from mixflow_fast.models.text_to_image import load_adapter
 
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            adapter = load_adapter(self.checkpoint, dtype=dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that training would undo a distillation
+                adapter = load_adapter(self.checkpoint, dtype=dtype)
         else:
             from mixflow_fast.models import load_model
 

@@ -400,9 +400,9 @@ class TrainConfig(Section, name="train"):
     preview_decoder: str | None = None
     """Local folder of the latents' decoder, as of `sample --decoder`; null is model.folder's vae
     for text to image, and else shows three channels."""
-    preview_grid: SigmaGrid = "diffusers"
-    """Text to image: noise levels of the previews, those of the pipeline's scheduler, or of
-    linspace(1, 1/N, N)."""
+    preview_grid: SigmaGrid | None = None
+    """Text to image: noise levels of the previews, those of diffusers' scheduler, or of
+    linspace(1, 1/N, N); null is what the pipeline of the folder takes."""
     preview_prompts: tuple[str, ...] | None = None
     """Text to image: prompts of the previews, out of the cache; null takes its first ones."""
     preview_stats: str | None = None

@@ -235,8 +235,8 @@ def _check_watching(t: TrainConfig, m: ModelConfig, o: ObjectiveConfig, latent: 
         )
     if t.preview_stats and not t.preview_decoder:
         raise ValueError("train.preview_stats needs train.preview_decoder=FOLDER: leave it out")
-    for name, idle in (("preview_grid", "diffusers"), ("preview_prompts", None)):
-        if getattr(t, name) != idle and not m.is_text_to_image:
+    for name in ("preview_grid", "preview_prompts"):
+        if getattr(t, name) is not None and not m.is_text_to_image:
             raise ValueError(
                 f"train.{name} has no meaning for {m.name}, which is told no prompts: leave it out"
             )

@@ -71,7 +71,7 @@ class TextPreviewOptions:
         """How the pictures came about, in sentences."""
         guidance = "no guidance" if self.cfg_scale == 1 else f"guidance {self.cfg_scale:g}"
         words = (
-            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:g}, "
+            f"{self.steps} Euler steps on the {self.grid} grid of shift {self.shift:.4g}, "
             f"{guidance}, from EMA weights, the same prompts and noise each time"
         )
         if self.decoder is not None:

@@ -115,5 +115,6 @@ def sigma_grid(steps: int, shift: float = 1.0, grid: SigmaGrid = "diffusers") ->
         first, last = shift_time(ends, shift, NOISE_AT_1).tolist()
         levels = np.linspace(first * _TRAINING_LEVELS, last * _TRAINING_LEVELS, steps)
         levels = levels / _TRAINING_LEVELS
-    levels = shift * levels / (1 + (shift - 1) * levels)
+    # By rounding, the first could lie above 1 for a shift such as 1.58.
+    levels = np.minimum(shift * levels / (1 + (shift - 1) * levels), 1.0)
     return torch.cat([torch.from_numpy(levels).to(torch.float32), torch.zeros(1)])

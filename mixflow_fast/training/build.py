@@ -325,18 +325,23 @@ def build_conditions(
         encoder: of `build_prompt_encoder`.
 
     Raises:
-        ValueError: a text encoder that the network has not; latents of other channels than the
-            network's.
+        ValueError: a text encoder that the network has not; a cache for another class, or of
+            latents of other channels.
     """
     if not isinstance(model, TextToImage):
         return Conditions()
-    channels = model.in_channels
+    channels, own = model.in_channels, model.config["class"]
+    if dataset.info.class_name != own:
+        raise ValueError(
+            f"data were encoded for a {dataset.info.class_name}, the network in model.folder is a "
+            f"{own}: give a cache that `mixflow-fast encode` made with that model"
+        )
     if channels is not None and dataset.shape[0] != channels:  # a user's adapter may not say them
         raise ValueError(
             f"data gives latents of {dataset.shape[0]} channels, the network in model.folder takes "
             f"{channels}: give a cache that `mixflow-fast encode` made with that model"
         )
-    layout = layout_for(model.config["class"], model.config["transformer"])
+    layout = layout_for(own, model.config["transformer"])
     return Prompts(layout, section.drop_by_encoder(), seed, encoder)
 
 

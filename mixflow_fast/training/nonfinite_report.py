@@ -72,7 +72,7 @@ class SampleReport:
         label: as the network saw it, maybe the null class.
         t, m: label and slowed time.
         loss: as the step had it; `loss_recomputed`: as the examination has it.
-        data_not_finite: how many of its numbers are not finite.
+        data_not_finite: how many of its numbers are not finite, of its prompt too.
     """
 
     position: int
@@ -240,6 +240,7 @@ class Examiner:
             "loss": bad.each[part],
             "loss_recomputed": made.samples.cpu(),
             "x1": made.it.x1.cpu(),
+            "data_not_finite": _not_finite(made.it.x1, *made.cond.values()).cpu(),
         }
         suspects = wrong[part].nonzero()[:, 0].tolist()
         suspects = suspects or bad.each[part].argsort(descending=True).tolist()
@@ -293,7 +294,7 @@ class Examiner:
             m=float(tensors["slowed_t"][place]),
             loss=float(tensors["loss"][place]),
             loss_recomputed=float(tensors["loss_recomputed"][place]),
-            data_not_finite=int((~tensors["x1"][place].isfinite()).sum()),
+            data_not_finite=int(tensors["data_not_finite"][place]),
         )
 
     def _recorded(self, bad: BadStep, damaged: dict[str, int], error: Exception) -> RankReport:
@@ -373,6 +374,11 @@ class Examiner:
             "the loss of every sample, while their data are finite: the cause is the weights of "
             f"this step{whose}, and not a sample."
         )
+
+
+def _not_finite(*values: Tensor) -> Tensor:
+    """(M,) how many numbers of each of M samples are not finite."""
+    return sum((~value.isfinite()).flatten(1).sum(1) for value in values)
 
 
 def _name_samples(ranks: list[RankReport]) -> str:

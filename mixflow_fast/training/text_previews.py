@@ -13,7 +13,7 @@ from torch import Tensor
 from mixflow_fast.config.schema import ModelConfig, TrainConfig
 from mixflow_fast.data import Batch
 from mixflow_fast.models.autoencoders.decoding import Decoder
-from mixflow_fast.models.text_to_image.folder import autoencoder_folder, scheduler_shift
+from mixflow_fast.models.text_to_image.folder import autoencoder_folder, pipeline_grid
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.reports.text_previews import (
     TextPreviewOptions,
@@ -101,12 +101,13 @@ def text_preview_options(
 
     Args:
         train, model: its sections.
-        shift: `objective.shift`, for a folder whose scheduler does not say one.
+        shift: `objective.shift`, for a folder without a scheduler.
         data: the examples.
 
     Raises:
         ValueError: a prompt that the cache does not hold, or a cache without prompts.
     """
+    own = pipeline_grid(model.folder, data.shape[1] * data.shape[2] // 4)
     vae = train.preview_decoder or autoencoder_folder(model.folder)
     chosen = _chosen_prompts(data.prompts, train)
     return TextPreviewOptions(
@@ -114,8 +115,8 @@ def text_preview_options(
         rows=tuple(chosen),
         steps=train.preview_steps,
         cfg_scale=train.preview_cfg,
-        shift=scheduler_shift(model.folder) or shift,
-        grid=train.preview_grid,
+        shift=own.shift or shift,
+        grid=train.preview_grid or own.grid,
         batch_size=min(len(chosen), train.microbatch_size),
         latent=tuple(data.shape),
         decoder=None if vae is None else str(vae),

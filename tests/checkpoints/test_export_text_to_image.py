@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixflow_fast.checkpoints import export_text_to_image
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.text_to_image.lora import add_lora, is_adapter, lora_spec
 from mixflow_fast.models.weights.metadata import Metadata
 from tests.support.text_to_image import FAMILIES, numbers, sd3, sd3_pipeline, text
 from tests.support.weights import run
@@ -255,3 +256,56 @@ def test_what_reads_back_otherwise_is_not_written(
     code, _, err = run(capsys, *command)
     assert code == 2 and "reads proj_out.bias otherwise than it was written" in err
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_adapters_are_added_to_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What peft computes beside the base, the exported network computes alone."""
+    source = tmp_path / "tiny"
+    sd3_pipeline(sd3()).save_pretrained(source)
+    network = sd3()
+    spec = lora_spec(network, rank=4, alpha=8.0)
+    add_lora(network, spec, seed=1)
+    for name, tensor in network.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(tensor, std=0.02)
+    adapters = {f"transformer.{n}": p for n, p in network.named_parameters() if is_adapter(n)}
+    config = {name: v for name, v in network.config.items() if not name.startswith("_")}
+    kwargs = {"class": "SD3Transformer2DModel", "transformer": config, "lora": spec.to_config()}
+    run_config = {"model": {"folder": str(source)}, "objective": {"gamma": 0.8}}
+    record = Metadata(kwargs=kwargs, clock="noise_at_1", steps=3, config=json.dumps(run_config))
+    folder = tmp_path / "run"
+    save_weights(folder / "weights.pt", adapters, adapters, record.to_record())
+    out = tmp_path / "out"
+    command = ("export", folder, "--to", "diffusers")
+    code, said, err = run(capsys, *command, "--out", out)
+    assert code == 0, err
+    words = " ".join(said.split())
+    layers = len(adapters) // 2
+    assert "LoRA of rank 4" in words and f"LoRA added to {layers} layers" in words
+    assert json.loads((out / "mixflow.json").read_text())["gamma"] == "0.8"
+    merged = SD3Transformer2DModel.from_pretrained(out / "transformer")
+    told = text(2)
+    inputs = {
+        "hidden_states": numbers(2, 16, 8, 8),
+        "timestep": torch.tensor([900.0, 100.0]),
+        "encoder_hidden_states": told["prompt_embeds"],
+        "pooled_projections": told["pooled_prompt_embeds"],
+    }
+    with torch.no_grad():
+        expected, found = network(**inputs).sample, merged(**inputs).sample
+        base = sd3()(**inputs).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - base).abs().max() > 100 * (found - expected).abs().max()
+    code, said, _ = run(capsys, *command, "--out", tmp_path / "half", "--dtype", "bf16")
+    assert code == 0 and "rounding the sums to bf16 is 0." in " ".join(said.split())
+    alone = ("export", folder, "--to", "ema", "--out", tmp_path / "x.safetensors")
+    code, _, err = run(capsys, *alone)
+    assert code == 2 and "--to lora writes them" in err
+    large = tmp_path / "large"
+    sd3_pipeline(FAMILIES["sd3.5 large"].build()).save_pretrained(large)
+    code, _, err = run(capsys, *command, "--model", large, "--out", tmp_path / "other")
+    assert code == 2 and "attn2.to_q" in err
+    code, said, _ = run(capsys, "inspect", folder)
+    assert code == 0 and "a LoRA for an SD3.5 with attn2 of width 32" in said

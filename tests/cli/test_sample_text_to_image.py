@@ -9,11 +9,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 from mixflow_fast.cli.sample_text_to_image import GRIDS, parse_size, read_prompts
 from mixflow_fast.models import save_weights
+from mixflow_fast.models.text_to_image.flux import pack
 from mixflow_fast.models.weights.metadata import Metadata
 from mixflow_fast.sampling.grids import SigmaGrid
 from mixflow_fast.sampling.text_to_image import noise_of_ids
@@ -82,6 +83,26 @@ def test_pictures_are_the_pipeline_s(
     assert len(before) > 100
     code, _, err = run(*command[:-1], 6, capsys=capsys)
     assert code == 2 and "pictures of another seed (5)" in err
+
+
+def test_flux_as_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without guidance, on linspace(1, 1/N, N) with the shift of the size, all by default."""
+    folder, out = write_pipeline(tmp_path / "flux", "flux"), tmp_path / "out"
+    command = ("sample", folder, "--out", out, "--prompts", PROMPTS[0], *OPTIONS)
+    code, said, err = run(*command, capsys=capsys)
+    assert code == 0, err
+    assert "on the linear grid of shift 1.582, guidance 1, text of 16 tokens" in said
+    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.to(torch.bfloat16), pipeline.text_encoder_2.to(torch.bfloat16)
+    text, pooled, _ = pipeline.encode_prompt(PROMPTS[0], None, max_sequence_length=16)
+    image = pipeline(
+        prompt_embeds=text.float(),
+        pooled_prompt_embeds=pooled.float(),
+        latents=pack(noise_of_ids(5, torch.arange(1), (16, 6, 8))),
+        **{"num_inference_steps": 3, "height": 48, "width": 64},
+    ).images[0]
+    assert np.abs(pixels(out / "00000.png") - np.asarray(image).astype(int)).max() <= 1
 
 
 def test_without_guidance_and_on_the_other_grid(

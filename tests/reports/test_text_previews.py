@@ -11,8 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mixflow_fast.flow.timesteps import resolution_shift
 from mixflow_fast.models.text_to_image import SD3Adapter
-from mixflow_fast.models.text_to_image.folder import autoencoder_folder, scheduler_shift
+from mixflow_fast.models.text_to_image.folder import (
+    PipelineGrid,
+    autoencoder_folder,
+    pipeline_grid,
+)
 from mixflow_fast.reports.text_previews import (
     SEED,
     TextPreviewOptions,
@@ -80,9 +85,13 @@ def test_a_picture_and_its_words(tmp_path: Path) -> None:
 
 
 def test_what_stands_in_a_pipeline_s_folder(tmp_path: Path) -> None:
-    write_pipeline(tmp_path / "sd3")
-    assert scheduler_shift(tmp_path / "sd3") == 3.0
-    assert autoencoder_folder(tmp_path / "sd3") == tmp_path / "sd3" / "vae"
-    write_pipeline(tmp_path / "flux", "flux")
-    assert scheduler_shift(tmp_path / "flux") is None  # another one for each size
-    assert scheduler_shift(tmp_path) is None and autoencoder_folder(tmp_path) is None
+    sd3_folder = write_pipeline(tmp_path / "sd3")
+    assert pipeline_grid(sd3_folder, 1024) == PipelineGrid("diffusers", 3.0)
+    assert autoencoder_folder(sd3_folder) == sd3_folder / "vae"
+    flux = write_pipeline(tmp_path / "flux", "flux")
+    for tokens in (256, 4096):  # another one for each size
+        assert pipeline_grid(flux, tokens) == PipelineGrid("linear", resolution_shift(tokens))
+    assert pipeline_grid(write_pipeline(tmp_path / "z", "z_image"), 9).grid == "linear"
+    alone = sd3_folder / "transformer"
+    assert pipeline_grid(alone, 9) == PipelineGrid("diffusers", None)
+    assert autoencoder_folder(alone) is None

@@ -14,7 +14,12 @@ from tests.support.text_to_image import FAMILIES, SD3
 
 @pytest.mark.parametrize(
     ("config", "parameters", "side", "tflops"),
-    [(MEDIUM, 2_243_171_520, 64, 2.27), (LARGE, 8_056_627_520, 128, 30.25)],
+    [
+        (MEDIUM, 2_243_171_520, 64, 2.27),
+        pytest.param(MEDIUM, 2_243_171_520, 128, 10.98, marks=pytest.mark.long),
+        pytest.param(LARGE, 8_056_627_520, 64, 7.34, marks=pytest.mark.long),
+        pytest.param(LARGE, 8_056_627_520, 128, 30.25, marks=pytest.mark.long),
+    ],
 )
 def test_a_forward_pass_of_the_released_models(
     config: dict[str, object], parameters: int, side: int, tflops: float

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from mixflow_fast.files import user_path
-from mixflow_fast.models.text_to_image.loading import read_config
+from mixflow_fast.flow.timesteps import SigmaGrid, resolution_shift
+from mixflow_fast.models.text_to_image.loading import read_config, transformer_folder
+
+# Arguments of `resolution_shift` by a scheduler's own names.
+_DYNAMIC = {
+    "base_tokens": "base_image_seq_len",
+    "max_tokens": "max_image_seq_len",
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+}
 
 
-def scheduler_shift(folder: str | os.PathLike[str]) -> float | None:
-    """Time shift of the pipeline's grid; None without a scheduler, or with one for each size.
+@dataclass(frozen=True)
+class PipelineGrid:
+    """Noise levels that a pipeline samples with by default.
+
+    Attributes:
+        grid: as of `mixflow_fast.sampling.sigma_grid`.
+        shift: of the grid; None where the folder has no scheduler.
+    """
+
+    grid: SigmaGrid
+    shift: float | None
+
+
+def pipeline_grid(folder: str | os.PathLike[str], tokens: int) -> PipelineGrid:
+    """What the official pipeline of a folder samples with.
+
+    SD3's has its scheduler make the levels; the others give it linspace(1, 1/N, N), or its like,
+    and Flux's a shift that grows with the picture.
 
     Args:
-        folder: the pipeline's.
+        folder: the pipeline's, or the transformer's.
+        tokens: (h / 2) (w / 2) of h x w latents.
 
     Raises:
-        ValueError: a scheduler's configuration that cannot be read.
+        ValueError: configurations that cannot be read.
     """
-    file = user_path(folder) / "scheduler" / "scheduler_config.json"
+    path = user_path(folder)
+    class_name = read_config(transformer_folder(path) / "config.json").get("_class_name")
+    grid: SigmaGrid = "diffusers" if class_name == "SD3Transformer2DModel" else "linear"
+    file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        return None
+        return PipelineGrid(grid, None)
     config = read_config(file)
-    shift = config.get("shift")
-    if config.get("use_dynamic_shifting") or not isinstance(shift, int | float):
-        return None
-    return float(shift)
+    if config.get("use_dynamic_shifting"):
+        given = {ours: config[theirs] for ours, theirs in _DYNAMIC.items() if theirs in config}
+        return PipelineGrid(grid, resolution_shift(tokens, **given))
+    shift = config.get("shift", 1.0)
+    return PipelineGrid(grid, float(shift) if isinstance(shift, int | float) else None)
 
 
 def autoencoder_folder(folder: str | os.PathLike[str]) -> Path | None:
