@@ -38,7 +38,7 @@ from mixflow_fast.models.text_to_image.lora import (
     lora_state,
     merge_lora,
 )
-from mixflow_fast.models.text_to_image.spec import TransformerSpec
+from mixflow_fast.models.text_to_image.spec import TransformerSpec, base_digest
 from mixflow_fast.models.weights.diffusers_dit import RECORD
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.naming import TEXT_TO_IMAGE_PREFIX, kind_of
@@ -238,9 +238,8 @@ class TextToImageWeights:
             )
         chosen: Dtype = dtype or "fp32"
         ready = _in_dtype(self.state, chosen)
-        record = {name: str(value) for name, value in self._record(chosen).items()}
         with replacing(out) as partial:
-            _save(ready, partial, {"format": "pt", **record})
+            _save(ready, partial, {"format": "pt", **self.record(chosen)})
         note = f"{self.class_name}'s weights in {chosen}; a pipeline's folder is --to diffusers"
         return Written(len(ready), [note])
 
@@ -254,6 +253,10 @@ class TextToImageWeights:
                 "FOLDER, or write the weights alone with --to ema"
             )
         return user_path(self.folder)
+
+    def record(self, dtype: Dtype) -> dict[str, str]:
+        """How they were trained and written, for the header of a file."""
+        return {name: str(value) for name, value in self._record(dtype).items()}
 
     def _record(self, dtype: Dtype) -> dict[str, str | int]:
         return {
@@ -313,6 +316,13 @@ def _merged(
     adapters: Mapping[str, Tensor], spec: LoraSpec, origin: ModelFolder
 ) -> dict[str, Tensor]:
     """The folder's network with the adapters added to it, float32, by the class's names."""
+    own_hash = base_digest(origin.folder)
+    if spec.base not in (None, own_hash):
+        raise ValueError(
+            f"{origin.folder} holds another network (hash {own_hash}) than the one that the "
+            f"adapters were trained beside ({spec.base}): give the folder that they were trained "
+            "on, with --model FOLDER"
+        )
     network = network_class(origin.class_name).from_pretrained(
         transformer_folder(origin.folder), torch_dtype=torch.float32, local_files_only=True
     )
