@@ -23,6 +23,7 @@ from mixflow_fast.training.trainer import Trainer, train
 from tests.support.caches import SD3_PARTS, part_values, write_cache
 from tests.support.captioned import model_folder, tiny
 from tests.support.command_line import run
+from tests.support.image_folders import smooth
 from tests.support.text_to_image import sd3_pipeline, write_pipeline
 
 PREVIEWS = {
@@ -121,3 +122,27 @@ def test_a_run_on_a_cache_and_what_comes_after_it(
         assert "96x64" in said and "text of 16 tokens" in said
         made[name] = (tmp_path / f"of_{name}" / "00000.png").read_bytes()
     assert made["run"] == made["export"]
+
+
+def test_online_and_cached_text_draw_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same prompts, whether the cache holds embeddings or tokens that are embedded now."""
+    folder, pictures = write_pipeline(tmp_path / "model"), tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        smooth(64, 64, number).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"a picture of number {number}\n")
+    shown = {}
+    for text in ("cached", "online"):
+        cache = tmp_path / text
+        encode = ("encode", "--model", folder, "--data", pictures, "--out", cache)
+        options = ("--buckets", "64x64", "--t5-length", 16, "--text", text)
+        code, _, err = run(*encode, *options, capsys=capsys)
+        assert code == 0, err
+        config = tiny(folder, tmp_path / f"run_{text}", **PREVIEWS | {"data.path": str(cache)})
+        trainer = Trainer(config, quiet=True)
+        trainer.run()
+        drawn = tmp_path / f"run_{text}" / "previews" / "step_00000000.png"
+        shown[text] = np.asarray(Image.open(drawn)).astype(int)
+    assert np.abs(shown["cached"] - shown["online"]).max() <= 1

@@ -29,7 +29,7 @@ from mixflow_fast.data.preparation.encode_captioned import (
     CaptionedOptions,
 )
 from mixflow_fast.data.prompts_store import PromptsStore
-from mixflow_fast.data.set_files import how_far, read_manifest, verify
+from mixflow_fast.data.set_files import how_far, read_manifest, sha256_of, size_of, verify
 from mixflow_fast.kernels.interpolate import Moments
 
 CPU = torch.device("cpu")
@@ -188,6 +188,13 @@ def test_latents_of_a_bucket_are_of_its_crops(whole):
         crops = [fit_to_bucket(pixels(numbers[item]), bucket) for item in items]
         mean, std, _ = Pictures()(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
         assert torch.equal(store.take(torch.arange(3)), torch.cat([mean, std], 1).half())
+
+
+def test_the_shards_hashes_are_those_of_their_folders(whole):
+    for note in sorted((whole / "prompts/done").iterdir()):
+        record = json.loads(note.read_text())
+        folder = whole / "prompts/shards" / note.name.partition(".")[0]
+        assert record["sha256"] == sha256_of(folder) and record["bytes"] == size_of(folder)
 
 
 def test_the_manifest_lists_all_and_each_set_is_whole(whole):
