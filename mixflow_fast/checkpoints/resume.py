@@ -125,7 +125,7 @@ class ResumePoint:
         Raises:
             ValueError: weights that are damaged or do not fit; on all ranks.
         """
-        tensors = model.state_dict().values()
+        tensors = model.saved_state().values()
         if self.state is not None and isinstance(model, TextToImage):
             with host_group.raise_together():
                 check_same_network(model, self.state.metadata, self.checkpoint)

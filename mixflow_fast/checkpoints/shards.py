@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixflow_fast.config.schema import EngineName
+from mixflow_fast.models.network import Network
 from mixflow_fast.models.weights.foreign import unsafe_name
 
 COPY_AGAIN = (
@@ -223,7 +224,7 @@ def is_flat(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
+def fill_network(model: Network, folder: Path, trained: bool) -> None:
     """Set a network on the CPU to a checkpoint's master weights.
 
     Args:
@@ -234,7 +235,7 @@ def fill_network(model: nn.Module, folder: Path, trained: bool) -> None:
     Raises:
         ValueError: names or shapes differ; as `iter_shards`.
     """
-    own = model.state_dict()
+    own = model.saved_state()
     shapes = read_layout(folder).shapes
     # Copying in place would stretch a tensor of one element over any shape.
     odd = [name for name in own.keys() | shapes if name not in own or name not in shapes]

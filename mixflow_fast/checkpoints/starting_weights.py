@@ -178,7 +178,10 @@ def _text_to_image_misfit(
             return f"{what}give a run of the network in model.folder, or train.init=null"
         return f"{what}set model.name=TextToImage and model.folder to the folder of that network"
     odd = _other_network(theirs, own)
-    return f"{odd}: give the folder that run started from" if odd else ""
+    if odd:
+        return f"{odd}: give the folder that run started from"
+    odd = _other_adapters(theirs.get("lora"), own.get("lora"))
+    return f"{odd}: {_whole('that run')}" if odd else ""
 
 
 def check_same_network(model: Network, record: Mapping[str, object], checkpoint: Path) -> None:
@@ -195,6 +198,8 @@ def check_same_network(model: Network, record: Mapping[str, object], checkpoint:
     theirs = Metadata.from_record(record, checkpoint).kwargs
     if odd := _other_network(theirs, model.config):
         raise ValueError(f"{checkpoint} is of {odd}: give the folder that the run started from")
+    if odd := _other_adapters(theirs.get("lora"), model.config.get("lora")):
+        raise ValueError(f"{checkpoint} is of {odd}: {_whole('the run')}")
 
 
 def _other_network(theirs: Mapping[str, object], own: Mapping[str, object]) -> str:
@@ -205,6 +210,33 @@ def _other_network(theirs: Mapping[str, object], own: Mapping[str, object]) -> s
     odd = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     listed = ", ".join(f"{name}={before.get(name)} instead of {now.get(name)}" for name in odd[:5])
     return f"another {own.get('class')} than that in model.folder ({listed})" if odd else ""
+
+
+def _other_adapters(theirs: object, own: object) -> str:
+    """How a run's adapters differ from those of the configuration, in words; "" if they do not."""
+    if theirs == own:
+        return ""
+    if not isinstance(theirs, dict):
+        return "a run that trained the whole network, and lora.rank asks for adapters beside it"
+    if not isinstance(own, dict):
+        return f"a run of adapters (lora.rank={theirs.get('rank')}), and lora.rank is 0"
+    names = [name for name in ("rank", "alpha", "targets") if theirs.get(name) != own.get(name)]
+    if names:
+        listed = ", ".join(f"lora.{n}={_text(theirs.get(n))}, now {_text(own[n])}" for n in names)
+        return f"a run of other adapters ({listed})"
+    return (
+        f"a run of adapters beside another network (hash {theirs.get('base')}) than that in "
+        f"model.folder ({own.get('base')})"
+    )
+
+
+def _whole(run: str) -> str:
+    """The way out where adapters do not fit."""
+    return (
+        f"give the model.folder and the lora.* settings of {run}, or write its whole network "
+        "(mixflow-fast export RUN --to diffusers --out FOLDER) and start a new run from that with "
+        "model.folder=FOLDER"
+    )
 
 
 def _songunet_misfit(spec: NetworkSpec, class_name: ClassName, own: Mapping[str, object]) -> str:

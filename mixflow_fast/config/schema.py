@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from mixflow_fast.config.cond_section import CondConfig
 from mixflow_fast.config.data_sections import DataConfig, EncoderConfig, TeacherConfig
+from mixflow_fast.config.lora_section import LoraConfig
 from mixflow_fast.config.renamed import name_elsewhere, refuse_former_key
 from mixflow_fast.config.section import (
     Fraction,
@@ -448,6 +449,7 @@ class Config(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     cond: CondConfig = field(default_factory=CondConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -507,6 +509,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "objective": ObjectiveConfig,
     "source": SourceConfig,
     "cond": CondConfig,
+    "lora": LoraConfig,
     "data": DataConfig,
     "encoder": EncoderConfig,
     "teacher": TeacherConfig,

@@ -17,6 +17,7 @@ from mixflow_fast.config.data_sections import (
     EncoderConfig,
     TeacherConfig,
 )
+from mixflow_fast.config.lora_section import LoraConfig
 from mixflow_fast.config.schema import (
     Config,
     ModelConfig,
@@ -41,6 +42,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     c = config
     _check_text_to_image(c.model, c.objective, c.source, c.train)
     _check_prompts(c.cond, c.model, c.data)
+    _check_lora(c.lora, c.model)
     _check_data(c.data, c.objective.alignment_weight > 0, c.teacher.path is not None)
     _check_encoder(c.encoder, c.data, c.model)
     _check_optimizer(c.optim, c.train.device)
@@ -98,6 +100,18 @@ def _check_prompts(p: CondConfig, m: ModelConfig, d: DataConfig) -> None:
         raise ValueError(
             f"cond.{given[0].name} has no meaning for {m.name}, which is told no prompts: leave it "
             "out"
+        )
+
+
+def _check_lora(a: LoraConfig, m: ModelConfig) -> None:
+    if a.rank and not m.is_text_to_image:
+        raise ValueError(
+            f"lora.rank = {a.rank} has no meaning for {m.name}, whose whole network is trained: "
+            "leave it out, or set model.name=TextToImage"
+        )
+    if a.rank and not is_installed("peft"):
+        raise ValueError(
+            f'lora.rank = {a.rank} needs peft: pip install "mixflow_fast[text]", or set lora.rank=0'
         )
 
 

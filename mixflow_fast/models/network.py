@@ -64,6 +64,10 @@ class Network(nn.Module):
         """Dtype of the weights that are multiplied by activations."""
         raise NotImplementedError
 
+    def saved_state(self) -> dict[str, Tensor]:
+        """What checkpoints and weights files of a run hold of it: its whole state, usually."""
+        return self.state_dict()
+
     @property
     def tokens(self) -> int | None:
         """Tokens that an input is cut into; None for a network that does not cut it."""

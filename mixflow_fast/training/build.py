@@ -20,6 +20,7 @@ from mixflow_fast.config.data_sections import (
     EncoderConfig,
     TeacherConfig,
 )
+from mixflow_fast.config.lora_section import LoraConfig
 from mixflow_fast.config.schema import (
     Config,
     ModelConfig,
@@ -37,15 +38,16 @@ from mixflow_fast.evaluation.validation_loss import ValidationData
 from mixflow_fast.files import existing_path
 from mixflow_fast.flow.source import MixedSource
 from mixflow_fast.models import Execution, Network, Transformer, build
-from mixflow_fast.models.dinov2 import Dinov2Files
+from mixflow_fast.models.dinov2 import PRECISIONS, Dinov2Files, Precision
 from mixflow_fast.models.teacher import TEACHER, Teacher, teacher_resolution
+from mixflow_fast.models.text_to_image.lora import set_initial
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.text_to_image.prompts import (
     PromptEncoder,
     layout_for,
     prompt_encoder,
 )
-from mixflow_fast.models.text_to_image.spec import TransformerSpec
+from mixflow_fast.models.text_to_image.spec import TransformerSpec, with_storage
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
@@ -119,7 +121,7 @@ def build_run(config: Config, device: torch.device) -> RunParts:
         ValueError: data, encoder, teacher or network that are not there or do not fit each other.
     """
     c = config
-    model = build_model(c.model, "meta")
+    model = build_model(c.model, "meta", c.lora)
     source = source_record(c.source, c.model)
     carry_predictor(model, source, c.source.frozen, c.model.init_seed)
     mix = build_objective(
@@ -150,7 +152,9 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     )
 
 
-def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Network:
+def build_model(
+    section: ModelConfig, device: str | torch.device = "cpu", lora: LoraConfig | None = None
+) -> Network:
     """The network of a configuration with its random initial weights (a function of init_seed).
 
     That of a folder, TextToImage, has no weights: see `FirstNetwork`. It is on the meta device
@@ -159,6 +163,8 @@ def build_model(section: ModelConfig, device: str | torch.device = "cpu") -> Net
     if section.is_text_to_image:
         on_meta = torch.device(device).type == "meta"
         spec = TransformerSpec.read(section.folder, section.adapter, warns=on_meta)
+        if lora is not None and lora.rank:
+            spec = spec.with_lora(section.folder, lora.rank, lora.alpha, lora.targets)
         return spec.on_meta() if on_meta else spec.without_weights()
     options = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     options = {k: v for k, v in options.items() if v is not None and k not in _NOT_ARGUMENTS}
@@ -188,6 +194,8 @@ class FirstNetwork:
         start: where the run begins.
         source: how the predictor of its source is built; None for N(0, I).
         frozen: whether the source is not trained.
+        lora: the section of that name; None trains the whole network.
+        precision: of training, in which what adapters stand beside is kept.
     """
 
     section: ModelConfig
@@ -195,6 +203,8 @@ class FirstNetwork:
     start: ResumePoint
     source: SourceRecord | None = None
     frozen: bool = False
+    lora: LoraConfig | None = None
+    precision: Precision = "fp32"
 
     @property
     def weights(self) -> str:
@@ -216,9 +226,12 @@ class FirstNetwork:
         """
         new = self.start.checkpoint is None and self.init is None
         if self.section.is_text_to_image:
-            model = _with_storage(build_model(self.section))
-            if new:
+            model = build_model(self.section, lora=self.lora)
+            model = with_storage(model, frozen=PRECISIONS[self.precision])
+            if new or model.has_adapters:
                 self._fill_from_folder(model, host_group)
+            if new:
+                set_initial(model, self.section.init_seed)
                 return model
         else:
             # Else without random weights, because every tensor of it comes from a file.
@@ -236,18 +249,6 @@ class FirstNetwork:
         spec = TransformerSpec.from_config(model.config)
         read = partial(spec.fill, model, self.section.folder)
         read_once_a_machine(host_group, read, model.state_dict().values())
-
-
-def _with_storage(network: TextToImage) -> TextToImage:
-    """A network on the CPU, float32; tensors that had no storage have undefined values."""
-    # Not `to_empty`, which would take the values of buffers that no file holds.
-    return network._apply(
-        lambda tensor: (
-            torch.empty_like(tensor, device="cpu", dtype=torch.float32)
-            if tensor.is_meta
-            else tensor
-        )
-    )
 
 
 def build_execution(section: ModelConfig, zero_stage: int, device: torch.device) -> Execution:
@@ -491,7 +492,7 @@ def check(config: Config, world_size: int = 1) -> None:
     Of a teacher and an encoder it reads the config.json.
     """
     validate(config, world_size)
-    model = build_model(config.model, "meta")
+    model = build_model(config.model, "meta", config.lora)
     source = source_record(config.source, config.model)
     carry_predictor(model, source, config.source.frozen, config.model.init_seed)
     objective = config.objective, model.clock, config.train.seed

@@ -79,8 +79,10 @@ class DeepSpeedEngine(Engine):
         # No copies: DeepSpeed puts others in the place of those that it casts, moves or shards.
         self.shapes, self.initial = shapes_and_frozen(model)
         # Until the master weights are set: all digits of what DeepSpeed casts.
-        state = model.state_dict()
+        state = model.saved_state()
         self._first = {name: state[name] for name in state.keys() - self.initial.keys()}
+        # With adapters a run's files do not hold the network beside them.
+        self._holds_all = model.state_dict().keys() == state.keys()
 
     def start(self, resume_from: Path | None, resharded: bool = False) -> None:
         """Hand the network to DeepSpeed; as `Engine.start`."""
@@ -137,7 +139,9 @@ class DeepSpeedEngine(Engine):
         return True
 
     def _load(self, checkpoint: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        path, _ = self._engine.load_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, load_module_strict=self._holds_all
+        )
         if path is None:
             raise ValueError(f"checkpoint {checkpoint} could not be loaded")
 
@@ -277,9 +281,14 @@ class DeepSpeedEngine(Engine):
         """
         engine, folder = self._engine, writer.folder
         # Errors are kept for the end: raised in here they would leave the other ranks in a barrier.
-        engine.checkpoint_engine.save = writer.write
+        engine.checkpoint_engine.save = functools.partial(self._write, writer)
         engine._copy_recovery_script = lambda _: None  # knows no EMA; `consolidate` does
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            save_latest=False,
+            exclude_frozen_parameters=not self._holds_all,
+        )
         stage, rank = self._train.zero_stage, process_group.rank()
         if stage or rank == 0:
             fragments = tuple(fragment for fragment in self._fragments() if fragment.numel)
@@ -289,6 +298,14 @@ class DeepSpeedEngine(Engine):
             writer.write(layout.to_dict(), layout_file(folder, rank))
         if rank == 0:
             writer.write(self.initial, frozen_file(folder))
+
+    def _write(self, writer: CheckpointWriter, state_dict: dict[str, object], path: str) -> None:
+        """One of DeepSpeed's files; of the network, buffers too, what a run's files hold."""
+        module = state_dict.get("module")
+        if not self._holds_all and isinstance(module, dict):
+            own = {name: tensor for name, tensor in module.items() if name in self.shapes}
+            state_dict = state_dict | {"module": own}
+        writer.write(state_dict, path)
 
     def gathered(self, which: str, stepped: bool) -> Iterator[tuple[str, Tensor]]:
         """As `Engine.gathered`: put together from the ranks' shards."""

@@ -29,8 +29,9 @@ class Engine(Protocol):
 
     Attributes:
         module: the network as it computes, in the precision of training.
-        shapes: official name -> shape of the whole tensor, trained or not, in official order.
-        initial: tensors that are not trained, float32.
+        shapes: official name -> shape of the whole tensor, trained or not, in official order, of
+            what a run's files hold.
+        initial: those of them that are not trained, float32.
     """
 
     module: nn.Module
@@ -148,7 +149,7 @@ def shapes_and_frozen(
     model: Network,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
     """`Engine.shapes` and `Engine.initial` of a network; the tensors are its own."""
-    state = model.state_dict()
+    state = model.saved_state()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes, {name: tensor for name, tensor in state.items() if name not in trained}

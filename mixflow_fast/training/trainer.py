@@ -145,7 +145,13 @@ class Trainer:
             data, allowed = self._data.summary, allow_data_change
             self._start = find(config, self._folder, ranks, data, resume, allowed)
             self._first_network = FirstNetwork(
-                config.model, config.train.init, self._start, parts.source, config.source.frozen
+                config.model,
+                config.train.init,
+                self._start,
+                parts.source,
+                config.source.frozen,
+                config.lora,
+                config.train.precision,
             )
             self.model = self._first_network(group)
             follow_network(self.mix, self.model)

@@ -26,6 +26,7 @@ from mixflow_fast.models.text_to_image.adapter import (
     LatentMap,
 )
 from mixflow_fast.models.text_to_image.flux import FluxAdapter
+from mixflow_fast.models.text_to_image.lora import load_lora
 from mixflow_fast.models.text_to_image.sd3 import SD3Adapter
 from mixflow_fast.models.text_to_image.z_image import ZImageAdapter
 
@@ -164,6 +165,7 @@ def load_adapter(
     adapter: str | None = None,
     dtype: torch.dtype = torch.float32,
     empty_prompt: Condition | None = None,
+    lora: str | os.PathLike[str] | None = None,
 ) -> Adapter:
     """A network from a local folder of diffusers, with its adapter. Nothing is downloaded.
 
@@ -174,10 +176,11 @@ def load_adapter(
             by the network's class.
         dtype: of the weights.
         empty_prompt: as `DiffusersAdapter`; a class of your own has its own way to it.
+        lora: a file of adapters in diffusers' layout, as `export --to lora` writes it.
 
     Raises:
         ValueError: no such folder, a class that is refused, diffusers not installed, an empty
-            prompt beside a class of your own.
+            prompt beside a class of your own, adapters that do not fit.
     """
     if adapter is not None and empty_prompt is not None:
         raise ValueError(
@@ -195,6 +198,9 @@ def load_adapter(
     network = made.from_pretrained(where, torch_dtype=dtype, local_files_only=True)
     if network.dtype != dtype:
         # Where accelerate is not installed, diffusers loads float32 whatever it is asked for.
+        network = network.to(dtype)
+    if lora is not None:
+        load_lora(network, lora)
         network = network.to(dtype)
     if own is not None:
         return check_adapter(own(network))

@@ -18,6 +18,7 @@ from mixflow_fast.flow.clock import NOISE_AT_1
 from mixflow_fast.models.execution import Execution, runner
 from mixflow_fast.models.network import Network, check
 from mixflow_fast.models.text_to_image.adapter import Adapter, Condition
+from mixflow_fast.models.text_to_image.lora import is_adapter
 
 # Ways of running it, by the fields of `Execution`.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -84,6 +85,18 @@ class TextToImage(Network):
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """As `forward`."""
         return self.adapter.velocity(x, t, cond)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA's adapters are trained, beside a network that is not."""
+        return self.config.get("lora") is not None
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The whole state; with adapters theirs alone, because the rest is in a folder already."""
+        state = self.state_dict()
+        if not self.has_adapters:
+            return state
+        return {name: tensor for name, tensor in state.items() if is_adapter(name)}
 
     @property
     def product_dtype(self) -> torch.dtype:

@@ -7,10 +7,11 @@ FOLDER/transformer/*.safetensors   weights, in one file or in several with an in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +30,18 @@ from mixflow_fast.models.text_to_image.loading import (
     transformer_folder,
     warn_if_distilled,
 )
+from mixflow_fast.models.text_to_image.lora import (
+    LoraSpec,
+    add_lora,
+    base_name,
+    is_adapter,
+    lora_spec,
+)
 from mixflow_fast.models.text_to_image.network import TextToImage
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Numbers at each end of a tensor that tell it from others.
+_SAMPLED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +53,14 @@ class TransformerSpec:
         config: its arguments, as its config.json has them.
         adapter: "my_file.py:MyAdapter", or None for the class's own.
         latents: map between the autoencoder's latents and x1; None: the adapter's own.
+        lora: adapters that are trained beside it; None: all of it is.
     """
 
     class_name: str
     config: Mapping[str, object]
     adapter: str | None = None
     latents: LatentMap | None = None
+    lora: LoraSpec | None = None
 
     @classmethod
     def read(
@@ -96,7 +108,33 @@ class TransformerSpec:
             shift, scale = (_numbers(latents.get(name)) for name in ("shift", "scale"))
             made = LatentMap(shift, scale)
         adapter = adapter if isinstance(adapter, str) else None
-        return cls(class_name=class_name, config=own, adapter=adapter, latents=made)
+        lora = config.get("lora")
+        return cls(
+            class_name=class_name,
+            config=own,
+            adapter=adapter,
+            latents=made,
+            lora=LoraSpec.from_config(lora) if isinstance(lora, dict) else None,
+        )
+
+    def with_lora(
+        self,
+        folder: str | os.PathLike[str],
+        rank: int,
+        alpha: float | None = None,
+        targets: tuple[str, ...] | None = None,
+    ) -> TransformerSpec:
+        """The same network with adapters beside its weights, which are those of a folder.
+
+        Args:
+            folder: as `read`.
+            rank, alpha, targets: as `lora_spec`.
+
+        Raises:
+            ValueError: as `lora_spec` and `base_digest`.
+        """
+        made = lora_spec(self._network(), rank, alpha, targets)
+        return replace(self, lora=replace(made, base=base_digest(folder)))
 
     def to_config(self) -> dict[str, object]:
         """As `TextToImage.config`: what JSON can hold."""
@@ -108,6 +146,7 @@ class TransformerSpec:
             "transformer": json.loads(json.dumps(self.config)),
             "adapter": self.adapter,
             "latents": latents,
+            "lora": None if self.lora is None else self.lora.to_config(),
         }
 
     def on_meta(self) -> TextToImage:
@@ -135,11 +174,14 @@ class TransformerSpec:
     def fill(self, network: TextToImage, folder: str | os.PathLike[str]) -> None:
         """Set a network on the CPU to a folder's weights, in its own dtype, tensor by tensor.
 
+        Adapters beside them stay as they are.
+
         Raises:
             ValueError: weights that are not there, damaged, not finite, or of another network.
         """
         where = transformer_folder(existing_path(folder, "model.folder"))
-        own = network.transformer.state_dict()
+        state = network.transformer.state_dict()
+        own = {base_name(name): t for name, t in state.items() if not is_adapter(name)}
         left = dict(own)
         for file, name, value in _tensors(where):
             if name not in own or own[name].shape != value.shape:
@@ -152,8 +194,8 @@ class TransformerSpec:
                 raise ValueError(f"{file}: {name} holds numbers that are not finite")
             own[name].copy_(value)
             left.pop(name, None)
-        trained = {name for name, _ in network.transformer.named_parameters()}
-        if missing := [name for name in left if name in trained]:
+        parameters = {base_name(name) for name, _ in network.transformer.named_parameters()}
+        if missing := [name for name in left if name in parameters]:
             raise ValueError(
                 f"{where} lacks {len(missing)} tensors of {self.class_name}: {shorten(missing)}"
             )
@@ -161,6 +203,21 @@ class TransformerSpec:
             made = self._with_buffers().state_dict()
             for name, value in left.items():
                 value.copy_(made[name])
+
+    def fill_base(self, network: TextToImage, folder: str | os.PathLike[str]) -> None:
+        """`fill`, of the network that adapters were trained beside.
+
+        Raises:
+            ValueError: as `fill`; a folder of another network.
+        """
+        own = base_digest(folder)
+        if self.lora is not None and self.lora.base not in (None, own):
+            raise ValueError(
+                f"{folder} holds another network (hash {own}) than the one that the adapters were "
+                f"trained beside ({self.lora.base}): give the folder that the run had as "
+                "model.folder"
+            )
+        self.fill(network, folder)
 
     def _network(self) -> nn.Module:
         with torch.device("meta"):
@@ -187,12 +244,54 @@ class TransformerSpec:
 
     def _around(self, network: nn.Module) -> TextToImage:
         """The network behind its adapter, as training wants it."""
+        if self.lora is not None:
+            # On meta, whatever buffers are: their values come with the others'.
+            add_lora(network, self.lora)
         if self.adapter is not None:
             adapter = check_adapter(adapter_class(self.adapter)(network))
         else:
             adapter_of(self.class_name)
             adapter = ADAPTERS[self.class_name](network, self.latents)
         return TextToImage(adapter, self.to_config())
+
+
+def with_storage(network: TextToImage, frozen: torch.dtype = torch.float32) -> TextToImage:
+    """A network on the CPU; tensors that had no storage have undefined values.
+
+    Args:
+        network: of `TransformerSpec.without_weights`.
+        frozen: dtype of what adapters stand beside; all else is float32.
+    """
+
+    def made(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor
+        dtype = frozen if network.has_adapters and not tensor.requires_grad else torch.float32
+        return torch.empty_like(tensor, device="cpu", dtype=dtype)
+
+    # Not `to_empty`, which would take the values of buffers that no file holds.
+    return network._apply(made)
+
+
+def base_digest(folder: str | os.PathLike[str]) -> str:
+    """A hash of a folder's transformer: its configuration, and each tensor's name, dtype, shape and
+    the numbers at both of its ends. Reads little of the files, and does not see how they are cut.
+
+    Raises:
+        ValueError: files that are not there or cannot be read.
+    """
+    where = transformer_folder(existing_path(folder, "model.folder"))
+    config = read_config(where / "config.json")
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    facts = [json.dumps([config.get("_class_name"), own], sort_keys=True)]
+    for _, name, value in _tensors(where):  # mapped: what is not looked at is not read
+        flat = value.reshape(-1)
+        ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]])
+        numbers = ends.view(torch.uint8).numpy().tobytes()
+        seen = hashlib.sha256(numbers).hexdigest()
+        facts.append(f"{name} {value.dtype} {tuple(value.shape)} {seen}")
+    text = "\n".join([facts[0], *sorted(facts[1:])])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _lacks_values(network: nn.Module) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from mixflow_fast.models.network import Network
 from mixflow_fast.models.sit import SiT
 from mixflow_fast.models.songunet import SongUNet
 from mixflow_fast.models.text_to_image.network import TextToImage
-from mixflow_fast.models.text_to_image.spec import TransformerSpec
+from mixflow_fast.models.text_to_image.spec import TransformerSpec, with_storage
 from mixflow_fast.models.weights.files import WeightsFile
 from mixflow_fast.models.weights.foreign import describe_unknown, network_that_is
 from mixflow_fast.models.weights.infer import infer_kwargs, infer_sit_kwargs
@@ -56,7 +58,7 @@ def load_into(
         ValueError: one message that lists what is missing, unexpected and mis-shaped. The model is
             then unchanged.
     """
-    own = model.state_dict()
+    own = model.saved_state() if isinstance(model, Network) else model.state_dict()
     state = fit_head(state, own)
     missing, unexpected, shapes = compare(state, own)
     misshaped = [f"{name} {have} instead of {want}" for name, (have, want) in shapes.items()]
@@ -218,6 +220,7 @@ def load_model(
     num_heads: int | tuple[int, int] | None = None,
     encoder_depth: int | None = None,
     clock: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Network:
     """Build the network that a checkpoint holds and load its weights, in float32 on the CPU.
 
@@ -229,14 +232,17 @@ def load_model(
         key: "ema" or "model".
         num_heads, encoder_depth: where the shapes cannot tell.
         clock: overrides the recorded clock, or the one that the class implies.
+        base: of a run of LoRA the folder of the network that its adapters stand beside; None: the
+            `model.folder` that the run had.
 
     Returns:
-        a `SiT`, `DiTDH` or `SongUNet` in eval mode; `prediction` and `path` are set on it.
+        a `SiT`, `DiTDH`, `SongUNet` or `TextToImage` in eval mode; `prediction` and `path` are set
+        on it.
 
     Raises:
-        ValueError: whatever `load_weights`, `infer_kwargs` and `load_into` refuse.
+        ValueError: whatever `load_weights`, `infer_kwargs` and `load_into` refuse; another base.
     """
-    return model_of(WeightsFile.open(path), key, num_heads, encoder_depth, clock)
+    return model_of(WeightsFile.open(path), key, num_heads, encoder_depth, clock, base)
 
 
 def model_of(
@@ -245,15 +251,36 @@ def model_of(
     num_heads: int | tuple[int, int] | None = None,
     encoder_depth: int | None = None,
     clock: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Network:
     """`load_model` of a file that is open already, whose record the caller has read."""
     state = file.state(key)
     spec = network_spec(file, state, num_heads, encoder_depth)
     model = spec.on_meta(clock)
     file.check_values(key, state)
+    if isinstance(model, TextToImage) and model.has_adapters:
+        model = _beside_base(model, file, base)
     load_into(model, state)  # copies, so that nothing hangs on the mapped file
     model.prediction, model.path = spec.prediction, spec.path
     return model.eval()
+
+
+def _beside_base(
+    model: TextToImage, file: WeightsFile, base: str | os.PathLike[str] | None
+) -> TextToImage:
+    """The network with the weights that its adapters stand beside; the adapters have no values."""
+    if base is None:
+        run = json.loads((file.metadata and file.metadata.config) or "{}")
+        base = run.get("model", {}).get("folder")
+    if base is None or not Path(base).expanduser().is_dir():
+        raise ValueError(
+            f"{file.path} holds adapters (LoRA) alone, and the folder of the network beside them, "
+            f"{base or 'which it does not name'}, is not there: put it back, or give it to "
+            "load_model as base=FOLDER"
+        )
+    model = with_storage(model)
+    TransformerSpec.from_config(model.config).fill_base(model, base)
+    return model
 
 
 def export_official_sit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
