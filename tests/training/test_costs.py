@@ -39,6 +39,11 @@ def test_the_mean_over_buckets_and_what_is_not_trained() -> None:
     assert small < large
     mixed = text_to_image_flops(net, {(16, 8, 8): 3, (16, 8, 12): 1}, told)
     assert mixed == round((3 * small + large) / 4)
+    # Of more than three areas three are counted, and the others follow: a batch has some dozens.
+    shapes = {(16, 8, 8): 5, (16, 8, 10): 1, (16, 10, 10): 2, (16, 12, 10): 3, (16, 12, 12): 1}
+    each = {shape: text_to_image_flops(net, {shape: 1}, told) for shape in shapes}
+    mean = sum(each[shape] * count for shape, count in shapes.items()) / 12
+    assert text_to_image_flops(net, shapes, told) == round(mean)
     # Of a frozen base the gradients of the weights, a third, are not computed.
     net.requires_grad_(False)
     net.transformer.proj_out.requires_grad_(True)

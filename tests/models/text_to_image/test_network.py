@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mixflow_fast.models.execution import Execution
 from mixflow_fast.models.inductor import affected
 from mixflow_fast.models.text_to_image import adapter_for
-from mixflow_fast.models.text_to_image.network import TextToImage
+from mixflow_fast.models.text_to_image.network import TextToImage, _kind_of
+from tests.support.compiling import compiler
 from tests.support.text_to_image import FAMILIES, numbers, sd3, text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*seems to be distilled")
@@ -120,6 +121,26 @@ def test_compiled_gradients(family: str, batch: int, checkpointing: str) -> None
     assert plain.keys() == compiled.keys()
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5 * value.abs().max())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["sd3.5 medium", "flux", "z-image"])
+def test_buckets_take_two_compilations_of_a_kind(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the first shape and one of any; more than eight would end the run."""
+    monkeypatch.setattr(torch, "compile", compiler("aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    plain, cond = built(family), FAMILIES[family].cond(2)
+    net = copy.deepcopy(plain).set_execution(mode="compile")
+    for height, width in ((8, 6), (6, 8), (8, 8), (4, 12), (10, 4), (12, 12), (10, 8)):
+        x = numbers(2, 16, height, width)
+        expected, found = gradients(plain, x, cond), gradients(net, x, cond)
+        for name, value in expected.items():
+            scale = 1e-5 * value.abs().max().item()
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=scale)
+    kinds = len({_kind_of(block) for block in net.blocks})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * kinds
 
 
 @pytest.mark.parametrize(
