@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,13 +28,15 @@ import torch
 from torch import Tensor
 
 from mixflow_fast import __version__
-from mixflow_fast.data.dataset import Batch, check_indices, joined, mirrored, split
+from mixflow_fast.data.dataset import Batch, check_indices, copy_batch, joined, mirrored, split
+from mixflow_fast.data.latent_statistics import Statistics
 from mixflow_fast.data.latents_store import LatentsStore
 from mixflow_fast.data.npy_files import load_npy
 from mixflow_fast.data.prompts_store import EMPTY_ROW, PromptsStore, Text
-from mixflow_fast.data.set_files import check_sizes, read_manifest
-from mixflow_fast.data.summary import DataSummary, digest_of
+from mixflow_fast.data.set_files import MANIFEST, check_sizes, how_far, read_manifest
+from mixflow_fast.data.summary import DataSummary, digest_of, sample_rows
 from mixflow_fast.files import existing_path
+from mixflow_fast.kernels.interpolate import Moments, sample_moments
 from mixflow_fast.kernels.philox import Stream, uniform
 from mixflow_fast.messages import did_you_mean
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 FORMAT = "mixflow-captioned/1"
 FIRST, PROMPT = "items/first.npy", "items/prompt.npy"
 PROMPTS, LATENTS = "prompts", "latents"
+_MEASURED = 256  # examples whose mean and std are taken
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class CaptionedInfo:
         Raises:
             ValueError: no manifest, one of another format, or one that does not describe a cache.
         """
+        if not (root / MANIFEST).is_file() and how_far(root) is None:
+            raise ValueError(
+                f"{str(root)!r} holds no {MANIFEST}: it is no cache of captioned images; make one "
+                "with `mixflow-fast encode --model FOLDER --data IMAGES --out CACHE`"
+            )
         record = read_manifest(root, FORMAT)
         try:
             known = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
@@ -133,6 +142,7 @@ class CaptionedLatents:
         buckets: the shapes that are used.
         bucket_sizes: samples of each.
         shape: (C, h, w) of the largest.
+        scale: x1 = scale (mean + std eps).
         flip: whether both mirrors are used; see `without_flips`.
         drop: as given.
 
@@ -174,6 +184,7 @@ class CaptionedLatents:
         rows = [store.info.shape for store in self._stores]
         largest = max(rows, key=lambda row: (row[1] * row[2], row))
         self.shape = (largest[0] // 2, largest[1], largest[2])
+        self.scale = self._stores[0].info.scale
         self.name = f"captioned-{self.root.resolve().stem}"
 
     def _captions(self) -> tuple[Tensor, Tensor]:
@@ -201,13 +212,37 @@ class CaptionedLatents:
         return first, prompt
 
     def _check_sets(self) -> None:
-        """Latents must be moments of images that have captions."""
+        """Prompts must be those of the cache, latents moments of images that have captions."""
+        text, here = self.prompts.info, self.info
+        for name, found, expected in (
+            ("text", text.text, here.text),
+            ("class_name", text.class_name, here.class_name),
+            ("length", text.length, here.length),
+            ("count", text.count, here.prompts),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"{str(self.prompts.root)!r} has {name} {found!r}, the cache's manifest says "
+                    f"{expected!r}: make the cache again"
+                )
+        first = self._stores[0].info
         for bucket, store in zip(self.buckets, self._stores, strict=True):
-            where = repr(str(store.root))
-            if store.info.kind != "moments" or store.info.count != bucket.count:
+            where, info = repr(str(store.root)), store.info
+            if info.kind != "moments" or info.count != bucket.count:
                 raise ValueError(
                     f"{where} must be {bucket.count} moments, as the cache's manifest says, got "
-                    f"{store.info.count} of kind {store.info.kind}: make the cache again"
+                    f"{info.count} of kind {info.kind}: make the cache again"
+                )
+            if (info.shape[0], info.scale, info.dtype) != (
+                first.shape[0],
+                first.scale,
+                first.dtype,
+            ):
+                raise ValueError(
+                    f"{where} has {info.shape[0] // 2} channels, scale {info.scale:g}, "
+                    f"{info.dtype}, {str(self._stores[0].root)!r} has "
+                    f"{first.shape[0] // 2}, {first.scale:g}, "
+                    f"{first.dtype}: all must be of one autoencoder; make the cache again"
                 )
             item = store.source
             if int(item.min()) < 0 or int(item.max()) >= self.info.items:
@@ -232,8 +267,11 @@ class CaptionedLatents:
     def fill(self, out: Batch, indices: Tensor, positions: Tensor, seed: int) -> None:
         """As `get`, straight into given memory."""
         store, rows, prompts = self._rows(indices, positions, seed)
-        if out.x is not None:
-            whole = joined(out.x)
+        whole = joined(out.x) if isinstance(out.x, Moments) else None
+        if whole is None and out.x is not None:
+            copy_batch(out, self.get(indices, positions, seed))
+            return
+        if whole is not None:
             store.fill(whole, rows)
         if out.cond is not None:
             self.prompts.fill(out.cond, prompts)
@@ -276,6 +314,19 @@ class CaptionedLatents:
             prompts = torch.where(dropped, EMPTY_ROW, prompts)
         return store, rows, prompts
 
+    def statistics(self) -> Statistics:
+        """Mean and std of x over a fixed sample of examples, in the shares of the buckets."""
+        total, square, numbers, examples = 0.0, 0.0, 0, 0
+        for store in self._stores:
+            count = max(1, min(store.info.count, _MEASURED * store.info.count // len(self)))
+            samples = torch.tensor(sample_rows(store.info.count, count))
+            moments = split(store.take(samples * store.info.mirrors), self.scale)
+            x = sample_moments(moments, 0, samples).double()
+            total, square = total + float(x.sum()), square + float(x.square().sum())
+            numbers, examples = numbers + x.numel(), examples + len(x)
+        mean = total / numbers
+        return Statistics(examples, mean, math.sqrt(square / numbers - mean**2), self.scale)
+
     def without_drop(self) -> CaptionedLatents:
         """The same examples with all their prompts; shares the memory of this one."""
         plain = copy.copy(self)
@@ -287,7 +338,8 @@ class CaptionedLatents:
         parts = [self._first.numpy().tobytes(), self._prompt.numpy().tobytes()]
         parts += self.prompts.identity()
         for bucket, store in zip(self.buckets, self._stores, strict=True):
-            parts += [bucket.name.encode(), *store.identity()]
+            # Which image a latent is of decides on its captions.
+            parts += [bucket.name.encode(), *store.identity(), store.source.numpy().tobytes()]
         parts.append(json.dumps({"mirrors": 1 + self.flip}).encode())
         info = self.info
         shapes = ", ".join(f"{bucket.name}: {bucket.count:,}" for bucket in self.buckets)

@@ -14,10 +14,11 @@ done/           a small file for each finished shard
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,6 +134,23 @@ def listed_files(manifest: Mapping[str, object]) -> list[dict[str, object]]:
     return records
 
 
+def all_files(root: Path, manifest: Mapping[str, object]) -> list[dict[str, object]]:
+    """As `listed_files`, with those of the sets below the folder whose manifests are listed.
+
+    Raises:
+        ValueError: as `listed_files`, of the folder's own manifest.
+    """
+    records = listed_files(manifest)
+    for record in listed_files(manifest):
+        folder, _, name = str(record["file"]).rpartition("/")
+        if name == MANIFEST and folder:
+            # One that cannot be read has another hash than is listed: that is what is told.
+            with contextlib.suppress(ValueError):
+                inner = listed_files(_load(root / folder / MANIFEST))
+                records += [row | {"file": f"{folder}/{row['file']}"} for row in inner]
+    return records
+
+
 def check_sizes(root: Path, manifest: Mapping[str, object]) -> None:
     """Refuse a set of which a file is missing or has another size; reads no content.
 
@@ -152,7 +170,7 @@ def check_sizes(root: Path, manifest: Mapping[str, object]) -> None:
 def verify(
     root: Path, threads: int = 0, progress: Callable[[int], None] | None = None
 ) -> list[str]:
-    """Hash all files of a whole set.
+    """Hash all files of a whole set, and of those in it.
 
     Args:
         root: folder of the set.
@@ -165,8 +183,7 @@ def verify(
     Raises:
         ValueError: the manifest cannot be read, or the set has none.
     """
-    manifest = read_manifest(root, set_format(root) or "")
-    records = listed_files(manifest)
+    records = all_files(root, read_manifest(root, set_format(root) or ""))
     check_inside((str(record["file"]) for record in records), root / MANIFEST)
 
     def fault(record: Mapping[str, object]) -> str:
@@ -186,7 +203,12 @@ def verify(
 
 def total_bytes(manifest: Mapping[str, object]) -> int:
     """Size of all files of a set."""
-    return sum(int(str(record["bytes"])) for record in listed_files(manifest))
+    return bytes_of(listed_files(manifest))
+
+
+def bytes_of(records: Iterable[Mapping[str, object]]) -> int:
+    """Size of files by their records."""
+    return sum(int(str(record["bytes"])) for record in records)
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -195,8 +217,9 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     Of a folder it is that of the lines "digest  name" of its files, as `sha256sum` prints them.
     """
     if path.is_dir():
-        lines = [f"{sha256_of(f, progress)}  {f.relative_to(path).as_posix()}\n" for f in _in(path)]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return folder_digest(
+            {f.relative_to(path).as_posix(): sha256_of(f, progress) for f in _in(path)}
+        )
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
@@ -204,6 +227,13 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(count)
     return digest.hexdigest()
+
+
+def folder_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 of a folder by those of its files, as `sha256_of` gives it."""
+    by_path = sorted(digests.items(), key=lambda item: Path(item[0]))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in by_path)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def size_of(path: Path) -> int:

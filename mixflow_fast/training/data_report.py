@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mixflow_fast.config.data_sections import DataConfig
 from mixflow_fast.config.schema import ModelConfig
 from mixflow_fast.data import Dataset, DataSummary, Latents
+from mixflow_fast.data.captioned import CaptionedLatents
 from mixflow_fast.data.summary import count_classes
 from mixflow_fast.distributed.host_group import HostGroup
 
@@ -54,6 +55,8 @@ def describe_data(
     summary = summary or dataset.summary()
     where = f"{section.kind} {section.path}" if section.path is not None else section.kind
     notes, warnings = list(summary.notes), list(summary.warnings)
+    if isinstance(dataset, CaptionedLatents):
+        notes.append(f"latents have {dataset.statistics().describe()}")
     if isinstance(dataset, Latents):
         statistics = dataset.statistics()
         notes.append(f"latents have {statistics.describe()}")

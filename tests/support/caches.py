@@ -25,7 +25,7 @@ from mixflow_fast.data.latents_writer import ShardWriter, finish_store
 from mixflow_fast.data.npy_files import padded_header
 from mixflow_fast.data.prompts_store import PROMPTS as PROMPTS_FILE
 from mixflow_fast.data.prompts_store import PartInfo, PromptsInfo, PromptsShard
-from mixflow_fast.data.set_files import file_record, write_manifest
+from mixflow_fast.data.set_files import MANIFEST, file_record, write_manifest
 
 # What the tiny SD3 of `tests.support.text_to_image` is told.
 SD3_PARTS = {
@@ -67,6 +67,7 @@ def write_cache(
     class_name: str = "SD3Transformer2DModel",
     length: int = 7,
     shard_rows: int = 6,
+    scale: float = 1.5305,
 ) -> Path:
     """Write a cache.
 
@@ -77,6 +78,7 @@ def write_cache(
         parts, mirrors, text, class_name, length: as the manifests say them.
         channels: C of a latent.
         shard_rows: prompts in a file.
+        scale: of the latents.
     """
     buckets = {"64x64": range(len(captions))} if buckets is None else buckets
     rows = 1 + sum(captions)
@@ -87,7 +89,7 @@ def write_cache(
     write_prompts(root / PROMPTS, rows, parts, text, class_name, length, shard_rows)
     for name, items in buckets.items():
         width, height = (int(side) // 8 for side in name.split("x"))
-        _write_latents(root / LATENTS / name, items, mirrors, (channels, height, width))
+        _write_latents(root / LATENTS / name, items, mirrors, (channels, height, width), scale)
     info = CaptionedInfo(
         items=len(captions),
         captions=rows - 1,
@@ -96,7 +98,13 @@ def write_cache(
         class_name=class_name,
         length=length,
         buckets=tuple(BucketInfo(name, len(items)) for name, items in buckets.items()),
-        files=tuple(file_record(root, name) for name in (FIRST, PROMPT)),
+        files=tuple(
+            file_record(root, name)
+            for name in (
+                *(FIRST, PROMPT, f"{PROMPTS}/{MANIFEST}"),
+                *(f"{LATENTS}/{name}/{MANIFEST}" for name in buckets),
+            )
+        ),
     )
     assert info.to_record()["format"] == FORMAT
     write_manifest(root, info.to_record())
@@ -143,7 +151,7 @@ def write_prompts(
 
 
 def _write_latents(
-    root: Path, items: Sequence[int], mirrors: int, shape: tuple[int, int, int]
+    root: Path, items: Sequence[int], mirrors: int, shape: tuple[int, int, int], scale: float
 ) -> None:
     (root / "moments").mkdir(parents=True)
     stored = (2 * shape[0], *shape[1:])
@@ -153,7 +161,7 @@ def _write_latents(
     record = file_record(root, "moments/00000.npy") | {"rows": len(rows)}
     info = LatentsInfo(
         kind="moments", shape=stored, dtype="float16", mirrors=mirrors, count=len(items),
-        num_classes=1, scale=1.5305,
+        num_classes=1, scale=scale,
     )  # fmt: skip
     zeros = np.zeros(len(items), np.int64)
     finish_store(root, info, [record], zeros, np.array(items, np.int64))

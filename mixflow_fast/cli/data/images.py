@@ -19,8 +19,8 @@ def add_images(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "path",
         type=user_path,
-        help="a set that prepare or encode has made, class folders of images, or a folder of "
-        "webdataset's .tar shards",
+        help="a set that prepare or encode has made, a cache of captioned images, class folders of "
+        "images, or a folder of webdataset's .tar shards",
     )
     command.add_argument("--size", type=int, help="side of the crops; needed unless it is a set")
     command.add_argument(
@@ -44,6 +44,8 @@ def open_data(path: Path, size: int | None) -> Dataset:
     found = set_format(root) if root.is_dir() else None
     if found is not None and found.startswith("mixflow-latents/"):
         return build_dataset("latents", path=root)
+    if found is not None and found.startswith("mixflow-captioned/"):
+        return build_dataset("captioned", path=root)
     if found is not None:
         return build_dataset("images", path=root, size=size)
     if size is None:

@@ -60,13 +60,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _headline(root: Path, manifest: Mapping[str, object]) -> str:
-    from mixflow_fast.data.set_files import listed_files, total_bytes
+    from mixflow_fast.data.set_files import all_files, bytes_of
     from mixflow_fast.messages import size_text
 
-    count = manifest.get("count")
-    examples = f"{count:,} {manifest.get('kind', 'examples')}" if isinstance(count, int) else "?"
-    files, size = len(listed_files(manifest)), size_text(total_bytes(manifest))
-    return f"{root}: {examples}, {files:,} files, {size}"
+    count, buckets = manifest.get("count"), manifest.get("buckets")
+    kind = manifest.get("kind", "examples")
+    if isinstance(buckets, list):
+        count, kind = sum(bucket["count"] for bucket in buckets), "captioned latents"
+    examples = f"{count:,} {kind}" if isinstance(count, int) else "?"
+    records = all_files(root, manifest)
+    return f"{root}: {examples}, {len(records):,} files, {size_text(bytes_of(records))}"
 
 
 def _lines(values: Mapping[str, object], indent: int = 2) -> list[str]:
@@ -89,6 +92,8 @@ def _lines(values: Mapping[str, object], indent: int = 2) -> list[str]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return "; ".join(" ".join(_text(part) for part in item.values()) for item in value)
     if isinstance(value, list) and all(isinstance(item, float) for item in value):
         return ", ".join(f"{item:.6g}" for item in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -18,7 +18,7 @@ _MB = 1_000_000
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "verify",
-        help="hash a set of images or latents",
+        help="hash a set of images or latents, or a cache of captioned images",
         description="Reads all files of a set and compares them with its manifest. The exit code "
         "is 0 for a whole set, 1 for a damaged or an incomplete one.",
         epilog="example: mixflow-fast data verify imagenet-256",
@@ -33,11 +33,11 @@ def run(options: argparse.Namespace) -> int:
 
     from mixflow_fast.data.set_files import (
         MANIFEST,
+        all_files,
+        bytes_of,
         how_far,
-        listed_files,
         read_manifest,
         set_format,
-        total_bytes,
         verify,
     )
     from mixflow_fast.messages import size_text
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
         read_manifest(root, "")  # raises: it is no set at all
     try:
         manifest = read_manifest(root, set_format(root) or "")
-        size, files = total_bytes(manifest), len(listed_files(manifest))
+        records = all_files(root, manifest)
+        size, files = bytes_of(records), len(records)
         with Progress(size // _MB, "verify", "MB") as progress:
             faults = verify(root, options.threads, _Megabytes(progress))
     except ValueError as error:
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{root}: whole, {manifest['format']}, {files:,} files, {size_text(size)}")
         return WHOLE
     print("\n".join(faults))
-    if any((root / str(record["file"])).is_symlink() for record in listed_files(manifest)):
+    if any((root / str(record["file"])).is_symlink() for record in records):
         # Nobody is told to delete files that were not made here.
         print(
             f"{root}: {len(faults)} of {files:,} files are damaged. It maps files of another "
@@ -66,8 +67,11 @@ def run(options: argparse.Namespace) -> int:
             "links lead to) and import them again"
         )
         return DAMAGED
+    manifests = MANIFEST
+    if any(str(record["file"]).endswith(f"/{MANIFEST}") for record in records):
+        manifests = f"each {MANIFEST} in the folders that they are in, up to {root}"
     print(
-        f"{root}: {len(faults)} of {files:,} files are damaged. Delete them and {MANIFEST}, and "
+        f"{root}: {len(faults)} of {files:,} files are damaged. Delete them and {manifests}, and "
         "run the command that made the set again: it makes what is missing and nothing else"
     )
     return DAMAGED

@@ -183,10 +183,10 @@ class PromptsPlan:
         return {name: StoredPart.of(part) for name, part in parts.items()}
 
     def made(self, stage: TextStage, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A stage's parts of a batch, on the host as they are stored."""
+        """A stage's parts of a batch, in the dtypes that are stored, on the encoder's device."""
         parts = self.parts
         made = self.encoders.embed(stage.name, tokens) if self.text == "cached" else tokens
-        return {name: made[name].to("cpu", parts[name].dtype) for name in stage.parts}
+        return {name: made[name].to(parts[name].dtype) for name in stage.parts}
 
     def release(self, stage: TextStage) -> None:
         """Free what a stage has loaded."""
@@ -275,12 +275,14 @@ def _make_stage(
                         _, ids = next(made)
                         parts = {k: v[: len(batch)] for k, v in plan.made(stage, ids).items()}
                         _check_finite(parts, stage, [prompts.texts[r] for r in batch])
-                        behind.do(writer.write, parts)
+                        behind.do(writer.write, {k: v.cpu() for k, v in parts.items()})
                         done += len(batch)
                         progress.advance(len(batch))
                         progress.show(f"{done / (time.monotonic() - begun):.3g} prompts/s")
                     behind.wait()
-                behind.do(work.finish, unit, len(rows), {"files": writer.files()})
+                written = writer.files()
+                digests = {f"{name}.npy": str(f["sha256"]) for name, f in written.items()}
+                behind.do(work.finish, unit, len(rows), {"files": written}, digests)
                 _say_shard(progress, plan, unit)
             behind.wait()
         except BaseException:

@@ -22,6 +22,7 @@ from mixflow_fast.data.set_files import (
     MANIFEST,
     WORK,
     check_sizes,
+    folder_digest,
     read_manifest,
     set_format,
     sha256_of,
@@ -181,7 +182,13 @@ class ShardWork:
         """Where to write a shard, on the same file system."""
         return self._folder / f"{_TEMPORARY}{self._rank}-{number:05d}{self._suffix}"
 
-    def finish(self, number: int, rows: int, extra: Mapping[str, object]) -> None:
+    def finish(
+        self,
+        number: int,
+        rows: int,
+        extra: Mapping[str, object],
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         """Flush and rename what was written at `temporary(number)`, and note that it is done.
 
         Args:
@@ -189,12 +196,14 @@ class ShardWork:
             rows: examples in it.
             extra: what else is to be known when the manifest is written: plain values, a function
                 of the shard alone.
+            digests: of a shard that is a folder, SHA-256 of each file, where its writer knows them:
+                the files are not read again then.
         """
         partial, path = self.temporary(number), self.path(number)
         if number in self._done():  # by a process that was started beside this one: the same bytes
             _remove(partial)
             return
-        size, digest = _measure(partial)
+        size, digest = _measure(partial, digests)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(partial, path)
@@ -366,11 +375,11 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
         os.fsync(stream.fileno())
 
 
-def _measure(path: Path) -> tuple[int, str]:
+def _measure(path: Path, digests: Mapping[str, str] | None) -> tuple[int, str]:
     """Size and SHA-256 of a shard that was written, flushed to the disk."""
     for written in (*path.rglob("*"), path) if path.is_dir() else (path,):
         _sync(written)
-    return size_of(path), sha256_of(path)
+    return size_of(path), sha256_of(path) if digests is None else folder_digest(digests)
 
 
 def _sync(path: Path) -> None:

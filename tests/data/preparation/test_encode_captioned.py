@@ -29,7 +29,7 @@ from mixflow_fast.data.preparation.encode_captioned import (
     CaptionedOptions,
 )
 from mixflow_fast.data.prompts_store import PromptsStore
-from mixflow_fast.data.set_files import how_far, read_manifest, verify
+from mixflow_fast.data.set_files import how_far, read_manifest, sha256_of, size_of, verify
 from mixflow_fast.kernels.interpolate import Moments
 
 CPU = torch.device("cpu")
@@ -188,6 +188,13 @@ def test_latents_of_a_bucket_are_of_its_crops(whole):
         crops = [fit_to_bucket(pixels(numbers[item]), bucket) for item in items]
         mean, std, _ = Pictures()(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
         assert torch.equal(store.take(torch.arange(3)), torch.cat([mean, std], 1).half())
+
+
+def test_the_shards_hashes_are_those_of_their_folders(whole):
+    for note in sorted((whole / "prompts/done").iterdir()):
+        record = json.loads(note.read_text())
+        folder = whole / "prompts/shards" / note.name.partition(".")[0]
+        assert record["sha256"] == sha256_of(folder) and record["bytes"] == size_of(folder)
 
 
 def test_the_manifest_lists_all_and_each_set_is_whole(whole):
@@ -391,6 +398,14 @@ def test_images_that_cannot_be_decoded(pictures, tmp_path, lost):
     assert files(out) == files(tmp_path / "again")
 
 
+def test_nothing_is_left(tmp_path):
+    source = write_pictures(tmp_path / "pictures")
+    for path in source.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="no image of .* can be used: nothing is left to train"):
+        run(source, tmp_path / "out", on_bad="skip")
+
+
 def test_a_text_that_is_not_finite_is_named(pictures, tmp_path):
     class Bad(Texts):
         def embed(self, stage, tokens):
@@ -421,6 +436,8 @@ def test_a_full_disk_is_seen_before_and_survived(pictures, whole, tmp_path, monk
     monkeypatch.setattr(module, "free_bytes", lambda path: (100, path))
     with pytest.raises(ValueError, match="needs .* more, .* has 100 bytes free: make room"):
         run(pictures, tmp_path / "out")
+    assert "100 bytes at" in (said := "\n".join(job(pictures, tmp_path / "out").describe()))
+    assert "TOO LITTLE" in said and not (tmp_path / "out").exists()
     monkeypatch.undo()
 
     def full(*_):
