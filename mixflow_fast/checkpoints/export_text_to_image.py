@@ -32,15 +32,14 @@ from mixflow_fast.models.text_to_image.loading import (
 )
 from mixflow_fast.models.text_to_image.lora import (
     LoraSpec,
-    add_lora,
     file_name,
     is_adapter,
-    lora_state,
     merge_lora,
 )
-from mixflow_fast.models.text_to_image.spec import TransformerSpec, base_digest
+from mixflow_fast.models.text_to_image.spec import TransformerSpec
 from mixflow_fast.models.weights.diffusers_dit import RECORD
 from mixflow_fast.models.weights.files import WeightsFile
+from mixflow_fast.models.weights.loading import load_model
 from mixflow_fast.models.weights.naming import TEXT_TO_IMAGE_PREFIX, kind_of
 from mixflow_fast.models.weights.tensor_headers import read_headers
 from mixflow_fast.models.weights.text_to_image_names import text_to_image_network
@@ -200,7 +199,7 @@ class TextToImageWeights:
         check_place(out, origin.folder)
         chosen: Dtype = dtype or origin.dtype
         network = _on_meta(origin)
-        whole = self.state if self.lora is None else _merged(self.state, self.lora, origin)
+        whole = self.state if self.lora is None else self._merged(origin)
         ready = _converted(whole, network.state_dict(), origin, chosen)
         _check_room(out, ready, 0 if link else origin.size())
         inside = transformer_folder(origin.folder) != origin.folder
@@ -242,6 +241,12 @@ class TextToImageWeights:
             _save(ready, partial, {"format": "pt", **self.record(chosen)})
         note = f"{self.class_name}'s weights in {chosen}; a pipeline's folder is --to diffusers"
         return Written(len(ready), [note])
+
+    def _merged(self, origin: ModelFolder) -> dict[str, Tensor]:
+        """The folder's network with the adapters added to it, float32, by the class's names."""
+        network = load_model(self.file, self.which, base=origin.folder).transformer
+        merge_lora(network)
+        return network.state_dict()
 
     def _source(self, model: str | os.PathLike[str] | None) -> Path:
         if model is not None:
@@ -309,36 +314,6 @@ def text_to_image_weights(file: WeightsFile, which: str) -> TextToImageWeights |
         objective={n: str(objective[n]) for n in _OBJECTIVE if n in objective},
         lora=LoraSpec.from_config(lora) if isinstance(lora, Mapping) else None,
     )
-
-
-@torch.no_grad()
-def _merged(
-    adapters: Mapping[str, Tensor], spec: LoraSpec, origin: ModelFolder
-) -> dict[str, Tensor]:
-    """The folder's network with the adapters added to it, float32, by the class's names."""
-    own_hash = base_digest(origin.folder)
-    if spec.base not in (None, own_hash):
-        raise ValueError(
-            f"{origin.folder} holds another network (hash {own_hash}) than the one that the "
-            f"adapters were trained beside ({spec.base}): give the folder that they were trained "
-            "on, with --model FOLDER"
-        )
-    network = network_class(origin.class_name).from_pretrained(
-        transformer_folder(origin.folder), torch_dtype=torch.float32, local_files_only=True
-    )
-    add_lora(network, spec)
-    own = lora_state(network)
-    wrong = [n for n in own if n not in adapters] + [n for n in adapters if n not in own]
-    wrong += [n for n in own if n in adapters and own[n].shape != adapters[n].shape]
-    if wrong:
-        raise ValueError(
-            f"the adapters do not fit {origin.class_name} of {origin.folder}: {shorten(wrong)}: "
-            "give the folder that they were trained on, with --model FOLDER"
-        )
-    for name, tensor in own.items():
-        tensor.copy_(adapters[name])
-    merge_lora(network)
-    return network.state_dict()
 
 
 def _of_merging(

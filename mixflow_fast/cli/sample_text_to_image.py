@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> int:
         for i in missing:
             text = json.dumps(dict(prompts[i].record), ensure_ascii=False)
             write_text(targets[i][0].parent.parent / "metadata.jsonl", text + "\n")
-    print(f"{options.out}: made {len(missing) * each}, there are {len(mine) * each} pictures")
+    print(f"{options.out}: pictures {len(mine) * each}, made now {len(missing) * each}")
     return 0
 
 
@@ -422,7 +422,7 @@ class _Origin:
         else:
             from mixflow_fast.models import load_model
 
-            adapter = load_model(self.checkpoint, self.weights).adapter
+            adapter = load_model(self.checkpoint, self.weights, base=self.folder).adapter
             if precision == "bf16":
                 adapter.network.to(torch.bfloat16)
         adapter.network.eval().requires_grad_(False).to(device)

@@ -78,7 +78,7 @@ def test_pictures_are_the_pipeline_s(
     before = (out / "00001.png").read_bytes()
     (out / "00001.png").unlink()
     code, said, _ = run(*command, capsys=capsys)
-    assert code == 0 and "made 1, there are 2 pictures" in said
+    assert code == 0 and "pictures 2, made now 1" in said
     assert np.abs(pixels(out / "00001.png") - theirs[1]).max() <= 1
     assert len(before) > 100
     code, _, err = run(*command[:-1], 6, capsys=capsys)
@@ -146,7 +146,7 @@ def test_a_run_and_geneval_s_layout(
     )
     assert code == 0, err
     assert "2 prompts, 2 pictures of each, 64x48" in said and "note:" not in said
-    assert "made 4, there are 4 pictures" in said
+    assert "pictures 4, made now 4" in said
     short = ("--prompts", "a fox", "--steps", 1, "--size", "32x32", "--out", tmp_path / "short")
     code, said, _ = run("sample", tmp_path / "run", *short, capsys=capsys)
     assert code == 0 and "give --t5-length if it was not 256" in said
