@@ -127,10 +127,30 @@ def test_captions_to_an_exported_model(
     assert code == 0 and "SD3" in said
 
 
+def test_captions_to_adapters_that_the_pipeline_loads(
+    root: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    given = settings(root, out, "train.precision=fp32", "lora.alpha=32", *PREVIEWS)
+    for images in (40, 80):  # stopped half-way, and gone on
+        more = (*given, f"train.images={images}")
+        code, said, err = run("train", "sd35-medium-lora", *more, capsys=capsys)
+        assert code == 0, said + err
+    file = tmp_path / "adapters.safetensors"
+    code, said, err = run("export", out, "--to", "lora", "--out", file, capsys=capsys)
+    assert code == 0, err
+    pipeline = loaded(root / "sd35")
+    pipeline.load_lora_weights(str(file))
+    decoder = read_settings(out / "previews").load_decoder()
+    latents = latents_of(pipeline, prompts_of_the_pipeline(root))
+    assert np.array_equal(preview(out, 20), decoder(latents).movedim(1, -1).numpy())
+    assert not np.array_equal(preview(out, 0), preview(out, 20))
+
+
 # (recipe, ZeRO stage, ranks, precision)
 MATRIX = [
     (recipe, stage, ranks, precision)
-    for recipe in ("sd35-medium",)
+    for recipe in ("sd35-medium", "sd35-medium-lora")
     for stage in (2, 3)
     for ranks in (1, 2)
     for precision in ("bf16", "fp32")
@@ -160,6 +180,19 @@ def test_a_stopped_run_goes_on_to_the_bit_and_is_exported(
     assert code == 0, said + err
     assert "the same bits" in said
     weights = torch.load(tmp_path / "both" / "whole" / "weights.pt", weights_only=True)["ema"]
+    if "lora" in recipe:
+        file = tmp_path / "adapters.safetensors"
+        command = ("export", tmp_path / "both/whole", "--to", "lora", "--out", file)
+        code, _, err = run(*command, "--dtype", "fp32", capsys=capsys)
+        assert code == 0, err
+        pipeline = loaded(root / "sd35")
+        pipeline.load_lora_weights(str(file))
+        state = {n: t for n, t in pipeline.transformer.state_dict().items() if ".lora_" in n}
+        trained = [t for name, t in sorted(weights.items()) if ".lora_" in name]
+        assert len(trained) == len(state)
+        ours = zip(trained, (t for _, t in sorted(state.items())), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in ours)
+        return
     out = ("--out", tmp_path / "trained", "--dtype", "fp32")
     code, _, err = run("export", tmp_path / "both/whole", "--to", "diffusers", *out, capsys=capsys)
     assert code == 0, err

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.models import Execution, Network, SongUNet
 from mixflow_fast.models.text_to_image.adapter import Condition
+from mixflow_fast.models.text_to_image.lora import add_lora, lora_spec
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.training.costs import Shapes
 
@@ -33,6 +34,8 @@ _KEPT_WITH_CHECKPOINTING = {"elementwise": 12.1, "selective": 6.0, "full": 1.0}
 # Numbers of GPUs in the table.
 _GPUS = (1, 2, 4, 8)
 _LAST_STAGE = 3
+# Of the adapters that stand beside the whole network in the table.
+_LORA_RANK = 16
 
 
 def state_bytes(
@@ -205,9 +208,23 @@ def memory_table(
         yield f"    {_stage_name(train, stage)}: {_row(by_ranks)}"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield f"    each average of these: {_row([4 * trained / (n if own else 1) for n in _GPUS])}"
+    if trained == sum(p.numel() for p in model.parameters()):
+        yield from _describe_lora(train, optim, model)
     tables = _element(train) * sum(buffer.numel() for buffer in model.buffers())
     yield f"    besides, on each: {in_units(tables)} of tables that nothing trains"
     yield f"    activations: {_describe_kept(train, model, examples, split)}"
+
+
+def _describe_lora(train: TrainConfig, optim: OptimConfig, model: TextToImage) -> Iterator[str]:
+    """What adapters in place of the whole network would take; nothing where there can be none."""
+    network = copy.deepcopy(model)
+    try:
+        add_lora(network.transformer, lora_spec(network.transformer, _LORA_RANK))
+    except ValueError:  # a class without targets of its own, or no peft
+        return
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    by_ranks = [state_bytes(network, train, optim, ranks) for ranks in _GPUS]
+    yield f"    lora.rank={_LORA_RANK} instead, {trained:,} parameters: {_row(by_ranks)}"
 
 
 def _describe_kept(

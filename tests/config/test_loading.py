@@ -19,6 +19,7 @@ def test_every_recipe_is_there() -> None:
     assert set(recipe_names()) == {
         *("sit-b2-256", "sit-xl2-256", "sit-xl2-512", "repa-xl2-256", "rae-xl-256", "rae-xl-512"),
         *("photos", "digits", "sd35-medium", "sd35-large"),
+        "sd35-medium-lora",
         *("cifar10-mixed", "ffhq64-mixed", "afhqv2-64-mixed", "photos-mixed", "sit-b2-256-mixed"),
     }
 
@@ -270,14 +271,15 @@ def test_nested_settings_by_dotted_name() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large"])
+@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large", "sd35-medium-lora"])
 def test_recipes_of_sd35(name: str) -> None:
     """What the paper says (10k steps), and what the specification chose where it says nothing."""
     c = resolved(name)
     assert (c.objective.gamma, c.objective.timesteps, c.objective.shift) == (0.8, "beta21", 3)
     assert (c.steps, c.train.global_batch_size, c.train.precision) == (10_000, 256, "bf16")
     p = c.optim
-    assert (p.lr, p.beta1, p.beta2, p.grad_clip, p.weight_decay) == (1e-5, 0.9, 0.95, 1.0, 0)
+    assert (p.beta1, p.beta2, p.grad_clip, p.weight_decay) == (0.9, 0.95, 1.0, 0)
+    assert (p.lr, c.lora.rank) == ((1e-4, 16) if "lora" in name else (1e-5, 0))
     assert (p.ema_decays, p.schedule, p.warmup_images) == ((0.999,), "constant", 500 * 256)
     assert (c.cond.drop, c.train.zero_stage, c.model.checkpointing) == (0.1, 2, "full")
     with pytest.raises(ValueError, match="model.folder must be given: add model.folder=VALUE"):
@@ -286,7 +288,7 @@ def test_recipes_of_sd35(name: str) -> None:
         load_config(name, ["model.folder=sd35"])
 
 
-@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large"])
+@pytest.mark.parametrize("name", ["sd35-medium", "sd35-large", "sd35-medium-lora"])
 def test_control_arms_are_in_the_recipes_file(name: str) -> None:
     """The commands in its comments, as they are pasted."""
     text = " ".join(line[2:] for line in (FOLDER / f"{name}.yaml").read_text().splitlines())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.config.schema import OptimConfig, TrainConfig
+from mixflow_fast.models.text_to_image.lora import add_lora, lora_spec
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.training.memory import kept_bytes, memory_table, state_bytes
 from tests.support.released_sd3 import LARGE, MEDIUM, cond, on_meta
@@ -47,6 +48,18 @@ def test_states_that_nothing_trains_are_weights_alone() -> None:
     trained = sum(p.numel() for p in net.transformer.proj_out.parameters())
     assert state_bytes(net, BF16, ONE, 2) == 134_656 * 2 + trained * 20 / 2
     assert state_bytes(net, BF16, ONE, 2, stage=3) == 134_656 + trained * 20 / 2
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "gb"), [(MEDIUM, 11_943_936, 4.7), (LARGE, None, 17)]
+)
+def test_states_of_adapters(config: dict[str, object], parameters: int | None, gb: float) -> None:
+    """Of rank 16; without the second attention of medium there would be 9,388,032."""
+    net = on_meta(config)
+    add_lora(net.transformer, lora_spec(net.transformer, 16))
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert parameters in (None, trained)
+    assert round(state_bytes(net, BF16, ONE, 1) / 1e9, 1 if gb < 10 else 0) == gb
 
 
 @pytest.mark.parametrize(
@@ -141,6 +154,7 @@ def test_lines_of_the_table() -> None:
         "    ZeRO 2: 62.7, 33.4, 18.8, 11.5" in text and "    ZeRO 3: 62.7, 31.3, 15.7, 7.8" in text
     )
     assert "each average of these: 8.4, 4.2, 2.1, 1.0" in text
+    assert "lora.rank=16 instead, 11,943,936 parameters: 4.5, 4.4, 4.3, 4.2" in text
     assert "for 16 latents of 64x64; each keeps 3.0 GiB" in text and "of one block" in text
     ddp = TrainConfig(precision="bf16", engine="ddp", zero_stage=0)
     named = "\n".join(
