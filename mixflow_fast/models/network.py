@@ -64,6 +64,11 @@ class Network(nn.Module):
         """Dtype of the weights that are multiplied by activations."""
         raise NotImplementedError
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA's adapters are trained, beside a network that is not."""
+        return False
+
     def saved_state(self) -> dict[str, Tensor]:
         """What checkpoints and weights files of a run hold of it: its whole state, usually."""
         return self.state_dict()

@@ -212,7 +212,10 @@ class FirstNetwork:
         if self.init is not None:
             return f"the EMA weights of {self.init}"
         folder = self.section.folder
-        return "random weights" if folder is None else f"the weights in {folder}"
+        if folder is None:
+            return "random weights"
+        rank = 0 if self.lora is None else self.lora.rank
+        return f"the weights in {folder}" + f", with new adapters of rank {rank}" * bool(rank)
 
     def __call__(self, host_group: HostGroup, whole: bool = False) -> Network:
         """The network on the CPU. Every rank of the group must call it.

@@ -84,12 +84,16 @@ class WatchedCopy:
         precision: "fp32" or "bf16", as training's.
         device: device of this rank.
         kept: whether this rank keeps a copy; one that does not still takes part in gathering.
+        shares: the copy has in common with the engine's network what adapters stand beside, which
+            no step changes; not for an engine that cuts that up (ZeRO 3).
 
     Attributes:
         net: the copy; None where this rank keeps none.
     """
 
-    def __init__(self, model: Network, precision: str, device: torch.device, kept: bool) -> None:
+    def __init__(
+        self, model: Network, precision: str, device: torch.device, kept: bool, shares: bool = False
+    ) -> None:
         self.net: Network | None = None
         self._holds: tuple[str, int] | None = None
         if not kept:
@@ -101,6 +105,8 @@ class WatchedCopy:
             for p in model.parameters()
             if p.requires_grad
         }
+        if shares and model.has_adapters:
+            made |= {id(p): p for p in model.parameters() if not p.requires_grad}
         net = copy.deepcopy(model, made).set_execution(mode="eager").eval().requires_grad_(False)
         self.net = net.to(device, dtype)
 

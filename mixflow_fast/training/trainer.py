@@ -397,7 +397,8 @@ class Trainer:
         self._previews = self._preview_options()
         self._throughput = Throughput(self.device, flops, peak, group.ranks, group.all_gather)
         kept = bool(c.validate_every or (c.preview_every and group.rank == 0))
-        self.watched = WatchedCopy(self.model, c.precision, self.device, kept)
+        shares = c.zero_stage < 3
+        self.watched = WatchedCopy(self.model, c.precision, self.device, kept, shares)
         self._validation = validation_loss(
             parts.validation, self.mix, self.device, (self.inputs, self.conditions), c, group
         )

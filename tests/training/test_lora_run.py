@@ -270,12 +270,20 @@ def test_a_run_starts_from_adapters(root: Path, run: Path, tmp_path: Path) -> No
         Trainer(config, quiet=True)
 
 
-def test_looking_at_a_run_does_not_change_it(root: Path, run: Path, tmp_path: Path) -> None:
-    """Validation, and snapshots of other averages."""
-    looks = {"train.validate_every": 3, "train.validate_examples": 4, "optim.snapshot_every": 3}
-    widths = {"optim.ema_sigma_rel": (0.1,)}
-    trained(tiny(root, tmp_path / "plain", **widths, **BF16))
-    trained(tiny(root, tmp_path / "watched", **widths, **BF16, **looks))
+@pytest.mark.parametrize(
+    "engine", [*(pytest.param(e, marks=pytest.mark.long) for e in ("ZeRO 2", "ZeRO 3")), "ddp"]
+)
+def test_looking_at_a_run_does_not_change_it(engine: str, root: Path, tmp_path: Path) -> None:
+    """Validation, and snapshots of other averages; the base is there twice with ZeRO 3 alone."""
+    looks = {"train.validate_every": 2, "train.validate_examples": 4, "optim.snapshot_every": 3}
+    settings = {"optim.ema_sigma_rel": (0.1,), **BF16, **ENGINES[engine]}
+    trained(tiny(root, tmp_path / "plain", **settings))
+    trainer = Trainer(tiny(root, tmp_path / "watched", **settings, **looks), quiet=True)
+    own = {name: p.data_ptr() for name, p in trainer.engine.module.named_parameters()}
+    shared = {n for n, p in trainer.watched.net.named_parameters() if p.data_ptr() == own[n]}
+    every = {name for name in own if ".lora_" not in name}
+    assert shared == (every if engine != "ZeRO 3" else set())
+    trainer.run()
     assert_same_bits(tmp_path / "plain", tmp_path / "watched")
     reconstruct(tmp_path / "watched", 0.1, tmp_path / "average.pt")
     assert isinstance(load_model(tmp_path / "average.pt"), TextToImage)

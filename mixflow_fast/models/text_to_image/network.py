@@ -88,7 +88,7 @@ class TextToImage(Network):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether LoRA's adapters are trained, beside a network that is not."""
+        """As `Network.has_adapters`."""
         return self.config.get("lora") is not None
 
     def saved_state(self) -> dict[str, Tensor]:
