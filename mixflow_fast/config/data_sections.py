@@ -45,8 +45,8 @@ class DataConfig(Section, name="data"):
     a prepared set, a folder of class folders or webdataset tars; photos and digits come with
     scikit-learn."""
     path: str | None = None
-    """Folder of class folders, a prepared set, a folder of tars; or latents: a set of `mixflow-fast
-    data encode`, .npz, .npy or a folder."""
+    """Folder of class folders, a prepared set, a folder of tars; latents: a set of `mixflow-fast
+    data encode`, .npz, .npy or a folder; captioned: a cache of `mixflow-fast encode`."""
     size: Positive | None = None
     """Side of the images in pixels; null: model.input_size, of a prepared set its own."""
     flip: bool = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixflow_fast.data import Batch, Dataset
+from mixflow_fast.data.bucket_order import bucket_sizes
 from mixflow_fast.kernels.interpolate import Moments, sample_moments
 
 # Memory that `read_examples` takes at most, and examples that say enough of mean and covariance.
@@ -50,6 +51,8 @@ def read_examples(
 ) -> Examples:
     """Examples of a dataset, evenly spread over it, so that its classes are there in its shares.
 
+    Where its examples have several shapes they are those of the shape that most have.
+
     Args:
         dataset: without flips.
         inputs: what the network trains on, from a batch on the device.
@@ -61,8 +64,10 @@ def read_examples(
     """
     shape = dataset.shape
     affordable = _BYTES // (4 * shape[0] * shape[1] * shape[2])
-    count = min(len(dataset), max(at_least, min(_ENOUGH, affordable)))
-    index = torch.arange(count) * len(dataset) // count
+    sizes = bucket_sizes(dataset)
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    count = min(sizes[largest], max(at_least, min(_ENOUGH, affordable)))
+    index = sum(sizes[:largest]) + torch.arange(count) * sizes[largest] // count
     x, y = [], []
     for places in torch.arange(count).split(batch_size):
         batch = dataset.get(index[places], places, _SEED).to(device)

@@ -51,6 +51,7 @@ from mixflow_fast.models.text_to_image.spec import TransformerSpec, with_storage
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
+from mixflow_fast.training.cache_fit import check_cache
 from mixflow_fast.training.capture import check_device
 from mixflow_fast.training.conditions import Conditions, Prompts
 from mixflow_fast.training.ddp_engine import DDPEngine
@@ -326,23 +327,12 @@ def build_conditions(
         encoder: of `build_prompt_encoder`.
 
     Raises:
-        ValueError: a text encoder that the network has not; a cache for another class, or of
-            latents of other channels.
+        ValueError: a text encoder that the network has not; as `check_cache`.
     """
     if not isinstance(model, TextToImage):
         return Conditions()
-    channels, own = model.in_channels, model.config["class"]
-    if dataset.info.class_name != own:
-        raise ValueError(
-            f"data were encoded for a {dataset.info.class_name}, the network in model.folder is a "
-            f"{own}: give a cache that `mixflow-fast encode` made with that model"
-        )
-    if channels is not None and dataset.shape[0] != channels:  # a user's adapter may not say them
-        raise ValueError(
-            f"data gives latents of {dataset.shape[0]} channels, the network in model.folder takes "
-            f"{channels}: give a cache that `mixflow-fast encode` made with that model"
-        )
-    layout = layout_for(own, model.config["transformer"])
+    layout = layout_for(model.config["class"], model.config["transformer"])
+    check_cache(dataset, model, layout, encoder)
     return Prompts(layout, section.drop_by_encoder(), seed, encoder)
 
 

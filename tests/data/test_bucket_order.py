@@ -43,6 +43,22 @@ def test_a_bucket_is_gone_through_before_it_begins_again() -> None:
         assert not torch.equal(own[:size], own[size : 2 * size])
 
 
+def test_a_bucket_has_its_own_order_whatever_is_between() -> None:
+    """Its samples, one step after the other over two cycles, are those of the order alone."""
+    indices = order()(torch.arange(2 * CYCLE * BATCH))
+    buckets = bucket_of(indices)
+    for number, (first, size) in enumerate(((0, 700), (700, 250), (950, 50))):
+        own = indices[buckets == number]
+        assert torch.equal(own, first + sample_index(torch.arange(len(own)), size, 3))
+
+
+def test_shares_of_a_cycle_are_the_largest_remainders() -> None:
+    """Against fractions: 4096 x 5 / 12, x 4 / 12, x 3 / 12 = 1706 2/3, 1365 1/3, 1024."""
+    indices = order([5, 4, 3])(torch.arange(CYCLE) * BATCH)
+    found = torch.bincount(torch.searchsorted(torch.tensor([5, 9, 12]), indices, right=True))
+    assert found.tolist() == [1707, 1365, 1024]
+
+
 def test_cycles_and_seeds_have_other_orders() -> None:
     positions = torch.arange(2 * CYCLE) * BATCH
     one, other = bucket_of(order()(positions)).view(2, CYCLE)

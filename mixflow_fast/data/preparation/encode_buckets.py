@@ -101,8 +101,8 @@ class BucketMaker:
         bucket: what belongs to it.
         device: of the encoder.
         threads: that decode.
-        judge: images that cannot be decoded are left out, unless it refuses so many of them; None:
-            their shards are not written.
+        judge: raises where so many images that cannot be decoded are too many; they are left out
+            where it does not. None: their shards are not written.
     """
 
     def __init__(

@@ -218,7 +218,8 @@ class CaptionedJob:
         free, where = free_bytes(self.out)
         total = self.total_bytes()
         lines.append(f"{'total':<28}{'':>24}{size_text(total):>12}")
-        lines.append(f"free      {size_text(free)} at {where}")
+        short = "" if self.missing_bytes() <= free else ", which is TOO LITTLE"
+        lines.append(f"free      {size_text(free)} at {where}{short}")
         if self._options.text == "cached":
             ids = sum(StoredPart.of(p).bytes for p in self._model.text.token_parts.values())
             text = size_text(ids * self.prompts_plan.count)
@@ -310,9 +311,9 @@ class CaptionedJob:
         """
         start = time.monotonic()
         settings = self.settings
+        self._check_space()  # before anything is there, so that other settings may be tried
         # No shard lies here: the sets below have them.
         with ShardWork(self.out, settings, 0, "", rank, world, folder="items") as whole:
-            self._check_space()
             with deterministic_cudnn(), quiet_pillow():
                 made = self._make_prompts(rank, world, quiet)
                 latents = self._make_latents(rank, world, quiet, whole.complete)
@@ -439,7 +440,7 @@ class CaptionedJob:
         return known_bad(self.out / _latents(bucket))
 
     def _judge(self) -> Callable[[Sequence[BadItem]], None]:
-        """Refuses too many bad images, those of all buckets before counted."""
+        """What refuses too many bad images, those that are known before counted."""
         before = [*self.source.skipped, *(b for k in self.buckets for b in self._bad_of(k))]
         most = self._options.max_bad
 
@@ -466,6 +467,10 @@ class CaptionedJob:
             if kept:
                 buckets.append(BucketInfo(bucket.bucket.name, kept))
                 files.append(file_record(self.out, f"{_latents(bucket)}/{MANIFEST}"))
+        if not buckets:
+            raise ValueError(
+                f"no image of {self.source.root} can be used: nothing is left to train"
+            )
         files.append(file_record(self.out, f"{PROMPTS_FOLDER}/{MANIFEST}"))
         info = CaptionedInfo(
             items=len(self.source),
@@ -482,8 +487,8 @@ class CaptionedJob:
         )
         write_manifest(self.out, info.to_record())
 
-    def _check_space(self) -> None:
-        """ValueError where the disk has too little space for the shards that nobody has done."""
+    def missing_bytes(self) -> int:
+        """Of the shards that nobody has done."""
         plan = self.prompts_plan
         needed = sum(
             plan.bytes(unit)
@@ -497,7 +502,11 @@ class CaptionedJob:
                 for number in range(bucket.shards)
                 if not (self.out / _latents(bucket) / "moments" / f"{number:05d}.npy").exists()
             )
-        free, where = free_bytes(self.out)
+        return needed
+
+    def _check_space(self) -> None:
+        """ValueError where the disk has too little space for what is missing."""
+        needed, (free, where) = self.missing_bytes(), free_bytes(self.out)
         if needed > free:
             raise ValueError(
                 f"{self.out} needs {size_text(needed)} more, {where} has {size_text(free)} free: "

@@ -7,6 +7,7 @@ import pytest
 from mixflow_fast.data.preparation.prepare import Settings, prepare
 from mixflow_fast.data.preparation.source import list_source
 from mixflow_fast.data.set_files import write_manifest
+from tests.support.caches import write_cache
 from tests.support.command_line import run
 from tests.support.image_folders import write_folder
 
@@ -58,3 +59,13 @@ def test_a_set_of_latents(tmp_path, capsys):
 def test_what_is_no_set_is_refused(tmp_path, capsys):
     code, _, error = run("data", "info", tmp_path, capsys=capsys)
     assert code == 2 and "holds no manifest.json" in error and error.count("\n") == 1
+
+
+def test_a_cache_of_captioned_images(tmp_path, capsys):
+    cache = write_cache(tmp_path / "c", buckets={"64x64": range(9), "96x48": range(9, 16)})
+    code, said, error = run("data", "info", cache, capsys=capsys)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert code == 0 and error == ""
+    assert said.startswith(f"{cache}: 16 captioned latents, {len(files) - 1} files, ")
+    for line in ("text: cached", "length: 7", "prompts: 17", "buckets: 64x64 9; 96x48 7"):
+        assert f"\n  {line}\n" in said + "\n"

@@ -5,6 +5,7 @@ import pytest
 from mixflow_fast.data.preparation.prepare import Settings, prepare
 from mixflow_fast.data.preparation.source import list_source
 from mixflow_fast.data.set_files import file_record, write_manifest
+from tests.support.caches import write_cache
 from tests.support.command_line import run
 from tests.support.image_folders import write_folder
 
@@ -70,3 +71,32 @@ def test_what_is_no_set_is_refused(made, tmp_path, capsys):
     ):
         code, _, error = run("data", "verify", path, capsys=capsys)
         assert code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_cache_of_captioned_images_is_hashed_with_its_sets(tmp_path, capsys):
+    cache = write_cache(tmp_path / "c", buckets={"64x64": range(9), "96x48": range(9, 16)})
+    code, said, error = run("data", "verify", cache, capsys=capsys)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert (
+        code == 0
+        and error == ""
+        and said.startswith(f"{cache}: whole, mixflow-captioned/1, {len(files) - 1} files, ")
+    )
+    damaged = "prompts/shards/00001/t5.npy", "latents/96x48/moments/00000.npy"
+    for name in damaged:
+        content = bytearray((cache / name).read_bytes())
+        content[-1] ^= 4
+        (cache / name).write_bytes(content)
+    code, said, _ = run("data", "verify", cache, capsys=capsys)
+    assert (
+        code == 1 and f"{cache}: 2 of {len(files) - 1} files are damaged. Delete them and" in said
+    )
+    assert f"each manifest.json in the folders that they are in, up to {cache}" in said
+    for name in damaged:
+        assert f"{name} has the SHA-256 " in said
+    (cache / "prompts/manifest.json").write_text("{}")
+    code, said, _ = run("data", "verify", cache, capsys=capsys)
+    assert code == 1 and "prompts/manifest.json has 2 bytes, expected " in said
+    (cache / "manifest.json").unlink()
+    code, _, error = run("data", "verify", cache, capsys=capsys)
+    assert code == 2 and "holds no manifest.json" in error

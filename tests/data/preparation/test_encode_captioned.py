@@ -398,6 +398,14 @@ def test_images_that_cannot_be_decoded(pictures, tmp_path, lost):
     assert files(out) == files(tmp_path / "again")
 
 
+def test_nothing_is_left(tmp_path):
+    source = write_pictures(tmp_path / "pictures")
+    for path in source.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="no image of .* can be used: nothing is left to train"):
+        run(source, tmp_path / "out", on_bad="skip")
+
+
 def test_a_text_that_is_not_finite_is_named(pictures, tmp_path):
     class Bad(Texts):
         def embed(self, stage, tokens):
@@ -428,6 +436,8 @@ def test_a_full_disk_is_seen_before_and_survived(pictures, whole, tmp_path, monk
     monkeypatch.setattr(module, "free_bytes", lambda path: (100, path))
     with pytest.raises(ValueError, match="needs .* more, .* has 100 bytes free: make room"):
         run(pictures, tmp_path / "out")
+    assert "100 bytes at" in (said := "\n".join(job(pictures, tmp_path / "out").describe()))
+    assert "TOO LITTLE" in said and not (tmp_path / "out").exists()
     monkeypatch.undo()
 
     def full(*_):

@@ -49,6 +49,14 @@ class PromptLayout(Protocol):
         """
         ...
 
+    def check(self, parts: Mapping[str, Part]) -> None:
+        """Refuse parts that the transformer cannot take.
+
+        Raises:
+            ValueError: a part is missing, or of another width than the transformer's.
+        """
+        ...
+
     def without(self, parts: Mapping[str, Tensor], encoder: str, dropped: Tensor) -> Parts:
         """The parts with zeros for one encoder in some samples, as sd-scripts drops encoders.
 
@@ -72,10 +80,29 @@ class FamilyLayout:
 
     NEEDS: ClassVar[tuple[str, ...]] = ()
     OF_ENCODER: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # The setting of the transformer that says how wide an entry of the condition is.
+    WIDTHS: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self._config = config
         self.encoders = tuple(self.OF_ENCODER)
+
+    def check(self, parts: Mapping[str, Part]) -> None:
+        """As `PromptLayout.check`."""
+        one = {
+            name: torch.empty(1, *part.shape, dtype=part.dtype, device="meta")
+            for name, part in parts.items()
+        }
+        made = self.assemble(one)
+        for name, setting in self.WIDTHS.items():
+            self._check_width(name, made[name].shape[-1], (int(self._config[setting]),), setting)
+
+    def _check_width(self, name: str, found: int, expected: tuple[int, ...], setting: str) -> None:
+        if found not in expected:
+            raise ValueError(
+                f"{name} of the prompts has a width of {found}, the transformer's {setting} is "
+                f"{self._config[setting]}: encode them by the folder of the same model"
+            )
 
     def without(self, parts: Mapping[str, Tensor], encoder: str, dropped: Tensor) -> Parts:
         """As `PromptLayout.without`."""
@@ -124,6 +151,20 @@ class SD3Layout(FamilyLayout):
         "clip_g": ("clip_g", "pooled_g"),
         "t5": ("t5",),
     }
+    WIDTHS: ClassVar[dict[str, str]] = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
+
+    def check(self, parts: Mapping[str, Part]) -> None:
+        """As `PromptLayout.check`; what is padded must not be of another T5, nor be cut."""
+        super().check(parts)
+        setting = "joint_attention_dim"
+        width = int(self._config[setting])
+        self._check_width("t5", parts["t5"].shape[-1], (1, width), setting)
+        clips = parts["clip_l"].shape[-1] + parts["clip_g"].shape[-1]
+        if clips > width:
+            self._check_width("clip_l and clip_g", clips, (width,), setting)
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Condition:
         """prompt_embeds (B, 77 + L, 4096) and pooled_prompt_embeds (B, 2048)."""
@@ -146,6 +187,7 @@ class FluxLayout(FamilyLayout):
 
     NEEDS = ("pooled", "t5")
     OF_ENCODER: ClassVar[dict[str, tuple[str, ...]]] = {"clip": ("pooled",), "t5": ("t5",)}
+    WIDTHS = SD3Layout.WIDTHS
     GUIDANCE = 3.5
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Condition:
@@ -167,6 +209,7 @@ class ZImageLayout(FamilyLayout):
     """
 
     NEEDS = ("prompt_embeds", "prompt_mask")
+    WIDTHS: ClassVar[dict[str, str]] = {"prompt_embeds": "cap_feat_dim"}
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Condition:
         """prompt_embeds (B, L, D) and prompt_mask (B, L) bool."""
