@@ -125,6 +125,11 @@ def test_captions_to_an_exported_model(
     assert not np.array_equal(preview(out, 0), preview(out, 20))
     code, said, _ = run("inspect", tmp_path / "trained", capsys=capsys)
     assert code == 0 and "SD3" in said
+    # What measures networks of classes says that it does not measure this one.
+    page = ("--out", tmp_path / "page.html")
+    for command in (("slowflow", out, *page), ("compare", out, out, *page), ("curvature", out)):
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 2 and f"is a text-to-image network, which {command[0]} does not" in err
 
 
 def test_captions_to_adapters_that_the_pipeline_loads(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
+from mixflow_fast.cli.of_classes import refuse_text_to_image
 from mixflow_fast.cli.sampler_options import chosen_sampler
 from mixflow_fast.cli.sources import chosen_source, describe_start, refuse_unused
 from mixflow_fast.messages import shorten
@@ -170,6 +171,7 @@ def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
 
     average = options.weights or "ema"
     model = load_model(path, average, clock=options.clock)
+    refuse_text_to_image("compare", path, model)
     config, why = _recorded_config(path)
     file = WeightsFile.open(path)
     stored = source_of(file, average)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixflow_fast.cli.of_classes import refuse_text_to_image
 from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start, refuse_unused
 from mixflow_fast.files import check_writable, user_path
 
@@ -198,6 +199,7 @@ def _prepared(
     if source is not None:
         source.source.predictor.to(device)
     model = model_of(file, options.weights, clock=options.clock).to(device).eval()
+    refuse_text_to_image("curvature", path, model)
     calls = (options.steps + 300) * -(-options.num // options.batch_size)
     prepared = PreparedSampling(
         model,

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixflow_fast.cli.of_classes import refuse_text_to_image
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def run(options: argparse.Namespace) -> int:
     for path in paths.values():
         _check_source(path)
     models = {name: load_model(path, options.weights) for name, path in paths.items()}
+    for name, model in models.items():
+        refuse_text_to_image("slowflow", paths[name], model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(models.values()))
     data = run_data(config, first.clock, device, settings.states, options.batch_size)

@@ -252,7 +252,7 @@ def _stage_name(train: TrainConfig, stage: int) -> str:
 
 
 def _row(values: list[float]) -> str:
-    return ", ".join(f"{value / 2**30:,.1f}" for value in values)
+    return ", ".join(f"{v:,.1f}" if v >= 0.1 else f"{v:.1g}" for v in (n / 2**30 for n in values))
 
 
 def _element(train: TrainConfig) -> int:

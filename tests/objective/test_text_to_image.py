@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixflow_fast import MixFlow
 from mixflow_fast.flow import NOISE_AT_1
+from mixflow_fast.flow.timesteps import shift_time
 from mixflow_fast.models.text_to_image import SD3Adapter
 from tests.support.drop_in_trainers import trained_gradients
 from tests.support.text_to_image import numbers, sd3, text
@@ -158,3 +159,57 @@ def test_the_mean_label_and_the_mean_input_of_sd3() -> None:
     assert abs(it.t.double().mean() - label) < 0.005 and abs(label - 0.528) < 0.001
     assert abs(it.slowed_t.double().mean() - (label + 0.4 * (1 - label))) < 0.005
     assert abs(it.slowed_t.double().mean() - 0.717) < 0.005
+
+
+def test_the_shift_and_the_input_at_every_level_of_the_scheduler() -> None:
+    """All 1000 noise levels: the shifted time to float32's rounding, `scale_noise` to the bit."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    raw = torch.linspace(1000, 1, 1000) / 1000
+    sigmas = scheduler.sigmas[:1000]
+    assert len(sigmas) == 1000 and torch.equal(scheduler.timesteps, 1000 * sigmas)
+    assert (shift_time(raw, 3.0, NOISE_AT_1) - sigmas).abs().max() <= 1.2e-7
+    latents, noise = numbers(1000, 16, 2, 2), numbers(1000, 16, 2, 2, seed=1)
+    it = MixFlow(gamma=0.0, clock=NOISE_AT_1).prepare(latents, x0=noise, t=sigmas)
+    assert torch.equal(it.x, scheduler.scale_noise(latents, scheduler.timesteps, noise))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_gamma_0_and_uniform_is_the_script_s_plain_loss(shift: float) -> None:
+    """Without weights and preconditioning, u uniform: at the levels that MixFlow draws itself."""
+    network, cond, ids = sd3(), text(4), torch.arange(4)
+    adapter, latents = SD3Adapter(network), numbers(4, 16, 8, 8)
+    mix = MixFlow(gamma=0.0, clock=NOISE_AT_1, timesteps="uniform", shift=shift, seed=5)
+    it = mix.prepare(latents, ids=ids)
+    ours = mix.loss(adapter.velocity(it.x, it.t, cond), it)
+    assert torch.equal(it.slowed_t, it.t)
+    sigma, noise = spread(it.t), it.x0()
+    x = (1 - sigma) * latents + sigma * noise
+    assert torch.equal(it.x, x)
+    out = network(x, cond["prompt_embeds"], cond["pooled_prompt_embeds"], 1000 * it.t).sample
+    theirs = ((out - (noise - latents)) ** 2).flatten(1).mean(1).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    levels = mix.prepare(torch.zeros(20_000, 1), ids=torch.arange(20_000)).t.double()
+    u = levels / (shift - (shift - 1) * levels)
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
+
+
+def test_what_bf16_does_to_simple_tuner_s_labels_and_loss() -> None:
+    """Its bf16 path casts the slowed level and 1000 s to bf16; the numbers stand in the docs."""
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    s = 1 - u.sqrt()
+    s = (3 * s / (1 + 2 * s)).float()
+    error = (1000 * s - (1000 * s).bfloat16().float()).abs()
+    assert abs(error.mean() - 0.71) < 0.01 and 1.9 < error.max() <= 2
+    network, cond = sd3(), text(4)
+    latents, noise = numbers(4, 16, 8, 8), numbers(4, 16, 8, 8, seed=1)
+    u, v = torch.tensor([0.03, 0.4, 0.71, 0.98]), torch.tensor([0.9, 0.2, 0.55, 0.01])
+    s = 1 - u.sqrt()
+    s = 3 * s / (1 + 2 * s)
+    m = s + v * 0.8 * (1 - s)
+    losses = []
+    for level, label in ((m, 1000 * s), (m.bfloat16().float(), (1000 * s).bfloat16().float())):
+        x = (1 - spread(level)) * latents + spread(level) * noise
+        with torch.no_grad():
+            out = network(x, cond["prompt_embeds"], cond["pooled_prompt_embeds"], label).sample
+        losses.append(F.mse_loss(out, noise - latents).item())
+    assert 5e-5 < abs(losses[1] / losses[0] - 1) < 1e-4

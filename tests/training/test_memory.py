@@ -65,25 +65,29 @@ def test_states_of_adapters(config: dict[str, object], parameters: int | None, g
 @pytest.mark.parametrize(
     ("config", "side", "whole", "inputs", "block"),
     [
-        (MEDIUM, 64, 3.0, 0.09, 0.15),
-        (MEDIUM, 128, 10.8, 0.30, None),
-        (LARGE, 64, 6.3, 0.22, None),
-        (LARGE, 128, 21.7, 0.76, 0.57),
+        (MEDIUM, 64, 3.0, (0.09, 0.10), 0.15),
+        (MEDIUM, 128, 10.8, (0.30, 0.33), None),
+        (LARGE, 64, 6.3, (0.22, 0.23), None),
+        (LARGE, 128, 21.7, (0.76, 0.80), 0.57),
     ],
 )
 def test_activations_of_the_released_models(
-    config: dict[str, object], side: int, whole: float, inputs: float, block: float | None
+    config: dict[str, object],
+    side: int,
+    whole: float,
+    inputs: tuple[float, float],
+    block: float | None,
 ) -> None:
     """GiB of 512 and 1024 pixels at 231 tokens. The table has the blocks' inputs alone, and not
     what stands around the blocks."""
     net = on_meta(config).to(torch.bfloat16)
     found = kept_bytes(net, (16, side, side), cond(231, 4096, 2048))
     assert round(found.whole / 2**30, 1) == whole
-    assert inputs <= found.inputs / 2**30 < 1.12 * inputs
+    assert round(found.inputs / 2**30, 2) == inputs[1]
     assert block is None or round(found.block / 2**30, 2) == block
     tokens = (side // 2) ** 2 + 231
     width, depth = config["caption_projection_dim"], config["num_layers"]
-    assert depth * tokens * width * 2 / 2**30 == pytest.approx(inputs, rel=0.05)
+    assert depth * tokens * width * 2 / 2**30 == pytest.approx(inputs[0], rel=0.05)
 
 
 def saved_on_cpu(net: TextToImage, told: dict[str, Tensor], x: Tensor) -> int:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 
 from mixflow_fast import MixFlow
+from mixflow_fast.cli.main import main
+from mixflow_fast.config.schema import OptimConfig, TrainConfig
 from mixflow_fast.flow import NOISE_AT_1, resolution_shift
 from mixflow_fast.models.text_to_image import SD3Adapter, adapter_for
 from mixflow_fast.sampling import sigma_grid
-from tests.support.text_to_image import numbers, sd3, sd3_pipeline, text
+from mixflow_fast.training.memory import state_bytes
+from tests.support.released_sd3 import LARGE, MEDIUM, on_meta
+from tests.support.text_to_image import numbers, sd3, sd3_pipeline, text, write_pipeline
 
 DOC = (Path(__file__).parents[3] / "docs" / "text_to_image.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?^```python\n(.*?)^```$", DOC, re.M | re.S))
@@ -22,7 +29,7 @@ BLOCKS = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?^```python\n(.*?)^```$",
 
 def test_every_block_is_executed() -> None:
     assert list(BLOCKS) == ["A training loop", "Sampling", "Your own class"]
-    assert DOC.count("```") == 2 * len(BLOCKS)
+    assert DOC.count("```") == 2 * len(BLOCKS) + 2  # and the commands
     assert len(BLOCKS["A training loop"].strip().splitlines()) <= 30
 
 
@@ -91,3 +98,60 @@ def test_numbers_of_the_text() -> None:
     assert "1.65 at\n256 tokens and 3.16 at 4096" in DOC
     assert resolution_shift(256) == pytest.approx(math.exp(0.5)) == pytest.approx(1.65, abs=5e-3)
     assert resolution_shift(4096) == pytest.approx(3.16, abs=5e-3)
+
+
+# What makes the commands small; the rest is as the page says.
+TOY = [
+    *("train.images=4", "train.global_batch_size=2", "train.microbatch_size=2", "train.device=cpu"),
+    "optim.warmup_images=2",
+]
+SMALLER = {"512": "64", "154": "16", "train.preview_every=500": "train.preview_every=1"}
+
+
+def test_commands_can_be_pasted_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pipeline(tmp_path / "stable-diffusion-3.5-medium")
+    (tmp_path / "pictures").mkdir()
+    for number, caption in enumerate(["a fox", "a heron", "two cups"]):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 72, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(caption)
+    (block,) = re.findall(r"^```sh\n(.*?)^```", DOC, re.M | re.S)
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    ran = []
+    for program, *arguments in filter(None, lines):
+        assert program == "mixflow-fast"
+        arguments = [SMALLER.get(argument, argument) for argument in arguments]
+        code = main(arguments + TOY * (arguments[0] == "train"))
+        assert code == 0, (arguments, capsys.readouterr())
+        ran.append(arguments[0])
+    assert ran == ["encode", *["train"] * 5, "sample", "export", "export", "inspect"]
+    said = capsys.readouterr()
+    assert "activations: " in said.out + said.err
+    made = ("stable-diffusion-3.5-medium-mixflow/model_index.json", "mixflow.safetensors")
+    made += ("runs/t2i/previews/step_00000002.png", "pictures_of_t2i/00000.png")
+    assert all((tmp_path / name).is_file() for name in made)
+
+
+def test_sizes_of_a_cache() -> None:
+    """What the released encoders and the autoencoder give, in bf16 and float16."""
+    t5 = [4096 * length * 2 for length in (77, 154, 256)]
+    clips, pooled = 77 * (768 + 1280) * 2, (768 + 1280) * 2
+    pictures = [2 * 16 * (side // 8) ** 2 * 2 for side in (512, 1024)]
+    for sizes in (t5, [clips], [pooled], pictures):
+        assert f"| {', '.join(f'{size:,}' for size in sizes)} |" in DOC
+    assert f"| {', '.join(f'{size / 1e6:.2f}' for size in t5)} TB |" in DOC
+
+
+def test_the_table_of_memory() -> None:
+    """States by the formula of --dry-run; the activations are those of its tests."""
+    optim, found = OptimConfig(ema_decays=(0.999,)), []
+    for config in (MEDIUM, LARGE):
+        net = on_meta(config)
+        ways = ((1, 2), (2, 2), (4, 2), (8, 2), (8, 3))
+        sizes = [state_bytes(net, TrainConfig(precision="bf16"), optim, *way) / 1e9 for way in ways]
+        found.append(" | ".join(f"{s:.0f}" if s >= 9.9 else f"{s:.1f}" for s in sizes))
+    assert f"| 3.5 medium | {found[0]} |" in DOC and f"| 3.5 large | {found[1]} |" in DOC
+    assert "3.0 at 512 pixels and 10.8 at 1024" in DOC and "0.10, 0.33, 0.23 and 0.80" in DOC
