@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mixflow_fast.cli.data.encode import device_of_rank
 from mixflow_fast.cli.data.resumable import resumable
-from mixflow_fast.files import check_folder_writable, user_path
+from mixflow_fast.files import check_folder_writable, ends_digest, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -331,12 +330,7 @@ def _weights(folder: Path, files: Iterable[str]) -> dict[str, str]:
                 "pipeline (a .bin is a pickle, which is not read), or --text online"
             )
         for path in paths:
-            size, block = path.stat().st_size, 1 << 20
-            with open(path, "rb") as file:
-                digest = hashlib.sha256(str(size).encode() + file.read(block))
-                file.seek(max(0, size - block))
-                digest.update(file.read(block))
-            found[f"{name}/{path.name}"] = f"ends {digest.hexdigest()}"
+            found[f"{name}/{path.name}"] = ends_digest(path)
     return found
 
 

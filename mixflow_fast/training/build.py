@@ -51,7 +51,7 @@ from mixflow_fast.models.text_to_image.spec import TransformerSpec, with_storage
 from mixflow_fast.models.weights.source_record import SourceRecord
 from mixflow_fast.objective.mixflow import MixFlow
 from mixflow_fast.training.alignment import Alignment
-from mixflow_fast.training.cache_fit import check_cache
+from mixflow_fast.training.cache_fit import check_cache, check_encoders
 from mixflow_fast.training.capture import check_device
 from mixflow_fast.training.conditions import Conditions, Prompts
 from mixflow_fast.training.ddp_engine import DDPEngine
@@ -132,6 +132,8 @@ def build_run(config: Config, device: torch.device) -> RunParts:
     if wants_labels(mix):  # a SongUNet takes any, its source does not
         _check_classes(dataset, c.model)
     check_loading(c.data, dataset, device)
+    if c.model.is_text_to_image:
+        check_encoders(dataset.info, c.model.folder)
     prompts = build_prompt_encoder(c.model, dataset, device)
     teacher = None
     if c.teacher.path is not None:

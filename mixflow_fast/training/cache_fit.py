@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from mixflow_fast.data.captioned import CaptionedLatents
+from mixflow_fast.data.captioned import CaptionedInfo, CaptionedLatents
+from mixflow_fast.files import ENDS, ends_digest, existing_path, sha256
+from mixflow_fast.models.autoencoders.sdvae_files import WEIGHTS
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.text_to_image.prompts import Part, PromptEncoder, PromptLayout
 
@@ -64,6 +68,42 @@ def check_cache(
             f"data holds the tokens {_text(stored)}, the encoders in model.folder take "
             f"{_text(encoder.token_parts)}: {_WAY_OUT}"
         )
+
+
+def check_encoders(info: CaptionedInfo, folder: str | os.PathLike[str]) -> None:
+    """Refuse a cache that another autoencoder or other text encoders made than a folder's.
+
+    They may have the same classes and shapes. Compared are files that both have: a transformer's
+    own folder has no encoders.
+
+    Args:
+        info: of the cache, which says the hashes of what made it.
+        folder: model.folder.
+
+    Raises:
+        ValueError: a file with another content.
+    """
+    root = existing_path(folder, "model.folder")
+    for name, digest in _recorded(info.model):
+        file = root / name
+        if not file.is_file():
+            continue
+        if digest != (ends_digest(file) if digest.startswith(ENDS) else sha256(file)):
+            raise ValueError(
+                f"data were encoded with another {name} than that in {root}: {_WAY_OUT}, or, if "
+                f"they shall be trained on, model.folder={root / 'transformer'}, which has no "
+                "encoders"
+            )
+
+
+def _recorded(model: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Names and hashes of weights: configurations change with the library that saves them."""
+    encoders, vae = (model.get(name) for name in ("encoders", "vae"))
+    for name, digest in encoders.items() if isinstance(encoders, Mapping) else ():
+        if name.endswith(".safetensors"):
+            yield name, str(digest)
+    if isinstance(vae, Mapping) and "weights_sha256" in vae:
+        yield f"vae/{WEIGHTS}", str(vae["weights_sha256"])
 
 
 def _text(parts: dict[str, Part]) -> str:

@@ -16,7 +16,7 @@ from mixflow_fast.data.prompts_store import PartInfo
 from mixflow_fast.models.text_to_image.network import TextToImage
 from mixflow_fast.models.text_to_image.prompts import layout_for, prompt_encoder
 from mixflow_fast.models.text_to_image.spec import TransformerSpec
-from mixflow_fast.training.cache_fit import check_cache
+from mixflow_fast.training.cache_fit import check_cache, check_encoders
 from tests.support.caches import SD3_PARTS, write_cache
 from tests.support.captioned import model_folder
 from tests.support.text_to_image import write_pipeline
@@ -114,6 +114,34 @@ def test_an_encoded_cache_fits_its_model_and_no_other(
     for other in set(FAMILIES) - {family}:
         with pytest.raises(ValueError, match="data were encoded for a"):
             check(encoded / f"{other}-{text}", network, encoder)
+
+
+ENCODER_FILES = {
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "weights of T5": "text_encoder_3/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("text", ["cached", "online"])
+@pytest.mark.parametrize("changed", ENCODER_FILES)
+def test_other_encoders_of_the_same_shapes_are_refused(
+    encoded: Path, tmp_path: Path, changed: str, text: str
+) -> None:
+    """One bit of one file; training runs text encoders itself where the text is online."""
+    info = CaptionedLatents(encoded / f"sd3-{text}").info
+    folder = tmp_path / "model"
+    shutil.copytree(encoded / "sd3", folder)
+    check_encoders(info, folder)
+    file = folder / ENCODER_FILES[changed]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    if changed == "weights of T5" and text == "online":
+        check_encoders(info, folder)
+        return
+    with pytest.raises(ValueError, match=f"another {ENCODER_FILES[changed]} than that in"):
+        check_encoders(info, folder)
+    check_encoders(info, folder / "transformer")
 
 
 def test_a_damaged_cache_is_mended_as_verify_says(

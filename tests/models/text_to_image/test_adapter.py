@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixflow_fast import MixFlow, Moments
 from mixflow_fast.flow import NOISE_AT_1
@@ -296,6 +297,51 @@ def test_guidance_is_neither_forgotten_nor_ignored() -> None:
         guided.adapter(guided.build()).velocity(x, t, text())
     with pytest.raises(ValueError, match="leave it out"):
         plain.adapter(plain.build()).velocity(x, t, text() | guidance)
+
+
+class Reads(TorchDispatchMode):
+    """Notes boolean indices, for which the host waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        bools = name in ("index", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if bools or name == "nonzero":
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_z_image_s_captions_are_cut_without_boolean_indices() -> None:
+    """Which would make the host wait once a sample; masks need not have the padding behind."""
+    adapter = ZImageAdapter(FAMILIES["z-image"].build())
+    given: list[list[Tensor]] = []
+
+    class Recorded(torch.nn.Module):
+        dtype = torch.float32
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, captions, return_dict):
+            given.append(captions)
+            return (x,)
+
+    adapter.network = Recorded()
+    cond = captions(4)
+    mask = torch.rand(4, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[0], mask[1, :] = True, torch.arange(TOKENS) < 3
+    cond["prompt_mask"] = mask
+    with Reads() as reads:
+        adapter.velocity(numbers(4, 16, 4, 4), torch.full((4,), 0.5), cond)
+    assert not reads.found
+    for cut, tokens, real in zip(given[0], cond["prompt_embeds"], mask, strict=True):
+        assert torch.equal(cut, tokens[real])
 
 
 def test_z_image_s_mask_must_be_one() -> None:
