@@ -260,12 +260,14 @@ def with_storage(network: TextToImage, frozen: torch.dtype = torch.float32) -> T
 
     Args:
         network: of `TransformerSpec.without_weights`.
-        frozen: dtype of what adapters stand beside; all else is float32.
+        frozen: dtype of what adapters stand beside; all else that is floating is float32.
     """
 
     def made(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor
+        if not tensor.is_floating_point():  # a table of positions
+            return torch.empty_like(tensor, device="cpu")
         dtype = frozen if network.has_adapters and not tensor.requires_grad else torch.float32
         return torch.empty_like(tensor, device="cpu", dtype=dtype)
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixflow_fast.models.text_to_image import LatentMap
-from mixflow_fast.models.text_to_image.spec import TransformerSpec
+from mixflow_fast.models.text_to_image.spec import TransformerSpec, with_storage
 from tests.support.captioned import model_folder
-from tests.support.text_to_image import FAMILIES, numbers, sd3, text
+from tests.support.text_to_image import FAMILIES, SD3, numbers, sd3, text
 
 TIMES = torch.tensor([0.3, 0.81])
 FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -120,3 +120,12 @@ def test_a_record_that_is_none() -> None:
         TransformerSpec(class_name="SD3Transformer2DModel", config={"num_layers": "many"}).on_meta()
     with pytest.raises(ValueError, match="which diffusers .* does not have"):
         TransformerSpec(class_name="SD9Transformer2DModel", config={}).on_meta()
+
+
+def test_integers_of_a_network_stay_integers() -> None:
+    network = TransformerSpec(class_name="SD3Transformer2DModel", config=SD3).without_weights()
+    places = torch.zeros(2, dtype=torch.int64, device="meta")
+    network.transformer.register_buffer("places", places)
+    made = with_storage(network).transformer
+    assert made.places.dtype == torch.int64 and not made.places.is_meta
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
