@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from PIL import Image
 
 from mixflow_fast.cli.sample_text_to_image import GRIDS, parse_size, read_prompts
@@ -102,6 +102,26 @@ def test_flux_as_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         pooled_prompt_embeds=pooled.float(),
         latents=pack(noise_of_ids(5, torch.arange(1), (16, 6, 8))),
         **{"num_inference_steps": 3, "height": 48, "width": 64},
+    ).images[0]
+    assert np.abs(pixels(out / "00000.png") - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_z_image_as_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = write_pipeline(tmp_path / "z", "z_image"), tmp_path / "out"
+    command = ("sample", folder, "--out", out, "--prompts", PROMPTS[0], *OPTIONS)
+    code, said, err = run(*command, "--cfg-scale", 1, capsys=capsys)
+    assert code == 0, err
+    assert "on the linear grid of shift 3, guidance 1, text of 16 tokens" in said
+    pipeline = ZImagePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.to(torch.bfloat16)
+    told, _ = pipeline.encode_prompt(
+        PROMPTS[0], do_classifier_free_guidance=False, max_sequence_length=16
+    )
+    image = pipeline(
+        prompt_embeds=[value.float() for value in told],
+        latents=noise_of_ids(5, torch.arange(1), (16, 6, 8)),
+        **{"num_inference_steps": 3, "guidance_scale": 0.0, "height": 48, "width": 64},
     ).images[0]
     assert np.abs(pixels(out / "00000.png") - np.asarray(image).astype(int)).max() <= 1
 

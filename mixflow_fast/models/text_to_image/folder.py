@@ -35,8 +35,8 @@ class PipelineGrid:
 def pipeline_grid(folder: str | os.PathLike[str], tokens: int) -> PipelineGrid:
     """What the official pipeline of a folder samples with.
 
-    SD3's has its scheduler make the levels; the others give it linspace(1, 1/N, N), or its like,
-    and Flux's a shift that grows with the picture.
+    SD3's has its scheduler make the levels; those of the others are linspace(1, 1/N, N), with a
+    shift that grows with the picture for Flux.
 
     Args:
         folder: the pipeline's, or the transformer's.
