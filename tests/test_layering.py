@@ -39,7 +39,7 @@ OWNED = {
 # ImportError is caught.
 OPTIONAL = {
     *("triton", "deepspeed", "torchdiffeq", "nvidia", "sklearn", "matplotlib", "scipy"),
-    *("transformers", "diffusers", "apex", "tensorboard", "wandb", "shtab"),
+    *("transformers", "diffusers", "peft", "accelerate", "apex", "tensorboard", "wandb", "shtab"),
 }
 
 

@@ -5,6 +5,7 @@
     ema         .safetensors   the state dict, with how the network is built in the header
     diffusers   folder   `DiTTransformer2DModel` and mixflow.json, for SiT and REPA's SiT; of a
                          text-to-image run the source's pipeline (see `export_text_to_image`)
+    lora        .safetensors   the adapters of a text-to-image run (see `export_lora`)
 
 Nothing is written unless the weights fit their network and are finite, and then whole or not at
 all.
@@ -22,6 +23,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from mixflow_fast import __version__
+from mixflow_fast.checkpoints.export_lora import write_lora
 from mixflow_fast.checkpoints.export_text_to_image import (
     Dtype,
     TextToImageWeights,
@@ -46,10 +48,15 @@ from mixflow_fast.models.weights.places import parts, weights_file
 from mixflow_fast.models.weights.source_record import SETTINGS
 from mixflow_fast.models.weights.sources import check_source, record_of, source_state
 
-Format = Literal["official", "ema", "diffusers"]
+Format = Literal["official", "ema", "diffusers", "lora"]
 Head = Literal["velocity", "sigma", "as-is"]
 Which = Literal["ema", "model"]
-FORMATS: dict[Format, str] = {"official": ".pt", "ema": ".safetensors", "diffusers": ""}
+FORMATS: dict[Format, str] = {
+    "official": ".pt",
+    "ema": ".safetensors",
+    "diffusers": "",
+    "lora": ".safetensors",
+}
 HEADS: tuple[Head, ...] = get_args(Head)
 _OWN_NAMES = ("source_args", "kwargs", "format", "steps")
 # Relative RMS difference to the diffusers class in float32, usually below 1e-6; without the change
@@ -121,7 +128,7 @@ def export(
 
     Args:
         checkpoint: a run folder, or any file that `load_weights` reads.
-        to: "official", "ema" or "diffusers".
+        to: "official", "ema", "diffusers" or "lora".
         out: what to write: a .pt, a .safetensors, a folder.
         weights: "ema" or "model".
         head: of a SiT: "velocity" drops the sigma rows of the head, as the official sample scripts
@@ -150,6 +157,11 @@ def export(
     if (found := text_to_image_weights(file, weights)) is not None:
         _check_text_to_image(to, found.name, head, bare, clock, num_heads)
         return _export_text_to_image(found, to, out, model, dtype, link, notes)
+    if to == "lora":
+        raise ValueError(
+            f"lora is the form of adapters of a text-to-image run (lora.rank), and {path} holds "
+            "none: export --to ema or --to official"
+        )
     for given, name in ((model, "model"), (dtype, "dtype"), (link or None, "link")):
         if given is not None:
             raise ValueError(
@@ -286,12 +298,12 @@ def _export_text_to_image(
     link: bool,
     notes: list[str],
 ) -> Exported:
-    if to == "ema":
+    if to in ("ema", "lora"):
         if link or model is not None:
             raise ValueError(
                 "--model and --link belong to --to diffusers, which writes the whole folder"
             )
-        written = found.write_file(out, dtype)
+        written = write_lora(found, out, dtype) if to == "lora" else found.write_file(out, dtype)
     else:
         written = found.write_folder(out, model, dtype, link)
     files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]

@@ -237,9 +237,8 @@ class TextToImageWeights:
             )
         chosen: Dtype = dtype or "fp32"
         ready = _in_dtype(self.state, chosen)
-        record = {name: str(value) for name, value in self._record(chosen).items()}
         with replacing(out) as partial:
-            _save(ready, partial, {"format": "pt", **record})
+            _save(ready, partial, {"format": "pt", **self.record(chosen)})
         note = f"{self.class_name}'s weights in {chosen}; a pipeline's folder is --to diffusers"
         return Written(len(ready), [note])
 
@@ -259,6 +258,10 @@ class TextToImageWeights:
                 "FOLDER, or write the weights alone with --to ema"
             )
         return user_path(self.folder)
+
+    def record(self, dtype: Dtype) -> dict[str, str]:
+        """How they were trained and written, for the header of a file."""
+        return {name: str(value) for name, value in self._record(dtype).items()}
 
     def _record(self, dtype: Dtype) -> dict[str, str | int]:
         return {

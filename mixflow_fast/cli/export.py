@@ -14,14 +14,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="write a checkpoint for official samplers, as safetensors, or for diffusers",
         description="official: a .pt that the samplers of SiT, REPA and RAE load. ema: one "
         ".safetensors that says how its network is built. diffusers: a DiTTransformer2DModel "
-        "folder (SiT and REPA), compared with the network when it is written; of a text-to-image "
-        "run the pipeline's folder that it was trained from, copied, with the trained transformer.",
+        "folder (SiT and REPA), compared with the network when it is written; of a "
+        "text-to-image run the folder that it was trained from, copied, with its transformer. "
+        "lora: the adapters of a text-to-image run with lora.rank, for load_lora_weights.",
         epilog="example: mixflow-fast export runs/post --to official --out post.pt",
     )
     command.add_argument(
         "checkpoint", type=user_path, help="run folder, or a weights file of any kind"
     )
-    command.add_argument("--to", choices=("official", "ema", "diffusers"), required=True)
+    command.add_argument("--to", choices=("official", "ema", "diffusers", "lora"), required=True)
     command.add_argument(
         "--out", type=user_path, required=True, help="the .pt, .safetensors or folder to write"
     )
@@ -55,7 +56,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text_to_image.add_argument(
         "--dtype",
         choices=("bf16", "fp16", "fp32"),
-        help="of the transformer (default: that of the folder's weights; ema: fp32)",
+        help="of the transformer (default: that of the folder's weights; ema, lora: fp32)",
     )
     text_to_image.add_argument(
         "--link",

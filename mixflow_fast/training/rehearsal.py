@@ -123,14 +123,20 @@ def checkpoint_bytes(
         train, optim: sections of the configuration.
         last: of the run's last checkpoint.
     """
-    every = sum(p.numel() for p in model.parameters())
+    every = _saved_numel(model)
     weights = train.save_weights == "always" or (last and train.save_weights == "end")
     return sum(_state_bytes(model, train, optim)) + (8 * every if weights else 0)
 
 
+def _saved_numel(model: Network) -> int:
+    """Numbers of the parameters that a run's files hold."""
+    saved = model.saved_state()
+    return sum(p.numel() for name, p in model.named_parameters() if name in saved)
+
+
 def _state_bytes(model: Network, train: TrainConfig, optim: OptimConfig) -> tuple[int, int]:
     """Of a checkpoint: what ZeRO shards, and what rank 0 alone writes."""
-    every = sum(p.numel() for p in model.parameters())
+    every = _saved_numel(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Master weights, two moments and the averages, float32.
     state = 4 * trained * (3 + len(optim.ema_decays) + len(optim.ema_sigma_rel))
@@ -145,9 +151,11 @@ def _describe_model(section: ModelConfig, parts: RunParts) -> str:
     network, _ = split(dict(model.named_parameters()))
     parameters = sum(p.numel() for p in network.values())
     if isinstance(model, TextToImage):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        adapters = f", {trained:,} of them in adapters and trained" if model.has_adapters else ""
         return (
-            f"{type(model.transformer).__name__} of {section.folder}, {parameters:,} parameters, "
-            f"{model.clock}{cost}"
+            f"{type(model.transformer).__name__} of {section.folder}, {parameters:,} parameters"
+            f"{adapters}, {model.clock}{cost}"
         )
     cut = "" if model.tokens is None else f"{model.tokens} tokens of "
     return (

@@ -19,10 +19,11 @@ from mixflow_fast.diagnostics.verify_resume import verify_resume
 from mixflow_fast.models import load_model
 from mixflow_fast.models.text_to_image.lora import lora_state
 from mixflow_fast.models.text_to_image.network import TextToImage
-from mixflow_fast.training.rehearsal import rehearse
+from mixflow_fast.training.build import build_model
+from mixflow_fast.training.rehearsal import checkpoint_bytes, rehearse
 from mixflow_fast.training.trainer import Trainer
-from tests.support.caches import write_cache
-from tests.support.captioned import TINY, model_folder
+from tests.support import captioned
+from tests.support.captioned import model_and_cache
 from tests.support.runs import assert_same_bits
 from tests.support.text_to_image import numbers, sd3, text
 
@@ -39,23 +40,12 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("lora")
-    model_folder(root / "model")
-    write_cache(root / "cache", (1, 2) * 8, {"64x64": range(9), "96x64": range(9, 16)})
-    return root
+    return model_and_cache(tmp_path_factory.mktemp("lora"))
 
 
 def tiny(root: Path, out: Path, **overrides: object) -> Config:
-    config = from_dict(
-        {
-            "model": {"name": "TextToImage", "folder": str(root / "model")},
-            "data": {"kind": "captioned", "path": str(root / "cache"), "workers": 0},
-            "train": {"label_dropout": 0},
-            "lora": {"rank": 4, "alpha": 8},
-            "out": str(out),
-        }
-    )
-    return config.replace(**TINY | {"optim.lr": 1e-2} | overrides)
+    lora = {"lora": {"rank": 4, "alpha": 8}, "optim.lr": 1e-2}
+    return captioned.tiny(root, out, **lora | overrides)
 
 
 def trained(config: Config) -> Tensor:
@@ -290,10 +280,19 @@ def test_looking_at_a_run_does_not_change_it(root: Path, run: Path, tmp_path: Pa
     assert isinstance(load_model(tmp_path / "average.pt"), TextToImage)
 
 
-def test_dry_run(root: Path, tmp_path: Path) -> None:
-    lines = rehearse(tiny(root, tmp_path / "run"))
-    assert any(line.startswith("model: ") for line in lines)
+def test_dry_run(root: Path, run: Path, tmp_path: Path) -> None:
+    """Sizes are of the adapters, memory of what is trained and of what is not."""
+    config = tiny(root, tmp_path / "run")
+    lines = rehearse(config)
+    trained = sum(t.numel() for t in weights(run).values())
+    (model,) = [line for line in lines if line.startswith("model: ")]
+    assert f"{134_656 + trained:,} parameters, {trained:,} of them in adapters" in model
     assert not (tmp_path / "run").exists()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    written = sum(file.stat().st_size for file in checkpoint.iterdir())
+    planned = checkpoint_bytes(build_model(config.model, "meta", config.lora), config.train,
+                               config.optim)  # fmt: skip
+    assert 0 < written - planned < 200_000
 
 
 @pytest.mark.parametrize(
