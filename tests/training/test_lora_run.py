@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(root: Path, out: Path, **overrides: object) -> Config:
-    lora = {"lora": {"rank": 4, "alpha": 8}, "optim.lr": 1e-2}
+    lora = {"lora.rank": 4, "lora.alpha": 8, "optim.lr": 1e-2}
     return captioned.tiny(root, out, **lora | overrides)
 
 
@@ -126,7 +126,7 @@ def test_every_engine_trains_the_same(
     assert all(torch.equal(again["ema"][n], t) for n, t in weights(tmp_path / "run").items())
 
 
-@pytest.mark.parametrize("engine", ["ZeRO 1", "ZeRO 3", "ddp"])
+@pytest.mark.parametrize("engine", ["ZeRO 3", "ddp"])
 def test_bf16_has_float32_masters(engine: str, root: Path, plain_losses: Tensor) -> None:
     """The base is bf16 in memory; steps of 1e-2 of the masters survive, and more digits."""
     out = root / f"bf16 {engine}"
@@ -176,7 +176,7 @@ def test_three_steps_are_those_of_peft_and_adamw(root: Path, run: Path, tmp_path
         torch.testing.assert_close(tensor, own[name].detach(), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("engine", ["ZeRO 1", "ZeRO 2", "ZeRO 3", "ddp"])
+@pytest.mark.parametrize("engine", ["ZeRO 3", "ddp"])
 def test_a_run_goes_on_to_the_bit(engine: str, root: Path, tmp_path: Path) -> None:
     """With the base from its folder, in one process; `verify_resume` below is with several."""
     settings = ENGINES[engine] | BF16 | {"train.keep_last": 1}
@@ -197,7 +197,8 @@ def test_verify_resume(engine: str, ranks: int, root: Path, tmp_path: Path) -> N
     assert all(row.differing == 0 for row in rows), rows
 
 
-@pytest.mark.parametrize("engines", [("ZeRO 3", "ddp"), ("ddp", "ZeRO 2"), ("ZeRO 2", "ZeRO 3")])
+@pytest.mark.long
+@pytest.mark.parametrize("engines", [("ZeRO 3", "ddp"), ("ddp", "ZeRO 3"), ("ZeRO 2", "ZeRO 3")])
 def test_a_run_changes_its_engine(
     engines: tuple[str, str], root: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -271,7 +272,7 @@ def test_a_run_starts_from_adapters(root: Path, run: Path, tmp_path: Path) -> No
 
 def test_looking_at_a_run_does_not_change_it(root: Path, run: Path, tmp_path: Path) -> None:
     """Validation, and snapshots of other averages."""
-    looks = {"train.validate_every": 1, "train.validate_examples": 6, "optim.snapshot_every": 1}
+    looks = {"train.validate_every": 3, "train.validate_examples": 4, "optim.snapshot_every": 3}
     widths = {"optim.ema_sigma_rel": (0.1,)}
     trained(tiny(root, tmp_path / "plain", **widths, **BF16))
     trained(tiny(root, tmp_path / "watched", **widths, **BF16, **looks))
