@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 from mixflow_fast.cli import extractors
 from mixflow_fast.cli.compared import chosen_features, labels_of, shown_command
 from mixflow_fast.cli.sampler_options import chosen_sampler
-from mixflow_fast.cli.sources import chosen_source, describe_start, refuse_unused
+from mixflow_fast.cli.sources import (
+    chosen_source,
+    describe_start,
+    refuse_text_to_image,
+    refuse_unused,
+)
 from mixflow_fast.messages import shorten
 
 if TYPE_CHECKING:
@@ -169,9 +174,10 @@ def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
     from mixflow_fast.models.weights.sources import source_of
 
     average = options.weights or "ema"
+    file = WeightsFile.open(path)
+    refuse_text_to_image(file, average, path, "compare")
     model = load_model(path, average, clock=options.clock)
     config, why = _recorded_config(path)
-    file = WeightsFile.open(path)
     stored = source_of(file, average)
     source = chosen_source(stored, options.source_w)
     if source is not None:

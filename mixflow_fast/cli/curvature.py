@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixflow_fast.cli.sources import add_source_option, chosen_source, describe_start, refuse_unused
+from mixflow_fast.cli.sources import (
+    add_source_option,
+    chosen_source,
+    describe_start,
+    refuse_text_to_image,
+    refuse_unused,
+)
 from mixflow_fast.files import check_writable, user_path
 
 if TYPE_CHECKING:
@@ -193,6 +199,7 @@ def _prepared(
 
     device = device_of_rank("auto")
     file = WeightsFile.open(path)
+    refuse_text_to_image(file, options.weights, path, "curvature")
     stored = source_of(file, options.weights)
     source = chosen_source(stored, options.source_w)
     if source is not None:

@@ -99,15 +99,19 @@ def run(options: argparse.Namespace) -> int:
     _check_options(options)
     import torch
 
+    from mixflow_fast.cli.sources import refuse_text_to_image
     from mixflow_fast.comparison.real_data import run_data
     from mixflow_fast.evaluation.gamma import pilot_gammas, recommend_gamma
     from mixflow_fast.evaluation.slow_flow import Settings
     from mixflow_fast.files import write_json, write_text
     from mixflow_fast.models import load_model
     from mixflow_fast.models.weights.digest import weights_sha256
+    from mixflow_fast.models.weights.files import WeightsFile
     from mixflow_fast.pilot import PilotPlan, check_arms, planned_images, run_pilot
     from mixflow_fast.reports.slow_flow_report import SlowFlowReport, record, render
 
+    for path in filter(None, (options.checkpoint, options.after)):
+        refuse_text_to_image(WeightsFile.open(path), options.weights, path, "slowflow")
     config = _config(options)
     settings = Settings(
         steps=options.steps,

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mixflow_fast.models.weights.files import WeightsFile
     from mixflow_fast.models.weights.sources import StoredSource
     from mixflow_fast.sampling.source import SampleSource
 
@@ -35,6 +38,25 @@ def _weight(text: str) -> float | str:
     if not 0.0 <= found <= 1.0:
         raise argparse.ArgumentTypeError(f"must be a number in 0 .. 1 or train, got {text!r}")
     return found
+
+
+def refuse_text_to_image(file: WeightsFile, weights: str, path: Path, command: str) -> None:
+    """Refuse a text-to-image network where a command has no prompts to tell it.
+
+    Args:
+        file: the checkpoint's.
+        weights: which of its weights.
+        path: as the user named it.
+        command: that is refused.
+    """
+    from mixflow_fast.models.weights.naming import kind_of
+
+    if kind_of(file.state(weights)) == "text-to-image":
+        raise ValueError(
+            f"{path} is a text-to-image network, and `mixflow-fast {command}` has no prompts to "
+            f"tell it: `mixflow-fast sample {path} --prompts ... --out FOLDER` makes its pictures, "
+            "and train.validate_every measures its loss, of slowed inputs, too"
+        )
 
 
 def chosen_source(stored: StoredSource | None, w: float | str | None) -> SampleSource | None:

@@ -351,8 +351,9 @@ class CaptionedLatents:
             shape=self.shape,
             digest=digest_of(parts),
             notes=(
-                f"the cache has {info.captions:,} captions, {info.prompts:,} different prompts with "
-                f"the empty one ({what} of {info.class_name}'s encoders, {info.length} tokens)",
+                f"the cache has {info.captions:,} captions, {info.prompts:,} different prompts "
+                f"with the empty one ({what} of {info.class_name}'s encoders, {info.length} "
+                "tokens)",
                 f"latents by pixels {shapes}",
             ),
         )
