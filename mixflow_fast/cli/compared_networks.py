@@ -170,10 +170,10 @@ def _load(options: argparse.Namespace, path: Path, device: str) -> _Checkpoint:
     from mixflow_fast.models.weights.sources import source_of
 
     average = options.weights or "ema"
-    model = load_model(path, average, clock=options.clock)
-    refuse_text_to_image("compare", path, model)
-    config, why = _recorded_config(path)
     file = WeightsFile.open(path)
+    refuse_text_to_image("compare", path, file, average)
+    model = load_model(path, average, clock=options.clock)
+    config, why = _recorded_config(path)
     stored = source_of(file, average)
     source = chosen_source(stored, options.source_w)
     if source is not None:

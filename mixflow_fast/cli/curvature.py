@@ -194,12 +194,12 @@ def _prepared(
 
     device = device_of_rank("auto")
     file = WeightsFile.open(path)
+    refuse_text_to_image("curvature", path, file, options.weights)
     stored = source_of(file, options.weights)
     source = chosen_source(stored, options.source_w)
     if source is not None:
         source.source.predictor.to(device)
     model = model_of(file, options.weights, clock=options.clock).to(device).eval()
-    refuse_text_to_image("curvature", path, model)
     calls = (options.steps + 300) * -(-options.num // options.batch_size)
     prepared = PreparedSampling(
         model,

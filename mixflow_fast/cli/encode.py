@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from mixflow_fast.files import check_folder_writable, ends_digest, user_path
 if TYPE_CHECKING:
     import torch
 
-    from mixflow_fast.data.buckets import Bucket
     from mixflow_fast.data.preparation.captioned_source import CaptionedSource
     from mixflow_fast.data.preparation.encode_buckets import Autoencoder
     from mixflow_fast.data.preparation.encode_captioned import (
@@ -167,13 +165,15 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.data.preparation.encode_captioned import CaptionedJob, CaptionedOptions
     from mixflow_fast.data.preparation.scan import core_count
     from mixflow_fast.data.preparation.shard_work import ranks_of_environment
+    from mixflow_fast.models.text_to_image.folder import check_positions
 
     rank, world = ranks_of_environment()
     buckets = parse_buckets(options.buckets or str(options.size or _SIZE))
     device = device_of_rank(options.device)
     # Before the source, which may take minutes to be listed.
     model = _model(options, device)
-    _check_table(options.model, buckets, model.autoencoder.factor)
+    sizes = [(bucket.width, bucket.height) for bucket in buckets]
+    check_positions(options.model, sizes, model.autoencoder.factor, "--size or --buckets")
     for name, place in (("--data", options.data), ("--model", options.model)):
         if options.out.resolve().is_relative_to(place.resolve()):
             raise ValueError(
@@ -288,24 +288,6 @@ def _autoencoder(folder: Path, device: torch.device) -> Autoencoder:
         return ImageVAE(folder / "vae", name=name).to(device)
 
     return Autoencoder(files.latent_channels, files.downsampling, files.scale, files.record(), load)
-
-
-def _check_table(folder: Path, buckets: Sequence[Bucket], factor: int) -> None:
-    """ValueError for sizes that the transformer has no positions for, of classes with a table."""
-    file = folder / "transformer" / "config.json"
-    if not file.is_file():  # of a user's own class
-        return
-    config = json.loads(file.read_text(encoding="utf-8"))
-    places, patch = config.get("pos_embed_max_size"), config.get("patch_size")
-    if not isinstance(places, int) or not isinstance(patch, int):
-        return
-    most = places * patch * factor
-    for bucket in buckets:
-        if max(bucket.width, bucket.height) > most:
-            raise ValueError(
-                f"--size or --buckets {bucket.name}: the transformer of {folder} has positions for "
-                f"at most {most} pixels a side (pos_embed_max_size {places})"
-            )
 
 
 def _weights(folder: Path, files: Iterable[str]) -> dict[str, str]:

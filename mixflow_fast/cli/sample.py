@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mixflow_fast.sampling.samples import SampleResult
 
 _BATCH_SIZE = 64
+_NUM = 32
 _UNDO_SCALE = (
     "the latents are scaled as those in training: undo data.scale before the decoder "
     "(SD-VAE: x / 0.18215)"
@@ -56,8 +57,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "-n",
         "--num",
         type=int,
-        default=32,
-        help="how many (default %(default)s); -n under torchrun, which takes --num for a prefix of "
+        help="how many (default 32); -n under torchrun, which takes --num for a prefix of "
         "an option of its own",
     )
     command.add_argument(
@@ -156,6 +156,8 @@ def run(options: argparse.Namespace) -> int:
     sample_text_to_image.refuse_without_prompts(options)
     if options.batch_size is None:
         options.batch_size = _BATCH_SIZE
+    if options.num is None:
+        options.num = _NUM
     out = options.out
     _check(options)
     from mixflow_fast.cli.picture_sets import Extras, make_set

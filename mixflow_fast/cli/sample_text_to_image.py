@@ -286,9 +286,10 @@ class _Settings:
         decoder: Decoder,
         prompts: Sequence[Prompt],
     ) -> _Settings:
-        from mixflow_fast.models.text_to_image.folder import pipeline_grid
+        from mixflow_fast.models.text_to_image.folder import check_positions, pipeline_grid
 
         size = parse_size(options.size) if options.size else origin.size(decoder)
+        check_positions(origin.folder, [size], decoder.network.upsampling, "--size")
         side = 2 * decoder.network.upsampling
         own = pipeline_grid(origin.folder, size[0] // side * (size[1] // side))
         # What guides Flux was distilled into the network, which is told its strength.
@@ -333,6 +334,10 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} has no meaning with --prompts: leave it out"
             )
+    if options.num is not None:
+        raise ValueError(
+            "--num has no meaning with --prompts: --per-prompt N makes N pictures of each"
+        )
     for name in _FLAGS:
         if getattr(options, name):
             raise ValueError(

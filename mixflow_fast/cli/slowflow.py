@@ -106,9 +106,12 @@ def run(options: argparse.Namespace) -> int:
     from mixflow_fast.files import write_json, write_text
     from mixflow_fast.models import load_model
     from mixflow_fast.models.weights.digest import weights_sha256
+    from mixflow_fast.models.weights.files import WeightsFile
     from mixflow_fast.pilot import PilotPlan, check_arms, planned_images, run_pilot
     from mixflow_fast.reports.slow_flow_report import SlowFlowReport, record, render
 
+    for path in filter(None, (options.checkpoint, options.after)):
+        refuse_text_to_image("slowflow", path, WeightsFile.open(path), options.weights)
     config = _config(options)
     settings = Settings(
         steps=options.steps,
@@ -129,8 +132,6 @@ def run(options: argparse.Namespace) -> int:
     for path in paths.values():
         _check_source(path)
     models = {name: load_model(path, options.weights) for name, path in paths.items()}
-    for name, model in models.items():
-        refuse_text_to_image("slowflow", paths[name], model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(models.values()))
     data = run_data(config, first.clock, device, settings.states, options.batch_size)

@@ -347,12 +347,13 @@ class CaptionedLatents:
         return DataSummary(
             unit="captioned latents",
             examples=len(self),
-            classes=self.num_classes,
+            classes=0,
             shape=self.shape,
             digest=digest_of(parts),
             notes=(
-                f"{info.captions:,} captions, {info.prompts:,} different prompts ({what} of "
-                f"{info.class_name}'s encoders, {info.length} tokens)",
+                f"the cache has {info.captions:,} captions, {info.prompts:,} different prompts "
+                f"with the empty one ({what} of {info.class_name}'s encoders, {info.length} "
+                "tokens)",
                 f"latents by pixels {shapes}",
             ),
         )

@@ -16,7 +16,7 @@ class DataSummary:
     Attributes:
         unit: what an example is: "images" or "latents".
         examples: how many.
-        classes: labels lie in [0, classes).
+        classes: labels lie in [0, classes); 0 where examples have prompts in place of them.
         shape: (C, H, W) of x1.
         digest: of names, sizes, labels and a fixed sample; other data have another one.
         class_names: in the order of the labels; empty where classes are numbers.
@@ -37,7 +37,8 @@ class DataSummary:
         """ "1,281,167 images, 1000 classes, 3 x 256 x 256"."""
         shape = " x ".join(map(str, self.shape))
         unit = self.unit.removesuffix("s") if self.examples == 1 else self.unit
-        return f"{self.examples:,} {unit}, {count_classes(self.classes)}, {shape}"
+        classes = f"{count_classes(self.classes)}, " if self.classes else ""
+        return f"{self.examples:,} {unit}, {classes}{shape}"
 
     def to_record(self) -> dict[str, object]:
         """The fingerprint: plain values that decide which example a position stands for."""
@@ -93,6 +94,8 @@ def count_classes(count: int) -> str:
 def _count(record: Mapping[str, object]) -> str:
     examples, classes = record.get("examples"), record.get("classes")
     examples = f"{examples:,}" if isinstance(examples, int) else examples
+    if classes == 0:
+        return f"{examples} examples"
     return f"{examples} examples of " + (
         count_classes(classes) if isinstance(classes, int) else "?"
     )

@@ -210,6 +210,7 @@ def test_refusals_are_one_line(files, tmp_path, capsys):
     for arguments, message in (
         (("--t5-length", 20), "text_length = 16, now it is 20 (--t5-length)"),
         (("--size", 80), "now it is ['80x80'] (--buckets or --size)"),
+        (("--text", "online"), "was begun with text = 'cached', now it is 'online' (--text)"),
         (("--model", files / "flux"), "was begun with class_name = "),
         (("--data", files / "tars"), "was begun with data = "),
         (("--out", new, "--size", 72), "multiples of 16 pixels, got 72: 64, 80 would do"),

@@ -157,6 +157,15 @@ def test_a_run_and_geneval_s_layout(
         config=json.dumps({"model": {"folder": str(folder)}, "objective": {"shift": 3.0}}),
     )
     save_weights(tmp_path / "run" / "weights.pt", online, state, metadata.to_record())
+    code, _, err = run("curvature", tmp_path / "run", capsys=capsys)
+    assert code == 2 and "`mixflow-fast curvature` has no prompts to tell it" in err
+    pages = ("--out", tmp_path / "page.html")
+    for command in (
+        ("slowflow", tmp_path / "run"),
+        ("compare", tmp_path / "run", tmp_path / "run"),
+    ):
+        code, _, err = run(*command, *pages, capsys=capsys)
+        assert code == 2 and f"`mixflow-fast {command[0]}` has no prompts to tell it" in err, err
     records = [{"prompt": text, "tag": "single_object"} for text in PROMPTS]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(record) for record in records) + "\n")
@@ -209,6 +218,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for options, words in (
         (("--label", 1), "--label has no meaning with --prompts"),
         (("--evaluate",), "--evaluate belongs to sets of pictures by class"),
+        (("-n", 4), "--num has no meaning with --prompts: --per-prompt N makes"),
+        (("--size", "208x64"), "has positions for at most 192 pixels a side"),
         (("--steps", 0), "--steps must be >= 1"),
         (("--size", "100x100"), "multiples of 16"),
         (("--out", tmp_path / "x.png"), "must be a folder with --prompts"),
@@ -219,7 +230,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert code == 2 and words in err, (options, err)
     code, _, err = run("sample", folder, "--grid", "linear", "--out", "x.png", capsys=capsys)
     assert code == 2 and "--grid belongs to --prompts" in err
-    (tmp_path / "x").mkdir(exist_ok=True)
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("")
     code, _, err = run(*base, capsys=capsys)
     assert code == 2 and "holds other things" in err

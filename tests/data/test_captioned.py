@@ -184,7 +184,8 @@ def test_a_resumed_stream_is_the_same(cache: Path) -> None:
 def test_summary_tells_caches_apart(tmp_path: Path, cache: Path) -> None:
     one = CaptionedLatents(cache).summary()
     assert one.describe().startswith("16 captioned latents")
-    assert "28 captions, 29 different prompts (embeddings" in one.notes[0]
+    assert "28 captions, 29 different prompts with the empty one (embeddings" in one.notes[0]
+    assert "class" not in one.describe() and one.to_record()["classes"] == 0
     assert one.digest == CaptionedLatents(cache, drop=0.1).summary().digest
     assert one.digest != CaptionedLatents(cache, mirrors=1).summary().digest
     assert one.digest != CaptionedLatents(cache, buckets=["64x64"]).summary().digest

@@ -31,6 +31,7 @@ def test_the_same_data_have_no_changes_whatever_was_passed_over():
         ),
         ({"digest": "cd"}, "other files or labels (digest cd -> ab)"),
         ({"shape": (3, 9, 9)}, "shape [3, 9, 9] -> [3, 8, 8]"),
+        ({"classes": 0, "class_names": ()}, "1,200,000 examples -> 1,200,000 examples of 2 cl"),
         ({"classes": 1, "class_names": ("ant",)}, "of 1 class -> 1,200,000 examples of 2 classes; "
          "classes added: cat"),
     ],

@@ -277,8 +277,10 @@ class CaptionedJob:
         return {
             "format": FORMAT,
             "class_name": self._model.class_name,
-            **self._model.record,
+            # Before the model's record, which lists no encoder's weights for token ids: the first
+            # that differs is what a user is told.
             "text": options.text,
+            **self._model.record,
             "text_length": self._model.text_length,
             # Token ids are the same whatever runs the encoders.
             "text_dtype": options.text_dtype if options.text == "cached" else None,

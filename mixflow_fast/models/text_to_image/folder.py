@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +64,33 @@ def autoencoder_folder(folder: str | os.PathLike[str]) -> Path | None:
     """The pipeline's autoencoder; None where the folder has none."""
     path = user_path(folder) / "vae"
     return path if (path / "config.json").is_file() else None
+
+
+def check_positions(
+    folder: str | os.PathLike[str], sizes: Iterable[tuple[int, int]], factor: int, option: str
+) -> None:
+    """Refuse sizes that the transformer has no positions for, where its class has a table of them.
+
+    Args:
+        folder: the pipeline's.
+        sizes: (width, height) in pixels.
+        factor: pixels of a latent's side.
+        option: that the sizes were given by, for the message.
+
+    Raises:
+        ValueError: a size that is too large.
+    """
+    file = user_path(folder) / "transformer" / "config.json"
+    if not file.is_file():  # of a user's own class
+        return
+    config = read_config(file)
+    places, patch = config.get("pos_embed_max_size"), config.get("patch_size")
+    if not isinstance(places, int) or not isinstance(patch, int):
+        return
+    most = places * patch * factor
+    for width, height in sizes:
+        if max(width, height) > most:
+            raise ValueError(
+                f"{option} {width}x{height}: the transformer of {folder} has positions for at most "
+                f"{most} pixels a side (pos_embed_max_size {places})"
+            )

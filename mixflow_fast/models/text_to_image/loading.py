@@ -45,6 +45,7 @@ _NOISE = (
 )
 # Parts of the names of models that were distilled to few steps.
 _DISTILLED = ("schnell", "turbo")
+_PIPELINE = "model_index.json"
 _OWN = (
     "bring one: a class with the members of mixflow_fast.models.text_to_image.Adapter, as "
     "adapter='my_file.py:MyAdapter', and hold it against its pipeline with check_against_pipeline"
@@ -211,9 +212,34 @@ def load_adapter(
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Where a pipeline's folder, or a transformer's own, has the transformer."""
+    """Where a pipeline's folder, or a transformer's own, has the transformer.
+
+    Raises:
+        ValueError: a pipeline of another kind of network, or a folder that is neither's.
+    """
     inside = folder / "transformer"
-    return inside if inside.is_dir() else folder
+    if inside.is_dir():
+        return inside
+    if (folder / _PIPELINE).is_file():
+        raise ValueError(f"{str(folder)!r} is {_other_pipeline(read_config(folder / _PIPELINE))}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is no folder of diffusers: it holds neither {_PIPELINE} nor "
+            "config.json; give a pipeline's folder, or its transformer's"
+        )
+    return folder
+
+
+def _other_pipeline(index: Mapping[str, object]) -> str:
+    """What a pipeline without transformer/ is."""
+    made = index.get("_class_name", "pipeline")
+    for name, part in index.items():
+        if isinstance(part, list) and part[-1:] and part[-1] in _NOISE:
+            return (
+                f"a {made}, whose {name} {part[-1]} predicts noise and no velocity of the straight "
+                f"path from data to noise: take a pipeline of one of {', '.join(ADAPTERS)}"
+            )
+    return f"a {made} without transformer/: download the rest of it, or give another pipeline"
 
 
 def network_class(class_name: str) -> type[nn.Module]:

@@ -16,7 +16,10 @@ from pathlib import Path
 from mixflow_fast.messages import shorten
 from mixflow_fast.models.weights.diffusers_dit import is_diffusers_dit
 
-_TRAIN = "give the checkpoint of a SiT, REPA SiT, DiT-DH or unconditional SongUNet"
+_TRAIN = (
+    "give the checkpoint of a SiT, REPA SiT, DiT-DH or unconditional SongUNet, or the folder of a "
+    "text-to-image pipeline of diffusers"
+)
 _AUTOENCODER = f"an autoencoder (VAE), which makes latents of images and not samples: {_TRAIN}"
 _UNET = f"a UNet, which this engine does not train: {_TRAIN}"
 _TEXT_TO_IMAGE = f"a text-to-image transformer, which this engine does not train: {_TRAIN}"

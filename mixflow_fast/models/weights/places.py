@@ -105,6 +105,8 @@ def _next_step(folder: Path) -> str:
             "it is a checkpoint of torch.distributed.checkpoint: python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt makes one"
         )
+    if (folder / "manifest.json").is_file():
+        return f"it is a set of data: mixflow-fast data info {folder} says what is in it"
     # Runs of SiT, REPA and RAE keep theirs in a folder of that name.
     found = [f for p in _WEIGHTS for f in (*folder.glob(p), *folder.glob(f"checkpoints/{p}"))]
     if any(_count_parts(file.name) > 1 for file in found):

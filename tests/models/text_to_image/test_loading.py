@@ -199,8 +199,19 @@ def test_load_adapter_refuses_before_it_reads_weights(
 ) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load_adapter(tmp_path / "none")
-    with pytest.raises(ValueError, match="must be a config.json of diffusers"):
+    with pytest.raises(
+        ValueError, match=r"holds neither model_index\.json nor config\.json; give a p"
+    ):
         load_adapter(tmp_path)
+    index, unet = tmp_path / "model_index.json", ["diffusers", "UNet2DConditionModel"]
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": unet}))
+    words = "is a StableDiffusionPipeline, whose unet UNet2DConditionModel predicts noise"
+    with pytest.raises(ValueError, match=words):
+        load_adapter(tmp_path)
+    index.write_text(json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "F"]}))
+    with pytest.raises(ValueError, match="is a FluxPipeline without transformer/: download the re"):
+        load_adapter(tmp_path)
+    index.unlink()
     config = tmp_path / "config.json"
     config.write_text('{"_class_name": "PixArtTransformer2DModel"}', encoding="utf-8")
     with pytest.raises(ValueError, match="predicts noise"):

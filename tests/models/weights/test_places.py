@@ -102,6 +102,7 @@ FOLDERS = {
     "global_step7/mp_rank_00_model_states.pt": "of training is in {}/global_step7/mp_rank_00_model",
     ".metadata": "format_utils dcp_to_torch {} FILE.pt",
     "metrics.jsonl": "its run has saved no checkpoint yet",
+    "manifest.json": "it is a set of data: mixflow-fast data info {} says what is in it",
     "0400000.pt": "give one of the files in it: 0400000.pt",
     "checkpoints/0400000.pt": "give one of the files in it: checkpoints/0400000.pt",
     "readme.md": "give a run folder, a checkpoint folder or a weights file",
