@@ -144,7 +144,7 @@ def test_wheel_metadata(wheel):
     assert base == BASE_DEPENDENCIES
     assert not names & {"flash-attn", "apex", "torchvision"}
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == set("train data vae eval repa features watch completion gpu dev".split())
+    assert extras == set("train data vae eval repa text features watch completion gpu dev".split())
 
 
 def test_command_has_its_function():

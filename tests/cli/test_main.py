@@ -187,7 +187,8 @@ def test_completion_of_commands_options_and_recipes(capsys: pytest.CaptureFixtur
 
     assert {"train", "verify-resume", "ema"} <= completed("mixflow-fast")
     assert {"digits", "sit-xl2-256"} <= completed("mixflow-fast", "train")
-    assert completed("mixflow-fast", "export", "x.pt", "--to") == {"official", "ema", "diffusers"}
+    forms = {"official", "ema", "diffusers", "lora"}
+    assert completed("mixflow-fast", "export", "x.pt", "--to") == forms
 
 
 def test_completion_without_its_extra(

@@ -158,14 +158,14 @@ def test_a_run_and_geneval_s_layout(
     )
     save_weights(tmp_path / "run" / "weights.pt", online, state, metadata.to_record())
     code, _, err = run("curvature", tmp_path / "run", capsys=capsys)
-    assert code == 2 and "`mixflow-fast curvature` has no prompts to tell it" in err
+    assert code == 2 and "text-to-image network, which curvature does not measure" in err
     pages = ("--out", tmp_path / "page.html")
     for command in (
         ("slowflow", tmp_path / "run"),
         ("compare", tmp_path / "run", tmp_path / "run"),
     ):
         code, _, err = run(*command, *pages, capsys=capsys)
-        assert code == 2 and f"`mixflow-fast {command[0]}` has no prompts to tell it" in err, err
+        assert code == 2 and f"which {command[0]} does not measure" in err, err
     records = [{"prompt": text, "tag": "single_object"} for text in PROMPTS]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(record) for record in records) + "\n")

@@ -19,7 +19,7 @@ MEDIUM = {
     "caption_projection_dim": 1536,
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
+    "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
 LARGE = MEDIUM | {
@@ -27,7 +27,7 @@ LARGE = MEDIUM | {
     "num_attention_heads": 38,
     "caption_projection_dim": 2432,
     "pos_embed_max_size": 192,
-    "dual_attention_layers": [],
+    "dual_attention_layers": (),
 }
 
 

@@ -23,24 +23,8 @@ from mixflow_fast.models.text_to_image.lora import (
     read_lora,
     set_initial,
 )
+from tests.support.released_sd3 import MEDIUM
 from tests.support.text_to_image import FAMILIES, HEIGHT, WIDTH, numbers, sd3, sd3_pipeline, text
-
-# SD3.5 medium as its config.json has it.
-MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 
 
 def randomised(network: nn.Module, seed: int = 3) -> None:

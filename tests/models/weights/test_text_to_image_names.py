@@ -22,31 +22,10 @@ from mixflow_fast.models.weights.text_to_image_names import (
     lora_weights,
     text_to_image_network,
 )
+from tests.support.released_sd3 import LARGE, MEDIUM
 from tests.support.text_to_image import FAMILIES, SD3, without_storage
 from tests.support.weights import network
 
-MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-LARGE = MEDIUM | {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "dual_attention_layers": (),
-}
 SD3_MEDIUM = MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
 RELEASED = {
     "SD3 medium": (SD3Transformer2DModel, SD3_MEDIUM, 2_028_328_000),
