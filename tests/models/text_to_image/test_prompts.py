@@ -27,7 +27,7 @@ from mixflow_fast.models.text_to_image.prompts import (
     text_encoders,
 )
 from tests.support import tiny_text
-from tests.support.text_to_image import FLUX, write_pipeline
+from tests.support.text_to_image import FLUX, SD3, write_pipeline
 
 FAMILIES = ("sd3", "flux", "z_image")
 LONG = "snow on the fox and " * 60
@@ -455,3 +455,14 @@ def test_what_no_stage_or_layout_has_is_refused(folders):
         encoder.layout.without(parts, "t5", torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be nothing for ZImageLayout"):
         layout_for("ZImageTransformer2DModel", {}).without({}, "qwen", torch.tensor([True]))
+
+
+@pytest.mark.parametrize(("name", "width"), [("t5", 40), ("t5", 16), ("clip_g", 30)])
+def test_padding_hides_no_other_encoder(name, width):
+    layout = layout_for("SD3Transformer2DModel", SD3)
+    widths = {"clip_l": 8, "clip_g": 12, "t5": 32}
+    parts = {part: torch.zeros(1, 5, size) for part, size in widths.items()}
+    parts |= {"pooled_l": torch.zeros(1, 24), "pooled_g": torch.zeros(1, 40)}
+    assert layout.assemble(parts)["prompt_embeds"].shape == (1, 10, 32)
+    with pytest.raises(ValueError, match=f"{name} of the prompts has a width of"):
+        layout.assemble(parts | {name: torch.zeros(1, 5, width)})

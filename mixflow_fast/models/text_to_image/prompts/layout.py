@@ -157,18 +157,27 @@ class SD3Layout(FamilyLayout):
     }
 
     def check(self, parts: Mapping[str, Part]) -> None:
-        """As `PromptLayout.check`; what is padded must not be of another T5, nor be cut."""
+        """As `PromptLayout.check`."""
         super().check(parts)
+        self._check_padded({name: part.shape[-1] for name, part in parts.items()})
+
+    def _check_padded(self, widths: Mapping[str, int]) -> None:
+        """ValueError for what padding would hide: another T5, or CLIPs that it would cut."""
         setting = "joint_attention_dim"
         width = int(self._config[setting])
-        self._check_width("t5", parts["t5"].shape[-1], (1, width), setting)
-        clips = parts["clip_l"].shape[-1] + parts["clip_g"].shape[-1]
+        self._check_width("t5", widths["t5"], (1, width), setting)
+        clips = widths["clip_l"] + widths["clip_g"]
         if clips > width:
             self._check_width("clip_l and clip_g", clips, (width,), setting)
 
     def assemble(self, parts: Mapping[str, Tensor]) -> Condition:
-        """prompt_embeds (B, 77 + L, 4096) and pooled_prompt_embeds (B, 2048)."""
+        """prompt_embeds (B, 77 + L, 4096) and pooled_prompt_embeds (B, 2048).
+
+        Raises:
+            ValueError: a part is missing, or of another width than the network's.
+        """
         self._check(parts, self.NEEDS)
+        self._check_padded({name: parts[name].shape[-1] for name in self.NEEDS})
         width = int(self._config["joint_attention_dim"])
         clips = torch.cat([parts["clip_l"], parts["clip_g"]], dim=-1)
         text = [F.pad(part, (0, width - part.shape[-1])) for part in (clips, parts["t5"])]
