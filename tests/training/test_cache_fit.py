@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,9 +74,10 @@ def test_tokens_of_other_encoders_are_refused(tmp_path: Path) -> None:
     folder = write_pipeline(tmp_path / "pipeline", "sd3")
     network, encoder = TransformerSpec.read(folder).on_meta(), prompt_encoder(folder, 9)
     parts = {name: PartInfo(p.shape, "int32") for name, p in encoder.token_parts.items()}
-    written: Callable[..., Path] = lambda name, parts: write_cache(  # noqa: E731
-        tmp_path / name, parts=parts, text="online", length=9
-    )
+
+    def written(name: str, parts: Mapping[str, PartInfo]) -> Path:
+        return write_cache(tmp_path / name, parts=parts, text="online", length=9)
+
     check(written("a", parts), network, encoder)
     other = parts | {"t5_ids": replace(parts["t5_ids"], shape=(8,))}
     with pytest.raises(ValueError, match=r"t5_ids \(8,\), the encoders .* t5_ids \(9,\): give a"):

@@ -118,6 +118,7 @@ def test_every_engine_trains_the_same(
     torch.testing.assert_close(losses, plain_losses, rtol=2e-6, atol=0)
     ours, theirs = weights(tmp_path / "run", "model"), weights(run, "model")
     assert ours.keys() == theirs.keys()
+    # Three steps of Adam go 3e-2 whatever the size of a gradient, so rounding of small ones shows.
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
     # Put together of the shards alone.

@@ -270,7 +270,7 @@ def read_lora(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     path = existing_path(file, "lora")
     try:
         with safe_open(path, framework="pt") as opened:
-            content = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            content = {name: opened.get_tensor(name) for name in opened.keys()}
             header = dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): give a .safetensors of LoRA") from None

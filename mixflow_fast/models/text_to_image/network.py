@@ -52,8 +52,8 @@ class TextToImage(Network):
     """
 
     # Networks of classes need more: here a latent may have any sides.
-    input_size: int | None  # type: ignore[assignment]
-    in_channels: int | None  # type: ignore[assignment]
+    input_size: int | None
+    in_channels: int | None
 
     def __init__(self, adapter: Adapter, config: Mapping[str, object] | None = None) -> None:
         super().__init__()

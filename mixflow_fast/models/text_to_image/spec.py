@@ -312,7 +312,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                for name in opened.keys():
                     yield file, name, opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read ({error}): copy it again") from None
